@@ -1,0 +1,92 @@
+// The per-instruction-set tables and the registry of rules; see dispatch.h.
+#include "dispatch.h"
+
+#include <stdexcept>
+
+#include "scalars.h"
+
+namespace precond {
+
+// Names of the namespaces that cpu_isa.cpp was compiled in; CMakeLists.txt lists the same ones.
+namespace baseline {
+extern const UpdateChunk kUpdateTable[];
+}
+#if defined(PRECOND_X86_ISAS)
+namespace avx2 {
+extern const UpdateChunk kUpdateTable[];
+}
+namespace avx512 {
+extern const UpdateChunk kUpdateTable[];
+}
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool available;
+  const UpdateChunk* table;
+};
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> list = [] {
+    std::vector<Isa> l{{"baseline", true, baseline::kUpdateTable}};
+#if defined(PRECOND_X86_ISAS)
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    l.push_back({"avx2", has_avx2, avx2::kUpdateTable});
+    l.push_back({"avx512", has_avx512, avx512::kUpdateTable});
+#endif
+    return l;
+  }();
+  return list;
+}
+
+const Isa* g_selected = nullptr;
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas())
+    if (isa.available) names.push_back(isa.name);
+  return names;
+}
+
+void select_isa(const std::string& name) {
+  const Isa* found = nullptr;
+  std::string known;
+  for (const Isa& isa : isas()) {
+    if (!isa.available) continue;
+    known += (known.empty() ? "" : ", ") + std::string(isa.name);
+    if (name.empty() || name == isa.name) found = &isa;
+  }
+  if (found == nullptr)
+    throw std::invalid_argument("PRECOND_ISA must be one of " + known + " on this CPU, got " + name);
+  g_selected = found;
+}
+
+std::string selected_isa() {
+  if (g_selected == nullptr) select_isa("");
+  return g_selected->name;
+}
+
+const UpdateChunk* update_table() {
+  if (g_selected == nullptr) select_isa("");
+  return g_selected->table;
+}
+
+const std::vector<RuleInfo>& rules() {
+#define PRECOND_INFO(name, ...)                                                                                   \
+  {name, __VA_ARGS__::kStates,                                                                                    \
+   std::vector<std::string>(std::begin(__VA_ARGS__::Hyper::names), std::end(__VA_ARGS__::Hyper::names)),          \
+   [](const double* hyper, double step, bool fresh, float* row) { fill_row<__VA_ARGS__>(hyper, step, fresh, row); }, \
+   int(sizeof(__VA_ARGS__) / sizeof(float))},
+  static const std::vector<RuleInfo> list = {PRECOND_ALL_RULES(PRECOND_INFO)};
+#undef PRECOND_INFO
+  return list;
+}
+
+}  // namespace precond

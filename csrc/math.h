@@ -1,0 +1,48 @@
+// fp32 arithmetic of the rules, spelled so that every backend gives the same bits. Included by host and device code.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// Each instruction set compiles the rules in a namespace of its own: two weak copies of one symbol would let the
+// linker keep the AVX-512 body for the baseline path.
+#ifndef PRECOND_ISA
+#define PRECOND_ISA portable
+#endif
+
+#if defined(__CUDACC__)
+#define PRECOND_INLINE __host__ __device__ __forceinline__
+#else
+#define PRECOND_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace precond {
+inline namespace PRECOND_ISA {
+
+PRECOND_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+PRECOND_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
+
+// Comparisons and selects, never fmin or fmax: languages disagree about those on NaN. Here a NaN on either side wins,
+// as in torch.maximum.
+PRECOND_INLINE float maximum(float a, float b) { return (a > b || a != a) ? a : b; }
+
+// x - clamp(x, -t, t) for t >= 0: sign(x) max(|x| - t, 0), exactly 0 inside, and a NaN stays a NaN.
+PRECOND_INLINE float soft_threshold(float x, float t) {
+  float inside = x > t ? t : x;
+  inside = inside < -t ? -t : inside;
+  return x - inside;
+}
+
+PRECOND_INLINE uint32_t bits_of(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  return u;
+}
+PRECOND_INLINE float float_of(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, sizeof x);
+  return x;
+}
+
+}  // namespace PRECOND_ISA
+}  // namespace precond

@@ -1,0 +1,87 @@
+// The plan: every tensor of every group, cut into chunks, with the addresses and scalars of one step. Built once,
+// refreshed each step by its owner (tensors.cpp from Python, the C++ tests by hand), run in one parallel region.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "formats.h"
+#include "layout.h"
+#include "rules.h"
+
+namespace precond {
+
+// Chunks begin at multiples of this many elements, so that a later format's groups never straddle two of them.
+constexpr int64_t kChunkAlign = 256;
+constexpr int64_t kDefaultChunk = 32768;
+
+// One tensor's memory: p, g or a state. `strides` is an index into the plan's list, or kDense.
+constexpr int32_t kDense = -1;
+struct Operand {
+  char* data = nullptr;
+  Format format = Format::fp32;
+  int32_t strides = kDense;
+};
+
+// One parameter.
+struct Tensor {
+  Operand p, g, state[kMaxStates];
+  int64_t numel = 0;
+  float* step = nullptr;  // counter in the parameter's state, advanced by address; null where a rule has none
+  int32_t rule = 0;
+  int32_t group = 0;
+  int32_t row = 0;      // scalars of this step
+  bool active = false;  // has a gradient in this step
+  bool fresh = false;   // its state was made for this step
+};
+
+// `begin` is the global index of the chunk's first element in its tensor's visiting order.
+struct Chunk {
+  int32_t tensor;
+  int64_t begin, count;
+};
+
+// What every chunk reads through a pointer: a gradient coefficient (loss scale, clipping) and a flag that skips the step.
+struct Control {
+  float grad_coef = 1.0f;
+  float skip = 0.0f;
+};
+
+// Hyper-parameters of a group in this step: the doubles of its rule's Hyper, and -1 where the objective is maximised.
+struct GroupRow {
+  int32_t rule = 0;
+  float sign = 1.0f;
+  double hyper[8] = {};
+};
+
+class Plan {
+ public:
+  // chunk: elements per chunk, rounded up to a multiple of kChunkAlign.
+  explicit Plan(int64_t chunk = kDefaultChunk);
+
+  int32_t add(const Tensor& tensor);
+  int32_t add_strides(const Strides& strides);
+
+  Tensor& tensor(int64_t i) { return tensors_[i]; }
+  const Tensor& tensor(int64_t i) const { return tensors_[i]; }
+  int64_t size() const { return int64_t(tensors_.size()); }
+  Strides& strides(int32_t i) { return strides_[i]; }
+  const Strides& strides(int32_t i) const { return strides_[i]; }
+  const std::vector<Chunk>& chunks() const { return chunks_; }
+
+  // Advances the step counters of the active tensors and updates them. Changes nothing when control.skip is set.
+  void run(const std::vector<GroupRow>& groups, const Control& control, int threads);
+
+ private:
+  void fill_rows(const std::vector<GroupRow>& groups);
+
+  int64_t chunk_;
+  std::vector<Tensor> tensors_;
+  std::vector<Strides> strides_;
+  std::vector<Chunk> chunks_;
+  std::vector<int32_t> batches_{0};  // chunk ranges of about one chunk's work: what a thread takes at a time
+  int64_t batch_cost_ = 0;
+  std::vector<float> rows_;  // kRowFloats each, shared by tensors with the same group and step
+};
+
+}  // namespace precond

@@ -1,0 +1,68 @@
+// What depends on the step but not on the element: from the hyper-parameters of a group and a parameter's step counter
+// to the fields of a rule, in fp64, with operations that give the same bits everywhere. Host and device.
+#pragma once
+
+#include <cmath>
+
+#include "rules.h"
+
+namespace precond {
+inline namespace PRECOND_ISA {
+
+// base^n by repeated squaring; pow() differs between libraries.
+PRECOND_INLINE double integer_power(double base, uint64_t n) {
+  double result = 1.0;
+  while (n != 0) {
+    if (n & 1) result *= base;
+    base *= base;
+    n >>= 1;
+  }
+  return result;
+}
+
+PRECOND_INLINE void set_scalars(L2& decay, const AdamWHyper& h) { decay.lr_wd = float(h.lr * h.weight_decay); }
+template <class L1>
+PRECOND_INLINE void set_scalars(L1& decay, const AdamWHyper& h) {
+  decay.lr_wd = float(h.lr * h.weight_decay);
+  decay.threshold.lr_l1 = float(h.lr * h.l1_decay);
+  decay.threshold.lr_l1_cap = float(h.lr * h.l1_cap);
+}
+
+// `step` counts from 1; `fresh` is true on the step that created the parameter's state.
+PRECOND_INLINE void set_scalars(SGD& rule, const SGDHyper& h, double, bool) {
+  rule.lr = float(h.lr);
+  rule.weight_decay = float(h.weight_decay);
+}
+template <class Momentum>
+PRECOND_INLINE void set_scalars(Momentum& rule, const SGDHyper& h, double, bool fresh) {
+  rule.lr = float(h.lr);
+  rule.weight_decay = float(h.weight_decay);
+  rule.momentum = float(h.momentum);
+  rule.one_minus_dampening = fresh ? 1.0f : float(1.0 - h.dampening);
+}
+template <class Adam>
+PRECOND_INLINE void set_scalars(Adam& rule, const AdamWHyper& h, double step, bool) {
+  const uint64_t t = uint64_t(step);
+  rule.one_minus_beta1 = float(1.0 - h.beta1);
+  rule.beta2 = float(h.beta2);
+  rule.one_minus_beta2 = float(1.0 - h.beta2);
+  rule.inv_sqrt_bias2 = float(1.0 / ::sqrt(1.0 - integer_power(h.beta2, t)));
+  rule.eps = float(h.eps);
+  rule.step_size = float(h.lr / (1.0 - integer_power(h.beta1, t)));
+  set_scalars(rule.decay, h);
+}
+
+// Fills a row of the plan.
+template <class Rule>
+PRECOND_INLINE void fill_row(const double* hyper, double step, bool fresh, float* row) {
+  static_assert(sizeof(Rule) <= kRowFloats * sizeof(float), "a rule must fit into a row");
+  static_assert(Rule::kStates <= kMaxStates, "raise kMaxStates");
+  typename Rule::Hyper h;
+  std::memcpy(&h, hyper, sizeof h);
+  Rule rule;
+  set_scalars(rule, h, step, fresh);
+  std::memcpy(row, &rule, sizeof rule);
+}
+
+}  // namespace PRECOND_ISA
+}  // namespace precond

@@ -1,0 +1,102 @@
+// From Python's tensors to a plan: reads addresses, checks at each step that the plan still describes what the optimizer
+// holds, and runs it. The only file that touches Python objects besides module.cpp.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+#include "dlpack.h"
+#include "plan.h"
+
+namespace precond {
+
+namespace py = pybind11;
+
+// What a tensor object says of its memory. `shape` and `strides` live in the object or in `owned`.
+struct View {
+  char* data = nullptr;
+  bool usable = false;  // on the CPU, in one of Format's dtypes
+  Format format = Format::fp32;
+  int ndim = 0;
+  const int64_t* shape = nullptr;
+  const int64_t* strides = nullptr;
+  std::vector<int64_t> owned;
+};
+
+// Reads tensors through DLPack's exchange table where torch has one (2.10 and newer), else through their methods.
+class Reader {
+ public:
+  // tensor_types: the types whose memory is read as it is. local: gives the plain tensor behind any other type (DTensor).
+  Reader(py::tuple tensor_types, py::object local, bool use_exchange);
+  // Throws py::error_already_set where the object has no memory to show (sparse, meta).
+  void read(PyObject* object, View* view) const;
+  bool uses_exchange() const { return api_ != nullptr; }
+
+ private:
+  void read_exchange(PyObject* object, View* view) const;
+  void read_methods(PyObject* object, View* view) const;
+
+  py::tuple tensor_types_;
+  py::object local_;
+  const dlpack::ExchangeApi* api_ = nullptr;
+};
+
+// A plan and the identities it was built from. Objects are only compared, so the plan keeps none of them alive.
+class TensorPlan {
+ public:
+  // state_names: keys of a parameter's state in the order of the rules' state arguments; step_name: the counter's key, or
+  // empty.
+  TensorPlan(const Reader& reader, const std::vector<std::string>& state_names, const std::string& step_name,
+             int64_t chunk);
+
+  // Parameters, in the order of optimizer.param_groups. `state` is the parameter's entry in optimizer.state; `fresh` says
+  // that it was made for the coming step.
+  void add(py::handle param, py::handle state, int group, int rule, bool fresh);
+  // A parameter without a gradient. The plan is stale as soon as it has one.
+  void defer(py::handle param);
+  // A parameter that another backend updates.
+  void ignore(py::handle param);
+  // After the last parameter.
+  void seal(const py::dict& state);
+
+  // One step. Returns the parameters updated, or None where the plan no longer describes what the optimizer holds, and
+  // then nothing has changed. rows: per group (rule number, sign of the gradient, hyper-parameters). inputs: parameter ->
+  // tensor to use instead of its `.grad` (matrix methods hand over rotated gradients).
+  py::object step(const py::list& param_groups, const py::dict& state, const py::dict& inputs, const py::list& rows,
+                  float grad_coef, float skip, int threads);
+
+  Plan& plan() { return plan_; }
+
+ private:
+  enum class Kind : int32_t { kUpdated, kDeferred, kIgnored };
+  // Small, because a step over ten thousand tensors is bound by cache misses: shapes and strides lie in dims_.
+  struct Entry {
+    PyObject* param;
+    Kind kind;
+    int32_t tensor = -1;
+    int32_t ndim = 0;
+    int32_t g_slot = kDense;  // strides of a gradient that is not dense
+    int64_t dims = 0;         // shape, then strides of the parameter
+  };
+
+  bool refresh(const py::list& param_groups, const py::dict& state, const py::dict& inputs,
+               const std::vector<GroupRow>& rows, std::vector<py::object>* grads);
+  py::object gradient_of(PyObject* param, const py::dict& inputs) const;
+  bool same_state(const Entry& entry, PyObject* param_state, View* view) const;
+  bool same_place(const Operand& operand, const Entry& entry, const View& view) const;
+  bool same_shape(const Entry& entry, const View& view) const;
+  bool same_strides(const Entry& entry, const View& view) const;
+  Operand place(const Entry& entry, const View& view, int32_t* slot, const char* what);
+
+  const Reader& reader_;
+  std::vector<py::object> state_names_;
+  py::object step_name_, params_name_, grad_name_;
+  Plan plan_;
+  std::vector<Entry> entries_;
+  std::vector<int64_t> dims_;
+  std::vector<std::pair<PyObject*, int32_t>> state_items_;  // key and entry of each item of optimizer.state
+};
+
+}  // namespace precond

@@ -1,0 +1,234 @@
+"""What every optimizer of precond shares: being a ``torch.optim.Optimizer`` whose step is one fused pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+
+from . import _backend, reference
+from ._plan import Row, StepPlan
+from ._sharding import local
+
+ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+STATE_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PLANS_KEPT = 8
+
+
+class PrecisionWarning(UserWarning):
+    """A setting is legal but loses more precision than its user may expect."""
+
+
+def check_nonnegative(what: str, name: str, value: Any) -> None:
+    """Raise torch's message with our expectation behind it."""
+    if not 0.0 <= value:
+        raise ValueError(f"Invalid {what}: {value} ({name} must be >= 0)")
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base class. A subclass names its states and says, per group and step, which rule runs with which numbers.
+
+    Everything is read from ``param_groups`` and ``state`` at each step; ``_plans`` only caches checks on them. Settings
+    that torch does not have sit in ``_own``, which ``__getstate__`` returns and ``state_dict`` does not, or, where they
+    are per group, in the group only when they are not the default.
+    """
+
+    #: Keys of a parameter's state in the order of the rules' arguments; a rule uses the first few.
+    _state_names: ClassVar[tuple[str, ...]] = ()
+    #: True where torch keeps a ``step`` per parameter.
+    _counts_steps: ClassVar[bool] = False
+    #: Group options that torch does not have, with their defaults.
+    _group_options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, backend: str | None) -> None:
+        self._own: dict[str, Any] = {"backend": _backend.check(backend)}
+        if defaults["fused"] and defaults["differentiable"]:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if defaults["fused"] and defaults["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if defaults["differentiable"]:
+            raise NotImplementedError("differentiable must be False: this version has no differentiable step")
+        for name, default in self._group_options.items():
+            if name in defaults and defaults[name] == default:
+                del defaults[name]
+        super().__init__(params, defaults)
+        self._rebuild()
+
+    def _row(self, group: dict[str, Any]) -> Row:
+        """The rule and the hyper-parameters of a group in this step."""
+        raise NotImplementedError
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise if an option that torch does not have is out of range."""
+        state_format = group.get("state_format")
+        if state_format is not None and state_format not in STATE_FORMATS:
+            raise ValueError(f"state_format must be None or one of {', '.join(STATE_FORMATS)}, got {state_format!r}")
+
+    # The step.
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform one optimization step; with a closure, evaluate it first and return its value."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    def _update(self) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return
+        grad_scale = getattr(self, "grad_scale", None)
+        grad_coef = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+
+        rows = [self._checked_row(group) for group in self.param_groups]
+        # DeepSpeed steps once per group with param_groups cut to it: one plan for each view of the groups.
+        key = tuple(map(id, self.param_groups))
+        plan = self._plans.get(key)
+        if plan is not None and plan.run(self, rows, grad_coef):
+            return
+        plan = StepPlan(self, rows)
+        if not plan.run(self, rows, grad_coef):
+            raise RuntimeError("a gradient or state changed while the step was prepared")
+        # Without a compiled part the checks are all there is, and nothing is worth keeping.
+        if plan.compiled is not None:
+            if key not in self._plans and len(self._plans) >= _PLANS_KEPT:
+                self._plans.clear()
+            self._plans[key] = plan
+
+    def _checked_row(self, group: dict[str, Any]) -> Row:
+        row = self._row(group)
+        for name, value in row.hyper.items():
+            if math.isnan(value):
+                raise ValueError(f"{name} must be a number, got nan")
+        return row
+
+    def _input_of(self, p: Tensor) -> Tensor | None:
+        return self._inputs.get(p, p.grad) if self._inputs else p.grad
+
+    # States. `rule` decides how many of `_state_names` a parameter has.
+
+    def _names(self, rule: str) -> tuple[str, ...]:
+        return self._state_names[: reference.STATES[rule]]
+
+    def _states(self, p: Tensor, rule: str) -> dict[str, Tensor]:
+        """The states that a rule updates and that exist, in the rule's order."""
+        state = self.state[p] if p in self.state else {}
+        return {name: state[name] for name in self._names(rule) if state.get(name) is not None}
+
+    def _missing_states(self, p: Tensor, rule: str) -> bool:
+        if self._counts_steps and "step" not in (self.state[p] if p in self.state else {}):
+            return True
+        return len(self._states(p, rule)) < len(self._names(rule))
+
+    def _init_state(self, p: Tensor, group: dict[str, Any], rule: str) -> bool:
+        """Make the states that are missing, all zeros. True if none was there."""
+        names = self._names(rule)
+        if not names and not self._counts_steps:
+            return False
+        state = self.state[p]
+        fresh = not self._states(p, rule)
+        if self._counts_steps:
+            step = state.get("step", 0.0)
+            if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device.type != "cpu":
+                state["step"] = torch.tensor(float(step), dtype=torch.float32)
+        dtype = STATE_FORMATS.get(group.get("state_format"), p.dtype)  # type: ignore[arg-type]
+        for name in names:
+            if state.get(name) is None:
+                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                self._warn_precision(name, dtype, group)
+        return fresh
+
+    def _warn_precision(self, name: str, dtype: torch.dtype, group: dict[str, Any]) -> None:
+        """Called for each new state; a subclass warns once where its dtype cannot hold what the rule needs."""
+
+    def _backend_of(self, name: str, p: Tensor, rule: str) -> str:
+        """Check a parameter, its gradient and its states; choose the backend that updates them."""
+        g = self._input_of(p)
+        assert g is not None
+        if not (p.is_floating_point() or p.is_complex()):
+            raise TypeError(f"{name} must be floating point or complex, got {p.dtype}")
+        if g.layout != torch.strided or p.layout != torch.strided:
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead "
+                f"({name} has a gradient of layout {g.layout})"
+            )
+        if g.device != p.device:
+            raise RuntimeError(f"{name} must have its gradient on {p.device}, got {g.device}")
+        if g.shape != p.shape:
+            raise RuntimeError(f"{name} must have a gradient of shape {tuple(p.shape)}, got {tuple(g.shape)}")
+        states = self._states(p, rule)
+        for key, state in states.items():
+            if state.shape != p.shape or state.device != p.device:
+                raise RuntimeError(
+                    f"{key} of {name} must have shape {tuple(p.shape)} on {p.device}, "
+                    f"got {tuple(state.shape)} on {state.device}"
+                )
+        return _backend.choose(self._own["backend"], [local(t) for t in (p, g, *states.values())])
+
+    # Being a torch optimizer: groups, pickling, checkpoints.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does; options that torch does not have are checked here."""
+        if isinstance(param_group, dict):
+            self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What deepcopy and pickle keep: torch's three dictionaries and our own settings."""
+        return {**super().__getstate__(), "_own": self._own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a pickled optimizer, or the groups and states of a checkpoint."""
+        super().__setstate__(state)
+        self._own = self.__dict__.get("_own", {"backend": None})
+        for group in self.param_groups:
+            for name in ("foreach", "fused"):
+                group.setdefault(name, None)
+            for name in ("maximize", "differentiable"):
+                group.setdefault(name, False)
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Everything private that follows from the public state."""
+        self._plans: dict[tuple[int, ...], StepPlan] = {}
+        # What a parameter is updated with, where that is not its `.grad`; a method that rotates gradients fills it for a
+        # step.
+        self._inputs: dict[Tensor, Tensor] = {}
+        self._warned = False
+        # GradScaler then leaves unscaling and skipping to the step. Only on request: Lightning refuses to clip otherwise.
+        if self.defaults.get("fused"):
+            self._step_supports_amp_scaling = True
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of torch's.
+
+        Unlike torch, states keep the dtype they were saved in, and a tensor ``lr`` of this optimizer stays the same
+        tensor and takes the loaded value.
+        """
+        tensor_options = [{k: v for k, v in g.items() if isinstance(v, Tensor)} for g in self.param_groups]
+        super().load_state_dict(state_dict)
+        saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
+        params = [p for g in self.param_groups for p in g["params"]]
+        for saved_id, p in zip(saved_ids, params, strict=True):
+            for name, saved in state_dict["state"].get(saved_id, {}).items():
+                if isinstance(saved, Tensor) and name in self._state_names:
+                    self.state[p][name] = saved.detach().to(p.device, copy=True)
+                elif isinstance(saved, Tensor) and name == "step":
+                    self.state[p][name] = self.state[p][name].clone()
+        for group, before in zip(self.param_groups, tensor_options, strict=True):
+            for name, tensor in before.items():
+                if name in group:
+                    tensor.data.fill_(float(group[name]))
+                    group[name] = tensor
+        self._rebuild()

@@ -1,0 +1,47 @@
+"""Builds precond._C with CMake; all other metadata is in pyproject.toml. Needs no torch."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        sys.exit(f"precond: {name} is needed to build the extension and was not found on PATH")
+    return path
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        # A second isolated build finds a cache that remembers tools of the first, deleted environment: name them all anew.
+        configure = [
+            tool("cmake"),
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run([tool("cmake"), "--build", str(build), "--target", "_C"], check=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(build / target.name, target)
+
+
+setup(ext_modules=[Extension("precond._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,96 @@
+"""The scalars of a step, csrc/scalars.h: fp64, for a block of tensors at once, from the hyper-parameters of their groups.
+
+The positions of a rule's fields in a row are named here, for the functions that write them and the rules that read them.
+"""
+
+import triton
+import triton.language as tl
+
+ROW_FLOATS = tl.constexpr(16)
+
+SGD_LR = tl.constexpr(0)
+SGD_WEIGHT_DECAY = tl.constexpr(1)
+SGD_MOMENTUM = tl.constexpr(2)
+SGD_ONE_MINUS_DAMPENING = tl.constexpr(3)
+
+ONE_MINUS_BETA1 = tl.constexpr(0)
+BETA2 = tl.constexpr(1)
+ONE_MINUS_BETA2 = tl.constexpr(2)
+INV_SQRT_BIAS2 = tl.constexpr(3)
+EPS = tl.constexpr(4)
+STEP_SIZE = tl.constexpr(5)
+LR_WD = tl.constexpr(6)
+LR_L1 = tl.constexpr(7)
+LR_L1_CAP = tl.constexpr(8)
+
+# The order of a group's hyper-parameters, as csrc/hyper.h.
+SGD_HYPER = ("lr", "momentum", "dampening", "weight_decay")
+ADAMW_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "l1_decay", "l1_cap")
+
+# A float32 counter cannot pass 2^24.
+_STEP_BITS = tl.constexpr(25)
+
+
+@triton.jit
+def integer_power(base, n):
+    result = base * 0.0 + 1.0
+    for _ in tl.static_range(_STEP_BITS):
+        result = tl.where((n & 1) != 0, result * base, result)
+        base = base * base
+        n = n >> 1
+    return result
+
+
+@triton.jit
+def sgd_scalars(hyper, step, fresh, row, mask):
+    lr = tl.load(hyper + 0, mask=mask)
+    momentum = tl.load(hyper + 1, mask=mask)
+    dampening = tl.load(hyper + 2, mask=mask)
+    weight_decay = tl.load(hyper + 3, mask=mask)
+    tl.store(row + SGD_LR, lr.to(tl.float32), mask=mask)
+    tl.store(row + SGD_WEIGHT_DECAY, weight_decay.to(tl.float32), mask=mask)
+    tl.store(row + SGD_MOMENTUM, momentum.to(tl.float32), mask=mask)
+    one_minus_dampening = tl.where(fresh != 0, 1.0, (1.0 - dampening).to(tl.float32))
+    tl.store(row + SGD_ONE_MINUS_DAMPENING, one_minus_dampening, mask=mask)
+
+
+@triton.jit
+def adamw_scalars(hyper, step, fresh, row, mask):
+    lr = tl.load(hyper + 0, mask=mask)
+    beta1 = tl.load(hyper + 1, mask=mask)
+    beta2 = tl.load(hyper + 2, mask=mask)
+    eps = tl.load(hyper + 3, mask=mask)
+    weight_decay = tl.load(hyper + 4, mask=mask)
+    l1_decay = tl.load(hyper + 5, mask=mask)
+    l1_cap = tl.load(hyper + 6, mask=mask)
+    t = step.to(tl.int64)
+    tl.store(row + ONE_MINUS_BETA1, (1.0 - beta1).to(tl.float32), mask=mask)
+    tl.store(row + BETA2, beta2.to(tl.float32), mask=mask)
+    tl.store(row + ONE_MINUS_BETA2, (1.0 - beta2).to(tl.float32), mask=mask)
+    inv_sqrt_bias2 = 1.0 / tl.sqrt(1.0 - integer_power(beta2, t))
+    tl.store(row + INV_SQRT_BIAS2, inv_sqrt_bias2.to(tl.float32), mask=mask)
+    tl.store(row + EPS, eps.to(tl.float32), mask=mask)
+    tl.store(row + STEP_SIZE, (lr / (1.0 - integer_power(beta1, t))).to(tl.float32), mask=mask)
+    tl.store(row + LR_WD, (lr * weight_decay).to(tl.float32), mask=mask)
+    tl.store(row + LR_L1, (lr * l1_decay).to(tl.float32), mask=mask)
+    tl.store(row + LR_L1_CAP, (lr * l1_cap).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def prologue(
+    hyper_ptr,
+    steps_ptr,
+    fresh_ptr,
+    rows_ptr,
+    tensors,
+    SCALARS: tl.constexpr,
+    HYPERS: tl.constexpr,
+    ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Fill one row per tensor. hyper_ptr: float64 [tensors, HYPERS]; steps_ptr: float32; fresh_ptr: int32."""
+    tensor = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = tensor < tensors
+    step = tl.load(steps_ptr + tensor, mask=mask, other=1.0)
+    fresh = tl.load(fresh_ptr + tensor, mask=mask, other=0)
+    SCALARS(hyper_ptr + tensor * HYPERS, step, fresh, rows_ptr + tensor * ROW, mask)

@@ -1,0 +1,191 @@
+"""One launch per (rule, formats) for all tensors: a table of addresses, a table of chunks, load, rule, store."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import rules, scalars
+from .formats import address, decode, encode
+
+FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+BLOCK = 1024
+# Slots of a tensor in the address table: p, g, up to three states, the number of elements.
+SLOTS = tl.constexpr(6)
+
+
+class Rule(NamedTuple):
+    """A rule's three functions and the number of its states."""
+
+    update: triton.JITFunction
+    scalars: triton.JITFunction
+    hyper: tuple[str, ...]
+    states: int
+
+
+RULES = {
+    "sgd": Rule(rules.sgd, scalars.sgd_scalars, scalars.SGD_HYPER, 0),
+    "sgd_momentum": Rule(rules.sgd_momentum, scalars.sgd_scalars, scalars.SGD_HYPER, 1),
+    "sgd_nesterov": Rule(rules.sgd_nesterov, scalars.sgd_scalars, scalars.SGD_HYPER, 1),
+    **{
+        name: Rule(getattr(rules, name), scalars.adamw_scalars, scalars.ADAMW_HYPER, 3 if "amsgrad" in name else 2)
+        for name in (
+            "adamw",
+            "adamw_amsgrad",
+            "adamw_l1",
+            "adamw_l1_amsgrad",
+            "adamw_l1_subgradient",
+            "adamw_l1_subgradient_amsgrad",
+        )
+    },
+}
+
+
+class Item(NamedTuple):
+    """One parameter to update, in place."""
+
+    rule: str
+    p: Tensor
+    g: Tensor
+    states: list[Tensor]
+    hyper: dict[str, float]
+    step: int
+    fresh: bool
+    grad_coef: float
+
+
+@triton.jit
+def update_kernel(
+    chunks_ptr,
+    tensors_ptr,
+    rows_ptr,
+    control_ptr,
+    RULE: tl.constexpr,
+    STATES: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    ROW: tl.constexpr,
+    SLOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Update one chunk. chunks_ptr: (tensor, first element); tensors_ptr: SLOT addresses each; control_ptr: per tensor the
+    gradient coefficient, then at its end the skip flag of the launch.
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(chunks_ptr + 2 * chunk)
+    offsets = tl.load(chunks_ptr + 2 * chunk + 1) + tl.arange(0, BLOCK)
+    slots = tensors_ptr + tensor * SLOT
+    # The skip flag empties the mask, so that a skipped step neither reads nor writes.
+    numel = tl.where(tl.load(control_ptr) != 0.0, 0, tl.load(slots + 5))
+    mask = offsets < numel
+    row = rows_ptr + tensor * ROW
+    grad_coef = tl.load(control_ptr + 1 + tensor)
+
+    p_ptr = address(slots, P)
+    p = decode(p_ptr, offsets, mask, P)
+    g = grad_coef * decode(address(slots + 1, G), offsets, mask, G)
+    if STATES == 0:
+        p = RULE(p, g, row)
+    elif STATES == 1:
+        s0_ptr = address(slots + 2, S)
+        p, s0 = RULE(p, g, decode(s0_ptr, offsets, mask, S), row)
+        encode(s0_ptr, offsets, mask, s0, S)
+    elif STATES == 2:
+        s0_ptr = address(slots + 2, S)
+        s1_ptr = address(slots + 3, S)
+        p, s0, s1 = RULE(p, g, decode(s0_ptr, offsets, mask, S), decode(s1_ptr, offsets, mask, S), row)
+        encode(s0_ptr, offsets, mask, s0, S)
+        encode(s1_ptr, offsets, mask, s1, S)
+    else:
+        s0_ptr = address(slots + 2, S)
+        s1_ptr = address(slots + 3, S)
+        s2_ptr = address(slots + 4, S)
+        p, s0, s1, s2 = RULE(
+            p,
+            g,
+            decode(s0_ptr, offsets, mask, S),
+            decode(s1_ptr, offsets, mask, S),
+            decode(s2_ptr, offsets, mask, S),
+            row,
+        )
+        encode(s0_ptr, offsets, mask, s0, S)
+        encode(s1_ptr, offsets, mask, s1, S)
+        encode(s2_ptr, offsets, mask, s2, S)
+    encode(p_ptr, offsets, mask, p, P)
+
+
+def in_order_of(p: Tensor) -> list[int]:
+    """The dimensions of p from the slowest to the fastest in memory."""
+    return sorted(range(p.dim()), key=lambda d: -p.stride(d) if p.shape[d] > 1 else 0)
+
+
+def update(items: list[Item], skip: float = 0.0) -> None:
+    """Update every item in place; items that share a rule and formats share a launch."""
+    launches: dict[tuple[str, ...], list[Item]] = {}
+    for item in items:
+        if item.p.numel() > 0:
+            formats = [FORMATS[t.dtype] for t in (item.p, item.g, *item.states)]
+            launches.setdefault((item.rule, *formats), []).append(item)
+    for key, group in launches.items():
+        launch(RULES[key[0]], group, skip)
+
+
+def launch(rule: Rule, items: list[Item], skip: float) -> None:
+    """One prologue and one update for tensors of one rule and one set of formats."""
+    device = items[0].p.device
+    table, chunks, copies = [], [], []
+    for index, item in enumerate(items):
+        order = in_order_of(item.p)
+        operands = [t.permute(order) for t in (item.p, item.g, *item.states)]
+        # A layout that is not dense in p's order goes through a dense copy.
+        flat = [t.contiguous() for t in operands]
+        copies += [(to, back) for to, back in zip(operands, flat, strict=True) if to.data_ptr() != back.data_ptr()]
+        addresses = [t.data_ptr() for t in flat]
+        numel = item.p.numel()
+        table.append(addresses + [0] * (5 - len(addresses)) + [numel])
+        chunks += [(index, begin) for begin in range(0, numel, BLOCK)]
+        # Keeps a dense copy of a gradient alive until the launch.
+        copies.append((flat[1], flat[1]))
+
+    def to_device(values: list, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device)
+
+    hyper = to_device([[item.hyper[name] for name in rule.hyper] for item in items], torch.float64)
+    steps = to_device([item.step for item in items], torch.float32)
+    fresh = to_device([item.fresh for item in items], torch.int32)
+    rows = torch.empty(len(items) * scalars.ROW_FLOATS.value, dtype=torch.float32, device=device)
+    control = to_device([skip] + [item.grad_coef for item in items], torch.float32)
+    scalars.prologue[(triton.cdiv(len(items), 32),)](
+        hyper,
+        steps,
+        fresh,
+        rows,
+        len(items),
+        SCALARS=rule.scalars,
+        HYPERS=len(rule.hyper),
+        ROW=scalars.ROW_FLOATS.value,
+        BLOCK=32,
+        enable_fp_fusion=False,
+    )
+    formats = [FORMATS[t.dtype] for t in (items[0].p, items[0].g, *items[0].states)]
+    update_kernel[(len(chunks),)](
+        to_device(chunks, torch.int64),
+        to_device(table, torch.int64),
+        rows,
+        control,
+        RULE=rule.update,
+        STATES=rule.states,
+        P=formats[0],
+        G=formats[1],
+        S=formats[2] if rule.states else "fp32",
+        ROW=scalars.ROW_FLOATS.value,
+        SLOT=SLOTS.value,
+        BLOCK=BLOCK,
+        enable_fp_fusion=False,
+    )
+    for to, back in copies:
+        if to is not back:
+            to.copy_(back)

@@ -1,0 +1,491 @@
+"""Being a torch optimizer: signatures, groups, closures, hooks, schedulers, copies, AMP, replaced tensors."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import warnings
+
+import pytest
+import torch
+from cases import bits_equal
+from optimizers import CLASSES, OPTIMIZERS, WITH_PEER
+
+import precond
+from precond import _C, _backend
+
+rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+peers = pytest.mark.parametrize("row", WITH_PEER, ids=str)
+classes = pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.cls.__name__)
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+
+
+def backward(net, seed=0):
+    torch.manual_seed(seed)
+    net.zero_grad()
+    loss = net(torch.randn(11, 5)).square().mean()
+    loss.backward()
+    return loss
+
+
+def train(net, optimizer, steps=5, start=0):
+    for i in range(start, start + steps):
+        backward(net, i)
+        optimizer.step()
+
+
+def assert_close(a, b):
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@peers
+def test_it_trains_like_torch(row):
+    ours, theirs = model(), model()
+    train(ours, row.cls(ours.parameters(), **row.kwargs))
+    train(theirs, row.peer(theirs.parameters(), **row.kwargs))
+    assert_close(ours, theirs)
+
+
+@classes
+def test_the_signature_begins_with_torchs(row):
+    ours = list(inspect.signature(row.cls.__init__).parameters.values())
+    theirs = list(inspect.signature(row.peer.__init__).parameters.values())
+    assert [(p.name, p.kind, p.default) for p in ours[: len(theirs)]] == [
+        (p.name, p.kind, p.default) for p in theirs
+    ]
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
+
+
+@peers
+def test_groups_and_states_have_torchs_keys(row):
+    ours, theirs = model(), model()
+    a, b = row.cls(ours.parameters(), **row.kwargs), row.peer(theirs.parameters(), **row.kwargs)
+    train(ours, a)
+    train(theirs, b)
+    assert set(a.param_groups[0]) == set(b.param_groups[0])
+    assert a.defaults.keys() == b.defaults.keys()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert list(a.state.get(p, {})) == list(b.state.get(q, {}))
+        for key, value in a.state.get(p, {}).items():
+            assert value.dtype == b.state[q][key].dtype
+            assert value.shape == b.state[q][key].shape
+
+
+@classes
+def test_a_closure_runs_once_with_gradients_enabled(row):
+    net = model()
+    optimizer = row.cls(net.parameters(), **row.kwargs)
+    calls = []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        return backward(net)
+
+    before = [p.detach().clone() for p in net.parameters()]
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert calls == [True]
+    assert loss.item() == pytest.approx(backward(_with(model(), before)).item())
+    assert optimizer.step() is None
+
+
+def _with(net, values):
+    for p, value in zip(net.parameters(), values, strict=True):
+        p.data.copy_(value)
+    return net
+
+
+@classes
+def test_hooks_fire_once(row):
+    net = model()
+    optimizer = row.cls(net.parameters(), **row.kwargs)
+    row.peer(net.parameters(), **row.kwargs)  # torch patches its own class then
+    fired = []
+    optimizer.register_step_pre_hook(lambda *_: fired.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: fired.append("post"))
+    train(net, optimizer, steps=1)
+    assert fired == ["pre", "post"]
+
+
+@classes
+def test_the_step_bumps_versions_and_leaves_gradients_alone(row):
+    net = model()
+    optimizer = row.cls(net.parameters(), **row.kwargs)
+    backward(net)
+    versions = [p._version for p in net.parameters()]
+    grads = [(p.grad, p.grad.clone(), p.grad._version) for p in net.parameters()]
+    optimizer.step()
+    assert all(p._version > v for p, v in zip(net.parameters(), versions, strict=True))
+    for p, (g, values, version) in zip(net.parameters(), grads, strict=True):
+        assert p.grad is g
+        assert torch.equal(g, values)
+        assert g._version == version
+
+
+@classes
+def test_backward_through_a_stepped_parameter_is_an_error(row):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = row.cls([p], **row.kwargs)
+    loss = (p * p).sum()
+    p.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@classes
+def test_named_parameters_and_groups(row):
+    net = model()
+    optimizer = row.cls(net.named_parameters(), **row.kwargs)
+    assert optimizer.param_groups[0]["param_names"] == [name for name, _ in net.named_parameters()]
+    params = list(net.parameters())
+    optimizer = row.cls([{"params": params[:2], "lr": 0.0}, {"params": []}, {"params": params[2:]}], **row.kwargs)
+    before = [p.detach().clone() for p in params]
+    train(net, optimizer, steps=1)
+    changed = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
+    assert changed == [False, False, True, True]
+
+
+@classes
+def test_a_group_added_later_is_updated(row):
+    net = model()
+    params = list(net.parameters())
+    optimizer = row.cls(params[:2], **row.kwargs)
+    train(net, optimizer, steps=2)
+    optimizer.add_param_group({"params": params[2:], "lr": 1e-3})
+    before = params[3].detach().clone()
+    train(net, optimizer, steps=1)
+    assert not torch.equal(params[3], before)
+
+
+@peers
+def test_late_and_missing_gradients(row):
+    """A parameter without a gradient has no state and counts no step; it may come and go."""
+    ours, theirs = model(), model()
+    a, b = row.cls(ours.parameters(), **row.kwargs), row.peer(theirs.parameters(), **row.kwargs)
+    for i in range(6):
+        for net, optimizer in ((ours, a), (theirs, b)):
+            backward(net, i)
+            if i in (0, 1, 4):
+                net[0].weight.grad = None
+            if i == 5:
+                for p in net.parameters():
+                    p.grad = None
+            optimizer.step()
+            if i == 0:
+                assert len(optimizer.state.get(net[0].weight, {})) == 0
+    assert_close(ours, theirs)
+
+
+@classes
+@pytest.mark.parametrize("make", ["lambda", "onecycle"])
+def test_schedulers(row, make):
+    ours, theirs = model(), model()
+    for net, cls in ((ours, row.cls), (theirs, row.peer)):
+        optimizer = cls(net.parameters(), **row.kwargs)
+        if make == "lambda":
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))
+        else:
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+        for i in range(6):
+            backward(net, i)
+            optimizer.step()
+            scheduler.step()
+    assert_close(ours, theirs)
+
+
+@classes
+def test_a_tensor_lr_is_read_at_each_step_and_survives_loading(row):
+    ours, theirs = model(), model()
+    lr = torch.tensor(0.05)
+    kwargs = {k: v for k, v in row.kwargs.items() if k != "lr"}
+    a, b = row.cls(ours.parameters(), lr=lr, **kwargs), row.cls(theirs.parameters(), lr=0.05, **kwargs)
+    for value in (0.05, 0.01, 0.2):
+        lr.fill_(value)
+        b.param_groups[0]["lr"] = lr.item()
+        train(ours, a, 2)
+        train(theirs, b, 2)
+    assert all(bits_equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+    state = copy.deepcopy(a.state_dict())
+    lr.fill_(7.0)
+    a.load_state_dict(state)
+    assert a.param_groups[0]["lr"] is lr
+    assert lr.item() == pytest.approx(0.2)
+
+
+@rows
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_go_on_as_the_original(row, how):
+    net = model()
+    optimizer = row.cls(net.parameters(), **row.kwargs, fused=True, backend="cpu")
+    train(net, optimizer, 3)
+    pair = copy.deepcopy((net, optimizer)) if how == "deepcopy" else pickle.loads(pickle.dumps((net, optimizer)))
+    train(net, optimizer, 2, start=3)
+    train(*pair, 2, start=3)
+    assert all(bits_equal(p, q) for p, q in zip(net.parameters(), pair[0].parameters(), strict=True))
+    assert pair[1]._own == optimizer._own
+    assert pair[1]._step_supports_amp_scaling
+
+
+@classes
+def test_public_attributes_survive_a_deepcopy(row):
+    optimizer = row.cls(model().parameters(), **row.kwargs)
+    public = {key for key in vars(optimizer) if not key.startswith("_")}
+    assert public == {"defaults", "param_groups", "state"}
+
+
+@rows
+def test_replaced_tensors_are_noticed(row):
+    """Parameters, gradients and states whose memory, dtype or layout changes between steps."""
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 24).view(4, 6)) for _ in range(2))
+    a = row.cls([ours], **row.kwargs)
+    b = row.cls([theirs], **row.kwargs, backend="reference")
+    for i in range(8):
+        torch.manual_seed(i)
+        g = torch.randn(4, 6)
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        if i == 2:
+            ours.data = ours.data.clone()
+        if i == 3:
+            ours.data = ours.data.t().contiguous().t()
+        if i == 4:
+            ours.grad = g.t().contiguous().t()
+        if i == 5:
+            for key in a._names(row.rule):
+                a.state[ours][key] = a.state[ours][key].clone()
+        if i == 6:
+            for key in a._names(row.rule):
+                a.state[ours][key].data = a.state[ours][key].data.t().contiguous().t()
+        if i == 7 and "step" in a.state.get(ours, {}):
+            a.state[ours]["step"] = a.state[ours]["step"].clone()
+        a.step()
+        b.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@classes
+def test_a_parameter_cast_to_another_dtype_goes_on(row):
+    p = torch.nn.Parameter(torch.randn(40))
+    optimizer = row.cls([p], **row.kwargs)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float32):
+        p.data = p.data.to(dtype)
+        p.grad = None
+        p.grad = torch.randn(40, dtype=dtype)
+        before = p.detach().clone()
+        optimizer.step()
+        assert not torch.equal(p, before)
+
+
+@classes
+def test_cleared_state_starts_anew(row):
+    net, fresh = model(), model()
+    optimizer = row.cls(net.parameters(), **row.kwargs)
+    train(net, optimizer, 3)
+    optimizer.state.clear()
+    _with(fresh, [p.detach() for p in net.parameters()])
+    train(net, optimizer, 2, start=3)
+    train(fresh, row.cls(fresh.parameters(), **row.kwargs), 2, start=3)
+    assert all(bits_equal(p, q) for p, q in zip(net.parameters(), fresh.parameters(), strict=True))
+
+
+@classes
+def test_groups_may_be_stepped_one_at_a_time(row):
+    """As DeepSpeed does: param_groups cut to one group for a step."""
+    ours, theirs = model(), model()
+
+    def groups(net):
+        return [{"params": list(part.parameters())} for part in (net[0], net[2])]
+
+    a, b = row.cls(groups(ours), **row.kwargs), row.peer(groups(theirs), **row.kwargs)
+    for i in range(4):
+        for net, optimizer in ((ours, a), (theirs, b)):
+            backward(net, i)
+            whole = optimizer.param_groups
+            for group in whole:
+                optimizer.param_groups = [group]
+                optimizer.step()
+            optimizer.param_groups = whole
+    assert_close(ours, theirs)
+    assert len(a._plans) == 2
+
+
+@classes
+def test_one_optimizer_per_parameter_in_backward(row):
+    ours, theirs = model(), model()
+    optimizers = {p: row.cls([p], **row.kwargs) for p in ours.parameters()}
+
+    def hook(p):
+        optimizers[p].step()
+        p.grad = None
+
+    for p in ours.parameters():
+        p.register_post_accumulate_grad_hook(hook)
+    b = row.peer(theirs.parameters(), **row.kwargs)
+    for i in range(3):
+        backward(ours, i)
+        backward(theirs, i)
+        b.step()
+    assert_close(ours, theirs)
+
+
+@rows
+def test_another_buffer_may_stand_in_for_the_gradient(row):
+    """Matrix methods hand over rotated gradients; `.grad` is then not read."""
+    a, b, c = (torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(3))
+    g = torch.randn(50)
+    one, two = row.cls([a, c], **row.kwargs), row.cls([b], **row.kwargs)
+    a.grad = torch.full((50,), float("nan"))
+    b.grad = g
+    one._inputs = {a: g}
+    one.step()
+    two.step()
+    assert bits_equal(a, b)
+    assert torch.equal(c, torch.linspace(-1, 1, 50))
+
+
+def scaled(net, optimizer, scaler, i, overflow=False):
+    torch.manual_seed(i)
+    net.zero_grad()
+    scaler.scale(net(torch.randn(11, 5)).square().mean()).backward()
+    if overflow:
+        net[0].weight.grad[0, 0] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@rows
+def test_loss_scaling_is_undone_in_the_pass_and_an_overflow_changes_nothing(row):
+    ours, theirs = model(), model()
+    a = row.cls(ours.parameters(), **row.kwargs, fused=True)
+    b = row.cls(theirs.parameters(), **row.kwargs)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled(ours, a, scaler, 0, overflow=True)
+    assert not a.state, "a first step that overflows leaves no state"
+    assert_close(ours, model())
+    for i in range(4):
+        scaled(ours, a, scaler, i)
+        backward(theirs, i)
+        b.step()
+        before = [p.detach().clone() for p in ours.parameters()]
+        state = copy.deepcopy(a.state_dict()["state"])
+        scaled(ours, a, scaler, i, overflow=True)
+        assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), before, strict=True))
+        for key, values in a.state_dict()["state"].items():
+            assert all(torch.equal(value, state[key][name]) for name, value in values.items())
+    # 1 / scale is a power of two, so unscaling inside the pass is exact.
+    assert all(bits_equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_first_sgd_step_that_overflows_leaves_no_momentum_behind():
+    """torch's fused SGD keeps uninitialised momentum then, and the next step drives parameters to 1e25."""
+    net = model()
+    optimizer = precond.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaled(net, optimizer, scaler, 0, overflow=True)
+    scaled(net, optimizer, scaler, 1)
+    assert max(p.abs().max().item() for p in net.parameters()) < 10
+
+
+@classes
+def test_without_fused_the_scaler_does_its_own_work(row):
+    optimizer = row.cls(model().parameters(), **row.kwargs)
+    assert not hasattr(optimizer, "_step_supports_amp_scaling")
+
+
+def test_own_options_stay_out_of_plain_groups():
+    p = torch.nn.Parameter(torch.zeros(1))
+    assert set(precond.AdamW([p]).param_groups[0]) == set(torch.optim.AdamW([p]).param_groups[0])
+    assert set(precond.SGD([p]).param_groups[0]) == set(torch.optim.SGD([p]).param_groups[0])
+    group = precond.AdamW([{"params": [p], "l1_decay": 0.3}]).param_groups[0]
+    assert group["l1_decay"] == 0.3
+    assert precond.AdamW([p], l1_decay=0.2, state_format="fp32").param_groups[0]["state_format"] == "fp32"
+
+
+def test_a_bf16_second_moment_that_cannot_decay_warns_once():
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.warns(precond.PrecisionWarning, match="state_format='fp32'") as caught:
+        precond.AdamW(params).step()
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        precond.AdamW(params, betas=(0.9, 0.99)).step()
+        optimizer = precond.AdamW(params, state_format="fp32")
+        optimizer.step()
+    assert optimizer.state[params[0]]["exp_avg_sq"].dtype == torch.float32
+
+
+@classes
+def test_no_temporary_tensors(row):
+    """The step allocates nothing of the size of a parameter."""
+    from torch.profiler import ProfilerActivity, profile
+
+    p = torch.nn.Parameter(torch.randn(1 << 20))
+    optimizer = row.cls([p], **row.kwargs)
+    p.grad = torch.randn(1 << 20)
+    optimizer.step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        optimizer.step()
+    assert sum(max(event.self_cpu_memory_usage, 0) for event in profiler.key_averages()) < 4096
+
+
+def test_the_gil_is_released():
+    import threading
+    import time
+
+    p = torch.nn.Parameter(torch.randn(1 << 24))
+    optimizer = precond.AdamW([p])
+    p.grad = torch.randn(1 << 24)
+    optimizer.step()
+    _C.select_isa("baseline")
+    ticks = []
+    stop = threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(1e-3)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        start = time.perf_counter()
+        optimizer.step()
+        end = time.perf_counter()
+    finally:
+        _C.select_isa("")
+        stop.set()
+        thread.join()
+    inside = [t for t in ticks if start < t < end]
+    assert len(inside) >= (end - start) / 0.1, "another Python thread must run during the update"
+
+
+@pytest.mark.parametrize("use_exchange", ["0", "1"])
+def test_both_ways_to_read_tensors(use_exchange, monkeypatch):
+    monkeypatch.setenv("PRECOND_DLPACK", use_exchange)
+    _backend.reader.cache_clear()
+    try:
+        assert _backend.reader().uses_exchange == (use_exchange == "1")
+        ours, theirs = model(), model()
+        train(ours, precond.AdamW(ours.parameters()))
+        train(theirs, torch.optim.AdamW(theirs.parameters()))
+        assert_close(ours, theirs)
+    finally:
+        _backend.reader.cache_clear()
+
+
+def test_torch_set_num_threads_is_honoured():
+    """The extension shares torch's OpenMP runtime, so both see one setting."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 3)
+        assert _C.openmp_threads() == before + 3
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,223 @@
+"""Bad input raises with name, value and expectation, and leaves everything untouched."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from optimizers import CLASSES
+
+import precond
+
+classes = pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.cls.__name__)
+
+
+def param(*shape, **kwargs):
+    return torch.nn.Parameter(torch.randn(*(shape or (4,)), **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "message"),
+    [
+        ("AdamW", dict(lr=-1.0), r"Invalid learning rate: -1.0 \(lr must be >= 0\)"),
+        ("AdamW", dict(lr=math.nan), "Invalid learning rate: nan"),
+        ("AdamW", dict(lr=torch.tensor([0.1, 0.2])), "Tensor lr must be 1-element, got 2 elements"),
+        ("AdamW", dict(lr=torch.tensor(0.1), foreach=True), "lr as a Tensor is not supported for capturable=False"),
+        ("AdamW", dict(eps=-1e-8), "Invalid epsilon value: -1e-08"),
+        ("AdamW", dict(betas=(1.0, 0.9)), "Invalid beta parameter at index 0: 1.0"),
+        ("AdamW", dict(betas=(0.9, -0.1)), "Invalid beta parameter at index 1: -0.1"),
+        ("AdamW", dict(betas=(0.9, torch.tensor(0.99))), "betas must be either both floats or both Tensors"),
+        ("AdamW", dict(weight_decay=-1), "Invalid weight_decay value: -1"),
+        ("AdamW", dict(l1_decay=-0.1), r"Invalid l1_decay value: -0.1 \(l1_decay must be >= 0\)"),
+        ("AdamW", dict(l1_form="soft"), "l1_form must be 'proximal' or 'subgradient', got 'soft'"),
+        ("AdamW", dict(l1_cap=0.0), "l1_cap must be > 0, got 0.0"),
+        ("AdamW", dict(state_format="fp8"), "state_format must be None or one of fp32, bf16, got 'fp8'"),
+        ("AdamW", dict(backend="gpu"), "backend must be None or one of cpu, triton, reference, got 'gpu'"),
+        ("AdamW", dict(fused=True, foreach=True), "`fused` and `foreach` cannot be `True` together"),
+        ("AdamW", dict(fused=True, differentiable=True), "`fused` does not support `differentiable`"),
+        ("AdamW", dict(differentiable=True), "differentiable must be False"),
+        ("SGD", dict(lr=-0.5), "Invalid learning rate: -0.5"),
+        ("SGD", dict(momentum=-0.5), r"Invalid momentum value: -0.5 \(momentum must be >= 0\)"),
+        ("SGD", dict(weight_decay=-0.5), "Invalid weight_decay value: -0.5"),
+        ("SGD", dict(nesterov=True), "Nesterov momentum requires a momentum and zero dampening, got momentum=0"),
+        ("SGD", dict(lr=torch.ones(3)), "Tensor lr must be 1-element"),
+    ],
+)
+def test_bad_hyper_parameters(cls, kwargs, message):
+    with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=message):
+        getattr(precond, cls)([param()], **kwargs)
+
+
+@classes
+def test_torchs_own_checks_of_parameters_hold(row):
+    with pytest.raises(ValueError, match="empty parameter list"):
+        row.cls([])
+    with pytest.raises(TypeError, match="iterable of Tensors or dicts"):
+        row.cls(param())
+    p = param()
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        row.cls([{"params": [p]}, {"params": [p]}])
+
+
+def grad_of(p, g):
+    p.grad_dtype = None
+    p.grad = g
+    return p
+
+
+def sparse():
+    p = param(4, 3)
+    return [grad_of(p, torch.sparse_coo_tensor([[1]], torch.ones(1, 3), (4, 3), check_invariants=True))]
+
+
+def expanded():
+    base = torch.randn(1, 5)
+    p = base.expand(4, 5).requires_grad_()
+    return [grad_of(p, torch.randn(4, 5))]
+
+
+def self_overlapping():
+    p = torch.randn(10).as_strided((4, 4), (2, 1)).requires_grad_()
+    return [grad_of(p, torch.randn(4, 4))]
+
+
+def shared():
+    base = torch.randn(10)
+    return [grad_of(t.requires_grad_(), torch.randn(6)) for t in (base[:6], base[4:])]
+
+
+def interleaved():
+    base = torch.randn(4, 10)
+    return [grad_of(t.requires_grad_(), torch.randn(4, 5)) for t in (base[:, :5], base[:, 4:9])]
+
+
+@classes
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (sparse, "does not support sparse gradients"),
+        (expanded, r"parameter 0 of group 0 must not overlap itself, got shape \(4, 5\) with strides \(0, 1\)"),
+        (self_overlapping, "parameter 0 of group 0 must not overlap itself"),
+        (shared, "parameter 0 of group 0 and parameter 1 of group 0 must not share memory"),
+        (interleaved, "must not share memory"),
+    ],
+)
+def test_bad_tensors_change_nothing(row, make, message):
+    good = param()
+    good.grad = torch.ones(4)
+    params = [good, *make()]
+    message = message.replace("parameter 1", "parameter 2").replace("parameter 0", "parameter 1")
+    optimizer = row.cls(params, **row.kwargs)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert not optimizer.state
+
+
+@classes
+def test_neighbours_in_one_buffer_are_legal(row):
+    base = torch.randn(4, 11)
+    params = [base[:, ::2].requires_grad_(), base[:, 1::2].requires_grad_()]
+    params += [t.requires_grad_() for t in torch.randn(12).split([3, 4, 5])]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in params]
+    row.cls(params, **row.kwargs).step()
+    assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@classes
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_nan_hyper_parameter_at_a_step_changes_nothing(row, name):
+    p = param()
+    optimizer = row.cls([p], **row.kwargs)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    before, state = p.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.param_groups[0][name] = math.nan
+    with pytest.raises(ValueError, match=f"{name} must be a number, got nan"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    assert all(torch.equal(v, state[0][k]) for k, v in optimizer.state_dict()["state"][0].items())
+
+
+@classes
+def test_a_state_of_the_wrong_shape_is_named(row):
+    p = param()
+    optimizer = row.cls([p], **row.kwargs)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    key = optimizer._names(row.rule)[0]
+    optimizer.state[p][key] = torch.zeros(5)
+    with pytest.raises(RuntimeError, match=rf"{key} of parameter 0 of group 0 must have shape \(4,\)"):
+        optimizer.step()
+
+
+@classes
+def test_a_forced_backend_that_cannot_take_a_tensor_says_why(row):
+    p = param(dtype=torch.float64)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=r"backend='cpu' must get float32 or bfloat16 .* got torch.float64 on cpu"):
+        row.cls([p], **row.kwargs, backend="cpu").step()
+
+
+def test_capturable_on_the_cpu_is_an_error():
+    p = param()
+    p.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match="capturable must be False for parameters on the CPU"):
+        precond.AdamW([p], capturable=True).step()
+
+
+def run_python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"PRECOND_ISA": "mmx"}, "PRECOND_ISA must be one of .*baseline.* on this CPU, got mmx"),
+        ({"PRECOND_BACKEND": "gpu"}, "backend must be None or one of cpu, triton, reference, got 'gpu'"),
+        ({"PRECOND_BACKEND": "triton", "TRITON_INTERPRET": "0"}, "backend='triton' cannot run here"),
+    ],
+)
+def test_wrong_environment_variables_are_errors(env, message):
+    result = run_python("import torch, precond; precond.SGD([torch.nn.Parameter(torch.ones(1))])", **env)
+    assert result.returncode != 0
+    import re
+
+    assert re.search(message, result.stderr), result.stderr
+
+
+def test_environment_variables_choose():
+    result = run_python(
+        "import precond; from precond import _C, _backend; print(_C.selected_isa(), _backend.check(None))",
+        PRECOND_ISA="baseline",
+        PRECOND_BACKEND="reference",
+    )
+    assert result.stdout.split() == ["baseline", "reference"], result.stderr
+
+
+def test_without_the_extension_the_reference_backend_serves_and_cpu_says_why():
+    code = """
+import sys
+sys.modules["precond._C"] = None
+import torch, precond
+p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
+precond.AdamW([p]).step()
+print(p.tolist()[0] < 1)
+try:
+    precond.AdamW([p], backend="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+    result = run_python(code)
+    assert "True" in result.stdout, result.stderr
+    assert "backend='cpu' cannot run here: the compiled extension is missing" in result.stdout

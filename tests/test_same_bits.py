@@ -1,0 +1,195 @@
+"""The promise: the same bits whatever the threads, chunks, order, alignment, instruction set or backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import bits_equal, gradient, guarded, nasty_values, random_values
+from optimizers import OPTIMIZERS
+
+from precond import _C, _backend
+
+rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+SIZES = [1, 7, 64, 300, 513, 2049, 40_000]
+
+
+def train(row, dtype, *, sizes=SIZES, steps=20, layout="contiguous", backend="cpu", make=random_values, g_dtype=None):
+    """Parameters and states after some steps on gradients that depend on the seed alone."""
+    torch.manual_seed(1)
+    values = [make(n).to(dtype) for n in sizes] if make is nasty_values else [make((n,), dtype) for n in sizes]
+    params = [guarded(v, layout).tensor.requires_grad_() for v in values]
+    optimizer = row.cls(params, **row.kwargs, backend=backend)
+    for _ in range(steps):
+        for p in params:
+            p.grad_dtype = None
+            g = make(p.numel()) if make is nasty_values else make(p.shape)
+            p.grad = g.to(g_dtype or dtype)
+        optimizer.step()
+    return [t for p in params for t in (p.detach(), *optimizer._states(p, row.rule).values())]
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    assert all(bits_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@rows
+@dtypes
+def test_instruction_sets_agree(row, dtype, isa):
+    expected = train(row, dtype)
+    _C.select_isa("baseline")
+    assert_same(train(row, dtype), expected)
+
+
+@rows
+@dtypes
+def test_instruction_sets_agree_on_nan_inf_and_denormals(row, dtype, isa):
+    expected = train(row, dtype, make=nasty_values)
+    assert any(torch.isnan(t).any() for t in expected)
+    _C.select_isa("baseline")
+    assert_same(train(row, dtype, make=nasty_values), expected)
+
+
+@rows
+@dtypes
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_thread_counts_agree(row, dtype, threads, one_thread):
+    expected = train(row, dtype)
+    torch.set_num_threads(threads)
+    assert_same(train(row, dtype), expected)
+
+
+@rows
+@pytest.mark.parametrize("chunk", [1, 256, 1000, 1 << 20])
+def test_chunk_sizes_agree(row, chunk, monkeypatch):
+    expected = train(row, torch.float32)
+    monkeypatch.setattr(_backend._C, "default_chunk", chunk)
+    assert_same(train(row, torch.float32), expected)
+
+
+@rows
+@dtypes
+def test_alignments_and_strides_agree(row, dtype):
+    expected = train(row, dtype)
+    assert_same(train(row, dtype, layout="offset"), expected)
+    assert_same(train(row, dtype, layout="strided"), expected)
+
+
+@rows
+def test_gradient_layouts_agree(row):
+    def step(layout):
+        torch.manual_seed(3)
+        p = torch.nn.Parameter(random_values((12, 5, 4, 6)))
+        optimizer = row.cls([p], **row.kwargs, backend="cpu")
+        for _ in range(3):
+            p.grad = gradient(random_values(p.shape), layout, p)
+            optimizer.step()
+        return [p.detach(), *optimizer._states(p, row.rule).values()]
+
+    for layout in ("transposed", "channels_last", "strided"):
+        assert_same(step(layout), step("contiguous"))
+
+
+@rows
+def test_the_order_of_tensors_does_not_matter(row):
+    def step(order):
+        torch.manual_seed(5)
+        params = [torch.nn.Parameter(random_values((n,))) for n in SIZES]
+        grads = [random_values((n,)) for n in SIZES]
+        optimizer = row.cls([params[i] for i in order], **row.kwargs, backend="cpu")
+        for _ in range(3):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    forward = list(range(len(SIZES)))
+    assert_same(step(forward), step(forward[::-1]))
+
+
+@rows
+def test_flushing_denormals_outside_does_not_change_the_update(row):
+    values, *grads = (random_values((40_000,), scale=1e-38) for _ in range(5))
+
+    def step(flush):
+        p = torch.nn.Parameter(values.clone())
+        optimizer = row.cls([p], **row.kwargs, backend="cpu")
+        assert torch.set_flush_denormal(flush)
+        try:
+            for g in grads:
+                p.grad = g
+                optimizer.step()
+            flushes = (torch.tensor([1e-40]) * 1).item() == 0.0
+        finally:
+            torch.set_flush_denormal(False)
+        assert flushes == flush, "the caller's setting must survive the step"
+        return [p.detach(), *optimizer._states(p, row.rule).values()]
+
+    expected = step(False)
+    assert any(((t.abs() < 1.1e-38) & (t != 0)).any() for t in expected)
+    assert_same(step(True), expected)
+
+
+TRITON_SIZES = [1, 64, 300, 1023, 1025]
+
+
+@rows
+@pytest.mark.parametrize(
+    ("dtype", "g_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("make", [random_values, nasty_values])
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy's, in the interpreter
+def test_triton_in_the_interpreter_agrees(row, dtype, g_dtype, make):
+    kwargs = dict(sizes=TRITON_SIZES, steps=5, make=make, g_dtype=g_dtype)
+    assert_same(train(row, dtype, backend="triton", **kwargs), train(row, dtype, backend="cpu", **kwargs))
+
+
+@pytest.mark.parametrize("row", OPTIMIZERS[:4], ids=str)
+@pytest.mark.parametrize("layout", ["offset", "strided"])
+def test_triton_takes_every_layout(row, layout):
+    kwargs = dict(sizes=[300, 1025], steps=2, layout=layout)
+    assert_same(
+        train(row, torch.float32, backend="triton", **kwargs), train(row, torch.float32, backend="cpu", **kwargs)
+    )
+
+
+@pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+def test_the_scalars_of_both_texts_are_the_same_bits(row):
+    from precond import triton_kernels
+    from precond.triton_kernels import scalars
+
+    rule = triton_kernels.RULES[row.rule]
+    number, states, names = _C.rules[row.rule]
+    assert (rule.states, list(rule.hyper)) == (states, names)
+    generator = torch.Generator().manual_seed(0)
+    for step in (1, 2, 3, 10, 1000, 123_456, 2**24):
+        hyper = torch.rand(len(names), generator=generator, dtype=torch.float64)
+        expected = torch.tensor(_C.scalars(row.rule, hyper.tolist(), step, step == 1))
+        written = torch.full((scalars.ROW_FLOATS.value,), 7.0)
+        scalars.prologue[(1,)](
+            hyper,
+            torch.tensor([float(step)]),
+            torch.tensor([step == 1], dtype=torch.int32),
+            written,
+            1,
+            SCALARS=rule.scalars,
+            HYPERS=len(rule.hyper),
+            ROW=scalars.ROW_FLOATS.value,
+            BLOCK=1,
+        )
+        assert bits_equal(written[: len(expected)], expected)

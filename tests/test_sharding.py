@@ -1,0 +1,57 @@
+"""The two places that know of DTensor, on a mesh of one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import bits_equal
+from optimizers import OPTIMIZERS
+
+from precond import _sharding
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+def test_a_dtensor_is_updated_like_its_local_tensor(row, mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    values = torch.randn(6, 10)
+    plain = torch.nn.Parameter(values.clone())
+    sharded = torch.nn.Parameter(distribute_tensor(values.clone(), mesh, [Shard(0)]))
+    a, b = row.cls([plain], **row.kwargs), row.cls([sharded], **row.kwargs)
+    for _ in range(3):
+        g = torch.randn(6, 10)
+        plain.grad, sharded.grad = g, distribute_tensor(g.clone(), mesh, [Shard(0)])
+        a.step()
+        b.step()
+    assert bits_equal(plain, sharded.to_local())
+    for key in b._names(row.rule):
+        assert b.state[sharded][key].placements == sharded.placements
+    assert len(b._plans) == 1
+
+
+def test_local_gives_plain_tensors_back():
+    tensor = torch.ones(3)
+    assert _sharding.local(tensor) is tensor
+
+
+def test_reduce_adds_over_the_meshes_of_sharded_tensors_only(mesh):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    values = torch.randn(4, 4)
+    sharded, whole = (distribute_tensor(values, mesh, [placement]) for placement in (Shard(0), Replicate()))
+    total = values.square().sum()
+    for tensors in ([values], [whole], [sharded], [sharded, whole, values]):
+        assert torch.equal(_sharding.reduce(total.clone(), tensors), total)

@@ -26,92 +26,101 @@ struct alignas(64) Tile {
   float value[kTile];
 };
 
-PRECOND_INLINE bool is_direct(const Operand& operand) {
-  return operand.format == Format::fp32 && operand.strides == kDense;
-}
-
-// The operand's values as dense fp32: in place where memory already holds that, else decoded into the tile.
-PRECOND_INLINE float* load(const Operand& operand, const Strides* strides, int64_t begin, int64_t n, Tile& tile) {
-  if (is_direct(operand)) return reinterpret_cast<float*>(operand.data) + begin;
+// The operand's values as dense fp32, in the tile. Not inlined: five operands times formats times strides in every rule
+// made 60 KB of code each, and a call per tile costs nothing.
+__attribute__((noinline)) inline void load(const Operand& operand, const Strides* strides, int64_t begin, int64_t n, Tile& tile) {
   with_format(operand.format, [&](auto format) {
     using Stored = typename decltype(format)::Stored;
     Stored* data = reinterpret_cast<Stored*>(operand.data);
     if (operand.strides == kDense) {
-      format.decode(data + begin, n, tile.value);
+      decode(format, data + begin, n, tile.value);
     } else {
       Stored gathered[kTile];
       copy_strided<true>(strides[operand.strides], data, begin, n, gathered);
-      format.decode(gathered, n, tile.value);
+      decode(format, gathered, n, tile.value);
     }
   });
-  return tile.value;
 }
 
-PRECOND_INLINE void store(const Operand& operand, const Strides* strides, int64_t begin, int64_t n, const Tile& tile) {
-  if (is_direct(operand)) return;
+__attribute__((noinline)) inline void store(const Operand& operand, const Strides* strides, int64_t begin, int64_t n, const Tile& tile) {
   with_format(operand.format, [&](auto format) {
     using Stored = typename decltype(format)::Stored;
     Stored* data = reinterpret_cast<Stored*>(operand.data);
-    const auto prepared = format.prepare(tile.value, n);
+    const auto prepared = prepare(format, tile.value, n);
     if (operand.strides == kDense) {
-      format.encode(tile.value, n, prepared, data + begin);
+      encode(format, tile.value, n, prepared, data + begin);
     } else {
       Stored encoded[kTile];
-      format.encode(tile.value, n, prepared, encoded);
+      encode(format, tile.value, n, prepared, encoded);
       copy_strided<false>(strides[operand.strides], data, begin, n, encoded);
     }
   });
 }
 
-PRECOND_INLINE const float* scaled(const float* g, float coef, int64_t n, Tile& tile) {
-  if (coef == 1.0f) return g;
-  // g may already be the tile: an element-wise loop in place is fine.
+// Element by element in one loop, straight from and to memory: nothing waits for a divider that works on another tile.
+// 32M bf16 AdamW, 2 threads, AVX-512: 9.7 ms through tiles, 7.8 ms so.
+template <class Rule, class Format, class... States>
+PRECOND_INLINE void apply(Format, const Rule rule, float coef, int64_t n, typename Format::Stored* __restrict p,
+                          const typename Format::Stored* __restrict g, States* __restrict... s) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) tile.value[i] = coef * g[i];
-  return tile.value;
+  for (int64_t i = 0; i < n; ++i) {
+    float p_value = Format::value(p[i]);
+    [&](auto... s_value) __attribute__((always_inline)) {
+      rule(p_value, coef * Format::value(g[i]), s_value...);
+      ((s[i] = Format::stored(s_value)), ...);
+    }(Format::value(s[i])...);
+    p[i] = Format::stored(p_value);
+  }
 }
 
-// A state's pointer, for the parameter pack of apply().
-template <int>
-using StatePointer = float*;
+// True where every operand of the tensor is dense and in p's format.
+template <int kStates>
+PRECOND_INLINE bool is_uniform(const Tensor& t) {
+  bool uniform = t.p.strides == kDense && t.g.strides == kDense && t.g.format == t.p.format;
+  for (int k = 0; k < kStates; ++k)
+    uniform = uniform && t.state[k].strides == kDense && t.state[k].format == t.p.format;
+  return uniform;
+}
 
 template <class Rule, int... I>
-PRECOND_INLINE void apply(const Rule& rule, int64_t n, float* p, const float* g, float* const* s,
-                          std::integer_sequence<int, I...>) {
-  [](const Rule r, int64_t count, float* __restrict pp, const float* __restrict gg,
-     StatePointer<I> __restrict... ss) __attribute__((always_inline)) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) r(pp[i], gg[i], ss[i]...);
-  }(rule, n, p, g, s[I]...);
+PRECOND_INLINE void update_uniform(const ChunkArgs& a, const Rule& rule, float coef, std::integer_sequence<int, I...>) {
+  with_format(a.tensor->p.format, [&](auto format) {
+    using Stored = typename decltype(format)::Stored;
+    const auto at = [&](const Operand& operand) { return reinterpret_cast<Stored*>(operand.data) + a.begin; };
+    apply(format, rule, coef, a.count, at(a.tensor->p), at(a.tensor->g), at(a.tensor->state[I])...);
+  });
+}
+
+// Through tiles of fp32, so that work grows as rules + formats, not as their product.
+template <class Rule, int... I>
+PRECOND_INLINE void update_tiled(const ChunkArgs& a, const Rule& rule, float coef, std::integer_sequence<int, I...>) {
+  const Tensor& t = *a.tensor;
+  Tile p, g, s[sizeof...(I) + 1];
+  for (int64_t begin = a.begin, end = a.begin + a.count; begin < end; begin += kTile) {
+    const int64_t n = end - begin < kTile ? end - begin : kTile;
+    load(t.p, a.strides, begin, n, p);
+    load(t.g, a.strides, begin, n, g);
+    (load(t.state[I], a.strides, begin, n, s[I]), ...);
+
+    apply(Fp32{}, rule, coef, n, p.value, g.value, s[I].value...);
+
+    store(t.p, a.strides, begin, n, p);
+    (store(t.state[I], a.strides, begin, n, s[I]), ...);
+  }
 }
 
 template <class Rule>
 void update_chunk(const ChunkArgs& a) {
   if (a.control->skip != 0.0f) return;
-  constexpr int kStates = Rule::kStates;
   Rule rule;
   std::memcpy(&rule, a.row, sizeof rule);
-  const Tensor& t = *a.tensor;
+  // Multiplying by 1 changes no bit, so there is no case without a coefficient.
   const float coef = a.sign * a.control->grad_coef;
-
-  bool direct = is_direct(t.p) && is_direct(t.g) && coef == 1.0f;
-  for (int k = 0; k < kStates; ++k) direct = direct && is_direct(t.state[k]);
-  const int64_t tile = direct ? a.count : kTile;
-
-  Tile p_tile, g_tile, s_tile[kStates > 0 ? kStates : 1];
-  const int64_t end = a.begin + a.count;
-  for (int64_t i = a.begin; i < end; i += tile) {
-    const int64_t n = end - i < tile ? end - i : tile;
-    float* p = load(t.p, a.strides, i, n, p_tile);
-    const float* g = scaled(load(t.g, a.strides, i, n, g_tile), coef, n, g_tile);
-    float* s[kStates > 0 ? kStates : 1];
-    for (int k = 0; k < kStates; ++k) s[k] = load(t.state[k], a.strides, i, n, s_tile[k]);
-
-    apply(rule, n, p, g, s, std::make_integer_sequence<int, kStates>{});
-
-    store(t.p, a.strides, i, n, p_tile);
-    for (int k = 0; k < kStates; ++k) store(t.state[k], a.strides, i, n, s_tile[k]);
-  }
+  const auto states = std::make_integer_sequence<int, Rule::kStates>{};
+  if (is_uniform<Rule::kStates>(*a.tensor))
+    update_uniform(a, rule, coef, states);
+  else
+    update_tiled(a, rule, coef, states);
 }
 
 }  // namespace PRECOND_ISA

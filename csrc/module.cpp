@@ -48,7 +48,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("version") = PRECOND_VERSION;
   m.attr("compiler") = PRECOND_COMPILER;
   m.attr("chunk_align") = kChunkAlign;
-  m.attr("default_chunk") = kDefaultChunk;
 
   py::dict table;
   for (const RuleInfo& info : rules()) table[info.name] = py::make_tuple(rule_number(info.name), info.states, info.hyper);
@@ -74,5 +73,5 @@ PYBIND11_MODULE(_C, m) {
       .def("seal", &TensorPlan::seal, py::arg("state"))
       .def("step", &TensorPlan::step, py::arg("param_groups"), py::arg("state"), py::arg("inputs"), py::arg("rows"),
            py::arg("grad_coef"), py::arg("skip"), py::arg("threads"))
-      .def_property_readonly("chunks", [](TensorPlan& p) { return p.plan().chunks().size(); });
+      .def("chunks", [](TensorPlan& p, int threads) { return p.plan().chunks(threads).size(); }, py::arg("threads"));
 }

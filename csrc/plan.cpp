@@ -40,21 +40,37 @@ class IeeeDenormals {
 
 }  // namespace
 
-Plan::Plan(int64_t chunk) : chunk_((std::max<int64_t>(chunk, 1) + kChunkAlign - 1) / kChunkAlign * kChunkAlign) {}
-
 int32_t Plan::add(const Tensor& tensor) {
-  const int32_t index = int32_t(tensors_.size());
   tensors_.push_back(tensor);
-  for (int64_t begin = 0; begin < tensor.numel; begin += chunk_) {
-    const int64_t count = std::min(chunk_, tensor.numel - begin);
-    if (batch_cost_ + count > chunk_ && batch_cost_ > 0) {
-      batches_.push_back(int32_t(chunks_.size()));
-      batch_cost_ = 0;
-    }
-    chunks_.push_back({index, begin, count});
-    batch_cost_ += count + kChunkOverhead;
+  cut_for_ = 0;
+  return int32_t(tensors_.size()) - 1;
+}
+
+const std::vector<Chunk>& Plan::chunks(int threads) {
+  if (cut_for_ == threads) return chunks_;
+  cut_for_ = threads;
+  int64_t size = fixed_chunk_;
+  if (size == 0) {
+    int64_t total = 0;
+    for (const Tensor& t : tensors_) total += t.numel;
+    size = std::clamp(total / (kChunksPerThread * threads), kMinChunk, kMaxChunk);
   }
-  return index;
+  size = (size + kChunkAlign - 1) / kChunkAlign * kChunkAlign;
+  chunks_.clear();
+  batches_.assign(1, 0);
+  int64_t cost = 0;
+  for (int32_t i = 0; i < int32_t(tensors_.size()); ++i) {
+    for (int64_t begin = 0; begin < tensors_[i].numel; begin += size) {
+      const int64_t count = std::min(size, tensors_[i].numel - begin);
+      if (cost > 0 && cost + count > size) {
+        batches_.push_back(int32_t(chunks_.size()));
+        cost = 0;
+      }
+      chunks_.push_back({i, begin, count});
+      cost += count + kChunkOverhead;
+    }
+  }
+  return chunks_;
 }
 
 int32_t Plan::add_strides(const Strides& strides) {
@@ -90,20 +106,20 @@ void Plan::run(const std::vector<GroupRow>& groups, const Control& control, int 
   int64_t elements = 0;
   for (const Tensor& t : tensors_)
     if (t.active) elements += t.numel;
-  const int64_t batches = int64_t(batches_.size());
   if (elements < kSerialElements) threads = 1;
+  const std::vector<Chunk>& all = chunks(threads);
+  const int64_t count = int64_t(all.size()), batches = int64_t(batches_.size());
   threads = int(std::min<int64_t>(threads, batches));
 
   const UpdateChunk* update = update_table();
-  const int64_t chunks = int64_t(chunks_.size());
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const IeeeDenormals ieee;
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t b = 0; b < batches; ++b) {
-      const int64_t end = b + 1 < batches ? batches_[b + 1] : chunks;
+      const int64_t end = b + 1 < batches ? batches_[b + 1] : count;
       for (int64_t c = batches_[b]; c < end; ++c) {
-        const Chunk& chunk = chunks_[c];
+        const Chunk& chunk = all[c];
         const Tensor& t = tensors_[chunk.tensor];
         if (!t.active) continue;
         update[t.rule]({&t, strides_.data(), &rows_[size_t(t.row) * kRowFloats], &control, groups[t.group].sign,

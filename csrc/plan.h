@@ -13,7 +13,10 @@ namespace precond {
 
 // Chunks begin at multiples of this many elements, so that a later format's groups never straddle two of them.
 constexpr int64_t kChunkAlign = 256;
-constexpr int64_t kDefaultChunk = 32768;
+// Each thread gets about kChunksPerThread chunks, of a size within these bounds. Short chunks restart the hardware
+// prefetchers too often: fp32 AdamW on 32M elements, 2 threads, in units of torch's fused step: 1.24 at 8K, 1.05 at 32K,
+// 0.99 at 128K, 0.98 at 1M.
+constexpr int64_t kChunksPerThread = 8, kMinChunk = 32768, kMaxChunk = 1 << 20;
 
 // One tensor's memory: p, g or a state. `strides` is an index into the plan's list, or kDense.
 constexpr int32_t kDense = -1;
@@ -56,8 +59,8 @@ struct GroupRow {
 
 class Plan {
  public:
-  // chunk: elements per chunk, rounded up to a multiple of kChunkAlign.
-  explicit Plan(int64_t chunk = kDefaultChunk);
+  // chunk: elements per chunk, rounded up to a multiple of kChunkAlign; 0 chooses by size and threads.
+  explicit Plan(int64_t chunk = 0) : fixed_chunk_(chunk) {}
 
   int32_t add(const Tensor& tensor);
   int32_t add_strides(const Strides& strides);
@@ -67,7 +70,8 @@ class Plan {
   int64_t size() const { return int64_t(tensors_.size()); }
   Strides& strides(int32_t i) { return strides_[i]; }
   const Strides& strides(int32_t i) const { return strides_[i]; }
-  const std::vector<Chunk>& chunks() const { return chunks_; }
+  // The chunks for a number of threads. Cuts them anew when that, or the list of tensors, has changed.
+  const std::vector<Chunk>& chunks(int threads);
 
   // Advances the step counters of the active tensors and updates them. Changes nothing when control.skip is set.
   void run(const std::vector<GroupRow>& groups, const Control& control, int threads);
@@ -75,12 +79,12 @@ class Plan {
  private:
   void fill_rows(const std::vector<GroupRow>& groups);
 
-  int64_t chunk_;
+  int64_t fixed_chunk_;
+  int cut_for_ = 0;  // threads that chunks_ was cut for; 0: not cut yet
   std::vector<Tensor> tensors_;
   std::vector<Strides> strides_;
   std::vector<Chunk> chunks_;
-  std::vector<int32_t> batches_{0};  // chunk ranges of about one chunk's work: what a thread takes at a time
-  int64_t batch_cost_ = 0;
+  std::vector<int32_t> batches_;  // first chunks of ranges of about one full chunk's work: what a thread takes at a time
   std::vector<float> rows_;  // kRowFloats each, shared by tensors with the same group and step
 };
 

@@ -16,6 +16,9 @@ bool format_of(const std::string& dtype, Format* format) {
   return false;
 }
 
+// How many entries ahead to prefetch.
+constexpr size_t kAhead = 3;
+
 bool same_dims(const int64_t* a, const int64_t* b, int n) {
   for (int i = 0; i < n; ++i)
     if (a[i] != b[i]) return false;
@@ -89,6 +92,29 @@ TensorPlan::TensorPlan(const Reader& reader, const std::vector<std::string>& sta
   grad_name_ = intern("grad");
 }
 
+// The lines that reading a tensor touches, in the order of the look-ups.
+void TensorPlan::Trace::prefetch() const {
+  const char* o = static_cast<const char*>(object);
+  const char* s = static_cast<const char*>(shape);
+  __builtin_prefetch(o);
+  __builtin_prefetch(o + 24);
+  __builtin_prefetch(s - 64);
+  __builtin_prefetch(s);
+  __builtin_prefetch(s + 64);
+  __builtin_prefetch(storage);
+  __builtin_prefetch(static_cast<const char*>(storage) + 59);
+}
+
+TensorPlan::Trace TensorPlan::trace(py::handle tensor, const View& view) const {
+  Trace trace{tensor.ptr(), view.shape, nullptr};
+  try {
+    trace.storage = reinterpret_cast<const void*>(tensor.attr("untyped_storage")().attr("_cdata").cast<uintptr_t>());
+  } catch (py::error_already_set&) {
+    // A tensor without such a storage is only read more slowly.
+  }
+  return trace;
+}
+
 bool TensorPlan::same_shape(const Entry& entry, const View& view) const {
   return view.ndim == entry.ndim && same_dims(view.shape, &dims_[entry.dims], entry.ndim);
 }
@@ -137,6 +163,8 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
   for (int d = 0; d < view.ndim; ++d) tensor.numel *= view.shape[d];
   int32_t slot = kDense;
   tensor.p = place(entry, view, &slot, "a parameter");
+  Traces traces;
+  traces.p = trace(param, view);
   for (int k = 0; k < rules()[rule].states; ++k) {
     reader_.read(state[state_names_[k]].ptr(), &view);
     if (!view.usable || !same_shape(entry, view))
@@ -144,17 +172,21 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
                            " must be a float32 or bfloat16 CPU tensor of its parameter's shape");
     slot = kDense;
     tensor.state[k] = place(entry, view, &slot, "a state");
+    traces.state[k] = trace(state[state_names_[k]], view);
   }
   if (step_name_) {
     reader_.read(state[step_name_].ptr(), &view);
     tensor.step = reinterpret_cast<float*>(view.data);
+    traces.state[kMaxStates] = trace(state[step_name_], view);
   }
   entry.tensor = plan_.add(tensor);
   entries_.push_back(entry);
+  traces_.push_back(traces);
 }
 
 void TensorPlan::defer(py::handle param) {
   entries_.emplace_back();
+  traces_.emplace_back();
   entries_.back().param = param.ptr();
   entries_.back().kind = Kind::kDeferred;
 }
@@ -223,6 +255,11 @@ bool TensorPlan::refresh(const py::list& param_groups, const py::dict& state, co
     const py::list params = param_groups[g][params_name_];
     for (const py::handle param : params) {
       if (next == entries_.size() || entries_[next].param != param.ptr()) return false;
+      if (next + kAhead < traces_.size()) {
+        traces_[next + kAhead].p.prefetch();
+        traces_[next + kAhead].g.prefetch();
+      }
+      Trace& g_trace = traces_[next].g;
       Entry& entry = entries_[next++];
       if (entry.kind == Kind::kIgnored) continue;
       py::object gradient = gradient_of(param.ptr(), inputs);
@@ -238,6 +275,11 @@ bool TensorPlan::refresh(const py::list& param_groups, const py::dict& state, co
       if (!same_place(tensor.p, entry, view) || !same_strides(entry, view)) return false;
       reader_.read(gradient.ptr(), &view);
       if (!view.usable || !same_shape(entry, view)) return false;
+      // A gradient that stays from step to step is worth a look at its storage, once; a new one is in the cache anyway.
+      if (g_trace.object != gradient.ptr())
+        g_trace = {gradient.ptr(), view.shape, nullptr};
+      else if (g_trace.storage == nullptr)
+        g_trace = trace(gradient, view);
       if (tensor.p.strides == kDense && same_strides(entry, view))
         tensor.g = {view.data, view.format, kDense};
       else
@@ -255,6 +297,11 @@ bool TensorPlan::refresh(const py::list& param_groups, const py::dict& state, co
   while (PyDict_Next(state.ptr(), &position, &key, &value)) {
     if (item == state_items_.size() || state_items_[item].first != key) return false;
     const int32_t index = state_items_[item++].second;
+    if (item + kAhead < state_items_.size() && state_items_[item + kAhead].second >= 0) {
+      const Traces& ahead = traces_[state_items_[item + kAhead].second];
+      for (const Trace& trace : ahead.state)
+        if (trace.object != nullptr) trace.prefetch();
+    }
     if (index < 0 || !plan_.tensor(entries_[index].tensor).active) continue;
     if (!same_state(entries_[index], value, &view)) return false;
   }

@@ -71,7 +71,17 @@ class TensorPlan {
 
  private:
   enum class Kind : int32_t { kUpdated, kDeferred, kIgnored };
-  // Small, because a step over ten thousand tensors is bound by cache misses: shapes and strides lie in dims_.
+  // Where a tensor was described when it was last read: its Python object, its sizes and its storage. Only prefetched, so
+  // it may be out of date. A step over ten thousand tensors is bound by cache misses on exactly these.
+  struct Trace {
+    const void* object = nullptr;
+    const void* shape = nullptr;
+    const void* storage = nullptr;
+    void prefetch() const;
+  };
+  struct Traces {
+    Trace p, g, state[kMaxStates + 1];  // the last one: the step counter
+  };
   struct Entry {
     PyObject* param;
     Kind kind;
@@ -83,6 +93,7 @@ class TensorPlan {
 
   bool refresh(const py::list& param_groups, const py::dict& state, const py::dict& inputs,
                const std::vector<GroupRow>& rows, std::vector<py::object>* grads);
+  Trace trace(py::handle tensor, const View& view) const;
   py::object gradient_of(PyObject* param, const py::dict& inputs) const;
   bool same_state(const Entry& entry, PyObject* param_state, View* view) const;
   bool same_place(const Operand& operand, const Entry& entry, const View& view) const;
@@ -95,6 +106,7 @@ class TensorPlan {
   py::object step_name_, params_name_, grad_name_;
   Plan plan_;
   std::vector<Entry> entries_;
+  std::vector<Traces> traces_;  // of each entry
   std::vector<int64_t> dims_;
   std::vector<std::pair<PyObject*, int32_t>> state_items_;  // key and entry of each item of optimizer.state
 };

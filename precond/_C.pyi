@@ -6,7 +6,6 @@ from typing import Any
 version: str
 compiler: str
 chunk_align: int
-default_chunk: int
 #: name -> (number, count of states, names of the hyper-parameters)
 rules: dict[str, tuple[int, int, list[str]]]
 
@@ -37,5 +36,4 @@ class Plan:
         skip: float,
         threads: int,
     ) -> list[Any] | None: ...
-    @property
-    def chunks(self) -> int: ...
+    def chunks(self, threads: int) -> int: ...

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from ._optimizer import FusedOptimizer
 
 
+# Elements per chunk; 0 lets the plan choose.
+_CHUNK = 0
+
+
 class Row(NamedTuple):
     """What a group asks for in this step: a rule, the sign of its gradients, and the rule's hyper-parameters."""
 
@@ -119,7 +123,7 @@ class StepPlan:
         assert _backend._C is not None
         rules = _backend._C.rules
         step_name = "step" if optimizer._counts_steps else ""
-        plan = _backend._C.Plan(_backend.reader(), list(optimizer._state_names), step_name, _backend._C.default_chunk)
+        plan = _backend._C.Plan(_backend.reader(), list(optimizer._state_names), step_name, _CHUNK)
         for index, (group, row) in enumerate(zip(optimizer.param_groups, rows, strict=True)):
             for p in group["params"]:
                 if p in fast:

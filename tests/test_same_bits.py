@@ -7,7 +7,7 @@ import torch
 from cases import bits_equal, gradient, guarded, nasty_values, random_values
 from optimizers import OPTIMIZERS
 
-from precond import _C, _backend
+from precond import _C, _plan
 
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -72,7 +72,7 @@ def test_thread_counts_agree(row, dtype, threads, one_thread):
 @pytest.mark.parametrize("chunk", [1, 256, 1000, 1 << 20])
 def test_chunk_sizes_agree(row, chunk, monkeypatch):
     expected = train(row, torch.float32)
-    monkeypatch.setattr(_backend._C, "default_chunk", chunk)
+    monkeypatch.setattr(_plan, "_CHUNK", chunk)
     assert_same(train(row, torch.float32), expected)
 
 

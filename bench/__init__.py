@@ -1,0 +1,8 @@
+"""Benchmarks and the demo: ``python -m bench --help``. A benchmark refuses to time what fails parity."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# The table of optimizers and the parity check are the tests' own.
+sys.path.insert(0, str(ROOT / "tests"))

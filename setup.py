@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ ROOT = Path(__file__).resolve().parent
 
 
 def tool(name: str) -> str:
-    path = shutil.which(name)
+    """A build tool, first from beside the interpreter: a virtual environment need not be on PATH."""
+    path = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if path is None:
         sys.exit(f"precond: {name} is needed to build the extension and was not found on PATH")
     return path

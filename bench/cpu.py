@@ -27,6 +27,8 @@ from . import ROOT, timing
 
 MILLION = 1 << 20
 F32, BF16 = torch.float32, torch.bfloat16
+HOST = "host time of a step on 1000 tiny tensors"
+IMPORT = "import of precond after torch"
 
 
 @dataclasses.dataclass
@@ -171,7 +173,6 @@ def host_time(seconds: float) -> dict[str, object]:
     us = {name: statistics.median(values) * 1e6 for name, values in times.items()}
     rest = us["step"] - us[".grad"] - us["addresses"] - us["versions"]
     return {
-        "case": "host time of a step on 1000 tiny tensors",
         "us": us | {"rest": rest},
         "targets": [
             {"of": "step, ms", "ratio": us["step"] / 1e3, "target": 0.4, "met": us["step"] <= 400},
@@ -188,7 +189,6 @@ def import_time() -> dict[str, object]:
     ]
     ms = statistics.median(times) * 1e3
     return {
-        "case": "import of precond after torch",
         "targets": [{"of": "import, ms", "ratio": ms, "target": 50.0, "met": ms <= 50}],
     }
 
@@ -221,13 +221,11 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     check_parity()
     copy = copy_bandwidth()
-    results = []
-    for case in tqdm([c for c in adamw_cases() if arguments.only in c.name], desc="cases", leave=False):
-        results.append(run_case(case, arguments.seconds, copy))
-    for extra in (host_time, lambda _: import_time()):
-        result = extra(arguments.seconds)
-        if arguments.only in result["case"]:
-            results.append(result)
+    cases = [case for case in adamw_cases() if arguments.only in case.name]
+    results = [run_case(case, arguments.seconds, copy) for case in tqdm(cases, desc="cases", leave=False)]
+    for name, measure in {HOST: lambda: host_time(arguments.seconds), IMPORT: import_time}.items():
+        if arguments.only in name:
+            results.append({"case": name, **measure()})
     report = {"environment": timing.environment(), "copy_gb_per_s": copy, "results": results}
     path = arguments.json or ROOT / "bench" / "results" / "cpu.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -172,7 +172,9 @@ def draw(runs: list[Run], path: Path, title: str) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if any")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if any"
+    )
     parser.add_argument("--steps", type=int, default=400, help="steps of each run (default 400)")
     parser.add_argument("--minutes", type=float, default=3.0, help="cut the steps so that both runs fit (default 3)")
     parser.add_argument("--batch", type=int, default=16, help="sequences per step (default 16)")
@@ -197,7 +199,11 @@ def run(arguments: argparse.Namespace) -> None:
         "precond.AdamW": lambda params: precond.AdamW(params, **common),
     }
     steps = affordable_steps(text, makers["precond.AdamW"], arguments)
-    cut = "" if steps == arguments.steps else f" (cut from {arguments.steps} to stay within {arguments.minutes:g} minutes)"
+    cut = (
+        ""
+        if steps == arguments.steps
+        else f" (cut from {arguments.steps} to stay within {arguments.minutes:g} minutes)"
+    )
     print(f"{len(text) / 1e6:.1f} MB of Python source, {steps} steps per run{cut}, on {arguments.device}")
     runs = [train(name, make, text, steps, arguments) for name, make in makers.items()]
 

@@ -28,7 +28,8 @@ struct alignas(64) Tile {
 
 // The operand's values as dense fp32, in the tile. Not inlined: five operands times formats times strides in every rule
 // made 60 KB of code each, and a call per tile costs nothing.
-__attribute__((noinline)) inline void load(const Operand& operand, const Strides* strides, int64_t begin, int64_t n, Tile& tile) {
+__attribute__((noinline)) inline void load(const Operand& operand, const Strides* strides, int64_t begin, int64_t n,
+                                           Tile& tile) {
   with_format(operand.format, [&](auto format) {
     using Stored = typename decltype(format)::Stored;
     Stored* data = reinterpret_cast<Stored*>(operand.data);
@@ -42,7 +43,8 @@ __attribute__((noinline)) inline void load(const Operand& operand, const Strides
   });
 }
 
-__attribute__((noinline)) inline void store(const Operand& operand, const Strides* strides, int64_t begin, int64_t n, const Tile& tile) {
+__attribute__((noinline)) inline void store(const Operand& operand, const Strides* strides, int64_t begin, int64_t n,
+                                            const Tile& tile) {
   with_format(operand.format, [&](auto format) {
     using Stored = typename decltype(format)::Stored;
     Stored* data = reinterpret_cast<Stored*>(operand.data);

@@ -1,6 +1,6 @@
-// Formats: how one logical fp32 value lives in memory. A rule never sees them. Each has a dense `decode` and a two-phase
-// encode: `prepare` looks at the whole tile first (formats with a scale per group need its maximum), `encode` writes it
-// with what `prepare` found. A format whose elements stand alone only spells `value` and `stored`.
+// Formats: how one logical fp32 value lives in memory. A rule never sees them. Each has a dense `decode` and a
+// two-phase encode: `prepare` looks at the whole tile first (formats with a scale per group need its maximum), `encode`
+// writes it with what `prepare` found. A format whose elements stand alone only spells `value` and `stored`.
 #pragma once
 
 #include "math.h"

@@ -1,4 +1,5 @@
-// The hyper-parameters a rule reads: all doubles, in the order of `names`. Python passes a row of values by these names.
+// The hyper-parameters a rule reads: all doubles, in the order of `names`. Python passes a row of values by these
+// names.
 #pragma once
 
 #include "math.h"

@@ -50,7 +50,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("chunk_align") = kChunkAlign;
 
   py::dict table;
-  for (const RuleInfo& info : rules()) table[info.name] = py::make_tuple(rule_number(info.name), info.states, info.hyper);
+  for (const RuleInfo& info : rules())
+    table[info.name] = py::make_tuple(rule_number(info.name), info.states, info.hyper);
   m.attr("rules") = table;
 
   m.def("scalars", &scalars, py::arg("rule"), py::arg("hyper"), py::arg("step"), py::arg("fresh"));

@@ -14,8 +14,8 @@ namespace precond {
 // Chunks begin at multiples of this many elements, so that a later format's groups never straddle two of them.
 constexpr int64_t kChunkAlign = 256;
 // Each thread gets about kChunksPerThread chunks, of a size within these bounds. Short chunks restart the hardware
-// prefetchers too often: fp32 AdamW on 32M elements, 2 threads, in units of torch's fused step: 1.24 at 8K, 1.05 at 32K,
-// 0.99 at 128K, 0.98 at 1M.
+// prefetchers too often: fp32 AdamW on 32M elements, 2 threads, in units of torch's fused step: 1.24 at 8K, 1.05 at
+// 32K, 0.99 at 128K, 0.98 at 1M.
 constexpr int64_t kChunksPerThread = 8, kMinChunk = 32768, kMaxChunk = 1 << 20;
 
 // One tensor's memory: p, g or a state. `strides` is an index into the plan's list, or kDense.
@@ -44,7 +44,8 @@ struct Chunk {
   int64_t begin, count;
 };
 
-// What every chunk reads through a pointer: a gradient coefficient (loss scale, clipping) and a flag that skips the step.
+// What every chunk reads through a pointer: a gradient coefficient (loss scale, clipping) and a flag that skips the
+// step.
 struct Control {
   float grad_coef = 1.0f;
   float skip = 0.0f;
@@ -84,7 +85,8 @@ class Plan {
   std::vector<Tensor> tensors_;
   std::vector<Strides> strides_;
   std::vector<Chunk> chunks_;
-  std::vector<int32_t> batches_;  // first chunks of ranges of about one full chunk's work: what a thread takes at a time
+  std::vector<int32_t>
+      batches_;              // first chunks of ranges of about one full chunk's work: what a thread takes at a time
   std::vector<float> rows_;  // kRowFloats each, shared by tensors with the same group and step
 };
 

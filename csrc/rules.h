@@ -82,15 +82,15 @@ struct AdamWAmsgrad : AdamW<Decay> {
 };
 
 // Every rule and its name. The position is the rule's number in a plan.
-#define PRECOND_ALL_RULES(RULE)                          \
-  RULE("sgd", SGD)                                       \
-  RULE("sgd_momentum", SGDMomentum)                      \
-  RULE("sgd_nesterov", SGDNesterov)                      \
-  RULE("adamw", AdamW<L2>)                               \
-  RULE("adamw_amsgrad", AdamWAmsgrad<L2>)                \
-  RULE("adamw_l1", AdamW<L1Proximal>)                    \
-  RULE("adamw_l1_amsgrad", AdamWAmsgrad<L1Proximal>)     \
-  RULE("adamw_l1_subgradient", AdamW<L1Subgradient>)     \
+#define PRECOND_ALL_RULES(RULE)                      \
+  RULE("sgd", SGD)                                   \
+  RULE("sgd_momentum", SGDMomentum)                  \
+  RULE("sgd_nesterov", SGDNesterov)                  \
+  RULE("adamw", AdamW<L2>)                           \
+  RULE("adamw_amsgrad", AdamWAmsgrad<L2>)            \
+  RULE("adamw_l1", AdamW<L1Proximal>)                \
+  RULE("adamw_l1_amsgrad", AdamWAmsgrad<L1Proximal>) \
+  RULE("adamw_l1_subgradient", AdamW<L1Subgradient>) \
   RULE("adamw_l1_subgradient_amsgrad", AdamWAmsgrad<L1Subgradient>)
 
 constexpr int kMaxStates = 3;

@@ -20,8 +20,8 @@ bool format_of(const std::string& dtype, Format* format) {
 constexpr size_t kAhead = 3;
 
 bool same_dims(const int64_t* a, const int64_t* b, int n) {
-  for (int i = 0; i < n; ++i)
-    if (a[i] != b[i]) return false;
+  for (int d = 0; d < n; ++d)
+    if (a[d] != b[d]) return false;
   return true;
 }
 
@@ -330,8 +330,7 @@ py::object TensorPlan::step(const py::list& param_groups, const py::dict& state,
   }
   py::list updated;
   for (const Entry& entry : entries_)
-    if (entry.kind == Kind::kUpdated && plan_.tensor(entry.tensor).active)
-      updated.append(py::handle(entry.param));
+    if (entry.kind == Kind::kUpdated && plan_.tensor(entry.tensor).active) updated.append(py::handle(entry.param));
   return updated;
 }
 

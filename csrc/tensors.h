@@ -1,5 +1,5 @@
-// From Python's tensors to a plan: reads addresses, checks at each step that the plan still describes what the optimizer
-// holds, and runs it. The only file that touches Python objects besides module.cpp.
+// From Python's tensors to a plan: reads addresses, checks at each step that the plan still describes what the
+// optimizer holds, and runs it. The only file that touches Python objects besides module.cpp.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -28,7 +28,8 @@ struct View {
 // Reads tensors through DLPack's exchange table where torch has one (2.10 and newer), else through their methods.
 class Reader {
  public:
-  // tensor_types: the types whose memory is read as it is. local: gives the plain tensor behind any other type (DTensor).
+  // tensor_types: the types whose memory is read as it is. local: gives the plain tensor behind any other type
+  // (DTensor).
   Reader(py::tuple tensor_types, py::object local, bool use_exchange);
   // Throws py::error_already_set where the object has no memory to show (sparse, meta).
   void read(PyObject* object, View* view) const;
@@ -46,13 +47,13 @@ class Reader {
 // A plan and the identities it was built from. Objects are only compared, so the plan keeps none of them alive.
 class TensorPlan {
  public:
-  // state_names: keys of a parameter's state in the order of the rules' state arguments; step_name: the counter's key, or
-  // empty.
+  // state_names: keys of a parameter's state in the order of the rules' state arguments; step_name: the counter's key,
+  // or empty.
   TensorPlan(const Reader& reader, const std::vector<std::string>& state_names, const std::string& step_name,
              int64_t chunk);
 
-  // Parameters, in the order of optimizer.param_groups. `state` is the parameter's entry in optimizer.state; `fresh` says
-  // that it was made for the coming step.
+  // Parameters, in the order of optimizer.param_groups. `state` is the parameter's entry in optimizer.state; `fresh`
+  // says that it was made for the coming step.
   void add(py::handle param, py::handle state, int group, int rule, bool fresh);
   // A parameter without a gradient. The plan is stale as soon as it has one.
   void defer(py::handle param);
@@ -62,8 +63,8 @@ class TensorPlan {
   void seal(const py::dict& state);
 
   // One step. Returns the parameters updated, or None where the plan no longer describes what the optimizer holds, and
-  // then nothing has changed. rows: per group (rule number, sign of the gradient, hyper-parameters). inputs: parameter ->
-  // tensor to use instead of its `.grad` (matrix methods hand over rotated gradients).
+  // then nothing has changed. rows: per group (rule number, sign of the gradient, hyper-parameters). inputs: parameter
+  // -> tensor to use instead of its `.grad` (matrix methods hand over rotated gradients).
   py::object step(const py::list& param_groups, const py::dict& state, const py::dict& inputs, const py::list& rows,
                   float grad_coef, float skip, int threads);
 
@@ -71,8 +72,8 @@ class TensorPlan {
 
  private:
   enum class Kind : int32_t { kUpdated, kDeferred, kIgnored };
-  // Where a tensor was described when it was last read: its Python object, its sizes and its storage. Only prefetched, so
-  // it may be out of date. A step over ten thousand tensors is bound by cache misses on exactly these.
+  // Where a tensor was described when it was last read: its Python object, its sizes and its storage. Only prefetched,
+  // so it may be out of date. A step over ten thousand tensors is bound by cache misses on exactly these.
   struct Trace {
     const void* object = nullptr;
     const void* shape = nullptr;

@@ -15,7 +15,7 @@ from ._sharding import local
 # torch first: its libgomp then serves the extension too, so that both share one pool of threads.
 _C: ModuleType | None
 try:
-    from . import _C  # type: ignore[attr-defined, no-redef]
+    from . import _C
 
     _why_no_cpu = ""
 except ImportError as error:

@@ -25,7 +25,7 @@ class PrecisionWarning(UserWarning):
 
 def check_nonnegative(what: str, name: str, value: Any) -> None:
     """Raise torch's message with our expectation behind it."""
-    if not 0.0 <= value:
+    if not value >= 0.0:
         raise ValueError(f"Invalid {what}: {value} ({name} must be >= 0)")
 
 

@@ -63,7 +63,7 @@ def check_overlap(tensors: list[tuple[str, Tensor]]) -> None:
         if tensor.numel() == 0:
             continue
         is_dense = dense(tensor)
-        if not is_dense and element_offsets(tensor).unique().numel() != tensor.numel():
+        if not is_dense and torch.unique(element_offsets(tensor)).numel() != tensor.numel():
             raise RuntimeError(
                 f"{name} must not overlap itself, got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
             )
@@ -186,7 +186,7 @@ class StepPlan:
             else:
                 reference.update(*item)
         if for_triton:
-            from . import triton_kernels
+            from . import triton_kernels  # type: ignore[attr-defined]
 
             triton_kernels.update([triton_kernels.Item(*item) for item in for_triton])
             torch.autograd.graph.increment_version([item[1] for item in for_triton])

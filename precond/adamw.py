@@ -137,7 +137,7 @@ class AdamW(FusedOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_nonnegative("l1_decay value", "l1_decay", group.get("l1_decay", 0.0))
-        if not 0.0 < group.get("l1_cap", 10.0):
+        if not group.get("l1_cap", 10.0) > 0.0:
             raise ValueError(f"l1_cap must be > 0, got {group['l1_cap']}")
         if group.get("l1_form", "proximal") not in ("proximal", "subgradient"):
             raise ValueError(f"l1_form must be 'proximal' or 'subgradient', got {group['l1_form']!r}")

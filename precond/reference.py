@@ -102,7 +102,9 @@ def update(
     grad_coef: float,
 ) -> None:
     """Run a rule on tensors of any dtype, layout and device, in place; computes in fp64 if one of them is, else fp32."""
-    wide = torch.float64 if any(t.dtype in (torch.float64, torch.complex128) for t in (p, g, *states)) else torch.float32
+    wide = (
+        torch.float64 if any(t.dtype in (torch.float64, torch.complex128) for t in (p, g, *states)) else torch.float32
+    )
     views = [torch.view_as_real(t) if t.is_complex() else t for t in (p, g, *states)]
     wide_p, wide_g, *wide_states = (t.to(wide) for t in views)
     new_p, new_states = RULES[rule](wide_p, wide_g * grad_coef, tuple(wide_states), hyper, step, fresh)
@@ -113,5 +115,6 @@ def update(
 
 #: How many states each rule updates.
 STATES = {
-    name: 0 if name == "sgd" else 1 if name.startswith("sgd") else 3 if name.endswith("amsgrad") else 2 for name in RULES
+    name: 0 if name == "sgd" else 1 if name.startswith("sgd") else 3 if name.endswith("amsgrad") else 2
+    for name in RULES
 }

@@ -56,9 +56,7 @@ def test_it_trains_like_torch(row):
 def test_the_signature_begins_with_torchs(row):
     ours = list(inspect.signature(row.cls.__init__).parameters.values())
     theirs = list(inspect.signature(row.peer.__init__).parameters.values())
-    assert [(p.name, p.kind, p.default) for p in ours[: len(theirs)]] == [
-        (p.name, p.kind, p.default) for p in theirs
-    ]
+    assert [(p.name, p.kind, p.default) for p in ours[: len(theirs)]] == [(p.name, p.kind, p.default) for p in theirs]
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 

@@ -1,5 +1,6 @@
 // The compiled core without Python: layouts, formats, chunks, the control word and the parallel run. Built with
-// sanitizers by tests/test_cpp.py and by `make sanitize`. Prints one line per test; exits non-zero on the first failure.
+// sanitizers by tests/test_cpp.py and by `make sanitize`. Prints one line per test; exits non-zero on the first
+// failure.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -13,12 +14,12 @@
 
 using namespace precond;
 
-#define CHECK(condition)                                                            \
-  do {                                                                              \
-    if (!(condition)) {                                                             \
-      std::printf("%s:%d: check failed: %s\n", __FILE__, __LINE__, #condition);     \
-      std::exit(1);                                                                 \
-    }                                                                               \
+#define CHECK(condition)                                                        \
+  do {                                                                          \
+    if (!(condition)) {                                                         \
+      std::printf("%s:%d: check failed: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                             \
+    }                                                                           \
   } while (0)
 
 namespace {

@@ -1,0 +1,61 @@
+# One command each. A fresh machine needs Python >= 3.10, a C++17 compiler and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+CPP := $(wildcard csrc/*.h csrc/*.cpp tests/cpp/*.cpp)
+TOOLS := torch triton numpy pybind11 ninja cmake setuptools pytest pytest-benchmark hypothesis matplotlib tqdm ruff mypy \
+	clang-format build
+
+.PHONY: setup build test test-all lint format bench demo sanitize dist clean
+
+setup: $(VENV)/.ready
+$(VENV)/.ready: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt $(TOOLS)
+	touch $@
+
+build: $(VENV)/.built
+$(VENV)/.built: $(VENV)/.ready $(CPP) CMakeLists.txt setup.py pyproject.toml
+	$(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+# The push tier: stays under 10 minutes on 2 cores.
+test: build
+	python -m precond
+	python -m pytest -m "not large"
+	python -m pytest -q bench --benchmark-enable --benchmark-columns=median,rounds --benchmark-warmup=on
+
+# Everything, the long tests too.
+test-all: build
+	python -m pytest
+	python -m pytest -q bench --benchmark-enable
+
+lint: build
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run --Werror $(CPP)
+	mypy
+	.ci/own-mistakes
+
+format: build
+	ruff check --fix -q .
+	ruff format -q .
+	clang-format -i $(CPP)
+
+bench: build
+	python -m bench cpu
+
+demo: build
+	python -m bench demo
+
+sanitize: build
+	python -m pytest -q tests/test_cpp.py
+
+# sdist -> wheel -> install into a clean environment -> test from another directory.
+dist: build
+	.ci/package
+
+clean:
+	rm -rf build dist demo-out *.egg-info precond/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path "./$(VENV)/*" -exec rm -rf {} +

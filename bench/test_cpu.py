@@ -1,0 +1,24 @@
+"""The CPU steps as pytest-benchmark entries: ``pytest bench --benchmark-enable``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import random_values
+from optimizers import OPTIMIZERS
+from test_parity import run
+
+SIZES = {"1M": [1 << 20], "200 x 500": [500] * 200}
+
+
+@pytest.mark.parametrize("census", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+def test_step(benchmark, row, dtype, census):
+    run(row, [(70_001,)], dtype, dtype, None)  # not timed if it is wrong
+    params = [torch.nn.Parameter(random_values((n,), dtype)) for n in SIZES[census]]
+    for p in params:
+        p.grad = random_values(p.shape, dtype)
+    optimizer = row.cls(params, **row.kwargs, backend="cpu")
+    benchmark.pedantic(optimizer.step, rounds=15, iterations=1, warmup_rounds=3)
+    assert all(torch.isfinite(p).all() for p in params)

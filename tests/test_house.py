@@ -55,9 +55,8 @@ def test_examples_run(module):
 @pytest.mark.filterwarnings("ignore")
 def test_the_demo_trains_and_draws(tmp_path):
     picture = tmp_path / "demo.png"
-    output = run_module(
-        "bench", "demo", "--steps", 8, "--batch", 4, "--context", 32, "--width", 32, "--layers", 1, "--out", picture, cwd=ROOT
-    )
+    small = ["--steps", 8, "--batch", 4, "--context", 32, "--width", 32, "--layers", 1]
+    output = run_module("bench", "demo", *small, "--out", picture, cwd=ROOT)
     assert picture.read_bytes().startswith(b"\x89PNG")
     rows = [line.split() for line in output.splitlines() if line.startswith(("torch.optim.AdamW", "precond.AdamW"))]
     assert len(rows) == 2

@@ -1,6 +1,8 @@
 # One command each. A fresh machine needs Python >= 3.10, a C++17 compiler and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV := .venv
+# Developer builds compile CUDA for one architecture; PRECOND_CUDA=OFF skips it.
+export PRECOND_CUDA_ARCHS ?= 90
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp tests/cpp/*.cpp)

@@ -12,6 +12,8 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+# Compute capabilities of a wheel; a developer's build names one in PRECOND_CUDA_ARCHS.
+ARCHS = "80;86;89;90;100;120"
 ROOT = Path(__file__).resolve().parent
 
 
@@ -39,6 +41,8 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPRECOND_CUDA={os.environ.get('PRECOND_CUDA', 'AUTO')}",
+            f"-DPRECOND_CUDA_ARCHS={os.environ.get('PRECOND_CUDA_ARCHS', ARCHS)}",
         ]
         subprocess.run(configure, check=True)
         subprocess.run([tool("cmake"), "--build", str(build), "--target", "_C"], check=True)

@@ -6,7 +6,7 @@
 
 namespace precond::dlpack {
 
-enum Device : int32_t { kCpu = 1 };
+enum Device : int32_t { kCpu = 1, kCuda = 2 };
 enum Code : uint8_t { kFloat = 2, kBfloat = 4, kComplex = 5 };
 
 struct DLTensor {

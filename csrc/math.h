@@ -19,8 +19,13 @@
 namespace precond {
 inline namespace PRECOND_ISA {
 
+#if defined(__CUDA_ARCH__)
+PRECOND_INLINE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+PRECOND_INLINE float sqrt(float x) { return __fsqrt_rn(x); }
+#else
 PRECOND_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 PRECOND_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
+#endif
 
 // Comparisons and selects, never fmin or fmax: languages disagree about those on NaN. Here a NaN on either side wins,
 // as in torch.maximum.

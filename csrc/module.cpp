@@ -49,6 +49,19 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = PRECOND_COMPILER;
   m.attr("chunk_align") = kChunkAlign;
 
+#if defined(PRECOND_CUDA)
+  m.attr("cuda") = PRECOND_CUDA;
+  m.def("why_no_cuda", &why_no_cuda);
+#else
+  m.attr("cuda") = "";
+  m.def("why_no_cuda", [] { return std::string("the extension was built without CUDA: " PRECOND_WHY_NO_CUDA); });
+#endif
+#if defined(PRECOND_CUDA_ON_HOST)
+  m.attr("cuda_on_host") = true;
+#else
+  m.attr("cuda_on_host") = false;
+#endif
+
   py::dict table;
   for (const RuleInfo& info : rules())
     table[info.name] = py::make_tuple(rule_number(info.name), info.states, info.hyper);
@@ -65,14 +78,18 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("uses_exchange", &Reader::uses_exchange);
 
   py::class_<TensorPlan>(m, "Plan")
-      .def(py::init<const Reader&, const std::vector<std::string>&, const std::string&, int64_t>(), py::arg("reader"),
-           py::arg("state_names"), py::arg("step_name"), py::arg("chunk"), py::keep_alive<1, 2>())
+      .def(py::init<const Reader&, const std::vector<std::string>&, const std::string&, int64_t, int>(),
+           py::arg("reader"), py::arg("state_names"), py::arg("step_name"), py::arg("chunk"), py::arg("device"),
+           py::keep_alive<1, 2>())
       .def("add", &TensorPlan::add, py::arg("param"), py::arg("state"), py::arg("group"), py::arg("rule"),
-           py::arg("fresh"))
-      .def("defer", &TensorPlan::defer, py::arg("param"))
-      .def("ignore", &TensorPlan::ignore, py::arg("param"))
+           py::arg("fresh"), py::arg("step_on_device"))
+      .def("defer", &TensorPlan::defer, py::arg("param"), py::arg("group"))
+      .def("ignore", &TensorPlan::ignore, py::arg("param"), py::arg("group"))
       .def("seal", &TensorPlan::seal, py::arg("state"))
-      .def("step", &TensorPlan::step, py::arg("param_groups"), py::arg("state"), py::arg("inputs"), py::arg("rows"),
-           py::arg("grad_coef"), py::arg("skip"), py::arg("threads"))
-      .def("chunks", [](TensorPlan& p, int threads) { return p.plan().chunks(threads).size(); }, py::arg("threads"));
+      .def("refresh", &TensorPlan::refresh, py::arg("param_groups"), py::arg("state"), py::arg("inputs"), py::arg("rows"))
+      .def("run", &TensorPlan::run, py::arg("grad_coef"), py::arg("skip"), py::arg("threads"))
+      .def("run_cuda", &TensorPlan::run_cuda, py::arg("grad_coef"), py::arg("grad_scale"), py::arg("found_inf"),
+           py::arg("stream"))
+      .def("chunks", [](TensorPlan& p, int threads) { return p.plan().chunks(threads).size(); }, py::arg("threads"))
+      .def_property_readonly("launches", &TensorPlan::launches);
 }

@@ -79,7 +79,7 @@ int32_t Plan::add_strides(const Strides& strides) {
 }
 
 // Tensors of one group nearly always share a step, so a row is computed for the first and reused.
-void Plan::fill_rows(const std::vector<GroupRow>& groups) {
+const std::vector<float>& Plan::fill_rows(const std::vector<GroupRow>& groups) {
   struct Key {
     float step = -1.0f;
     bool fresh = false;
@@ -97,6 +97,15 @@ void Plan::fill_rows(const std::vector<GroupRow>& groups) {
       rules()[t.rule].fill_row(groups[t.group].hyper, step, t.fresh, &rows_[size_t(key.row) * kRowFloats]);
     }
     t.row = key.row;
+  }
+  return rows_;
+}
+
+void Plan::count_step() {
+  for (Tensor& t : tensors_) {
+    if (!t.active) continue;
+    if (t.step != nullptr && !t.step_on_device) *t.step += 1.0f;
+    t.fresh = false;
   }
 }
 
@@ -127,12 +136,7 @@ void Plan::run(const std::vector<GroupRow>& groups, const Control& control, int 
       }
     }
   }
-  if (control.skip != 0.0f) return;
-  for (Tensor& t : tensors_) {
-    if (!t.active) continue;
-    if (t.step != nullptr) *t.step += 1.0f;
-    t.fresh = false;
-  }
+  if (control.skip == 0.0f) count_step();
 }
 
 }  // namespace precond

@@ -31,6 +31,7 @@ struct Tensor {
   Operand p, g, state[kMaxStates];
   int64_t numel = 0;
   float* step = nullptr;  // counter in the parameter's state, advanced by address; null where a rule has none
+  bool step_on_device = false;
   int32_t rule = 0;
   int32_t group = 0;
   int32_t row = 0;      // scalars of this step
@@ -55,7 +56,7 @@ struct Control {
 struct GroupRow {
   int32_t rule = 0;
   float sign = 1.0f;
-  double hyper[8] = {};
+  double hyper[kMaxHyper] = {};
 };
 
 class Plan {
@@ -69,6 +70,7 @@ class Plan {
   Tensor& tensor(int64_t i) { return tensors_[i]; }
   const Tensor& tensor(int64_t i) const { return tensors_[i]; }
   int64_t size() const { return int64_t(tensors_.size()); }
+  const std::vector<Strides>& all_strides() const { return strides_; }
   Strides& strides(int32_t i) { return strides_[i]; }
   const Strides& strides(int32_t i) const { return strides_[i]; }
   // The chunks for a number of threads. Cuts them anew when that, or the list of tensors, has changed.
@@ -77,8 +79,11 @@ class Plan {
   // Advances the step counters of the active tensors and updates them. Changes nothing when control.skip is set.
   void run(const std::vector<GroupRow>& groups, const Control& control, int threads);
 
+  // The halves of run() that another executor needs: the scalars of the coming step, and counting it.
+  const std::vector<float>& fill_rows(const std::vector<GroupRow>& groups);
+  void count_step();
+
  private:
-  void fill_rows(const std::vector<GroupRow>& groups);
 
   int64_t fixed_chunk_;
   int cut_for_ = 0;  // threads that chunks_ was cut for; 0: not cut yet

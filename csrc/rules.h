@@ -95,6 +95,7 @@ struct AdamWAmsgrad : AdamW<Decay> {
 
 constexpr int kMaxStates = 3;
 constexpr int kRowFloats = 16;
+constexpr int kMaxHyper = 8;
 
 }  // namespace PRECOND_ISA
 }  // namespace precond

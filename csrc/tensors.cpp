@@ -2,6 +2,7 @@
 #include "tensors.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <unordered_map>
 
 #include "dispatch.h"
@@ -39,19 +40,20 @@ Reader::Reader(py::tuple tensor_types, py::object local, bool use_exchange)
 }
 
 void Reader::read(PyObject* object, View* view) const {
-  py::object plain;
   const bool known = std::any_of(tensor_types_.begin(), tensor_types_.end(), [&](py::handle type) {
     return type.ptr() == reinterpret_cast<PyObject*>(Py_TYPE(object));
   });
   if (!known) {
-    plain = local_(py::handle(object));
-    object = plain.ptr();
+    view->plain = local_(py::handle(object));
+    object = view->plain.ptr();
   }
   if (api_ != nullptr)
     read_exchange(object, view);
   else
     read_methods(object, view);
 }
+
+bool Reader::is_negative(PyObject* object) const { return py::handle(object).attr("is_neg")().cast<bool>(); }
 
 void Reader::read_exchange(PyObject* object, View* view) const {
   dlpack::DLTensor t;
@@ -62,13 +64,17 @@ void Reader::read_exchange(PyObject* object, View* view) const {
   view->strides = t.strides;
   const bool fp32 = t.code == dlpack::kFloat && t.bits == 32, bf16 = t.code == dlpack::kBfloat && t.bits == 16;
   view->format = bf16 ? Format::bf16 : Format::fp32;
-  view->usable = (fp32 || bf16) && t.lanes == 1 && t.device_type == dlpack::kCpu;
+  view->known = (fp32 || bf16) && t.lanes == 1;
+  view->device = t.device_type == dlpack::kCpu ? kCpuDevice : t.device_type == dlpack::kCuda ? t.device_id : kOtherDevice;
 }
 
 void Reader::read_methods(PyObject* object, View* view) const {
   const py::handle t(object);
   const std::string dtype = py::str(t.attr("dtype"));
-  view->usable = format_of(dtype, &view->format) && t.attr("is_cpu").cast<bool>();
+  view->known = format_of(dtype, &view->format);
+  view->device = t.attr("is_cpu").cast<bool>()    ? kCpuDevice
+                 : t.attr("is_cuda").cast<bool>() ? t.attr("device").attr("index").cast<int>()
+                                                  : kOtherDevice;
   view->data = reinterpret_cast<char*>(t.attr("data_ptr")().cast<uintptr_t>());
   const auto shape = t.attr("shape").cast<py::tuple>();
   const auto strides = t.attr("stride")().cast<py::tuple>();
@@ -81,8 +87,16 @@ void Reader::read_methods(PyObject* object, View* view) const {
 }
 
 TensorPlan::TensorPlan(const Reader& reader, const std::vector<std::string>& state_names, const std::string& step_name,
-                       int64_t chunk)
-    : reader_(reader), plan_(chunk) {
+                       int64_t chunk, int device)
+    : reader_(reader), plan_(chunk), device_(device) {
+#if defined(PRECOND_CUDA)
+  if (device_ >= 0) cuda_ = std::make_unique<CudaPlan>(device_);
+#if defined(PRECOND_CUDA_ON_HOST)
+  device_ = kCpuDevice;
+#endif
+#else
+  if (device_ >= 0) throw std::invalid_argument("this extension was built without CUDA");
+#endif
   const auto intern = [](const std::string& s) {
     return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(s.c_str()));
   };
@@ -119,6 +133,20 @@ bool TensorPlan::same_shape(const Entry& entry, const View& view) const {
   return view.ndim == entry.ndim && same_dims(view.shape, &dims_[entry.dims], entry.ndim);
 }
 
+// What a plan can update. Tensors without memory of their own (fake, meta, lazy zeros) have no address.
+bool TensorPlan::fits(const View& view) const {
+  if (!view.known || view.device != device_) return false;
+  if (view.data != nullptr) return true;
+  for (int d = 0; d < view.ndim; ++d)
+    if (view.shape[d] == 0) return true;
+  return false;
+}
+
+bool TensorPlan::is_counter(const View& view, bool on_device) const {
+  return view.known && view.device == (on_device ? device_ : kCpuDevice) && view.format == Format::fp32 && view.ndim == 0 &&
+         view.data != nullptr;
+}
+
 bool TensorPlan::same_strides(const Entry& entry, const View& view) const {
   return same_dims(view.strides, &dims_[entry.dims] + entry.ndim, entry.ndim);
 }
@@ -143,13 +171,15 @@ Operand TensorPlan::place(const Entry& entry, const View& view, int32_t* slot, c
   return operand;
 }
 
-void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bool fresh) {
+void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bool fresh, bool step_on_device) {
   View view;
   reader_.read(param.ptr(), &view);
-  if (!view.usable) throw py::type_error("the cpu backend updates float32 and bfloat16 tensors on the CPU");
+  if (!fits(view)) throw py::type_error("a parameter must be float32 or bfloat16 on the plan's device");
+  if (view.ndim > 64) throw py::value_error("a parameter must have at most 64 dimensions");
   Entry entry;
   entry.param = param.ptr();
   entry.kind = Kind::kUpdated;
+  entry.group = group;
   entry.ndim = view.ndim;
   entry.dims = int64_t(dims_.size());
   dims_.insert(dims_.end(), view.shape, view.shape + view.ndim);
@@ -167,16 +197,18 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
   traces.p = trace(param, view);
   for (int k = 0; k < rules()[rule].states; ++k) {
     reader_.read(state[state_names_[k]].ptr(), &view);
-    if (!view.usable || !same_shape(entry, view))
+    if (!fits(view) || !same_shape(entry, view))
       throw py::type_error("state " + py::str(state_names_[k]).cast<std::string>() +
-                           " must be a float32 or bfloat16 CPU tensor of its parameter's shape");
+                           " must be float32 or bfloat16 on the plan's device, and of its parameter's shape");
     slot = kDense;
     tensor.state[k] = place(entry, view, &slot, "a state");
     traces.state[k] = trace(state[state_names_[k]], view);
   }
   if (step_name_) {
     reader_.read(state[step_name_].ptr(), &view);
+    if (!is_counter(view, step_on_device)) throw py::type_error("state step must be a float32 tensor without dimensions");
     tensor.step = reinterpret_cast<float*>(view.data);
+    tensor.step_on_device = step_on_device;
     traces.state[kMaxStates] = trace(state[step_name_], view);
   }
   entry.tensor = plan_.add(tensor);
@@ -184,15 +216,16 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
   traces_.push_back(traces);
 }
 
-void TensorPlan::defer(py::handle param) {
+void TensorPlan::defer(py::handle param, int group) {
   entries_.emplace_back();
   traces_.emplace_back();
   entries_.back().param = param.ptr();
+  entries_.back().group = group;
   entries_.back().kind = Kind::kDeferred;
 }
 
-void TensorPlan::ignore(py::handle param) {
-  defer(param);
+void TensorPlan::ignore(py::handle param, int group) {
+  defer(param, group);
   entries_.back().kind = Kind::kIgnored;
 }
 
@@ -208,7 +241,7 @@ void TensorPlan::seal(const py::dict& state) {
 }
 
 bool TensorPlan::same_place(const Operand& operand, const Entry& entry, const View& view) const {
-  if (!view.usable || view.data != operand.data || view.format != operand.format || !same_shape(entry, view))
+  if (!fits(view) || view.data != operand.data || view.format != operand.format || !same_shape(entry, view))
     return false;
   if (operand.strides == kDense && same_strides(entry, view)) return true;
   const int64_t* dims = &dims_[entry.dims];
@@ -220,7 +253,7 @@ bool TensorPlan::same_place(const Operand& operand, const Entry& entry, const Vi
          same_dims(strides.stride, known.stride, known.ndim);
 }
 
-bool TensorPlan::same_state(const Entry& entry, PyObject* param_state, View* view) const {
+bool TensorPlan::same_state(const Entry& entry, PyObject* param_state, View* view) {
   const Tensor& tensor = plan_.tensor(entry.tensor);
   if (!PyDict_Check(param_state)) return false;
   for (int k = 0; k < rules()[tensor.rule].states; ++k) {
@@ -228,12 +261,14 @@ bool TensorPlan::same_state(const Entry& entry, PyObject* param_state, View* vie
     if (value == nullptr) return false;
     reader_.read(value, view);
     if (!same_place(tensor.state[k], entry, *view)) return false;
+    held_.push_back(py::reinterpret_borrow<py::object>(value));
   }
   if (!step_name_) return true;
   PyObject* value = PyDict_GetItemWithError(param_state, step_name_.ptr());
   if (value == nullptr) return false;
   reader_.read(value, view);
-  return view->usable && view->format == Format::fp32 && view->data == reinterpret_cast<char*>(tensor.step);
+  held_.push_back(py::reinterpret_borrow<py::object>(value));
+  return is_counter(*view, tensor.step_on_device) && view->data == reinterpret_cast<char*>(tensor.step);
 }
 
 py::object TensorPlan::gradient_of(PyObject* param, const py::dict& inputs) const {
@@ -248,7 +283,34 @@ py::object TensorPlan::gradient_of(PyObject* param, const py::dict& inputs) cons
 }
 
 bool TensorPlan::refresh(const py::list& param_groups, const py::dict& state, const py::dict& inputs,
-                         const std::vector<GroupRow>& rows, std::vector<py::object>* grads) {
+                         const py::list& rows) {
+  rows_.clear();
+  overrides_.clear();
+  held_.clear();
+  for (const py::handle item : rows) {
+    const py::tuple fields = py::reinterpret_borrow<py::tuple>(item);
+    GroupRow row;
+    row.rule = fields[0].cast<int32_t>();
+    row.sign = fields[1].cast<float>();
+    const py::tuple hyper = fields[2];
+    for (size_t k = 0; k < hyper.size(); ++k) row.hyper[k] = hyper[k].cast<double>();
+    for (const py::handle o : py::list(fields[3])) {
+      const py::tuple override = py::reinterpret_borrow<py::tuple>(o);
+      overrides_.push_back({reinterpret_cast<const void*>(override[1].cast<uintptr_t>()), int32_t(rows_.size()),
+                            override[0].cast<int32_t>(), override[2].cast<int32_t>()});
+    }
+    rows_.push_back(row);
+  }
+  try {
+    return refresh_gradients(param_groups, inputs) && refresh_states(state);
+  } catch (const std::exception&) {
+    // Something is there that cannot be read (a sparse gradient, None for a state): whoever builds the next plan checks
+    // everything and says what it is.
+    return false;
+  }
+}
+
+bool TensorPlan::refresh_gradients(const py::list& param_groups, const py::dict& inputs) {
   View view;
   size_t next = 0;
   for (size_t g = 0; g < param_groups.size(); ++g) {
@@ -261,6 +323,7 @@ bool TensorPlan::refresh(const py::list& param_groups, const py::dict& state, co
       }
       Trace& g_trace = traces_[next].g;
       Entry& entry = entries_[next++];
+      if (entry.group != int32_t(g)) return false;
       if (entry.kind == Kind::kIgnored) continue;
       py::object gradient = gradient_of(param.ptr(), inputs);
       if (entry.kind == Kind::kDeferred) {
@@ -268,28 +331,34 @@ bool TensorPlan::refresh(const py::list& param_groups, const py::dict& state, co
         continue;
       }
       Tensor& tensor = plan_.tensor(entry.tensor);
-      if (tensor.rule != rows[g].rule || tensor.group != int32_t(g)) return false;
+      if (tensor.rule != rows_[g].rule) return false;
       tensor.active = !gradient.is_none();
       if (!tensor.active) continue;
       reader_.read(param.ptr(), &view);
       if (!same_place(tensor.p, entry, view) || !same_strides(entry, view)) return false;
       reader_.read(gradient.ptr(), &view);
-      if (!view.usable || !same_shape(entry, view)) return false;
+      if (!fits(view) || !same_shape(entry, view)) return false;
       // A gradient that stays from step to step is worth a look at its storage, once; a new one is in the cache anyway.
-      if (g_trace.object != gradient.ptr())
+      if (g_trace.object != gradient.ptr()) {
+        if (reader_.is_negative(gradient.ptr())) return false;
         g_trace = {gradient.ptr(), view.shape, nullptr};
-      else if (g_trace.storage == nullptr)
+      } else if (g_trace.storage == nullptr) {
         g_trace = trace(gradient, view);
+      }
       if (tensor.p.strides == kDense && same_strides(entry, view))
         tensor.g = {view.data, view.format, kDense};
       else
         tensor.g = place(entry, view, &entry.g_slot, "a gradient");
-      grads->push_back(std::move(gradient));
+      held_.push_back(std::move(gradient));
+      held_.push_back(py::reinterpret_borrow<py::object>(param));
     }
   }
-  if (next != entries_.size()) return false;
+  return next == entries_.size();
+}
 
-  // The states, in the dictionary's own order: walking it is five times quicker than one look-up per parameter, because
+bool TensorPlan::refresh_states(const py::dict& state) {
+  View view;
+  // In the dictionary's own order: walking it is five times quicker than one look-up per parameter, because
   // a tensor's hash is a Python function.
   size_t item = 0;
   Py_ssize_t position = 0;
@@ -308,30 +377,43 @@ bool TensorPlan::refresh(const py::list& param_groups, const py::dict& state, co
   return item == state_items_.size();
 }
 
-py::object TensorPlan::step(const py::list& param_groups, const py::dict& state, const py::dict& inputs,
-                            const py::list& rows, float grad_coef, float skip, int threads) {
-  std::vector<GroupRow> group_rows;
-  for (const py::handle item : rows) {
-    const py::tuple fields = py::reinterpret_borrow<py::tuple>(item);
-    GroupRow row;
-    row.rule = fields[0].cast<int32_t>();
-    row.sign = fields[1].cast<float>();
-    const py::tuple hyper = fields[2];
-    for (size_t k = 0; k < hyper.size(); ++k) row.hyper[k] = hyper[k].cast<double>();
-    group_rows.push_back(row);
-  }
-  std::vector<py::object> grads;
-  if (!refresh(param_groups, state, inputs, group_rows, &grads)) return py::none();
+py::list TensorPlan::updated() {
+  held_.clear();
+  py::list list;
+  for (const Entry& entry : entries_)
+    if (entry.kind == Kind::kUpdated && plan_.tensor(entry.tensor).active) list.append(py::handle(entry.param));
+  return list;
+}
 
+py::list TensorPlan::run(float grad_coef, float skip, int threads) {
   const Control control{grad_coef, skip};
   {
     const py::gil_scoped_release release;
-    plan_.run(group_rows, control, threads);
+    plan_.run(rows_, control, threads);
   }
-  py::list updated;
-  for (const Entry& entry : entries_)
-    if (entry.kind == Kind::kUpdated && plan_.tensor(entry.tensor).active) updated.append(py::handle(entry.param));
-  return updated;
+  return updated();
 }
+
+#if defined(PRECOND_CUDA)
+py::list TensorPlan::run_cuda(float grad_coef, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream) {
+  DeviceStep step;
+  step.overrides = overrides_;
+  step.grad_coef = grad_coef;
+  step.grad_scale = reinterpret_cast<const float*>(grad_scale);
+  step.found_inf = reinterpret_cast<const float*>(found_inf);
+  step.stream = stream;
+  {
+    const py::gil_scoped_release release;
+    cuda_->run(&plan_, rows_, step);
+  }
+  return updated();
+}
+int TensorPlan::launches() const { return cuda_ ? cuda_->launches() : 1; }
+#else
+py::list TensorPlan::run_cuda(float, uintptr_t, uintptr_t, uintptr_t) {
+  throw std::invalid_argument("this extension was built without CUDA");
+}
+int TensorPlan::launches() const { return 1; }
+#endif
 
 }  // namespace precond

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_plan.h"
 #include "dlpack.h"
 #include "plan.h"
 
@@ -14,15 +15,19 @@ namespace precond {
 
 namespace py = pybind11;
 
+constexpr int kCpuDevice = -1, kOtherDevice = -2;  // CUDA devices count from 0
+
 // What a tensor object says of its memory. `shape` and `strides` live in the object or in `owned`.
 struct View {
   char* data = nullptr;
-  bool usable = false;  // on the CPU, in one of Format's dtypes
+  bool known = false;  // in one of Format's dtypes
+  int device = kOtherDevice;
   Format format = Format::fp32;
   int ndim = 0;
   const int64_t* shape = nullptr;
   const int64_t* strides = nullptr;
   std::vector<int64_t> owned;
+  py::object plain;  // the tensor behind a wrapper, which may exist only for this view
 };
 
 // Reads tensors through DLPack's exchange table where torch has one (2.10 and newer), else through their methods.
@@ -33,6 +38,8 @@ class Reader {
   Reader(py::tuple tensor_types, py::object local, bool use_exchange);
   // Throws py::error_already_set where the object has no memory to show (sparse, meta).
   void read(PyObject* object, View* view) const;
+  // True for a tensor whose values are the negatives of its memory; a view does not show it.
+  bool is_negative(PyObject* object) const;
   bool uses_exchange() const { return api_ != nullptr; }
 
  private:
@@ -50,23 +57,27 @@ class TensorPlan {
   // state_names: keys of a parameter's state in the order of the rules' state arguments; step_name: the counter's key,
   // or empty.
   TensorPlan(const Reader& reader, const std::vector<std::string>& state_names, const std::string& step_name,
-             int64_t chunk);
+             int64_t chunk, int device);
 
-  // Parameters, in the order of optimizer.param_groups. `state` is the parameter's entry in optimizer.state; `fresh`
-  // says that it was made for the coming step.
-  void add(py::handle param, py::handle state, int group, int rule, bool fresh);
+  // Parameters, in the order of optimizer.param_groups. `state` is the parameter's entry in optimizer.state; `fresh` says
+  // that it was made for the coming step, `step_on_device` where its counter lies.
+  void add(py::handle param, py::handle state, int group, int rule, bool fresh, bool step_on_device);
   // A parameter without a gradient. The plan is stale as soon as it has one.
-  void defer(py::handle param);
+  void defer(py::handle param, int group);
   // A parameter that another backend updates.
-  void ignore(py::handle param);
+  void ignore(py::handle param, int group);
   // After the last parameter.
   void seal(const py::dict& state);
 
-  // One step. Returns the parameters updated, or None where the plan no longer describes what the optimizer holds, and
-  // then nothing has changed. rows: per group (rule number, sign of the gradient, hyper-parameters). inputs: parameter
-  // -> tensor to use instead of its `.grad` (matrix methods hand over rotated gradients).
-  py::object step(const py::list& param_groups, const py::dict& state, const py::dict& inputs, const py::list& rows,
-                  float grad_coef, float skip, int threads);
+  // Makes the plan that of the coming step. False where it no longer describes what the optimizer holds; nothing has
+  // changed then. rows: per group (rule number, sign of the gradient, hyper-parameters, overrides on the device as (index,
+  // address, is_double)). inputs: parameter -> tensor to use instead of its `.grad` (matrix methods hand over rotated
+  // gradients).
+  bool refresh(const py::list& param_groups, const py::dict& state, const py::dict& inputs, const py::list& rows);
+  // Updates what refresh() found, and returns those parameters.
+  py::list run(float grad_coef, float skip, int threads);
+  py::list run_cuda(float grad_coef, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream);
+  int launches() const;
 
   Plan& plan() { return plan_; }
 
@@ -86,17 +97,21 @@ class TensorPlan {
   struct Entry {
     PyObject* param;
     Kind kind;
+    int32_t group = 0;
     int32_t tensor = -1;
     int32_t ndim = 0;
     int32_t g_slot = kDense;  // strides of a gradient that is not dense
     int64_t dims = 0;         // shape, then strides of the parameter
   };
 
-  bool refresh(const py::list& param_groups, const py::dict& state, const py::dict& inputs,
-               const std::vector<GroupRow>& rows, std::vector<py::object>* grads);
+  bool refresh_gradients(const py::list& param_groups, const py::dict& inputs);
+  bool refresh_states(const py::dict& state);
+  bool fits(const View& view) const;
+  bool is_counter(const View& view, bool on_device) const;
+  py::list updated();
   Trace trace(py::handle tensor, const View& view) const;
   py::object gradient_of(PyObject* param, const py::dict& inputs) const;
-  bool same_state(const Entry& entry, PyObject* param_state, View* view) const;
+  bool same_state(const Entry& entry, PyObject* param_state, View* view);
   bool same_place(const Operand& operand, const Entry& entry, const View& view) const;
   bool same_shape(const Entry& entry, const View& view) const;
   bool same_strides(const Entry& entry, const View& view) const;
@@ -106,6 +121,15 @@ class TensorPlan {
   std::vector<py::object> state_names_;
   py::object step_name_, params_name_, grad_name_;
   Plan plan_;
+  int device_;  // that tensors must be on
+  std::vector<GroupRow> rows_;
+  std::vector<Override> overrides_;
+  // Gradients, parameters and states of the step, from refresh() to the end of run(): while the GIL is released another
+  // thread may drop its own references.
+  std::vector<py::object> held_;
+#if defined(PRECOND_CUDA)
+  std::unique_ptr<CudaPlan> cuda_;
+#endif
   std::vector<Entry> entries_;
   std::vector<Traces> traces_;  // of each entry
   std::vector<int64_t> dims_;

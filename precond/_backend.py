@@ -26,8 +26,10 @@ if _C is not None:
     # A wrong PRECOND_ISA is an error here and now, not a silent fallback.
     _C.select_isa(os.environ.get("PRECOND_ISA", ""))
 
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
+#: Dimensions that the plans take; kMaxDims in csrc/layout.h counts those that cannot be merged.
+MAX_DIMS = 16
 
 
 @functools.cache
@@ -43,16 +45,34 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def cuda_on_host() -> bool:
+    """True in the tests' build, where the CUDA backend's sources run on the CPU and update CPU tensors."""
+    return _C is not None and bool(_C.cuda_on_host)
+
+
+@functools.cache
 def why_not(backend: str) -> str:
     """Why a backend cannot be used in this process; empty if it can."""
     if backend == "cpu":
         return _why_no_cpu
+    if backend == "cuda":
+        return _why_no_cpu or str(_C.why_no_cuda())  # type: ignore[union-attr]
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
-        if not interpreting():
-            return "compiled Triton kernels are not connected yet; set TRITON_INTERPRET=1 to interpret them on the CPU"
+        if not interpreting() and not torch.cuda.is_available():
+            return "no GPU; TRITON_INTERPRET=1 interprets the kernels on the CPU"
     return ""
+
+
+def on_device(value: object) -> bool:
+    """True for a tensor that must not be read by the host, because that would wait for the device."""
+    return isinstance(value, Tensor) and (value.device.type != "cpu" or cuda_on_host())
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of torch's current stream on a device."""
+    return 0 if cuda_on_host() else int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def check(backend: str | None) -> str | None:
@@ -68,14 +88,35 @@ def check(backend: str | None) -> str | None:
     return backend
 
 
+def has_plain_memory(tensor: Tensor) -> bool:
+    """True where the values lie at ``data_ptr()`` as strides say: no subclass that dispatches, no lazy negation, no zeros
+    without storage; and in few enough dimensions.
+    """
+    return (
+        getattr(type(tensor), "__torch_dispatch__", None) is torch.Tensor.__torch_dispatch__
+        and tensor.layout == torch.strided
+        and not tensor.is_neg()
+        and not tensor.is_conj()
+        and (tensor.numel() == 0 or (not tensor._is_zerotensor() and tensor.data_ptr() != 0))
+        and tensor.dim() <= MAX_DIMS
+    )
+
+
 def choose(backend: str | None, tensors: list[Tensor]) -> str:
     """The backend that updates these tensors: a parameter, its gradient and its states."""
-    unfit = next((t for t in tensors if t.device.type != "cpu" or t.dtype not in FUSED_DTYPES), None)
-    if backend in ("cpu", "triton") and unfit is not None:
+    device = tensors[0].device.type
+    unfit = next((t for t in tensors if t.dtype not in FUSED_DTYPES or not has_plain_memory(t)), None)
+    if backend is None:
+        if unfit is None and device == "cpu" and not why_not("cpu"):
+            return "cpu"
+        if unfit is None and device == "cuda":
+            return next((name for name in ("cuda", "triton") if not why_not(name)), "reference")
+        return "reference"
+    wanted = {"cpu": "cpu", "cuda": "cpu" if cuda_on_host() else "cuda", "triton": "cpu" if interpreting() else "cuda"}
+    if backend in wanted and (unfit is not None or device != wanted[backend]):
+        bad = tensors[0] if unfit is None else unfit
         raise RuntimeError(
-            f"backend={backend!r} must get float32 or bfloat16 tensors on the CPU, "
-            f"got {unfit.dtype} on {unfit.device}; backend=None or 'reference' takes it"
+            f"backend={backend!r} must get float32 or bfloat16 tensors on {wanted[backend]} that lie in memory as their "
+            f"strides say, got a {type(bad).__name__} of {bad.dtype} on {bad.device}; backend=None or 'reference' takes it"
         )
-    if backend is not None:
-        return backend
-    return "cpu" if unfit is None and not _why_no_cpu else "reference"
+    return backend

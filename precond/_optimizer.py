@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from . import _backend, reference
-from ._plan import Row, StepPlan
-from ._sharding import local
+from ._plan import Control, Row, StepPlan
+from ._sharding import aligned_gradients, local
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-STATE_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_PLANS_KEPT = 8
+STATE_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, torch.float32: torch.float32, torch.bfloat16: torch.bfloat16}
+_PLANS_KEPT = 64
 
 
 class PrecisionWarning(UserWarning):
@@ -27,6 +27,11 @@ def check_nonnegative(what: str, name: str, value: Any) -> None:
     """Raise torch's message with our expectation behind it."""
     if not value >= 0.0:
         raise ValueError(f"Invalid {what}: {value} ({name} must be >= 0)")
+
+
+def number(value: Any) -> float | Tensor:
+    """A hyper-parameter as the rules take it: a float, or a tensor that only its device reads."""
+    return value if _backend.on_device(value) else float(value)
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -66,7 +71,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raise if an option that torch does not have is out of range."""
         state_format = group.get("state_format")
         if state_format is not None and state_format not in STATE_FORMATS:
-            raise ValueError(f"state_format must be None or one of {', '.join(STATE_FORMATS)}, got {state_format!r}")
+            raise ValueError(f"state_format must be None, 'fp32' or 'bf16' or its torch dtype, got {state_format!r}")
 
     # The step.
 
@@ -84,32 +89,50 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._update()
         return loss
 
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
     def _update(self) -> None:
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
-            return
-        grad_scale = getattr(self, "grad_scale", None)
-        grad_coef = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+        aligned = aligned_gradients(self.param_groups)
+        if aligned:
+            given, self._inputs = self._inputs, {**aligned, **self._inputs}
+            try:
+                self._update_with_inputs()
+            finally:
+                self._inputs = given
+        else:
+            self._update_with_inputs()
+
+    def _update_with_inputs(self) -> None:
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        # On the host both are numbers, and a step to skip is skipped here; on a device nobody waits for them.
+        if found_inf is not None and not _backend.on_device(found_inf):
+            if found_inf.item():
+                return
+            found_inf = None
+        grad_coef = 1.0
+        if grad_scale is not None and not _backend.on_device(grad_scale):
+            grad_coef, grad_scale = 1.0 / float(grad_scale), None
+        control = Control(grad_coef, grad_scale, found_inf)
 
         rows = [self._checked_row(group) for group in self.param_groups]
         # DeepSpeed steps once per group with param_groups cut to it: one plan for each view of the groups.
         key = tuple(map(id, self.param_groups))
         plan = self._plans.get(key)
-        if plan is not None and plan.run(self, rows, grad_coef):
+        if plan is not None and plan.run(self, rows, control):
             return
         plan = StepPlan(self, rows)
-        if not plan.run(self, rows, grad_coef):
+        if not plan.run(self, rows, control):
             raise RuntimeError("a gradient or state changed while the step was prepared")
         # Without a compiled part the checks are all there is, and nothing is worth keeping.
-        if plan.compiled is not None:
-            if key not in self._plans and len(self._plans) >= _PLANS_KEPT:
-                self._plans.clear()
+        if plan.compiled:
+            self._plans.pop(key, None)
+            while len(self._plans) >= _PLANS_KEPT:
+                del self._plans[next(iter(self._plans))]
             self._plans[key] = plan
 
     def _checked_row(self, group: dict[str, Any]) -> Row:
         row = self._row(group)
         for name, value in row.hyper.items():
-            if math.isnan(value):
+            if isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"{name} must be a number, got nan")
         return row
 
@@ -140,14 +163,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         fresh = not self._states(p, rule)
         if self._counts_steps:
             step = state.get("step", 0.0)
-            if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device.type != "cpu":
-                state["step"] = torch.tensor(float(step), dtype=torch.float32)
-        dtype = STATE_FORMATS.get(group.get("state_format"), p.dtype)  # type: ignore[arg-type]
+            device = p.device if p.device.type != "cpu" and self._step_on_device(group, "cuda") else torch.device("cpu")
+            if not isinstance(step, Tensor):
+                state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+            elif step.dtype != torch.float32 or step.device != device or step.dim() != 0:
+                state["step"] = torch.tensor(step.item(), dtype=torch.float32, device=device)
+        # A complex state has its parameter's dtype: a pair of other floats is no dtype of torch.
+        state_format = None if p.is_complex() else group.get("state_format")
+        dtype = p.dtype if state_format is None else STATE_FORMATS[state_format]
         for name in names:
             if state.get(name) is None:
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
                 self._warn_precision(name, dtype, group)
         return fresh
+
+    def _step_on_device(self, group: dict[str, Any], backend: str) -> bool:
+        """Where torch keeps a parameter's step counter: beside it if capturable or fused, else on the host."""
+        return backend == "cuda" and bool(group.get("capturable") or group.get("fused"))
 
     def _warn_precision(self, name: str, dtype: torch.dtype, group: dict[str, Any]) -> None:
         """Called for each new state; a subclass warns once where its dtype cannot hold what the rule needs."""
@@ -158,11 +190,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         assert g is not None
         if not (p.is_floating_point() or p.is_complex()):
             raise TypeError(f"{name} must be floating point or complex, got {p.dtype}")
-        if g.layout != torch.strided or p.layout != torch.strided:
-            raise RuntimeError(
-                f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead "
-                f"({name} has a gradient of layout {g.layout})"
-            )
+        if p.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{name} must not be an inference tensor outside of inference mode")
+        for what, t in ((name, p), (f"the gradient of {name}", g)):
+            if t.layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead "
+                    f"({what} has layout {t.layout})"
+                )
+            if t.layout != torch.strided:
+                raise RuntimeError(f"{what} must have layout torch.strided, got {t.layout}")
         if g.device != p.device:
             raise RuntimeError(f"{name} must have its gradient on {p.device}, got {g.device}")
         if g.shape != p.shape:
@@ -217,18 +254,31 @@ class FusedOptimizer(torch.optim.Optimizer):
         tensor and takes the loaded value.
         """
         tensor_options = [{k: v for k, v in g.items() if isinstance(v, Tensor)} for g in self.param_groups]
-        super().load_state_dict(state_dict)
-        saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        params = [p for g in self.param_groups for p in g["params"]]
-        for saved_id, p in zip(saved_ids, params, strict=True):
-            for name, saved in state_dict["state"].get(saved_id, {}).items():
-                if isinstance(saved, Tensor) and name in self._state_names:
-                    self.state[p][name] = saved.detach().to(p.device, copy=True)
-                elif isinstance(saved, Tensor) and name == "step":
-                    self.state[p][name] = self.state[p][name].clone()
+        # What torch loads is what the user's hooks made of the dictionary; ours sees it last, and mends before theirs.
+        final: dict[str, Any] = {}
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded)),
+            self.register_load_state_dict_post_hook(lambda _: self._restore_states(final), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
         for group, before in zip(self.param_groups, tensor_options, strict=True):
             for name, tensor in before.items():
                 if name in group:
                     tensor.data.fill_(float(group[name]))
                     group[name] = tensor
         self._rebuild()
+
+    def _restore_states(self, loaded: dict[str, Any]) -> None:
+        """Give loaded states the dtype they were saved in and memory of their own; torch casts and aliases them."""
+        saved_ids = [i for g in loaded["param_groups"] for i in g["params"]]
+        params = [p for g in self.param_groups for p in g["params"]]
+        for saved_id, p in zip(saved_ids, params, strict=True):
+            for name, saved in loaded["state"].get(saved_id, {}).items():
+                if isinstance(saved, Tensor) and name in self._state_names:
+                    self.state[p][name] = saved.detach().to(p.device, copy=True)
+                elif isinstance(saved, Tensor) and name == "step":
+                    self.state[p][name] = self.state[p][name].clone()

@@ -20,11 +20,42 @@ _CHUNK = 0
 
 
 class Row(NamedTuple):
-    """What a group asks for in this step: a rule, the sign of its gradients, and the rule's hyper-parameters."""
+    """What a group asks for in this step: a rule, the sign of its gradients, and the rule's hyper-parameters.
+
+    A hyper-parameter is a float, or a tensor of one element on an accelerator, which is read there.
+    """
 
     rule: str
     sign: float
-    hyper: dict[str, float]
+    hyper: dict[str, float | Tensor]
+
+
+class Control(NamedTuple):
+    """What the whole step shares: a factor on all gradients, and a loss scaler's tensors where they are on a device."""
+
+    grad_coef: float
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+
+def table_of(rows: list[Row], device: bool) -> list[tuple[int, float, tuple[float, ...], list[tuple[int, int, int]]]]:
+    """Rows as the compiled plan takes them; tensors become addresses where ``device`` is true, else numbers."""
+    assert _backend._C is not None
+    table = []
+    for rule, sign, hyper in rows:
+        number, _, names = _backend._C.rules[rule]
+        values, overrides = [], []
+        for index, name in enumerate(names):
+            value = hyper[name]
+            if device and isinstance(value, Tensor):
+                if value.dtype not in (torch.float32, torch.float64):
+                    raise TypeError(f"{name} must be a float32 or float64 tensor, got {value.dtype}")
+                overrides.append((index, value.data_ptr(), int(value.dtype == torch.float64)))
+                values.append(0.0)
+            else:
+                values.append(float(value))
+        table.append((number, sign, tuple(values), overrides))
+    return table
 
 
 class Slow(NamedTuple):
@@ -48,39 +79,65 @@ def dense(tensor: Tensor) -> bool:
     return True
 
 
-def element_offsets(tensor: Tensor) -> Tensor:
+def apart(tensor: Tensor) -> bool:
+    """True where each dimension steps over all that the faster ones span, so that no two elements can meet."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return True
+
+
+def element_addresses(tensor: Tensor) -> Tensor:
     """Byte addresses of all elements; only for the layouts that need it."""
-    offsets = torch.zeros((), dtype=torch.int64)
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        offsets = offsets[..., None] + torch.arange(size) * stride
+        offsets = offsets[..., None] + torch.arange(size, device="cpu") * stride
     return (offsets * tensor.element_size() + tensor.data_ptr()).flatten()
+
+
+class Span(NamedTuple):
+    """The stretch of memory that a tensor's elements lie in."""
+
+    start: int
+    end: int
+    name: str
+    tensor: Tensor
+    dense: bool
 
 
 def check_overlap(tensors: list[tuple[str, Tensor]]) -> None:
     """Raise if two of the tensors that a step writes share memory, or one shares it with itself."""
     spans = []
     for name, tensor in tensors:
-        if tensor.numel() == 0:
+        if tensor.numel() == 0 or not _backend.has_plain_memory(tensor):
             continue
-        is_dense = dense(tensor)
-        if not is_dense and torch.unique(element_offsets(tensor)).numel() != tensor.numel():
+        if not apart(tensor) and torch.unique(element_addresses(tensor)).numel() != tensor.numel():
             raise RuntimeError(
                 f"{name} must not overlap itself, got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
             )
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         start = tensor.data_ptr()
-        spans.append((start, start + (last + 1) * tensor.element_size(), name, tensor, is_dense))
-    spans.sort(key=lambda span: span[:2])
-    reach = 0  # index of the span that ends last so far
-    for i in range(1, len(spans)):
-        _, end, first_name, first, first_dense = spans[reach]
-        start, _, name, tensor, is_dense = spans[i]
-        if start < end and (
-            (first_dense and is_dense) or torch.isin(element_offsets(first), element_offsets(tensor)).any()
-        ):
-            raise RuntimeError(f"{first_name} and {name} must not share memory: a step writes both")
-        if spans[i][1] > end:
-            reach = i
+        spans.append(Span(start, start + (last + 1) * tensor.element_size(), name, tensor, dense(tensor)))
+    open_spans: list[Span] = []
+    for span in sorted(spans, key=lambda span: span[:2]):
+        open_spans = [other for other in open_spans if other.end > span.start]
+        for other in open_spans:
+            both_dense = other.dense and span.dense
+            if both_dense or torch.isin(element_addresses(other.tensor), element_addresses(span.tensor)).any():
+                raise RuntimeError(f"{other.name} and {span.name} must not share memory: a step writes both")
+        open_spans.append(span)
+
+
+class Compiled(NamedTuple):
+    """A compiled plan and where it runs."""
+
+    backend: str
+    device: torch.device
+    plan: Any
 
 
 class StepPlan:
@@ -89,20 +146,30 @@ class StepPlan:
     def __init__(self, optimizer: FusedOptimizer, rows: list[Row]) -> None:
         self.rules = [row.rule for row in rows]
         self.slow: list[Slow] = []
-        self.compiled: Any = None
+        self.compiled: list[Compiled] = []
         fast = self._check(optimizer, rows)
-        self.fresh = {
-            p
-            for group, row in zip(optimizer.param_groups, rows, strict=True)
-            for p in group["params"]
-            if optimizer._input_of(p) is not None and optimizer._init_state(p, group, row.rule)
-        }
-        if fast:
-            self._compile(optimizer, rows, fast)
+        self.fresh: set[Tensor] = set()
+        before = {p: dict(state) for p, state in optimizer.state.items()}
+        try:
+            for group, row in zip(optimizer.param_groups, rows, strict=True):
+                for p in group["params"]:
+                    if optimizer._input_of(p) is not None and optimizer._init_state(p, group, row.rule):
+                        self.fresh.add(p)
+            for where in dict.fromkeys(fast.values()):
+                self._compile(optimizer, rows, fast, *where)
+        except BaseException:
+            # A failed call leaves no state behind, or the next step would not be the first.
+            for p in list(optimizer.state):
+                if p not in before:
+                    del optimizer.state[p]
+                    continue
+                optimizer.state[p].clear()
+                optimizer.state[p].update(before[p])
+            raise
 
-    def _check(self, optimizer: FusedOptimizer, rows: list[Row]) -> set[Tensor]:
-        """Check every parameter with a gradient before anything changes; return those for the compiled plan."""
-        fast: set[Tensor] = set()
+    def _check(self, optimizer: FusedOptimizer, rows: list[Row]) -> dict[Tensor, tuple[str, torch.device]]:
+        """Check every parameter with a gradient before anything changes; return where compiled plans update them."""
+        fast: dict[Tensor, tuple[str, torch.device]] = {}
         written: list[tuple[str, Tensor]] = []
         for index, (group, row) in enumerate(zip(optimizer.param_groups, rows, strict=True)):
             for position, p in enumerate(group["params"]):
@@ -110,8 +177,8 @@ class StepPlan:
                     continue
                 name = f"parameter {position} of group {index}"
                 backend = optimizer._backend_of(name, p, row.rule)
-                if backend == "cpu":
-                    fast.add(p)
+                if backend in ("cpu", "cuda"):
+                    fast[p] = backend, local(p).device
                 else:
                     self.slow.append(Slow(name, p, index, backend))
                 written.append((name, local(p)))
@@ -119,23 +186,36 @@ class StepPlan:
         check_overlap(written)
         return fast
 
-    def _compile(self, optimizer: FusedOptimizer, rows: list[Row], fast: set[Tensor]) -> None:
+    def _compile(
+        self,
+        optimizer: FusedOptimizer,
+        rows: list[Row],
+        fast: dict[Tensor, tuple[str, torch.device]],
+        backend: str,
+        device: torch.device,
+    ) -> None:
         assert _backend._C is not None
         rules = _backend._C.rules
-        step_name = "step" if optimizer._counts_steps else ""
-        plan = _backend._C.Plan(_backend.reader(), list(optimizer._state_names), step_name, _CHUNK)
+        plan = _backend._C.Plan(
+            reader=_backend.reader(),
+            state_names=list(optimizer._state_names),
+            step_name="step" if optimizer._counts_steps else "",
+            chunk=_CHUNK,
+            device=-1 if backend == "cpu" else device.index or 0,
+        )
         for index, (group, row) in enumerate(zip(optimizer.param_groups, rows, strict=True)):
+            on_device = optimizer._step_on_device(group, backend)
             for p in group["params"]:
-                if p in fast:
-                    plan.add(p, optimizer.state.get(p), index, rules[row.rule][0], p in self.fresh)
+                if fast.get(p) == (backend, device):
+                    plan.add(p, optimizer.state.get(p), index, rules[row.rule][0], p in self.fresh, on_device)
                 elif optimizer._input_of(p) is None:
-                    plan.defer(p)
+                    plan.defer(p, index)
                 else:
-                    plan.ignore(p)
+                    plan.ignore(p, index)
         plan.seal(optimizer.state)
-        self.compiled = plan
+        self.compiled.append(Compiled(backend, device, plan))
 
-    def run(self, optimizer: FusedOptimizer, rows: list[Row], grad_coef: float) -> bool:
+    def run(self, optimizer: FusedOptimizer, rows: list[Row], control: Control) -> bool:
         """Update everything. False, and nothing changed, where the plan no longer holds."""
         if self.rules != [row.rule for row in rows]:
             return False
@@ -145,26 +225,21 @@ class StepPlan:
                 or optimizer._missing_states(p, rows[group].rule)
             ):
                 return False
-        if self.compiled is not None:
-            assert _backend._C is not None
-            rules = _backend._C.rules
-            table = []
-            for rule, sign, hyper in rows:
-                number, _, names = rules[rule]
-                table.append((number, sign, tuple([hyper[name] for name in names])))
-            updated = self.compiled.step(
-                optimizer.param_groups,
-                optimizer.state,
-                optimizer._inputs,
-                table,
-                grad_coef,
-                0.0,
-                torch.get_num_threads(),
-            )
-            if updated is None:
+        for backend, _, plan in self.compiled:
+            table = table_of(rows, backend == "cuda")
+            if not plan.refresh(optimizer.param_groups, optimizer.state, optimizer._inputs, table):
                 return False
-            torch.autograd.graph.increment_version(updated)
-        self._run_slow(optimizer, rows, grad_coef)
+
+        updated: list[Tensor] = []
+        for backend, device, plan in self.compiled:
+            if backend == "cpu":
+                updated += plan.run(control.grad_coef, 0.0, torch.get_num_threads())
+            else:
+                scaler = [0 if t is None else t.to(device).data_ptr() for t in control[1:]]
+                updated += plan.run_cuda(control.grad_coef, *scaler, _backend.current_stream(device))
+        torch.autograd.graph.increment_version(updated)
+        if self.slow:
+            self._run_slow(optimizer, rows, control.grad_coef)
         self.fresh.clear()
         return True
 
@@ -180,7 +255,8 @@ class StepPlan:
                 optimizer.state[p]["step"] += 1
                 step = int(optimizer.state[p]["step"].item())
             states = [local(t) for t in optimizer._states(p, row.rule).values()]
-            item = (row.rule, local(p), local(g), states, row.hyper, step, p in self.fresh, row.sign * grad_coef)
+            hyper = {name: float(value) for name, value in row.hyper.items()}
+            item = (row.rule, local(p), local(g), states, hyper, step, p in self.fresh, row.sign * grad_coef)
             if backend == "triton":
                 for_triton.append(item)
             else:

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The plain tensor behind a wrapper such as DTensor; any other tensor itself."""
+    """The plain tensor behind a wrapper such as DTensor, waiting for it if it is still on its way; any other tensor itself."""
     to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+    if to_local is None:
+        return tensor
+    plain: Tensor = to_local()
+    trigger_wait = getattr(plain, "trigger_wait", None)
+    return plain if trigger_wait is None else trigger_wait()
+
+
+def aligned_gradients(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
+    """For each DTensor parameter whose gradient is placed otherwise (a partial sum, another shard): the gradient placed as the
+    parameter is.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:  # then nobody has made a DTensor
+        return {}
+    aligned = {}
+    for group in groups:
+        for p in group["params"]:
+            if not isinstance(p, module.DTensor) or not isinstance(p.grad, module.DTensor):
+                continue
+            if p.grad.placements != p.placements or p.grad.device_mesh != p.device_mesh:
+                aligned[p] = p.grad.redistribute(p.device_mesh, p.placements)
+    return aligned
 
 
 def reduce(square_sum: Tensor, tensors: Iterable[Tensor]) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._optimizer import FusedOptimizer, ParamsT, PrecisionWarning, check_nonnegative
+from . import _backend
+from ._optimizer import FusedOptimizer, ParamsT, PrecisionWarning, check_nonnegative, number
 from ._plan import Row
 
 
@@ -101,6 +102,8 @@ class AdamW(FusedOptimizer):
                 raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements")
         check_nonnegative("learning rate", "lr", lr)
         check_nonnegative("epsilon value", "eps", eps)
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta} (it must be in [0, 1))")
@@ -150,7 +153,8 @@ class AdamW(FusedOptimizer):
             group["decoupled_weight_decay"] = True
 
     def _row(self, group: dict[str, Any]) -> Row:
-        if group["capturable"] and any(p.device.type == "cpu" and p.grad is not None for p in group["params"]):
+        on_cpu = any(p.device.type == "cpu" and p.grad is not None for p in group["params"]) if group["capturable"] else False
+        if on_cpu and not _backend.cuda_on_host():
             raise RuntimeError("capturable must be False for parameters on the CPU, got capturable=True")
         l1_decay = float(group.get("l1_decay", 0.0))
         rule = "adamw"
@@ -160,11 +164,11 @@ class AdamW(FusedOptimizer):
             rule += "_amsgrad"
         beta1, beta2 = group["betas"]
         hyper = {
-            "lr": float(group["lr"]),
-            "beta1": float(beta1),
-            "beta2": float(beta2),
-            "eps": float(group["eps"]),
-            "weight_decay": float(group["weight_decay"]),
+            "lr": number(group["lr"]),
+            "beta1": number(beta1),
+            "beta2": number(beta2),
+            "eps": number(group["eps"]),
+            "weight_decay": number(group["weight_decay"]),
             "l1_decay": l1_decay,
             "l1_cap": float(group.get("l1_cap", 10.0)),
         }

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._optimizer import FusedOptimizer, ParamsT, check_nonnegative
+from ._optimizer import FusedOptimizer, ParamsT, check_nonnegative, number
 from ._plan import Row
 
 
@@ -103,5 +103,5 @@ class SGD(FusedOptimizer):
 
     def _row(self, group: dict[str, Any]) -> Row:
         rule = "sgd" if group["momentum"] == 0 else "sgd_nesterov" if group["nesterov"] else "sgd_momentum"
-        hyper = {name: float(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay")}
+        hyper = {name: number(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay")}
         return Row(rule, -1.0 if group["maximize"] else 1.0, hyper)

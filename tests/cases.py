@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 
 import torch
 from optimizers import Optimizer
 
 from precond import reference
 
+#: The compiled backend under test; tests/test_cuda_on_host.py runs the suites again with another one.
+BACKEND = os.environ.get("PRECOND_BACKEND", "cpu")
 SENTINEL = 12345.0
 PAD = 32  # elements before and after
 

@@ -1,11 +1,24 @@
 """Set-up that must precede imports, and shared fixtures."""
 
+import importlib.util
 import os
+import sys
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+
+# Another build of the extension stands in for the installed one: tests/test_cuda_on_host.py.
+if path := os.environ.get("PRECOND_TEST_EXTENSION"):
+    spec = importlib.util.spec_from_file_location("precond._C", path)
+    sys.modules["precond._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["precond._C"])
+
+
+def pytest_configure(config):
+    """The table trains bf16 with betas[1] = 0.999 on purpose. Not in pyproject.toml: pytest would import precond too early."""
+    config.addinivalue_line("filterwarnings", "ignore::precond.PrecisionWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from cases import bits_equal
+from cases import BACKEND, bits_equal
 from optimizers import CLASSES, OPTIMIZERS, WITH_PEER
 
 import precond
@@ -221,7 +221,7 @@ def test_a_tensor_lr_is_read_at_each_step_and_survives_loading(row):
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_go_on_as_the_original(row, how):
     net = model()
-    optimizer = row.cls(net.parameters(), **row.kwargs, fused=True, backend="cpu")
+    optimizer = row.cls(net.parameters(), **row.kwargs, fused=True, backend=BACKEND)
     train(net, optimizer, 3)
     pair = copy.deepcopy((net, optimizer)) if how == "deepcopy" else pickle.loads(pickle.dumps((net, optimizer)))
     train(net, optimizer, 2, start=3)

@@ -24,7 +24,7 @@ def build(tmp_path_factory):
     directory = ROOT / "build" / "sanitize"
     run(
         "cmake", "-S", ROOT, "-B", directory, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
-        "-DPRECOND_PYTHON=OFF", "-DPRECOND_TESTS=ON", "-DPRECOND_SANITIZE=ON",
+        "-DPRECOND_PYTHON=OFF", "-DPRECOND_TESTS=ON", "-DPRECOND_SANITIZE=address,undefined", "-DPRECOND_CUDA=OFF",
     )  # fmt: skip
     run("cmake", "--build", directory)
     return directory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import GRADIENT_LAYOUTS, LAYOUTS, SIZES, Snapshot, gradient, guarded, random_values
+from cases import BACKEND, GRADIENT_LAYOUTS, LAYOUTS, SIZES, Snapshot, gradient, guarded, random_values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optimizers import OPTIMIZERS
@@ -22,7 +22,7 @@ def run(row, shapes, p_dtype, g_dtype, state_format, p_layout="contiguous", g_la
     """Step an optimizer over guarded tensors, checking each parameter after each step. Returns the worst error in ulp."""
     buffers = [guarded(random_values(shape, p_dtype), p_layout) for shape in shapes]
     params = [buffer.tensor.requires_grad_() for buffer in buffers]
-    optimizer = row.cls(params, **{**row.kwargs, **override}, state_format=state_format, backend="cpu")
+    optimizer = row.cls(params, **{**row.kwargs, **override}, state_format=state_format, backend=BACKEND)
     worst = 0.0
     for step in range(1, steps + 1):
         before = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import bits_equal, gradient, guarded, nasty_values, random_values
+from cases import BACKEND, bits_equal, gradient, guarded, nasty_values, random_values
 from optimizers import OPTIMIZERS
 
 from precond import _C, _plan
@@ -14,7 +14,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 SIZES = [1, 7, 64, 300, 513, 2049, 40_000]
 
 
-def train(row, dtype, *, sizes=SIZES, steps=20, layout="contiguous", backend="cpu", make=random_values, g_dtype=None):
+def train(row, dtype, *, sizes=SIZES, steps=20, layout="contiguous", backend=BACKEND, make=random_values, g_dtype=None):
     """Parameters and states after some steps on gradients that depend on the seed alone."""
     torch.manual_seed(1)
     values = [make(n).to(dtype) for n in sizes] if make is nasty_values else [make((n,), dtype) for n in sizes]
@@ -89,7 +89,7 @@ def test_gradient_layouts_agree(row):
     def step(layout):
         torch.manual_seed(3)
         p = torch.nn.Parameter(random_values((12, 5, 4, 6)))
-        optimizer = row.cls([p], **row.kwargs, backend="cpu")
+        optimizer = row.cls([p], **row.kwargs, backend=BACKEND)
         for _ in range(3):
             p.grad = gradient(random_values(p.shape), layout, p)
             optimizer.step()
@@ -105,7 +105,7 @@ def test_the_order_of_tensors_does_not_matter(row):
         torch.manual_seed(5)
         params = [torch.nn.Parameter(random_values((n,))) for n in SIZES]
         grads = [random_values((n,)) for n in SIZES]
-        optimizer = row.cls([params[i] for i in order], **row.kwargs, backend="cpu")
+        optimizer = row.cls([params[i] for i in order], **row.kwargs, backend=BACKEND)
         for _ in range(3):
             for p, g in zip(params, grads, strict=True):
                 p.grad = g
@@ -122,7 +122,7 @@ def test_flushing_denormals_outside_does_not_change_the_update(row):
 
     def step(flush):
         p = torch.nn.Parameter(values.clone())
-        optimizer = row.cls([p], **row.kwargs, backend="cpu")
+        optimizer = row.cls([p], **row.kwargs, backend=BACKEND)
         assert torch.set_flush_denormal(flush)
         try:
             for g in grads:
@@ -137,6 +137,14 @@ def test_flushing_denormals_outside_does_not_change_the_update(row):
     expected = step(False)
     assert any(((t.abs() < 1.1e-38) & (t != 0)).any() for t in expected)
     assert_same(step(True), expected)
+
+
+@rows
+@dtypes
+@pytest.mark.parametrize("make", [random_values, nasty_values])
+def test_this_backend_agrees_with_the_cpu(row, dtype, make):
+    """The same thing twice for the cpu backend; for the CUDA sources and GPUs it is the promise."""
+    assert_same(train(row, dtype, make=make), train(row, dtype, make=make, backend="cpu"))
 
 
 TRITON_SIZES = [1, 64, 300, 1023, 1025]

@@ -55,3 +55,40 @@ def test_reduce_adds_over_the_meshes_of_sharded_tensors_only(mesh):
     total = values.square().sum()
     for tensors in ([values], [whole], [sharded], [sharded, whole, values]):
         assert torch.equal(_sharding.reduce(total.clone(), tensors), total)
+
+
+def test_a_gradient_placed_otherwise_is_placed_as_its_parameter(tmp_path):
+    """Two ranks; a partial sum is added up, another shard is exchanged, an asynchronous one is waited for."""
+    import subprocess
+    import sys
+
+    code = """
+import sys, torch, precond, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+w = torch.nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))
+x = distribute_tensor(torch.arange(12.0).view(4, 3), mesh, [Shard(0)])
+(x * w).sum().backward()
+assert w.grad.placements == (Partial(),), w.grad.placements
+precond.SGD([w], lr=1.0).step()
+assert w.to_local().tolist() == [-17.0, -21.0, -25.0], w
+s = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, [Shard(0)]))
+s.grad = distribute_tensor(torch.arange(16.0).view(4, 4), mesh, [Shard(1)])
+precond.SGD([s], lr=1.0).step()
+assert torch.equal(s.full_tensor(), -torch.arange(16.0).view(4, 4))
+r = torch.nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Replicate()]))
+r.grad = DTensor.from_local(torch.ones(2), mesh, [Partial()]).redistribute(mesh, [Replicate()], async_op=True)
+precond.SGD([r], lr=1.0).step()
+assert r.to_local().tolist() == [-2.0, -2.0], r
+dist.destroy_process_group()
+"""
+    pair = [
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(rank), f"{tmp_path}/pair"], stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for process in pair:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()[-2000:]

@@ -1,0 +1,336 @@
+// Host side of the CUDA backend; see cuda_plan.h.
+#ifndef PRECOND_ISA
+#define PRECOND_ISA cuda
+#endif
+#include "cuda_plan.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cuda_kernel.cuh"
+
+namespace precond {
+namespace {
+
+void check(cudaError_t error, const char* call) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA: ") + call + ": " + cudaGetErrorString(error));
+}
+#define PRECOND_CUDA_CHECK(call) check(call, #call)
+
+#if defined(__CUDACC__)
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream, Args... args) {
+  kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), 0, stream>>>(args...);
+  check(cudaGetLastError(), "kernel launch");
+}
+#else
+using cuda_on_host::launch;
+#endif
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    PRECOND_CUDA_CHECK(cudaGetDevice(&before_));
+    if (device != before_) PRECOND_CUDA_CHECK(cudaSetDevice(device));
+  }
+  ~DeviceGuard() { cudaSetDevice(before_); }
+
+ private:
+  int before_ = 0;
+};
+
+// Pinned memory that uploads read from. A block is used again only after its copy has run; one that a graph captured
+// stays, since every replay reads it.
+class Staging {
+ public:
+  ~Staging() {
+    for (Block& block : blocks_) {
+      cudaEventDestroy(block.done);
+      cudaFreeHost(block.data);
+    }
+  }
+  void copy(void* to, const void* from, size_t bytes, cudaStream_t stream, bool capturing) {
+    Block& block = find(bytes);
+    std::memcpy(block.data, from, bytes);
+    PRECOND_CUDA_CHECK(cudaMemcpyAsync(to, block.data, bytes, cudaMemcpyHostToDevice, stream));
+    if (capturing)
+      block.captured = true;
+    else
+      PRECOND_CUDA_CHECK(cudaEventRecord(block.done, stream));
+  }
+  // So that a capture, which may not allocate, finds a free block of this size.
+  void reserve(size_t bytes) { find(bytes); }
+
+ private:
+  struct Block {
+    void* data;
+    size_t bytes;
+    cudaEvent_t done;
+    bool captured;
+  };
+  Block& find(size_t bytes) {
+    for (Block& block : blocks_)
+      if (!block.captured && block.bytes >= bytes && cudaEventQuery(block.done) == cudaSuccess) return block;
+    Block block{nullptr, bytes + bytes / 2 + 4096, nullptr, false};
+    PRECOND_CUDA_CHECK(cudaHostAlloc(&block.data, block.bytes, cudaHostAllocDefault));
+    PRECOND_CUDA_CHECK(cudaEventCreateWithFlags(&block.done, cudaEventDisableTiming));
+    blocks_.push_back(block);
+    return blocks_.back();
+  }
+  std::vector<Block> blocks_;
+};
+
+// A table in device memory and what the host last put there.
+template <class T>
+class Table {
+ public:
+  ~Table() { cudaFree(device_); }
+  T* device() const { return device_; }
+  std::vector<T> host;
+
+  // Room for n elements that a kernel writes; the host then no longer knows the content.
+  T* room_for(size_t n) {
+    sent_.clear();
+    if (capacity_ >= n) return device_;
+    PRECOND_CUDA_CHECK(cudaFree(device_));  // waits for work that still reads it; only when a table grows
+    device_ = nullptr;
+    capacity_ = n + n / 2;
+    PRECOND_CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&device_), capacity_ * sizeof(T)));
+    return device_;
+  }
+
+  // `always`: the device's copy may be another one, because a captured graph writes it at each replay.
+  void upload(Staging* staging, cudaStream_t stream, bool capturing, bool always) {
+    const size_t bytes = host.size() * sizeof(T);
+    if (bytes == 0) return;
+    if (!always && sent_.size() == host.size() && std::memcmp(sent_.data(), host.data(), bytes) == 0) return;
+    room_for(host.size());
+    staging->copy(device_, host.data(), bytes, stream, capturing);
+    if (!capturing) staging->reserve(bytes);
+    sent_ = host;
+  }
+
+ private:
+  T* device_ = nullptr;
+  size_t capacity_ = 0;
+  std::vector<T> sent_;
+};
+
+// Launchers by rule and formats of p, g and states. The last entry of a rule is the kernel for any layout and mix.
+struct LaunchArgs {
+  const DeviceTensor* tensors;
+  const DeviceChunk* chunks;
+  const Strides* strides;
+  const float* rows;
+  const Control* control;
+  int64_t blocks;
+  cudaStream_t stream;
+};
+using Launcher = void (*)(const LaunchArgs&);
+
+template <class Rule, class P, class G, class S>
+void launch_update(const LaunchArgs& a) {
+  launch(&update_kernel<Rule, P, G, S>, a.blocks, kThreads, a.stream, a.tensors, a.chunks, a.rows, a.control);
+}
+template <class Rule>
+void launch_any(const LaunchArgs& a) {
+  launch(&update_any_kernel<Rule>, a.blocks, kThreads, a.stream, a.tensors, a.chunks, a.strides, a.rows, a.control);
+}
+
+constexpr int kAny = 8;
+#define PRECOND_LAUNCHERS(name, ...)                                                                    \
+  {&launch_update<__VA_ARGS__, Fp32, Fp32, Fp32>, &launch_update<__VA_ARGS__, Fp32, Fp32, Bf16>,        \
+   &launch_update<__VA_ARGS__, Fp32, Bf16, Fp32>, &launch_update<__VA_ARGS__, Fp32, Bf16, Bf16>,        \
+   &launch_update<__VA_ARGS__, Bf16, Fp32, Fp32>, &launch_update<__VA_ARGS__, Bf16, Fp32, Bf16>,        \
+   &launch_update<__VA_ARGS__, Bf16, Bf16, Fp32>, &launch_update<__VA_ARGS__, Bf16, Bf16, Bf16>,        \
+   &launch_any<__VA_ARGS__>},
+const Launcher kLaunchers[][kAny + 1] = {PRECOND_ALL_RULES(PRECOND_LAUNCHERS)};
+#undef PRECOND_LAUNCHERS
+#define PRECOND_STATES(name, ...) __VA_ARGS__::kStates,
+const int kStatesOf[] = {PRECOND_ALL_RULES(PRECOND_STATES)};
+#undef PRECOND_STATES
+
+// Which launcher takes a tensor.
+int launcher_of(const Tensor& t) {
+  const int states = kStatesOf[t.rule];
+  bool any = t.p.strides != kDense || t.g.strides != kDense;
+  for (int k = 0; k < states; ++k)
+    any = any || t.state[k].strides != kDense || t.state[k].format != t.state[0].format;
+  if (any) return kAny;
+  const Format state = states == 0 ? t.p.format : t.state[0].format;
+  return (t.p.format == Format::bf16) * 4 + (t.g.format == Format::bf16) * 2 + (state == Format::bf16);
+}
+
+}  // namespace
+
+struct CudaPlan::Impl {
+  explicit Impl(int index) : device(index) {}
+
+  int device;
+  int launches = 0;
+  bool was_captured = false;
+  Staging staging;
+  Table<DeviceTensor> tensors;
+  Table<DeviceChunk> chunks;
+  Table<Strides> strides;
+  Table<float> rows;
+  Table<Control> control;
+  Table<RowJob> jobs;
+  Table<DeviceGroup> groups;
+  Table<Override> overrides;
+  struct Bucket {
+    int rule, launcher;
+    int64_t first, count;
+  };
+  std::vector<Bucket> buckets;
+  std::vector<int> signature;  // rule and launcher of each tensor, as cut into buckets
+
+  void cut(const Plan& plan);
+  void describe(const Plan& plan, const std::vector<GroupRow>& group_rows, bool row_per_tensor);
+  void scalars_on_device(const Plan& plan, const std::vector<GroupRow>& group_rows, const DeviceStep& step);
+};
+
+// Chunks by launcher; only when the rule or the formats of a tensor have changed.
+void CudaPlan::Impl::cut(const Plan& plan) {
+  std::vector<int> wanted;
+  wanted.reserve(size_t(plan.size()));
+  for (int64_t i = 0; i < plan.size(); ++i) {
+    const Tensor& t = plan.tensor(i);
+    // One that never had a gradient has none to describe: it joins when it gets one.
+    wanted.push_back(t.g.data == nullptr && t.numel > 0 ? -1 : t.rule * (kAny + 1) + launcher_of(t));
+  }
+  if (wanted == signature) return;
+  signature = wanted;
+  buckets.clear();
+  chunks.host.clear();
+  for (int key = 0; key < int(std::size(kLaunchers)) * (kAny + 1); ++key) {
+    const int64_t first = int64_t(chunks.host.size());
+    for (int64_t i = 0; i < plan.size(); ++i) {
+      if (signature[size_t(i)] != key) continue;
+      for (int64_t begin = 0; begin < plan.tensor(i).numel; begin += kBlockElements)
+        chunks.host.push_back({begin, int32_t(i)});
+    }
+    const int64_t count = int64_t(chunks.host.size()) - first;
+    if (count > 0) buckets.push_back({key / (kAny + 1), key % (kAny + 1), first, count});
+  }
+}
+
+void CudaPlan::Impl::describe(const Plan& plan, const std::vector<GroupRow>& group_rows, bool row_per_tensor) {
+  tensors.host.resize(size_t(plan.size()));
+  for (int64_t i = 0; i < plan.size(); ++i) {
+    const Tensor& t = plan.tensor(i);
+    DeviceTensor& d = tensors.host[size_t(i)];
+    std::memset(static_cast<void*>(&d), 0, sizeof d);  // padding too: tables are compared as bytes
+    d.operand[0] = t.p;
+    d.operand[1] = t.g;
+    for (int k = 0; k < kMaxStates; ++k) d.operand[2 + k] = t.state[k];
+    d.numel = t.active ? t.numel : 0;
+    d.row = row_per_tensor ? int32_t(i) : t.row;
+    d.sign = group_rows[size_t(t.group)].sign;
+  }
+  strides.host = plan.all_strides();
+}
+
+void CudaPlan::Impl::scalars_on_device(const Plan& plan, const std::vector<GroupRow>& group_rows, const DeviceStep& step) {
+  jobs.host.resize(size_t(plan.size()));
+  for (int64_t i = 0; i < plan.size(); ++i) {
+    const Tensor& t = plan.tensor(i);
+    RowJob& job = jobs.host[size_t(i)];
+    std::memset(static_cast<void*>(&job), 0, sizeof job);
+    job.group = t.active ? t.group : -1;
+    job.fresh = t.fresh;
+    if (t.step != nullptr && t.step_on_device)
+      job.step = t.step;
+    else if (t.step != nullptr)
+      job.known_step = *t.step + 1.0f;
+  }
+  groups.host.resize(group_rows.size());
+  for (size_t g = 0; g < group_rows.size(); ++g) {
+    std::memset(static_cast<void*>(&groups.host[g]), 0, sizeof(DeviceGroup));
+    groups.host[g].rule = group_rows[g].rule;
+    std::memcpy(groups.host[g].hyper, group_rows[g].hyper, sizeof groups.host[g].hyper);
+  }
+  overrides.host = step.overrides;
+}
+
+void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const DeviceStep& step) {
+  Impl& my = *impl_;
+  const DeviceGuard guard(my.device);
+  const auto stream = reinterpret_cast<cudaStream_t>(step.stream);
+  cudaStreamCaptureStatus status;
+  PRECOND_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  const bool capturing = status == cudaStreamCaptureStatusActive;
+
+  bool on_device = !step.overrides.empty() || step.grad_scale != nullptr || step.found_inf != nullptr;
+  bool counters_on_device = true;
+  for (int64_t i = 0; i < plan->size(); ++i) {
+    const Tensor& t = plan->tensor(i);
+    if (!t.active || t.step == nullptr) continue;
+    on_device = on_device || t.step_on_device;
+    counters_on_device = counters_on_device && t.step_on_device;
+  }
+  if (capturing && !counters_on_device)
+    throw std::runtime_error("capturable must be True to capture a step into a graph: the step counters are on the host");
+  if (step.found_inf != nullptr && !counters_on_device)
+    throw std::runtime_error("fused must be True in every group for a loss scaler's found_inf: step counters are on the host");
+
+  my.cut(*plan);
+  if (on_device)
+    my.scalars_on_device(*plan, groups, step);
+  else
+    my.rows.host = plan->fill_rows(groups);
+  my.describe(*plan, groups, on_device);
+  const bool always = my.was_captured || capturing;
+  const auto upload = [&](auto& table) { table.upload(&my.staging, stream, capturing, always); };
+  upload(my.tensors);
+  upload(my.chunks);
+  upload(my.strides);
+  my.launches = 0;
+  if (on_device) {
+    upload(my.jobs);
+    upload(my.groups);
+    upload(my.overrides);
+    const int64_t count = plan->size();
+    Control* control = my.control.room_for(1);
+    float* rows = my.rows.room_for(size_t(count) * kRowFloats);
+    launch(&control_kernel, 1, 1, stream, step.grad_scale, step.found_inf, step.grad_coef, control);
+    launch(&row_kernel, (count + 127) / 128, 128, stream, static_cast<const RowJob*>(my.jobs.device()), int32_t(count),
+           static_cast<const DeviceGroup*>(my.groups.device()), static_cast<const Override*>(my.overrides.device()),
+           int32_t(step.overrides.size()), static_cast<const Control*>(control), rows);
+    my.launches = 2;
+  } else {
+    my.control.host = {Control{step.grad_coef, 0.0f}};
+    upload(my.control);
+    upload(my.rows);
+  }
+  for (const Impl::Bucket& bucket : my.buckets) {
+    kLaunchers[bucket.rule][bucket.launcher]({my.tensors.device(), my.chunks.device() + bucket.first, my.strides.device(),
+                                              my.rows.device(), my.control.device(), bucket.count, stream});
+    ++my.launches;
+  }
+  my.was_captured = always;
+  plan->count_step();
+}
+
+CudaPlan::CudaPlan(int device) : impl_(std::make_unique<Impl>(device)) {}
+
+CudaPlan::~CudaPlan() {
+  int before = 0;
+  if (cudaGetDevice(&before) != cudaSuccess) return;
+  cudaSetDevice(impl_->device);
+  impl_.reset();
+  cudaSetDevice(before);
+}
+
+int CudaPlan::launches() const { return impl_->launches; }
+
+std::string why_no_cuda() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) return std::string("no CUDA device: ") + cudaGetErrorString(error);
+  return count > 0 ? "" : "no CUDA device";
+}
+
+}  // namespace precond

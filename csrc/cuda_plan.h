@@ -1,0 +1,48 @@
+// Runs a plan on one CUDA device: the plan's tables in device memory, uploaded only where they changed, a prologue where
+// scalars are only known there, and one launch per rule and formats. Compiled by nvcc, or by the tests as plain C++.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+
+namespace precond {
+
+// A hyper-parameter that lives in a tensor on the device.
+struct Override {
+  const void* value;
+  int32_t group, index;
+  int32_t is_double;
+};
+
+// What a step on a device is given besides the groups.
+struct DeviceStep {
+  std::vector<Override> overrides;
+  const float* grad_scale = nullptr;  // GradScaler's tensors, or null
+  const float* found_inf = nullptr;
+  float grad_coef = 1.0f;
+  uintptr_t stream = 0;
+};
+
+// Empty if a CUDA device can be used, else why not.
+std::string why_no_cuda();
+
+class CudaPlan {
+ public:
+  explicit CudaPlan(int device);
+  ~CudaPlan();
+  CudaPlan(const CudaPlan&) = delete;
+
+  // Enqueues one step on the stream and returns; no synchronisation.
+  void run(Plan* plan, const std::vector<GroupRow>& groups, const DeviceStep& step);
+  // Launches of the last step: updates, and the prologue's.
+  int launches() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace precond

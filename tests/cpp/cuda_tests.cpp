@@ -1,0 +1,221 @@
+// The CUDA sources, run on the CPU (tests/cuda_on_host), against the CPU backend: the same bits, and no element outside of
+// its tensor. Built with AddressSanitizer and UndefinedBehaviorSanitizer, and once with ThreadSanitizer.
+#include <cstring>
+#include <stdexcept>
+
+#include "cuda_plan.h"
+#include "problem.h"
+
+namespace {
+
+const std::vector<int64_t> kSizes = {0, 1, 3, 4, 255, 1023, 1024, 1025, 8191, 8192, 8193, 20001};
+
+// One tensor of a rule in given formats; memory in bytes, so that formats and alignment are free.
+struct Any {
+  std::vector<Buffer<char>> buffers;
+  Tensor tensor;
+  float step = 0.0f;
+};
+
+std::unique_ptr<Any> make(int rule, int64_t n, Format p, Format g, std::vector<Format> states, int misalign, unsigned seed) {
+  auto any = std::make_unique<Any>();
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  const auto operand = [&](Format format, bool zero) {
+    const int64_t size = format == Format::bf16 ? 2 : 4;
+    any->buffers.emplace_back(n * size + misalign * size);
+    Operand o;
+    o.format = format;
+    o.data = any->buffers.back().address() + misalign * size;
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = zero ? 0.0f : normal(random);
+      if (format == Format::bf16) {
+        const uint16_t stored = Bf16::stored(x);
+        std::memcpy(o.data + 2 * i, &stored, 2);
+      } else {
+        std::memcpy(o.data + 4 * i, &x, 4);
+      }
+    }
+    return o;
+  };
+  Tensor& t = any->tensor;
+  t.rule = rule;
+  t.numel = n;
+  t.active = true;
+  t.fresh = true;
+  t.p = operand(p, false);
+  t.g = operand(g, false);
+  for (int k = 0; k < rules()[size_t(rule)].states; ++k) t.state[k] = operand(states[size_t(k) % states.size()], true);
+  t.step = &any->step;
+  return any;
+}
+
+GroupRow group_of(int rule) {
+  GroupRow row;
+  row.rule = rule;
+  const double sgd[] = {0.1, 0.9, 0.2, 0.03}, adamw[] = {1e-2, 0.9, 0.999, 1e-8, 0.1, 0.3, 10.0};
+  const bool is_sgd = rules()[size_t(rule)].hyper.size() == 4;
+  std::copy(is_sgd ? std::begin(sgd) : std::begin(adamw), is_sgd ? std::end(sgd) : std::end(adamw), row.hyper);
+  return row;
+}
+
+bool same_memory(const Any& a, const Any& b) {
+  for (size_t i = 0; i < a.buffers.size(); ++i) {
+    const size_t offset = size_t(i == 0   ? a.tensor.p.data - a.buffers[i].data.get()
+                                 : i == 1 ? a.tensor.g.data - a.buffers[i].data.get()
+                                          : a.tensor.state[i - 2].data - a.buffers[i].data.get());
+    if (std::memcmp(a.buffers[i].data.get() + offset, b.buffers[i].data.get() + offset, size_t(a.buffers[i].size) - offset))
+      return false;
+  }
+  return true;
+}
+
+using Formats = std::vector<Format>;
+const Format F = Format::fp32, B = Format::bf16;
+
+void every_rule_and_format_has_the_bits_of_the_cpu() {
+  const std::vector<std::pair<std::pair<Format, Format>, Formats>> mixes = {
+      {{F, F}, {F}}, {{F, F}, {B}}, {{F, B}, {F}}, {{F, B}, {B}}, {{B, F}, {F}},
+      {{B, F}, {B}}, {{B, B}, {F}}, {{B, B}, {B}}, {{F, F}, {B, F}}};
+  for (int rule = 0; rule < int(rules().size()); ++rule) {
+    for (const auto& mix : mixes) {
+      for (int misalign : {0, 1}) {
+        Plan cpu, gpu;
+        CudaPlan cuda(0);
+        std::vector<std::unique_ptr<Any>> ours, theirs;
+        for (size_t i = 0; i < kSizes.size(); ++i) {
+          const auto build = [&] {
+            return make(rule, kSizes[i], mix.first.first, mix.first.second, mix.second, misalign, unsigned(i));
+          };
+          ours.push_back(build());
+          theirs.push_back(build());
+          gpu.add(ours.back()->tensor);
+          cpu.add(theirs.back()->tensor);
+        }
+        for (int step = 0; step < 3; ++step) {
+          cuda.run(&gpu, {group_of(rule)}, DeviceStep{});
+          cpu.run({group_of(rule)}, Control{}, 1);
+          CHECK(cuda.launches() == 1);
+        }
+        for (size_t i = 0; i < kSizes.size(); ++i) {
+          CHECK(ours[i]->step == 3.0f);
+          CHECK(same_memory(*ours[i], *theirs[i]));
+        }
+      }
+    }
+  }
+}
+
+void scalars_on_the_device_have_the_bits_of_the_host() {
+  const int rule = rule_number("adamw_l1");
+  auto ours = make(rule, 5000, F, F, {F}, 0, 1), theirs = make(rule, 5000, F, F, {F}, 0, 1);
+  ours->tensor.step_on_device = true;
+  Plan gpu, cpu;
+  gpu.add(ours->tensor);
+  cpu.add(theirs->tensor);
+  CudaPlan cuda(0);
+  float lr = 0.0f, found_inf = 0.0f;
+  const float scale = 4.0f;
+  double weight_decay = 0.25;
+  for (int step = 0; step < 6; ++step) {
+    lr = 0.01f * float(step + 1);
+    found_inf = step == 2 ? 1.0f : 0.0f;
+    GroupRow group = group_of(rule);
+    group.sign = -1.0f;
+    DeviceStep device;
+    device.overrides = {{&lr, 0, 0, 0}, {&weight_decay, 0, 4, 1}};
+    device.grad_scale = &scale;
+    device.found_inf = &found_inf;
+    cuda.run(&gpu, {group}, device);
+    CHECK(cuda.launches() == 3);
+    if (step == 2) continue;
+    group.hyper[0] = double(lr);
+    group.hyper[4] = weight_decay;
+    cpu.run({group}, Control{0.25f, 0.0f}, 1);
+  }
+  CHECK(ours->step == 5.0f && theirs->step == 5.0f);
+  CHECK(same_memory(*ours, *theirs));
+  // Back to scalars from the host: nothing of the device's control word may linger.
+  gpu.tensor(0).step_on_device = false;
+  found_inf = 1.0f;
+  DeviceStep skipped;
+  skipped.found_inf = &found_inf;
+  bool refused = false;
+  try {
+    cuda.run(&gpu, {group_of(rule)}, skipped);
+  } catch (const std::runtime_error&) {
+    refused = true;
+  }
+  CHECK(refused);
+  cuda.run(&gpu, {group_of(rule)}, DeviceStep{});
+  cpu.run({group_of(rule)}, Control{}, 1);
+  CHECK(same_memory(*ours, *theirs));
+}
+
+void tables_follow_what_changes() {
+  const int rule = rule_number("sgd_momentum");
+  auto a = make(rule, 3000, F, F, {F}, 0, 1), b = make(rule, 700, F, F, {F}, 0, 2);
+  auto c = make(rule, 3000, F, F, {F}, 0, 1), d = make(rule, 700, F, F, {F}, 0, 2);
+  Plan gpu, cpu;
+  gpu.add(a->tensor);
+  gpu.add(b->tensor);
+  cpu.add(c->tensor);
+  cpu.add(d->tensor);
+  CudaPlan cuda(0);
+  Buffer<float> other(3000);
+  Buffer<uint16_t> narrow(3000);
+  for (int64_t i = 0; i < 3000; ++i) {
+    other.data[i] = float(i) / 100.0f;
+    narrow.data[i] = Bf16::stored(float(i) / 50.0f);
+  }
+  for (int step = 0; step < 6; ++step) {
+    for (Plan* plan : {&gpu, &cpu}) {
+      if (step == 2) plan->tensor(0).g.data = other.address();
+      if (step == 3) plan->tensor(0).g = {narrow.address(), Format::bf16, kDense};
+      plan->tensor(1).active = step != 1 && step != 4;
+    }
+    cuda.run(&gpu, {group_of(rule)}, DeviceStep{});
+    cpu.run({group_of(rule)}, Control{}, 1);
+    CHECK(cuda.launches() == (step < 3 ? 1 : 2));
+  }
+  CHECK(a->step == 6.0f && b->step == 4.0f);
+  CHECK(same_memory(*a, *c) && same_memory(*b, *d));
+}
+
+void strided_operands_go_through_the_general_kernel() {
+  const int64_t n = 2100;
+  const int rule = rule_number("adamw");
+  auto dense = make(rule, n, F, F, {F}, 0, 4), other = make(rule, n, F, F, {F}, 0, 4);
+  Buffer<float> wide(3 * n);
+  for (int64_t i = 0; i < 3 * n; ++i) wide.data[i] = -7.0f;
+  for (int64_t i = 0; i < n; ++i) std::memcpy(&wide.data[3 * i], dense->tensor.p.data + 4 * i, 4);
+  Plan cpu, gpu;
+  cpu.add(dense->tensor);
+  Tensor t = other->tensor;
+  const int64_t shape[] = {7, 300}, strides[] = {3, 21};
+  Strides merged;
+  CHECK(make_strides(storage_order(shape, strides, 2), shape, strides, &merged));
+  t.p.data = wide.address();
+  t.p.strides = gpu.add_strides(merged);
+  gpu.add(t);
+  CudaPlan cuda(0);
+  for (int step = 0; step < 2; ++step) {
+    cuda.run(&gpu, {group_of(rule)}, DeviceStep{});
+    cpu.run({group_of(rule)}, Control{}, 1);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    CHECK(std::memcmp(&wide.data[3 * i], dense->tensor.p.data + 4 * i, 4) == 0);
+    CHECK(wide.data[3 * i + 1] == -7.0f && wide.data[3 * i + 2] == -7.0f);
+  }
+}
+
+}  // namespace
+
+int main() {
+#define RUN(test) (test(), std::printf("passed %s\n", #test))
+  RUN(every_rule_and_format_has_the_bits_of_the_cpu);
+  RUN(scalars_on_the_device_have_the_bits_of_the_host);
+  RUN(tables_follow_what_changes);
+  RUN(strided_operands_go_through_the_general_kernel);
+  std::puts("all passed");
+}

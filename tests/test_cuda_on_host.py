@@ -1,0 +1,70 @@
+"""The CUDA backend without a GPU: its sources compiled for the CPU (tests/cuda_on_host), under sanitizers in C++, and as the
+backend of the Python suites.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+
+import pybind11
+import pytest
+from test_cpp import ROOT, run
+
+pytestmark = pytest.mark.source
+
+
+def build(name, target, *options):
+    directory = ROOT / "build" / name
+    run(
+        "cmake", "-S", ROOT, "-B", directory, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+        "-DPRECOND_CUDA_ON_HOST=ON", *options,
+    )  # fmt: skip
+    run("cmake", "--build", directory, "--target", target)
+    return directory
+
+
+@pytest.mark.parametrize(("sanitizer", "threads"), [("address,undefined", 1), ("thread", 3)])
+def test_the_kernels_pass_their_tests_under_sanitizers(sanitizer, threads):
+    directory = build(
+        "cuda_" + sanitizer.replace(",", "_"),
+        "cuda_tests",
+        "-DPRECOND_PYTHON=OFF",
+        "-DPRECOND_TESTS=ON",
+        f"-DPRECOND_SANITIZE={sanitizer}",
+    )
+    # ThreadSanitizer does not know libgomp's barriers: one OpenMP thread, several block threads.
+    env = {"CUDA_ON_HOST_THREADS": str(threads), "OMP_NUM_THREADS": "1", "TSAN_OPTIONS": "halt_on_error=1"}
+    output = run(directory / "cuda_tests", env=env)
+    assert output.endswith("all passed\n")
+
+
+@pytest.fixture(scope="module")
+def extension():
+    directory = build(
+        "cuda_on_host",
+        "_C",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    )
+    return directory / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+@pytest.mark.parametrize(
+    ("suite", "select"),
+    [
+        ("test_parity.py", "not avx2 and not baseline"),
+        ("test_same_bits.py", "this_backend or alignments or gradient_layouts or order_of"),
+        # Not those of the host's own passes, of float64, and of a skipped first step, which leaves zero states on a device.
+        ("test_api.py", "not temporary and not gil and not set_num_threads and not another_dtype and not loss_scaling"),
+        ("test_checkpoints.py", ""),
+        ("test_device_scalars.py", ""),
+    ],
+)
+def test_the_python_suites_pass_on_the_cuda_backend(extension, suite, select):
+    env = {**os.environ, "PRECOND_TEST_EXTENSION": str(extension), "PRECOND_BACKEND": "cuda"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / suite, "-k", select]
+    output = run(*command, env=env, cwd=ROOT)
+    assert " passed" in output

@@ -1,0 +1,86 @@
+"""What a GPU step keeps on the device: tensor hyper-parameters, step counters, the loss scale. Runs on the CUDA backend only,
+on a GPU or on the host (tests/test_cuda_on_host.py).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BACKEND, bits_equal
+from optimizers import OPTIMIZERS
+
+import precond
+
+pytestmark = pytest.mark.skipif(BACKEND != "cuda", reason="run by tests/test_cuda_on_host.py and on a GPU")
+rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pair(row, **override):
+    values = [torch.randn(n) for n in (5, 700, 9000)]
+    ours = [torch.nn.Parameter(v.to(DEVICE, copy=True)) for v in values]
+    theirs = [torch.nn.Parameter(v.clone()) for v in values]
+    return ours, theirs, row.cls(ours, **{**row.kwargs, **override}), row.cls(theirs, **row.kwargs, backend="cpu")
+
+
+def give(ours, theirs):
+    for p, q in zip(ours, theirs, strict=True):
+        q.grad = torch.randn(q.shape)
+        p.grad = q.grad.to(DEVICE, copy=True)
+
+
+@rows
+def test_tensor_hyper_parameters_are_read_on_the_device(row):
+    lr = torch.tensor(0.05, device=DEVICE)
+    weight_decay = torch.tensor(0.25, device=DEVICE, dtype=torch.float64)
+    ours, theirs, a, b = pair(row, lr=lr)
+    a.param_groups[0]["weight_decay"] = weight_decay
+    b.param_groups[0]["weight_decay"] = 0.25
+    for value in (0.05, 0.01, 0.2):
+        lr.fill_(value)
+        b.param_groups[0]["lr"] = lr.item()
+        give(ours, theirs)
+        a.step()
+        b.step()
+    assert all(bits_equal(p.cpu(), q) for p, q in zip(ours, theirs, strict=True))
+    ((_, _, plan),) = next(iter(a._plans.values())).compiled
+    assert plan.launches == 3, "two for the scalars, one for all tensors"
+
+
+@rows
+def test_counters_on_the_device_count_and_a_skipped_step_does_not(row):
+    ours, theirs, a, b = pair(row, fused=True)
+    scale = torch.tensor(8.0, device=DEVICE)
+    for i in range(5):
+        give(ours, theirs)
+        for p in ours:
+            p.grad.mul_(8.0)
+        a.grad_scale, a.found_inf = scale, torch.tensor(float(i == 3), device=DEVICE)
+        a.step()
+        if i != 3:
+            b.step()
+    assert all(bits_equal(p.cpu(), q) for p, q in zip(ours, theirs, strict=True))
+    for p in ours:
+        if "step" in a.state.get(p, {}):
+            assert a.state[p]["step"].item() == 4.0
+            assert a.state[p]["step"].device == p.device
+
+
+@rows
+def test_one_launch_for_all_tensors_of_all_groups(row):
+    params = [torch.nn.Parameter(torch.randn(n, device=DEVICE)) for n in (3, 100, 5000, 40_000)]
+    optimizer = row.cls([{"params": params[:2]}, {"params": params[2:], "lr": 0.3}], **row.kwargs)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    ((_, _, plan),) = next(iter(optimizer._plans.values())).compiled
+    assert plan.launches == 1
+
+
+def test_a_scaler_with_counters_on_the_host_is_an_error():
+    p = torch.nn.Parameter(torch.randn(4, device=DEVICE))
+    optimizer = precond.AdamW([p])
+    p.grad = torch.ones_like(p)
+    optimizer.found_inf = torch.tensor(0.0, device=DEVICE)
+    with pytest.raises(RuntimeError, match="fused must be True in every group"):
+        optimizer.step()

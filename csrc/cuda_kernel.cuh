@@ -1,5 +1,5 @@
-// The CUDA update: one block per chunk, for all tensors that share a rule and formats; load, rule, store. Also compiled as
-// plain C++ by the tests, see tests/cuda_on_host.
+// The CUDA update: one block per chunk, for all tensors that share a rule and formats; load, rule, store. Also compiled
+// as plain C++ by the tests, see tests/cuda_on_host.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,8 +18,8 @@ inline namespace PRECOND_ISA {
 constexpr int kThreads = 256;
 // Elements of a block's chunk. A tensor's last chunk may be shorter.
 constexpr int64_t kBlockElements = 8192;
-// Packs that a thread loads before it uses the first. AdamW then has 128 bytes per thread in flight in fp32 and 64 in bf16:
-// 64 KB or more per multiprocessor, where about 23 KB fill the memory system. Two packs of 8 would spill.
+// Packs that a thread loads before it uses the first. AdamW then has 128 bytes per thread in flight in fp32 and 64 in
+// bf16: 64 KB or more per multiprocessor, where about 23 KB fill the memory system. Two packs of 8 would spill.
 template <int V>
 constexpr int kPacksInFlight = V == 4 ? 2 : 1;
 
@@ -95,8 +95,8 @@ __device__ __forceinline__ void update_element(const Rule& rule, const DeviceTen
 
 // kCount packs, `stride` elements apart: all loads first.
 template <int kCount, class Rule, class P, class G, class S, int V, int... K>
-__device__ __forceinline__ void update_packs(const Rule& rule, const DeviceTensor& t, float coef, int64_t i, int64_t stride,
-                                             std::integer_sequence<int, K...>) {
+__device__ __forceinline__ void update_packs(const Rule& rule, const DeviceTensor& t, float coef, int64_t i,
+                                             int64_t stride, std::integer_sequence<int, K...>) {
   Pack<P, V> p[kCount];
   Pack<G, V> g[kCount];
   [[maybe_unused]] Pack<S, V> s[kCount][Rule::kStates + 1];
@@ -160,8 +160,8 @@ __device__ __forceinline__ void update_range(const Rule& rule, const DeviceTenso
 
 // Dense tensors whose states share a format.
 template <class Rule, class P, class G, class S>
-__global__ void __launch_bounds__(kThreads) update_kernel(const DeviceTensor* tensors, const DeviceChunk* chunks,
-                                                          const float* rows, const Control* control) {
+__global__ void __launch_bounds__(kThreads)
+    update_kernel(const DeviceTensor* tensors, const DeviceChunk* chunks, const float* rows, const Control* control) {
   if (control->skip != 0.0f) return;
   const DeviceChunk chunk = chunks[blockIdx.x];
   const DeviceTensor& t = tensors[chunk.tensor];
@@ -220,8 +220,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // The prologue: what is only known on the device. One thread per row job.
 struct RowJob {
-  float* step;        // counter on the device, advanced here; null: `known_step` was counted by the host
-  float known_step;   // already advanced
+  float* step;       // counter on the device, advanced here; null: `known_step` was counted by the host
+  float known_step;  // already advanced
   int32_t group;
   int32_t fresh;
 };

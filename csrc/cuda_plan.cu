@@ -2,20 +2,18 @@
 #ifndef PRECOND_ISA
 #define PRECOND_ISA cuda
 #endif
-#include "cuda_plan.h"
-
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "cuda_kernel.cuh"
+#include "cuda_plan.h"
 
 namespace precond {
 namespace {
 
 void check(cudaError_t error, const char* call) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA: ") + call + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + call + ": " + cudaGetErrorString(error));
 }
 #define PRECOND_CUDA_CHECK(call) check(call, #call)
 
@@ -140,11 +138,15 @@ void launch_any(const LaunchArgs& a) {
 }
 
 constexpr int kAny = 8;
-#define PRECOND_LAUNCHERS(name, ...)                                                                    \
-  {&launch_update<__VA_ARGS__, Fp32, Fp32, Fp32>, &launch_update<__VA_ARGS__, Fp32, Fp32, Bf16>,        \
-   &launch_update<__VA_ARGS__, Fp32, Bf16, Fp32>, &launch_update<__VA_ARGS__, Fp32, Bf16, Bf16>,        \
-   &launch_update<__VA_ARGS__, Bf16, Fp32, Fp32>, &launch_update<__VA_ARGS__, Bf16, Fp32, Bf16>,        \
-   &launch_update<__VA_ARGS__, Bf16, Bf16, Fp32>, &launch_update<__VA_ARGS__, Bf16, Bf16, Bf16>,        \
+#define PRECOND_LAUNCHERS(name, ...)              \
+  {&launch_update<__VA_ARGS__, Fp32, Fp32, Fp32>, \
+   &launch_update<__VA_ARGS__, Fp32, Fp32, Bf16>, \
+   &launch_update<__VA_ARGS__, Fp32, Bf16, Fp32>, \
+   &launch_update<__VA_ARGS__, Fp32, Bf16, Bf16>, \
+   &launch_update<__VA_ARGS__, Bf16, Fp32, Fp32>, \
+   &launch_update<__VA_ARGS__, Bf16, Fp32, Bf16>, \
+   &launch_update<__VA_ARGS__, Bf16, Bf16, Fp32>, \
+   &launch_update<__VA_ARGS__, Bf16, Bf16, Bf16>, \
    &launch_any<__VA_ARGS__>},
 const Launcher kLaunchers[][kAny + 1] = {PRECOND_ALL_RULES(PRECOND_LAUNCHERS)};
 #undef PRECOND_LAUNCHERS
@@ -156,8 +158,7 @@ const int kStatesOf[] = {PRECOND_ALL_RULES(PRECOND_STATES)};
 int launcher_of(const Tensor& t) {
   const int states = kStatesOf[t.rule];
   bool any = t.p.strides != kDense || t.g.strides != kDense;
-  for (int k = 0; k < states; ++k)
-    any = any || t.state[k].strides != kDense || t.state[k].format != t.state[0].format;
+  for (int k = 0; k < states; ++k) any = any || t.state[k].strides != kDense || t.state[k].format != t.state[0].format;
   if (any) return kAny;
   const Format state = states == 0 ? t.p.format : t.state[0].format;
   return (t.p.format == Format::bf16) * 4 + (t.g.format == Format::bf16) * 2 + (state == Format::bf16);
@@ -233,7 +234,8 @@ void CudaPlan::Impl::describe(const Plan& plan, const std::vector<GroupRow>& gro
   strides.host = plan.all_strides();
 }
 
-void CudaPlan::Impl::scalars_on_device(const Plan& plan, const std::vector<GroupRow>& group_rows, const DeviceStep& step) {
+void CudaPlan::Impl::scalars_on_device(const Plan& plan, const std::vector<GroupRow>& group_rows,
+                                       const DeviceStep& step) {
   jobs.host.resize(size_t(plan.size()));
   for (int64_t i = 0; i < plan.size(); ++i) {
     const Tensor& t = plan.tensor(i);
@@ -272,9 +274,11 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
     counters_on_device = counters_on_device && t.step_on_device;
   }
   if (capturing && !counters_on_device)
-    throw std::runtime_error("capturable must be True to capture a step into a graph: the step counters are on the host");
+    throw std::runtime_error(
+        "capturable must be True to capture a step into a graph: the step counters are on the host");
   if (step.found_inf != nullptr && !counters_on_device)
-    throw std::runtime_error("fused must be True in every group for a loss scaler's found_inf: step counters are on the host");
+    throw std::runtime_error(
+        "fused must be True in every group for a loss scaler's found_inf: step counters are on the host");
 
   my.cut(*plan);
   if (on_device)
@@ -306,8 +310,9 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
     upload(my.rows);
   }
   for (const Impl::Bucket& bucket : my.buckets) {
-    kLaunchers[bucket.rule][bucket.launcher]({my.tensors.device(), my.chunks.device() + bucket.first, my.strides.device(),
-                                              my.rows.device(), my.control.device(), bucket.count, stream});
+    kLaunchers[bucket.rule][bucket.launcher]({my.tensors.device(), my.chunks.device() + bucket.first,
+                                              my.strides.device(), my.rows.device(), my.control.device(), bucket.count,
+                                              stream});
     ++my.launches;
   }
   my.was_captured = always;

@@ -1,5 +1,6 @@
-// Runs a plan on one CUDA device: the plan's tables in device memory, uploaded only where they changed, a prologue where
-// scalars are only known there, and one launch per rule and formats. Compiled by nvcc, or by the tests as plain C++.
+// Runs a plan on one CUDA device: the plan's tables in device memory, uploaded only where they changed, a prologue
+// where scalars are only known there, and one launch per rule and formats. Compiled by nvcc, or by the tests as plain
+// C++.
 #pragma once
 
 #include <memory>

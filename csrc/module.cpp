@@ -86,10 +86,12 @@ PYBIND11_MODULE(_C, m) {
       .def("defer", &TensorPlan::defer, py::arg("param"), py::arg("group"))
       .def("ignore", &TensorPlan::ignore, py::arg("param"), py::arg("group"))
       .def("seal", &TensorPlan::seal, py::arg("state"))
-      .def("refresh", &TensorPlan::refresh, py::arg("param_groups"), py::arg("state"), py::arg("inputs"), py::arg("rows"))
+      .def("refresh", &TensorPlan::refresh, py::arg("param_groups"), py::arg("state"), py::arg("inputs"),
+           py::arg("rows"))
       .def("run", &TensorPlan::run, py::arg("grad_coef"), py::arg("skip"), py::arg("threads"))
       .def("run_cuda", &TensorPlan::run_cuda, py::arg("grad_coef"), py::arg("grad_scale"), py::arg("found_inf"),
            py::arg("stream"))
-      .def("chunks", [](TensorPlan& p, int threads) { return p.plan().chunks(threads).size(); }, py::arg("threads"))
+      .def(
+          "chunks", [](TensorPlan& p, int threads) { return p.plan().chunks(threads).size(); }, py::arg("threads"))
       .def_property_readonly("launches", &TensorPlan::launches);
 }

@@ -84,7 +84,6 @@ class Plan {
   void count_step();
 
  private:
-
   int64_t fixed_chunk_;
   int cut_for_ = 0;  // threads that chunks_ was cut for; 0: not cut yet
   std::vector<Tensor> tensors_;

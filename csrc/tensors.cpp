@@ -65,7 +65,9 @@ void Reader::read_exchange(PyObject* object, View* view) const {
   const bool fp32 = t.code == dlpack::kFloat && t.bits == 32, bf16 = t.code == dlpack::kBfloat && t.bits == 16;
   view->format = bf16 ? Format::bf16 : Format::fp32;
   view->known = (fp32 || bf16) && t.lanes == 1;
-  view->device = t.device_type == dlpack::kCpu ? kCpuDevice : t.device_type == dlpack::kCuda ? t.device_id : kOtherDevice;
+  view->device = t.device_type == dlpack::kCpu    ? kCpuDevice
+                 : t.device_type == dlpack::kCuda ? t.device_id
+                                                  : kOtherDevice;
 }
 
 void Reader::read_methods(PyObject* object, View* view) const {
@@ -143,8 +145,8 @@ bool TensorPlan::fits(const View& view) const {
 }
 
 bool TensorPlan::is_counter(const View& view, bool on_device) const {
-  return view.known && view.device == (on_device ? device_ : kCpuDevice) && view.format == Format::fp32 && view.ndim == 0 &&
-         view.data != nullptr;
+  return view.known && view.device == (on_device ? device_ : kCpuDevice) && view.format == Format::fp32 &&
+         view.ndim == 0 && view.data != nullptr;
 }
 
 bool TensorPlan::same_strides(const Entry& entry, const View& view) const {
@@ -206,7 +208,8 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
   }
   if (step_name_) {
     reader_.read(state[step_name_].ptr(), &view);
-    if (!is_counter(view, step_on_device)) throw py::type_error("state step must be a float32 tensor without dimensions");
+    if (!is_counter(view, step_on_device))
+      throw py::type_error("state step must be a float32 tensor without dimensions");
     tensor.step = reinterpret_cast<float*>(view.data);
     tensor.step_on_device = step_on_device;
     traces.state[kMaxStates] = trace(state[step_name_], view);

@@ -59,8 +59,8 @@ class TensorPlan {
   TensorPlan(const Reader& reader, const std::vector<std::string>& state_names, const std::string& step_name,
              int64_t chunk, int device);
 
-  // Parameters, in the order of optimizer.param_groups. `state` is the parameter's entry in optimizer.state; `fresh` says
-  // that it was made for the coming step, `step_on_device` where its counter lies.
+  // Parameters, in the order of optimizer.param_groups. `state` is the parameter's entry in optimizer.state; `fresh`
+  // says that it was made for the coming step, `step_on_device` where its counter lies.
   void add(py::handle param, py::handle state, int group, int rule, bool fresh, bool step_on_device);
   // A parameter without a gradient. The plan is stale as soon as it has one.
   void defer(py::handle param, int group);
@@ -70,9 +70,9 @@ class TensorPlan {
   void seal(const py::dict& state);
 
   // Makes the plan that of the coming step. False where it no longer describes what the optimizer holds; nothing has
-  // changed then. rows: per group (rule number, sign of the gradient, hyper-parameters, overrides on the device as (index,
-  // address, is_double)). inputs: parameter -> tensor to use instead of its `.grad` (matrix methods hand over rotated
-  // gradients).
+  // changed then. rows: per group (rule number, sign of the gradient, hyper-parameters, overrides on the device as
+  // (index, address, is_double)). inputs: parameter -> tensor to use instead of its `.grad` (matrix methods hand over
+  // rotated gradients).
   bool refresh(const py::list& param_groups, const py::dict& state, const py::dict& inputs, const py::list& rows);
   // Updates what refresh() found, and returns those parameters.
   py::list run(float grad_coef, float skip, int threads);

@@ -15,7 +15,12 @@ from ._sharding import aligned_gradients, local
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-STATE_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, torch.float32: torch.float32, torch.bfloat16: torch.bfloat16}
+STATE_FORMATS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.bfloat16,
+}
 _PLANS_KEPT = 64
 
 
@@ -49,8 +54,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     #: Group options that torch does not have, with their defaults.
     _group_options: ClassVar[dict[str, Any]] = {}
 
+    _own: dict[str, Any]
+    _plans: dict[tuple[int, ...], StepPlan]
+    #: What a parameter is updated with where that is not its ``.grad``: a method that rotates gradients fills it for a step.
+    _inputs: dict[Tensor, Tensor]
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, backend: str | None) -> None:
-        self._own: dict[str, Any] = {"backend": _backend.check(backend)}
+        self._own = {"backend": _backend.check(backend)}
         if defaults["fused"] and defaults["differentiable"]:
             raise RuntimeError("`fused` does not support `differentiable`")
         if defaults["fused"] and defaults["foreach"]:
@@ -89,7 +99,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._update()
         return loss
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
         aligned = aligned_gradients(self.param_groups)
         if aligned:
@@ -238,10 +248,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _rebuild(self) -> None:
         """Everything private that follows from the public state."""
-        self._plans: dict[tuple[int, ...], StepPlan] = {}
-        # What a parameter is updated with, where that is not its `.grad`; a method that rotates gradients fills it for a
-        # step.
-        self._inputs: dict[Tensor, Tensor] = {}
+        self._plans = {}
+        self._inputs = {}
         self._warned = False
         # GradScaler then leaves unscaling and skipping to the step. Only on request: Lightning refuses to clip otherwise.
         if self.defaults.get("fused"):

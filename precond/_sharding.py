@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The plain tensor behind a wrapper such as DTensor, waiting for it if it is still on its way; any other tensor itself."""
+    """The plain tensor behind a wrapper such as DTensor, waited for if it is on its way; any other tensor itself."""
     to_local = getattr(tensor, "to_local", None)
     if to_local is None:
         return tensor
@@ -21,9 +21,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def aligned_gradients(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
-    """For each DTensor parameter whose gradient is placed otherwise (a partial sum, another shard): the gradient placed as the
-    parameter is.
-    """
+    """Gradients of DTensor parameters that are placed otherwise (a partial sum, say), placed as their parameter."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:  # then nobody has made a DTensor
         return {}

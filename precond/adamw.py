@@ -153,8 +153,11 @@ class AdamW(FusedOptimizer):
             group["decoupled_weight_decay"] = True
 
     def _row(self, group: dict[str, Any]) -> Row:
-        on_cpu = any(p.device.type == "cpu" and p.grad is not None for p in group["params"]) if group["capturable"] else False
-        if on_cpu and not _backend.cuda_on_host():
+        if (
+            group["capturable"]
+            and not _backend.cuda_on_host()
+            and any(p.device.type == "cpu" and p.grad is not None for p in group["params"])
+        ):
             raise RuntimeError("capturable must be False for parameters on the CPU, got capturable=True")
         l1_decay = float(group.get("l1_decay", 0.0))
         rule = "adamw"

@@ -17,7 +17,7 @@ if path := os.environ.get("PRECOND_TEST_EXTENSION"):
 
 
 def pytest_configure(config):
-    """The table trains bf16 with betas[1] = 0.999 on purpose. Not in pyproject.toml: pytest would import precond too early."""
+    """The table trains bf16 with betas[1] = 0.999 on purpose. In pyproject.toml it would import precond too early."""
     config.addinivalue_line("filterwarnings", "ignore::precond.PrecisionWarning")
 
 

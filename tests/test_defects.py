@@ -1,4 +1,4 @@
-"""Defects that were found by looking for them, each by name: odd tensors, states and groups that once gave a wrong answer."""
+"""Defects that a review found, each by name: odd tensors, states and groups that once gave a wrong answer."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What a GPU step keeps on the device: tensor hyper-parameters, step counters, the loss scale. Runs on the CUDA backend only,
-on a GPU or on the host (tests/test_cuda_on_host.py).
+"""What a GPU step keeps on the device: tensor hyper-parameters, step counters, the loss scale.
+
+Runs on the CUDA backend only, on a GPU or on the host (tests/test_cuda_on_host.py).
 """
 
 from __future__ import annotations

@@ -86,7 +86,9 @@ assert r.to_local().tolist() == [-2.0, -2.0], r
 dist.destroy_process_group()
 """
     pair = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(rank), f"{tmp_path}/pair"], stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code, str(rank), f"{tmp_path}/pair"], stderr=subprocess.PIPE
+        )
         for rank in range(2)
     ]
     for process in pair:

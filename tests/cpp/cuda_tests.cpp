@@ -1,5 +1,5 @@
-// The CUDA sources, run on the CPU (tests/cuda_on_host), against the CPU backend: the same bits, and no element outside of
-// its tensor. Built with AddressSanitizer and UndefinedBehaviorSanitizer, and once with ThreadSanitizer.
+// The CUDA sources, run on the CPU (tests/cuda_on_host), against the CPU backend: the same bits, and no element outside
+// of its tensor. Built with AddressSanitizer and UndefinedBehaviorSanitizer, and once with ThreadSanitizer.
 #include <cstring>
 #include <stdexcept>
 
@@ -17,7 +17,8 @@ struct Any {
   float step = 0.0f;
 };
 
-std::unique_ptr<Any> make(int rule, int64_t n, Format p, Format g, std::vector<Format> states, int misalign, unsigned seed) {
+std::unique_ptr<Any> make(int rule, int64_t n, Format p, Format g, std::vector<Format> states, int misalign,
+                          unsigned seed) {
   auto any = std::make_unique<Any>();
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
@@ -64,7 +65,8 @@ bool same_memory(const Any& a, const Any& b) {
     const size_t offset = size_t(i == 0   ? a.tensor.p.data - a.buffers[i].data.get()
                                  : i == 1 ? a.tensor.g.data - a.buffers[i].data.get()
                                           : a.tensor.state[i - 2].data - a.buffers[i].data.get());
-    if (std::memcmp(a.buffers[i].data.get() + offset, b.buffers[i].data.get() + offset, size_t(a.buffers[i].size) - offset))
+    if (std::memcmp(a.buffers[i].data.get() + offset, b.buffers[i].data.get() + offset,
+                    size_t(a.buffers[i].size) - offset))
       return false;
   }
   return true;
@@ -75,7 +77,7 @@ const Format F = Format::fp32, B = Format::bf16;
 
 void every_rule_and_format_has_the_bits_of_the_cpu() {
   const std::vector<std::pair<std::pair<Format, Format>, Formats>> mixes = {
-      {{F, F}, {F}}, {{F, F}, {B}}, {{F, B}, {F}}, {{F, B}, {B}}, {{B, F}, {F}},
+      {{F, F}, {F}}, {{F, F}, {B}}, {{F, B}, {F}}, {{F, B}, {B}},   {{B, F}, {F}},
       {{B, F}, {B}}, {{B, B}, {F}}, {{B, B}, {B}}, {{F, F}, {B, F}}};
   for (int rule = 0; rule < int(rules().size()); ++rule) {
     for (const auto& mix : mixes) {

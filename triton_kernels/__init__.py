@@ -1,5 +1,5 @@
 """The rules in Triton, imported as precond.triton_kernels."""
 
-from .update import RULES, Item, update
+from .kernel import RULES, Item, update
 
 __all__ = ["RULES", "Item", "update"]

@@ -5,18 +5,24 @@ import triton.language as tl
 
 
 @triton.jit
-def address(table_ptr, FORMAT: tl.constexpr):
+def address(table_ptr, FORMAT: tl.constexpr, FULL: tl.constexpr):
     """The typed pointer at a slot of the address table."""
     if FORMAT == "bf16":
         ptr = tl.load(table_ptr).to(tl.pointer_type(tl.uint16))
     else:
         ptr = tl.load(table_ptr).to(tl.pointer_type(tl.float32))
+    if FULL:
+        # On the typed pointer: on the integer the hint for 128-bit accesses is lost.
+        ptr = tl.multiple_of(ptr, 16)
     return ptr
 
 
 @triton.jit
-def decode(ptr, offsets, mask, FORMAT: tl.constexpr):
-    stored = tl.load(ptr + offsets, mask=mask, other=0)
+def decode(ptr, offsets, mask, FORMAT: tl.constexpr, FULL: tl.constexpr):
+    if FULL:
+        stored = tl.load(ptr + offsets)
+    else:
+        stored = tl.load(ptr + offsets, mask=mask, other=0)
     if FORMAT == "bf16":
         # In integers: the interpreter's own conversion truncates.
         value = (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -26,11 +32,14 @@ def decode(ptr, offsets, mask, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def encode(ptr, offsets, mask, value, FORMAT: tl.constexpr):
+def encode(ptr, offsets, mask, value, FORMAT: tl.constexpr, FULL: tl.constexpr):
     if FORMAT == "bf16":
         u = value.to(tl.uint32, bitcast=True)
         rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
-        stored = tl.where((u & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.uint16)
+        stored = tl.where(value != value, 0x7FC0, rounded).to(tl.uint16)
     else:
         stored = value
-    tl.store(ptr + offsets, stored, mask=mask)
+    if FULL:
+        tl.store(ptr + offsets, stored)
+    else:
+        tl.store(ptr + offsets, stored, mask=mask)

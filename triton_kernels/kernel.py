@@ -12,8 +12,10 @@ from .formats import address, decode, encode
 
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 BLOCK = 1024
-# Slots of a tensor in the address table: p, g, up to three states, the number of elements.
-SLOTS = tl.constexpr(6)
+WARPS = 4
+# Slots of a tensor in the address table: p, g, up to three states, the number of elements, and again that number if every
+# address is a multiple of 16 bytes, else 0.
+SLOTS = tl.constexpr(7)
 
 
 class Rule(NamedTuple):
@@ -57,6 +59,53 @@ class Item(NamedTuple):
 
 
 @triton.jit
+def update_block(
+    slots,
+    offsets,
+    mask,
+    row,
+    grad_coef,
+    RULE: tl.constexpr,
+    STATES: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Load, rule, store. FULL: every offset is an element, and the addresses are aligned."""
+    p_ptr = address(slots, P, FULL)
+    p = decode(p_ptr, offsets, mask, P, FULL)
+    g = grad_coef * decode(address(slots + 1, G, FULL), offsets, mask, G, FULL)
+    if STATES == 0:
+        p = RULE(p, g, row)
+    elif STATES == 1:
+        s0_ptr = address(slots + 2, S, FULL)
+        s0 = decode(s0_ptr, offsets, mask, S, FULL)
+        p, s0 = RULE(p, g, s0, row)
+        encode(s0_ptr, offsets, mask, s0, S, FULL)
+    elif STATES == 2:
+        s0_ptr = address(slots + 2, S, FULL)
+        s1_ptr = address(slots + 3, S, FULL)
+        s0 = decode(s0_ptr, offsets, mask, S, FULL)
+        s1 = decode(s1_ptr, offsets, mask, S, FULL)
+        p, s0, s1 = RULE(p, g, s0, s1, row)
+        encode(s0_ptr, offsets, mask, s0, S, FULL)
+        encode(s1_ptr, offsets, mask, s1, S, FULL)
+    else:
+        s0_ptr = address(slots + 2, S, FULL)
+        s1_ptr = address(slots + 3, S, FULL)
+        s2_ptr = address(slots + 4, S, FULL)
+        s0 = decode(s0_ptr, offsets, mask, S, FULL)
+        s1 = decode(s1_ptr, offsets, mask, S, FULL)
+        s2 = decode(s2_ptr, offsets, mask, S, FULL)
+        p, s0, s1, s2 = RULE(p, g, s0, s1, s2, row)
+        encode(s0_ptr, offsets, mask, s0, S, FULL)
+        encode(s1_ptr, offsets, mask, s1, S, FULL)
+        encode(s2_ptr, offsets, mask, s2, S, FULL)
+    encode(p_ptr, offsets, mask, p, P, FULL)
+
+
+@triton.jit
 def update_kernel(
     chunks_ptr,
     tensors_ptr,
@@ -71,50 +120,25 @@ def update_kernel(
     SLOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Update one chunk. chunks_ptr: (tensor, first element); tensors_ptr: SLOT addresses each; control_ptr: per tensor the
-    gradient coefficient, then at its end the skip flag of the launch.
+    """Update one chunk. chunks_ptr: (tensor, first element); tensors_ptr: SLOT numbers each; control_ptr: the skip flag of the
+    launch, then each tensor's gradient coefficient.
     """
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks_ptr + 2 * chunk)
-    offsets = tl.load(chunks_ptr + 2 * chunk + 1) + tl.arange(0, BLOCK)
+    begin = tl.multiple_of(tl.load(chunks_ptr + 2 * chunk + 1), BLOCK)
+    offsets = begin + tl.arange(0, BLOCK)
     slots = tensors_ptr + tensor * SLOT
-    # The skip flag empties the mask, so that a skipped step neither reads nor writes.
-    numel = tl.where(tl.load(control_ptr) != 0.0, 0, tl.load(slots + 5))
-    mask = offsets < numel
     row = rows_ptr + tensor * ROW
     grad_coef = tl.load(control_ptr + 1 + tensor)
-
-    p_ptr = address(slots, P)
-    p = decode(p_ptr, offsets, mask, P)
-    g = grad_coef * decode(address(slots + 1, G), offsets, mask, G)
-    if STATES == 0:
-        p = RULE(p, g, row)
-    elif STATES == 1:
-        s0_ptr = address(slots + 2, S)
-        p, s0 = RULE(p, g, decode(s0_ptr, offsets, mask, S), row)
-        encode(s0_ptr, offsets, mask, s0, S)
-    elif STATES == 2:
-        s0_ptr = address(slots + 2, S)
-        s1_ptr = address(slots + 3, S)
-        p, s0, s1 = RULE(p, g, decode(s0_ptr, offsets, mask, S), decode(s1_ptr, offsets, mask, S), row)
-        encode(s0_ptr, offsets, mask, s0, S)
-        encode(s1_ptr, offsets, mask, s1, S)
+    # The skip flag leaves no elements, so that a skipped step neither reads nor writes.
+    skip = tl.load(control_ptr) != 0.0
+    numel = tl.where(skip, 0, tl.load(slots + 5))
+    aligned = tl.where(skip, 0, tl.load(slots + 6))
+    mask = offsets < numel
+    if begin + BLOCK <= aligned:
+        update_block(slots, offsets, mask, row, grad_coef, RULE, STATES, P, G, S, True)
     else:
-        s0_ptr = address(slots + 2, S)
-        s1_ptr = address(slots + 3, S)
-        s2_ptr = address(slots + 4, S)
-        p, s0, s1, s2 = RULE(
-            p,
-            g,
-            decode(s0_ptr, offsets, mask, S),
-            decode(s1_ptr, offsets, mask, S),
-            decode(s2_ptr, offsets, mask, S),
-            row,
-        )
-        encode(s0_ptr, offsets, mask, s0, S)
-        encode(s1_ptr, offsets, mask, s1, S)
-        encode(s2_ptr, offsets, mask, s2, S)
-    encode(p_ptr, offsets, mask, p, P)
+        update_block(slots, offsets, mask, row, grad_coef, RULE, STATES, P, G, S, False)
 
 
 def in_order_of(p: Tensor) -> list[int]:
@@ -145,7 +169,8 @@ def launch(rule: Rule, items: list[Item], skip: float) -> None:
         copies += [(to, back) for to, back in zip(operands, flat, strict=True) if to.data_ptr() != back.data_ptr()]
         addresses = [t.data_ptr() for t in flat]
         numel = item.p.numel()
-        table.append(addresses + [0] * (5 - len(addresses)) + [numel])
+        aligned = numel if all(a % 16 == 0 for a in addresses) else 0
+        table.append(addresses + [0] * (5 - len(addresses)) + [numel, aligned])
         chunks += [(index, begin) for begin in range(0, numel, BLOCK)]
         # Keeps a dense copy of a gradient alive until the launch.
         copies.append((flat[1], flat[1]))
@@ -184,6 +209,7 @@ def launch(rule: Rule, items: list[Item], skip: float) -> None:
         ROW=scalars.ROW_FLOATS.value,
         SLOT=SLOTS.value,
         BLOCK=BLOCK,
+        num_warps=WARPS,
         enable_fp_fusion=False,
     )
     for to, back in copies:

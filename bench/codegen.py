@@ -1,0 +1,194 @@
+"""Machine code of the GPU kernels, without a GPU: registers, widths, spills, special functions, predicted bounds.
+
+CUDA: disassembles the extension that is installed. Triton: compiles every rule offline for the targets named. cuobjdump comes
+from the triton package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import triton
+from optimizers import OPTIMIZERS
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from precond import _C
+
+from . import ROOT, timing
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+FORMATS = [("fp32", "fp32", "fp32"), ("bf16", "bf16", "bf16"), ("fp32", "fp32", "bf16"), ("bf16", "bf16", "fp32")]
+BYTES = {"fp32": 4, "bf16": 2}
+CPP_FORMATS = {"Fp32": "fp32", "Bf16": "bf16"}
+# Of an H200: bytes per second of a device copy, special-function operations per second (132 multiprocessors, 16 a clock).
+COPY, SPECIAL = 4.3e12, 3.6e12
+RULE_TYPES = {
+    "sgd": "SGD",
+    "sgd_momentum": "SGDMomentum",
+    "sgd_nesterov": "SGDNesterov",
+    "adamw": "AdamW<L2>",
+    "adamw_amsgrad": "AdamWAmsgrad<L2>",
+    "adamw_l1": "AdamW<L1Proximal>",
+    "adamw_l1_amsgrad": "AdamWAmsgrad<L1Proximal>",
+    "adamw_l1_subgradient": "AdamW<L1Subgradient>",
+    "adamw_l1_subgradient_amsgrad": "AdamWAmsgrad<L1Subgradient>",
+}
+
+
+def cuobjdump(*arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [str(tool) if tool.exists() else "cuobjdump", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def demangled(names: list[str]) -> dict[str, str]:
+    tool = shutil.which("c++filt")
+    if tool is None:
+        raise FileNotFoundError("c++filt (binutils) is needed to read the names of the kernels")
+    output = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return dict(zip(names, output.splitlines(), strict=True))
+
+
+def traffic(states: int, p: str, g: str, s: str) -> int:
+    """Bytes per parameter and step: p and states read and written, g read."""
+    return 2 * BYTES[p] + BYTES[g] + 2 * states * BYTES[s]
+
+
+def sections(text: str, pattern: str) -> dict[str, str]:
+    """The text after each match of a pattern with one group, up to the next match."""
+    parts = re.split(pattern, text)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def cuda_kernels(arch: str) -> list[dict[str, object]]:
+    """One row per CUDA update kernel in the extension; empty if it was built without CUDA."""
+    if not _C.cuda or _C.cuda_on_host:
+        return []
+    usage = dict(re.findall(r"Function (\S+):\s*\n\s*(.*)", cuobjdump("-res-usage", "-arch", arch, _C.__file__)))
+    sass = sections(cuobjdump("-sass", "-arch", arch, _C.__file__), r"Function : (\S+)")
+    ptx = sections(cuobjdump("-ptx", _C.__file__), r"\.entry (\w+)\(")
+    names = demangled(list(sass))
+    rows = []
+    for mangled, code in sass.items():
+        found = re.search(r"update_kernel<(.*), precond::\w+::(\w+), precond::\w+::(\w+), precond::\w+::(\w+)>\(", names[mangled])
+        if found is None:
+            continue
+        rule_type = re.sub(r"precond::\w+::", "", found[1]).replace(" ", "")
+        rule = next(name for name, type_ in RULE_TYPES.items() if type_ == rule_type)
+        p, g, s = (CPP_FORMATS[f] for f in found.groups()[1:])
+        states = _C.rules[rule][1]
+        pack = 8 if "bf16" in (p, g, s) else 4
+        packs = 2 if pack == 4 else 1
+        # Copies of the rule in the code: the loop over packs, the single pack, the single element.
+        copies = packs * pack + (pack if packs > 1 else 0) + 1
+        registers = int(re.search(r"REG:(\d+)", usage[mangled])[1])
+        threads = min(2048, 65536 // (registers * 256) * 256)
+        per_thread = packs * pack * (BYTES[p] + BYTES[g] + states * BYTES[s])
+        special = len(re.findall(r"\bMUFU", code)) / copies
+        moved = traffic(states, p, g, s)
+        rows.append(
+            {
+                "rule": rule,
+                "formats": f"{p}/{g}/{s}",
+                "registers": registers,
+                "stack": int(re.search(r"STACK:(\d+)", usage[mangled])[1]),
+                "loads_128": len(re.findall(r"LDG\.E\.128", code)),
+                "stores_128": len(re.findall(r"STG\.E\.128", code)),
+                # Packs in flight and the single one, p g and states each; a 4-byte operand of an 8-pack takes two accesses.
+                "wanted_loads_128": sum(pack * BYTES[f] // 16 for f in (p, g, *[s] * states)) * (packs + (packs > 1)),
+                "wanted_stores_128": sum(pack * BYTES[f] // 16 for f in (p, *[s] * states)) * (packs + (packs > 1)),
+                "local": len(re.findall(r"\b(LDL|STL)\b", code)),
+                "double": len(re.findall(r"\b(DADD|DMUL|DFMA|DSETP|F2F\.F64|F2F\.F32\.F64)", code)),
+                "inexact_ptx": sorted(set(re.findall(r"\w+\.approx\S*|\S+\.ftz\S*|rsqrt\S*|mad\.\S*f32|mul\.f32|add\.f32", ptx.get(mangled, "")))),
+                "has_ptx": mangled in ptx,
+                "special_per_element": special,
+                "bytes_in_flight_per_sm": threads * per_thread,
+                "memory_ps": 1e12 * moved / COPY,
+                "special_ps": 1e12 * special / SPECIAL,
+            }
+        )
+    return rows
+
+
+def triton_kernel(rule: str, formats: tuple[str, str, str], target: str) -> dict[str, object]:
+    """Compile one Triton update kernel offline and count what matters."""
+    from precond.triton_kernels import kernel, scalars
+
+    spec = kernel.RULES[rule]
+    constants = {
+        "RULE": spec.update,
+        "STATES": spec.states,
+        **dict(zip("PGS", formats, strict=True)),
+        "ROW": scalars.ROW_FLOATS.value,
+        "SLOT": kernel.SLOTS.value,
+        "BLOCK": kernel.BLOCK,
+    }
+    pointers = {"chunks_ptr": "*i64", "tensors_ptr": "*i64", "rows_ptr": "*fp32", "control_ptr": "*fp32"}
+    signature = pointers | dict.fromkeys(constants, "constexpr")
+    hints = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
+    source = ASTSource(kernel.update_kernel, signature, constants, hints)
+    options = {"num_warps": kernel.WARPS, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    row: dict[str, object] = {"rule": rule, "formats": "/".join(formats), "target": target}
+    if "ptx" in compiled.asm:
+        text = compiled.asm["ptx"]
+        row["loads_128"] = len(re.findall(r"ld\.global\.v4\.b32", text))
+        row["stores_128"] = len(re.findall(r"st\.global\.v4\.b32", text))
+        row["inexact"] = sorted(set(re.findall(r"\w+\.approx\S*|\S+\.ftz\S*|rsqrt\S*|mad\.\S*f32", text)))
+        row["double"] = len(re.findall(r"\b(?:add|mul|fma|div|sqrt|cvt)\.\S*f64", text))
+        row["local"] = len(re.findall(r"\b(?:ld|st)\.local", text))
+    else:
+        text = compiled.asm["amdgcn"]
+        row["loads_128"] = text.count("global_load_dwordx4")
+        row["stores_128"] = text.count("global_store_dwordx4")
+        row["inexact"] = sorted(set(re.findall(r"v_rsq_f32", text)))
+        row["double"] = len(re.findall(r"\bv_(?:add|mul|fma)_f64", text))
+        row["local"] = len(re.findall(r"\bscratch_(?:load|store)", text))
+    return row
+
+
+def report(arch: str, targets: list[str]) -> dict[str, object]:
+    cases = [(row.rule, formats, target) for row in OPTIMIZERS for formats in FORMATS for target in targets]
+    return {
+        "environment": {"cuda": _C.cuda, "triton": triton.__version__, "commit": timing.commit()},
+        "cuda": cuda_kernels(arch),
+        "triton": [triton_kernel(*case) for case in tqdm(cases, desc="triton", leave=False)],
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", default="sm_90", help="of the CUDA kernels to disassemble (default sm_90)")
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS), help="of Triton (default all)")
+    parser.add_argument("--json", type=Path, default=None, help="where to write the report")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    result = report(arguments.arch, arguments.targets)
+    path = arguments.json or ROOT / "bench" / "results" / "codegen.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"CUDA, {arguments.arch}: {_C.cuda or 'not built'}\n")
+    print("| rule | p/g/state | registers | KB in flight per SM | special functions per element | bound by, ps per element |")
+    print("|---|---|---|---|---|---|")
+    for row in sorted(result["cuda"], key=lambda row: (row["rule"], row["formats"])):
+        memory, special = row["memory_ps"], row["special_ps"]
+        bound = f"memory {memory:.2f}" if memory >= special else f"special functions {special:.2f}"
+        print(
+            f"| {row['rule']} | {row['formats']} | {row['registers']} | {row['bytes_in_flight_per_sm'] / 1024:.0f} | "
+            f"{row['special_per_element']:.1f} | {bound} |"
+        )
+    print("\n| Triton rule | p/g/state | target | 128-bit loads | 128-bit stores | local memory |\n|---|---|---|---|---|---|")
+    for row in result["triton"]:
+        print(
+            f"| {row['rule']} | {row['formats']} | {row['target']} | {row['loads_128']} | {row['stores_128']} | {row['local']} |"
+        )
+    print(f"\nwritten to {path}")

@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.cpp tests
 TOOLS := torch triton numpy pybind11 ninja cmake setuptools pytest pytest-benchmark hypothesis matplotlib tqdm ruff mypy \
 	clang-format build
 
-.PHONY: setup build test test-all lint format bench demo sanitize dist clean
+.PHONY: setup build test test-all lint format bench codegen demo gpu sanitize dist clean
 
 setup: $(VENV)/.ready
 $(VENV)/.ready: constraints.txt
@@ -47,6 +47,13 @@ format: build
 
 bench: build
 	python -m bench cpu
+
+codegen: build
+	python -m bench codegen
+
+# On a machine with a GPU: builds for its card and proves and measures there, in the Python environment it finds (no .venv).
+gpu:
+	.ci/gpu
 
 demo: build
 	python -m bench demo

@@ -26,12 +26,19 @@ from precond import _C
 
 from . import ROOT, timing
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 FORMATS = [("fp32", "fp32", "fp32"), ("bf16", "bf16", "bf16"), ("fp32", "fp32", "bf16"), ("bf16", "bf16", "fp32")]
 BYTES = {"fp32": 4, "bf16": 2}
 CPP_FORMATS = {"Fp32": "fp32", "Bf16": "bf16"}
 # Of an H200: bytes per second of a device copy, special-function operations per second (132 multiprocessors, 16 a clock).
 COPY, SPECIAL = 4.3e12, 3.6e12
+# Approximations, flushed denormals, and operations that the assembler may still fuse.
+INEXACT_PTX = re.compile(r"\w+\.approx\S*|\S+\.ftz\S*|rsqrt\S*|mad\.\S*f32|mul\.f32|add\.f32")
 RULE_TYPES = {
     "sgd": "SGD",
     "sgd_momentum": "SGDMomentum",
@@ -80,7 +87,9 @@ def cuda_kernels(arch: str) -> list[dict[str, object]]:
     names = demangled(list(sass))
     rows = []
     for mangled, code in sass.items():
-        found = re.search(r"update_kernel<(.*), precond::\w+::(\w+), precond::\w+::(\w+), precond::\w+::(\w+)>\(", names[mangled])
+        found = re.search(
+            r"update_kernel<(.*), precond::\w+::(\w+), precond::\w+::(\w+), precond::\w+::(\w+)>\(", names[mangled]
+        )
         if found is None:
             continue
         rule_type = re.sub(r"precond::\w+::", "", found[1]).replace(" ", "")
@@ -109,7 +118,7 @@ def cuda_kernels(arch: str) -> list[dict[str, object]]:
                 "wanted_stores_128": sum(pack * BYTES[f] // 16 for f in (p, *[s] * states)) * (packs + (packs > 1)),
                 "local": len(re.findall(r"\b(LDL|STL)\b", code)),
                 "double": len(re.findall(r"\b(DADD|DMUL|DFMA|DSETP|F2F\.F64|F2F\.F32\.F64)", code)),
-                "inexact_ptx": sorted(set(re.findall(r"\w+\.approx\S*|\S+\.ftz\S*|rsqrt\S*|mad\.\S*f32|mul\.f32|add\.f32", ptx.get(mangled, "")))),
+                "inexact_ptx": sorted(set(INEXACT_PTX.findall(ptx.get(mangled, "")))),
                 "has_ptx": mangled in ptx,
                 "special_per_element": special,
                 "bytes_in_flight_per_sm": threads * per_thread,
@@ -168,7 +177,9 @@ def report(arch: str, targets: list[str]) -> dict[str, object]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", default="sm_90", help="of the CUDA kernels to disassemble (default sm_90)")
-    parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS), help="of Triton (default all)")
+    parser.add_argument(
+        "--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS), help="of Triton (default all)"
+    )
     parser.add_argument("--json", type=Path, default=None, help="where to write the report")
 
 
@@ -177,7 +188,9 @@ def run(arguments: argparse.Namespace) -> None:
     path = arguments.json or ROOT / "bench" / "results" / "codegen.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"CUDA, {arguments.arch}: {_C.cuda or 'not built'}\n")
-    print("| rule | p/g/state | registers | KB in flight per SM | special functions per element | bound by, ps per element |")
+    print(
+        "| rule | p/g/state | registers | KB in flight per SM | special functions per element | bound by, ps per element |"
+    )
     print("|---|---|---|---|---|---|")
     for row in sorted(result["cuda"], key=lambda row: (row["rule"], row["formats"])):
         memory, special = row["memory_ps"], row["special_ps"]
@@ -186,7 +199,9 @@ def run(arguments: argparse.Namespace) -> None:
             f"| {row['rule']} | {row['formats']} | {row['registers']} | {row['bytes_in_flight_per_sm'] / 1024:.0f} | "
             f"{row['special_per_element']:.1f} | {bound} |"
         )
-    print("\n| Triton rule | p/g/state | target | 128-bit loads | 128-bit stores | local memory |\n|---|---|---|---|---|---|")
+    print(
+        "\n| Triton rule | p/g/state | target | 128-bit loads | 128-bit stores | local memory |\n|---|---|---|---|---|---|"
+    )
     for row in result["triton"]:
         print(
             f"| {row['rule']} | {row['formats']} | {row['target']} | {row['loads_128']} | {row['stores_128']} | {row['local']} |"

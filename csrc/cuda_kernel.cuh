@@ -16,7 +16,8 @@ namespace precond {
 inline namespace PRECOND_ISA {
 
 constexpr int kThreads = 256;
-// Asked of the compiler for the fast kernels: up to 80 registers. Left alone it stops at 64 and spills 8 bytes in a few.
+// Asked of the compiler for the fast kernels: up to 80 registers. Left alone it stops at 64 and spills 8 bytes in a
+// few.
 constexpr int kBlocksPerSm = 3;
 // Elements of a block's chunk. A tensor's last chunk may be shorter.
 constexpr int64_t kBlockElements = 8192;

@@ -1,0 +1,162 @@
+"""On a real GPU: the same bits as the CPU, graphs, streams, large tensors. Run by ``make gpu``; nothing here runs without one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from cases import LAYOUTS, bits_equal, gradient, guarded, nasty_values, random_values
+from optimizers import CLASSES, OPTIMIZERS
+
+import precond
+from precond import _backend
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+backends = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(bool(_backend.why_not(name)), reason=name))
+        for name in ("cuda", "triton")
+    ]
+    if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "0"
+    else ["cuda"],
+)
+SIZES = [1, 3, 64, 255, 1023, 1024, 1025, 8191, 8192, 8193, 100_003]
+
+
+def steps(row, backend, dtype, make, count=20):
+    torch.manual_seed(7)
+    device = "cpu" if backend == "cpu" else "cuda"
+    values = [make(n).to(dtype) for n in SIZES]
+    params = [torch.nn.Parameter(v.to(device, copy=True)) for v in values]
+    optimizer = row.cls(params, **row.kwargs, backend=backend)
+    for _ in range(count):
+        for p in params:
+            p.grad = make(p.numel()).to(dtype).to(device)
+        optimizer.step()
+    return [t.cpu() for p in params for t in (p.detach(), *optimizer._states(p, row.rule).values())]
+
+
+@rows
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [lambda n: random_values((n,)), nasty_values], ids=["random", "nasty"])
+def test_the_bits_of_the_cpu(row, backend, dtype, make):
+    ours, theirs = steps(row, backend, dtype, make), steps(row, "cpu", dtype, make)
+    assert all(bits_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@rows
+@backends
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(row, backend, layout):
+    values, grads = random_values((4, 6, 5, 7)), [random_values((4, 6, 5, 7)) for _ in range(3)]
+    results = []
+    for name, device in ((backend, "cuda"), ("cpu", "cpu")):
+        p = guarded(values, layout).tensor
+        p = torch.empty_strided(p.shape, p.stride(), device=device).copy_(p).requires_grad_()
+        optimizer = row.cls([p], **row.kwargs, backend=name)
+        for g in grads:
+            p.grad = gradient(g, "transposed", p).to(device)
+            optimizer.step()
+        results.append(p.detach().cpu())
+    assert bits_equal(*results)
+
+
+def test_a_captured_graph_replays_with_a_changing_lr():
+    values = torch.randn(3000)
+    lr = torch.tensor(0.01, device="cuda")
+    p = torch.nn.Parameter(values.cuda())
+    q = torch.nn.Parameter(values.clone())
+    optimizer = precond.AdamW([p], lr=lr, capturable=True, backend="cuda")
+    eager = precond.AdamW([q], lr=0.01, backend="cpu")
+    target = torch.randn(3000)
+    target_gpu = target.cuda()
+
+    def loss_and_step():
+        p.grad = (p - target_gpu).detach()
+        optimizer.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            loss_and_step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss_and_step()
+    rates = [0.01] * 3 + [0.02, 0.005, 0.03]
+    for rate in rates[3:]:
+        lr.fill_(rate)
+        graph.replay()
+    for rate in rates:
+        eager.param_groups[0]["lr"] = torch.tensor(rate).item()
+        q.grad = (q - target).detach()
+        eager.step()
+    torch.cuda.synchronize()
+    assert optimizer.state[p]["step"].item() == len(rates)
+    assert bits_equal(p.detach().cpu(), q.detach())
+
+
+def test_capture_without_capturable_is_an_error():
+    p = torch.nn.Parameter(torch.randn(10, device="cuda"))
+    optimizer = precond.AdamW([p], backend="cuda")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="capturable must be True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.cls.__name__)
+def test_a_step_runs_on_the_current_stream(row):
+    p = torch.nn.Parameter(torch.randn(1 << 22, device="cuda"))
+    q = torch.nn.Parameter(p.detach().cpu())
+    a, b = row.cls([p], **row.kwargs, backend="cuda"), row.cls([q], **row.kwargs, backend="cpu")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(5):
+            g = torch.randn(1 << 22, device="cuda")
+            p.grad = g * 2
+            q.grad = (g * 2).cpu()
+            a.step()
+            b.step()
+    stream.synchronize()
+    assert bits_equal(p.detach().cpu(), q.detach())
+
+
+@rows
+def test_a_scaler_skips_without_a_sync(row):
+    p = torch.nn.Parameter(torch.ones(1000, device="cuda"))
+    optimizer = row.cls([p], **row.kwargs, fused=True, backend="cuda")
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    for overflow in (False, True, False):
+        optimizer.zero_grad()
+        scaler.scale((p * p).sum()).backward()
+        if overflow:
+            p.grad[0] = float("inf")
+        before = p.detach().clone()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            # unscale_ of torch reads no value on the host either; step() must not.
+            scaler.step(optimizer)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        scaler.update()
+        assert torch.equal(p, before) == overflow
+
+
+def test_more_than_two_to_the_31_elements():
+    n = (1 << 31) + 4097
+    p = torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16, device="cuda"))
+    p.grad = torch.ones_like(p)
+    precond.SGD([p], lr=0.5, backend="cuda").step()
+    assert p[:10].tolist() == [0.5] * 10
+    assert p[-5000:].tolist() == [0.5] * 5000
+    assert (p == 0.5).all().item()

@@ -137,7 +137,9 @@ def triton_kernel(rule: str, formats: tuple[str, str, str], target: str) -> dict
     constants = {
         "RULE": spec.update,
         "STATES": spec.states,
-        **dict(zip("PGS", formats, strict=True)),
+        "P": formats[0],
+        "G": formats[1],
+        **dict.fromkeys(("S0", "S1", "S2"), formats[2]),
         "ROW": scalars.ROW_FLOATS.value,
         "SLOT": kernel.SLOTS.value,
         "BLOCK": kernel.BLOCK,

@@ -75,6 +75,13 @@ def current_stream(device: torch.device) -> int:
     return 0 if cuda_on_host() else int(torch.cuda.current_stream(device).cuda_stream)
 
 
+def is_side_stream(device: torch.device, stream: int) -> bool:
+    """True where a step runs on another stream than the device's default one, and is not being captured."""
+    if cuda_on_host() or stream == torch.cuda.default_stream(device).cuda_stream:
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
 def check(backend: str | None) -> str | None:
     """Resolve the ``backend`` argument and ``PRECOND_BACKEND``; raise where it cannot run."""
     backend = backend or os.environ.get("PRECOND_BACKEND") or None

@@ -149,6 +149,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _input_of(self, p: Tensor) -> Tensor | None:
         return self._inputs.get(p, p.grad) if self._inputs else p.grad
 
+    def _given(self, device: torch.device) -> list[Tensor]:
+        """What the parameters on a device are updated with in this step."""
+        given = (self._input_of(p) for group in self.param_groups for p in group["params"])
+        return [local(g) for g in given if g is not None and g.device == device]
+
     # States. `rule` decides how many of `_state_names` a parameter has.
 
     def _names(self, rule: str) -> tuple[str, ...]:

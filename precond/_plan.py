@@ -236,7 +236,12 @@ class StepPlan:
                 updated += plan.run(control.grad_coef, 0.0, torch.get_num_threads())
             else:
                 scaler = [0 if t is None else t.to(device).data_ptr() for t in control[1:]]
-                updated += plan.run_cuda(control.grad_coef, *scaler, _backend.current_stream(device))
+                stream = _backend.current_stream(device)
+                updated += plan.run_cuda(control.grad_coef, *scaler, stream)
+                if _backend.is_side_stream(device, stream):
+                    # The gradients' memory may belong to another stream: not to be reused before this one has read it.
+                    for p in optimizer._given(device):
+                        p.record_stream(torch.cuda.current_stream(device))
         torch.autograd.graph.increment_version(updated)
         if self.slow:
             self._run_slow(optimizer, rows, control.grad_coef)

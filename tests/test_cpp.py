@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -47,3 +48,21 @@ def test_instruction_sets_share_no_symbol(build):
             kind, name = line.split(maxsplit=2)[1:]
             if kind in "WVu" and "precond" in name:
                 assert seen.setdefault(name, path) == path, f"{name} is in {path} and {seen[name]}"
+
+
+@pytest.mark.parametrize(
+    ("mode", "ok", "message"),
+    [
+        ("AUTO", True, "precond: CUDA kernels: none, no working nvcc was found"),
+        ("OFF", True, "precond: CUDA kernels: none, PRECOND_CUDA=OFF"),
+        ("ON", False, "precond: PRECOND_CUDA=ON, and no working nvcc was found"),
+    ],
+)
+def test_a_build_without_a_working_nvcc_says_so(mode, ok, message, tmp_path):
+    """CUDACXX names a compiler that fails, as a broken installation would."""
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+               "-DPRECOND_PYTHON=OFF", f"-DPRECOND_CUDA={mode}"]  # fmt: skip
+    env = {**os.environ, "CUDACXX": "/bin/false"}
+    result = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True, check=False)
+    assert (result.returncode == 0) == ok, result.stdout + result.stderr
+    assert message in result.stdout + result.stderr

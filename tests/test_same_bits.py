@@ -176,6 +176,41 @@ def test_triton_takes_every_layout(row, layout):
     )
 
 
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "strided"])
+def test_triton_takes_every_gradient_layout_and_leaves_it_alone(layout):
+    row = OPTIMIZERS[3]
+    values, g = random_values((6, 40)), random_values((6, 40))
+    results = []
+    for backend in ("triton", "cpu"):
+        p = torch.nn.Parameter(values.clone())
+        optimizer = row.cls([p], **row.kwargs, backend=backend)
+        p.grad = gradient(g, layout, p)
+        version = p.grad._version
+        optimizer.step()
+        assert p.grad._version == version
+        results.append(p.detach())
+    assert bits_equal(*results)
+
+
+def test_triton_takes_states_of_different_formats():
+    row = OPTIMIZERS[3]
+    results = []
+    for backend in ("triton", "cpu"):
+        torch.manual_seed(2)
+        p = torch.nn.Parameter(random_values((300,)))
+        optimizer = row.cls([p], **row.kwargs, backend=backend)
+        optimizer.state[p] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros(300, dtype=torch.bfloat16),
+            "exp_avg_sq": torch.zeros(300),
+        }
+        for _ in range(3):
+            p.grad = random_values((300,))
+            optimizer.step()
+        results += [p.detach(), *optimizer._states(p, row.rule).values()]
+    assert_same(results[:3], results[3:])
+
+
 @pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 def test_the_scalars_of_both_texts_are_the_same_bits(row):
     from precond.triton_kernels import scalars

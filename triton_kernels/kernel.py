@@ -69,7 +69,9 @@ def update_block(
     STATES: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
-    S: tl.constexpr,
+    S0: tl.constexpr,
+    S1: tl.constexpr,
+    S2: tl.constexpr,
     FULL: tl.constexpr,
 ):
     """Load, rule, store. FULL: every offset is an element, and the addresses are aligned."""
@@ -79,29 +81,29 @@ def update_block(
     if STATES == 0:
         p = RULE(p, g, row)
     elif STATES == 1:
-        s0_ptr = address(slots + 2, S, FULL)
-        s0 = decode(s0_ptr, offsets, mask, S, FULL)
+        s0_ptr = address(slots + 2, S0, FULL)
+        s0 = decode(s0_ptr, offsets, mask, S0, FULL)
         p, s0 = RULE(p, g, s0, row)
-        encode(s0_ptr, offsets, mask, s0, S, FULL)
+        encode(s0_ptr, offsets, mask, s0, S0, FULL)
     elif STATES == 2:
-        s0_ptr = address(slots + 2, S, FULL)
-        s1_ptr = address(slots + 3, S, FULL)
-        s0 = decode(s0_ptr, offsets, mask, S, FULL)
-        s1 = decode(s1_ptr, offsets, mask, S, FULL)
+        s0_ptr = address(slots + 2, S0, FULL)
+        s1_ptr = address(slots + 3, S1, FULL)
+        s0 = decode(s0_ptr, offsets, mask, S0, FULL)
+        s1 = decode(s1_ptr, offsets, mask, S1, FULL)
         p, s0, s1 = RULE(p, g, s0, s1, row)
-        encode(s0_ptr, offsets, mask, s0, S, FULL)
-        encode(s1_ptr, offsets, mask, s1, S, FULL)
+        encode(s0_ptr, offsets, mask, s0, S0, FULL)
+        encode(s1_ptr, offsets, mask, s1, S1, FULL)
     else:
-        s0_ptr = address(slots + 2, S, FULL)
-        s1_ptr = address(slots + 3, S, FULL)
-        s2_ptr = address(slots + 4, S, FULL)
-        s0 = decode(s0_ptr, offsets, mask, S, FULL)
-        s1 = decode(s1_ptr, offsets, mask, S, FULL)
-        s2 = decode(s2_ptr, offsets, mask, S, FULL)
+        s0_ptr = address(slots + 2, S0, FULL)
+        s1_ptr = address(slots + 3, S1, FULL)
+        s2_ptr = address(slots + 4, S2, FULL)
+        s0 = decode(s0_ptr, offsets, mask, S0, FULL)
+        s1 = decode(s1_ptr, offsets, mask, S1, FULL)
+        s2 = decode(s2_ptr, offsets, mask, S2, FULL)
         p, s0, s1, s2 = RULE(p, g, s0, s1, s2, row)
-        encode(s0_ptr, offsets, mask, s0, S, FULL)
-        encode(s1_ptr, offsets, mask, s1, S, FULL)
-        encode(s2_ptr, offsets, mask, s2, S, FULL)
+        encode(s0_ptr, offsets, mask, s0, S0, FULL)
+        encode(s1_ptr, offsets, mask, s1, S1, FULL)
+        encode(s2_ptr, offsets, mask, s2, S2, FULL)
     encode(p_ptr, offsets, mask, p, P, FULL)
 
 
@@ -115,7 +117,9 @@ def update_kernel(
     STATES: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
-    S: tl.constexpr,
+    S0: tl.constexpr,
+    S1: tl.constexpr,
+    S2: tl.constexpr,
     ROW: tl.constexpr,
     SLOT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -136,9 +140,9 @@ def update_kernel(
     aligned = tl.where(skip, 0, tl.load(slots + 6))
     mask = offsets < numel
     if begin + BLOCK <= aligned:
-        update_block(slots, offsets, mask, row, grad_coef, RULE, STATES, P, G, S, True)
+        update_block(slots, offsets, mask, row, grad_coef, RULE, STATES, P, G, S0, S1, S2, True)
     else:
-        update_block(slots, offsets, mask, row, grad_coef, RULE, STATES, P, G, S, False)
+        update_block(slots, offsets, mask, row, grad_coef, RULE, STATES, P, G, S0, S1, S2, False)
 
 
 def in_order_of(p: Tensor) -> list[int]:
@@ -157,32 +161,60 @@ def update(items: list[Item], skip: float = 0.0) -> None:
         launch(RULES[key[0]], group, skip)
 
 
+class Tables(NamedTuple):
+    """What a launch reads from device memory and what it was made from: uploaded again only when an address changed."""
+
+    numbers: list[list[int]]
+    tensors: Tensor
+    chunks: Tensor
+
+
+_tables: dict[tuple[object, ...], Tables] = {}
+_TABLES_KEPT = 64
+
+
+def to_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Upload without waiting for the device."""
+    host = torch.tensor(values, dtype=dtype)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def tables_of(key: tuple[object, ...], numbers: list[list[int]], device: torch.device) -> Tables:
+    """The device's tables for these numbers, kept from the last step if they are the same."""
+    kept = _tables.pop(key, None)
+    if kept is None or kept.numbers != numbers:
+        chunks = [(i, begin) for i, row in enumerate(numbers) for begin in range(0, row[5], BLOCK)]
+        kept = Tables(numbers, to_device(numbers, torch.int64, device), to_device(chunks, torch.int64, device))
+    while len(_tables) >= _TABLES_KEPT:
+        del _tables[next(iter(_tables))]
+    _tables[key] = kept
+    return kept
+
+
 def launch(rule: Rule, items: list[Item], skip: float) -> None:
     """One prologue and one update for tensors of one rule and one set of formats."""
     device = items[0].p.device
-    table, chunks, copies = [], [], []
-    for index, item in enumerate(items):
+    numbers, copies, alive = [], [], []
+    for item in items:
         order = in_order_of(item.p)
         operands = [t.permute(order) for t in (item.p, item.g, *item.states)]
-        # A layout that is not dense in p's order goes through a dense copy.
+        # A layout that is not dense in p's order goes through a dense copy; the gradient's is not copied back.
         flat = [t.contiguous() for t in operands]
-        copies += [(to, back) for to, back in zip(operands, flat, strict=True) if to.data_ptr() != back.data_ptr()]
+        alive.append(flat)
+        written = [(operands[k], flat[k]) for k in range(len(flat)) if k != 1]
+        copies += [(to, back) for to, back in written if to.data_ptr() != back.data_ptr()]
         addresses = [t.data_ptr() for t in flat]
         numel = item.p.numel()
         aligned = numel if all(a % 16 == 0 for a in addresses) else 0
-        table.append(addresses + [0] * (5 - len(addresses)) + [numel, aligned])
-        chunks += [(index, begin) for begin in range(0, numel, BLOCK)]
-        # Keeps a dense copy of a gradient alive until the launch.
-        copies.append((flat[1], flat[1]))
+        numbers.append(addresses + [0] * (5 - len(addresses)) + [numel, aligned])
 
-    def to_device(values: list, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
-
-    hyper = to_device([[item.hyper[name] for name in rule.hyper] for item in items], torch.float64)
-    steps = to_device([item.step for item in items], torch.float32)
-    fresh = to_device([item.fresh for item in items], torch.int32)
+    formats = [FORMATS[t.dtype] for t in (items[0].p, items[0].g, *items[0].states)]
+    tables = tables_of((device, rule.update, *formats, len(items), numbers[0][0]), numbers, device)
+    hyper = to_device([[item.hyper[name] for name in rule.hyper] for item in items], torch.float64, device)
+    steps = to_device([item.step for item in items], torch.float32, device)
+    fresh = to_device([item.fresh for item in items], torch.int32, device)
+    control = to_device([skip] + [item.grad_coef for item in items], torch.float32, device)
     rows = torch.empty(len(items) * scalars.ROW_FLOATS.value, dtype=torch.float32, device=device)
-    control = to_device([skip] + [item.grad_coef for item in items], torch.float32)
     scalars.prologue[(triton.cdiv(len(items), 32),)](
         hyper,
         steps,
@@ -195,17 +227,19 @@ def launch(rule: Rule, items: list[Item], skip: float) -> None:
         BLOCK=32,
         enable_fp_fusion=False,
     )
-    formats = [FORMATS[t.dtype] for t in (items[0].p, items[0].g, *items[0].states)]
-    update_kernel[(len(chunks),)](
-        to_device(chunks, torch.int64),
-        to_device(table, torch.int64),
+    state_formats = formats[2:] + ["fp32"] * 3
+    update_kernel[(len(tables.chunks),)](
+        tables.chunks,
+        tables.tensors,
         rows,
         control,
         RULE=rule.update,
         STATES=rule.states,
         P=formats[0],
         G=formats[1],
-        S=formats[2] if rule.states else "fp32",
+        S0=state_formats[0],
+        S1=state_formats[1],
+        S2=state_formats[2],
         ROW=scalars.ROW_FLOATS.value,
         SLOT=SLOTS.value,
         BLOCK=BLOCK,
@@ -213,5 +247,4 @@ def launch(rule: Rule, items: list[Item], skip: float) -> None:
         enable_fp_fusion=False,
     )
     for to, back in copies:
-        if to is not back:
-            to.copy_(back)
+        to.copy_(back)

@@ -30,6 +30,7 @@ bool same_dims(const int64_t* a, const int64_t* b, int n) {
 
 Reader::Reader(py::tuple tensor_types, py::object local, bool use_exchange)
     : tensor_types_(std::move(tensor_types)), local_(std::move(local)) {
+  for (const py::handle type : tensor_types_) types_.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
   const py::handle tensor_type = tensor_types_[0];
   if (!use_exchange || !py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) return;
   const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
@@ -40,9 +41,7 @@ Reader::Reader(py::tuple tensor_types, py::object local, bool use_exchange)
 }
 
 void Reader::read(PyObject* object, View* view) const {
-  const bool known = std::any_of(tensor_types_.begin(), tensor_types_.end(), [&](py::handle type) {
-    return type.ptr() == reinterpret_cast<PyObject*>(Py_TYPE(object));
-  });
+  const bool known = std::find(types_.begin(), types_.end(), Py_TYPE(object)) != types_.end();
   if (!known) {
     view->plain = local_(py::handle(object));
     object = view->plain.ptr();
@@ -264,13 +263,11 @@ bool TensorPlan::same_state(const Entry& entry, PyObject* param_state, View* vie
     if (value == nullptr) return false;
     reader_.read(value, view);
     if (!same_place(tensor.state[k], entry, *view)) return false;
-    held_.push_back(py::reinterpret_borrow<py::object>(value));
   }
   if (!step_name_) return true;
   PyObject* value = PyDict_GetItemWithError(param_state, step_name_.ptr());
   if (value == nullptr) return false;
   reader_.read(value, view);
-  held_.push_back(py::reinterpret_borrow<py::object>(value));
   return is_counter(*view, tensor.step_on_device) && view->data == reinterpret_cast<char*>(tensor.step);
 }
 
@@ -290,6 +287,7 @@ bool TensorPlan::refresh(const py::list& param_groups, const py::dict& state, co
   rows_.clear();
   overrides_.clear();
   held_.clear();
+  held_.reserve(2 * entries_.size());
   for (const py::handle item : rows) {
     const py::tuple fields = py::reinterpret_borrow<py::tuple>(item);
     GroupRow row;
@@ -353,7 +351,6 @@ bool TensorPlan::refresh_gradients(const py::list& param_groups, const py::dict&
       else
         tensor.g = place(entry, view, &entry.g_slot, "a gradient");
       held_.push_back(std::move(gradient));
-      held_.push_back(py::reinterpret_borrow<py::object>(param));
     }
   }
   return next == entries_.size();
@@ -376,6 +373,7 @@ bool TensorPlan::refresh_states(const py::dict& state) {
     }
     if (index < 0 || !plan_.tensor(entries_[index].tensor).active) continue;
     if (!same_state(entries_[index], value, &view)) return false;
+    held_.push_back(py::reinterpret_borrow<py::object>(value));
   }
   return item == state_items_.size();
 }

@@ -47,6 +47,7 @@ class Reader {
   void read_methods(PyObject* object, View* view) const;
 
   py::tuple tensor_types_;
+  std::vector<PyTypeObject*> types_;  // the same, for five comparisons per parameter and step
   py::object local_;
   const dlpack::ExchangeApi* api_ = nullptr;
 };
@@ -124,8 +125,8 @@ class TensorPlan {
   int device_;  // that tensors must be on
   std::vector<GroupRow> rows_;
   std::vector<Override> overrides_;
-  // Gradients, parameters and states of the step, from refresh() to the end of run(): while the GIL is released another
-  // thread may drop its own references.
+  // Gradients and the dictionaries of states, from refresh() to the end of run(): while the GIL is released another
+  // thread may give the optimizer others.
   std::vector<py::object> held_;
 #if defined(PRECOND_CUDA)
   std::unique_ptr<CudaPlan> cuda_;

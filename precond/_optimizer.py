@@ -101,17 +101,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
-        aligned = aligned_gradients(self.param_groups)
-        if aligned:
-            given, self._inputs = self._inputs, {**aligned, **self._inputs}
-            try:
-                self._update_with_inputs()
-            finally:
-                self._inputs = given
-        else:
-            self._update_with_inputs()
-
-    def _update_with_inputs(self) -> None:
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         # On the host both are numbers, and a step to skip is skipped here; on a device nobody waits for them.
         if found_inf is not None and not _backend.on_device(found_inf):
@@ -127,16 +116,29 @@ class FusedOptimizer(torch.optim.Optimizer):
         # DeepSpeed steps once per group with param_groups cut to it: one plan for each view of the groups.
         key = tuple(map(id, self.param_groups))
         plan = self._plans.get(key)
-        if plan is not None and plan.run(self, rows, control):
+        if plan is not None and not plan.has_wrappers and plan.run(self, rows, control):
             return
+        # Only wrapped parameters can have a gradient that is placed otherwise, and a plan knows whether it has any.
+        given = self._inputs
+        self._inputs = {**aligned_gradients(self.param_groups), **given}
+        try:
+            if plan is None or not plan.has_wrappers or not plan.run(self, rows, control):
+                self._keep(key, self._new_plan_run(rows, control))
+        finally:
+            self._inputs = given
+
+    def _new_plan_run(self, rows: list[Row], control: Control) -> StepPlan:
         plan = StepPlan(self, rows)
         if not plan.run(self, rows, control):
             raise RuntimeError("a gradient or state changed while the step was prepared")
-        # Without a compiled part the checks are all there is, and nothing is worth keeping.
+        return plan
+
+    def _keep(self, key: tuple[int, ...], plan: StepPlan) -> None:
+        """Keep a plan for the next step. Without a compiled part the checks are all there is, and nothing is worth keeping."""
+        self._plans.pop(key, None)
+        while len(self._plans) >= _PLANS_KEPT:
+            del self._plans[next(iter(self._plans))]
         if plan.compiled:
-            self._plans.pop(key, None)
-            while len(self._plans) >= _PLANS_KEPT:
-                del self._plans[next(iter(self._plans))]
             self._plans[key] = plan
 
     def _checked_row(self, group: dict[str, Any]) -> Row:

@@ -147,6 +147,7 @@ class StepPlan:
         self.rules = [row.rule for row in rows]
         self.slow: list[Slow] = []
         self.compiled: list[Compiled] = []
+        self.has_wrappers = any(local(p) is not p for group in optimizer.param_groups for p in group["params"])
         fast = self._check(optimizer, rows)
         self.fresh: set[Tensor] = set()
         before = {p: dict(state) for p, state in optimizer.state.items()}

@@ -9,7 +9,6 @@ import shutil
 import sys
 import sysconfig
 
-import pybind11
 import pytest
 from test_cpp import ROOT, run
 
@@ -43,6 +42,8 @@ def test_the_kernels_pass_their_tests_under_sanitizers(sanitizer, threads):
 
 @pytest.fixture(scope="module")
 def extension():
+    import pybind11
+
     directory = build(
         "cuda_on_host",
         "_C",

@@ -27,22 +27,22 @@ struct SGDMomentum {
   static constexpr int kStates = 1;
   float lr, weight_decay, momentum, one_minus_dampening;
 
-  PRECOND_INLINE void operator()(float& p, float g, float& buf) const {
+  // Returns the decayed gradient.
+  PRECOND_INLINE float update_buffer(float p, float g, float& buf) const {
     const float d = fma(weight_decay, p, g);
     buf = fma(momentum, buf, one_minus_dampening * d);
+    return d;
+  }
+  PRECOND_INLINE void operator()(float& p, float g, float& buf) const {
+    update_buffer(p, g, buf);
     p = fma(-lr, buf, p);
   }
 };
 
 // Nesterov momentum (Sutskever et al. 2013) as torch.optim.SGD defines it.
-struct SGDNesterov {
-  using Hyper = SGDHyper;
-  static constexpr int kStates = 1;
-  float lr, weight_decay, momentum, one_minus_dampening;
-
+struct SGDNesterov : SGDMomentum {
   PRECOND_INLINE void operator()(float& p, float g, float& buf) const {
-    const float d = fma(weight_decay, p, g);
-    buf = fma(momentum, buf, one_minus_dampening * d);
+    const float d = update_buffer(p, g, buf);
     p = fma(-lr, fma(momentum, buf, d), p);
   }
 };

@@ -59,7 +59,8 @@ def extension():
         ("test_parity.py", "not avx2 and not baseline"),
         ("test_same_bits.py", "this_backend or alignments or gradient_layouts or order_of"),
         # Not those of the host's own passes, of float64, and of a skipped first step, which leaves zero states on a device.
-        ("test_api.py", "not temporary and not gil and not set_num_threads and not another_dtype and not loss_scaling"),
+        ("test_api.py", "not loss_scaling"),
+        ("test_plan.py", "not temporary and not gil and not set_num_threads and not another_dtype"),
         ("test_checkpoints.py", ""),
         ("test_device_scalars.py", ""),
     ],

@@ -57,24 +57,27 @@ def sgd(p, g, row):
 
 
 @triton.jit
-def sgd_momentum(p, g, buf, row):
-    lr = tl.load(row + field.SGD_LR)
+def sgd_update_buffer(p, g, buf, row):
     weight_decay = tl.load(row + field.SGD_WEIGHT_DECAY)
     momentum = tl.load(row + field.SGD_MOMENTUM)
     one_minus_dampening = tl.load(row + field.SGD_ONE_MINUS_DAMPENING)
     d = tl.fma(weight_decay, p, g)
     buf = tl.fma(momentum, buf, one_minus_dampening * d)
+    return d, buf
+
+
+@triton.jit
+def sgd_momentum(p, g, buf, row):
+    lr = tl.load(row + field.SGD_LR)
+    _, buf = sgd_update_buffer(p, g, buf, row)
     return tl.fma(-lr, buf, p), buf
 
 
 @triton.jit
 def sgd_nesterov(p, g, buf, row):
     lr = tl.load(row + field.SGD_LR)
-    weight_decay = tl.load(row + field.SGD_WEIGHT_DECAY)
     momentum = tl.load(row + field.SGD_MOMENTUM)
-    one_minus_dampening = tl.load(row + field.SGD_ONE_MINUS_DAMPENING)
-    d = tl.fma(weight_decay, p, g)
-    buf = tl.fma(momentum, buf, one_minus_dampening * d)
+    d, buf = sgd_update_buffer(p, g, buf, row)
     return tl.fma(-lr, tl.fma(momentum, buf, d), p), buf
 
 

@@ -1,0 +1,78 @@
+// Reading tensors; see reader.h.
+#include "reader.h"
+
+#include <algorithm>
+#include <string>
+
+namespace precond {
+namespace {
+
+// Formats by the names torch gives its dtypes.
+bool format_of(const std::string& dtype, Format* format) {
+  if (dtype == "torch.float32") return *format = Format::fp32, true;
+  if (dtype == "torch.bfloat16") return *format = Format::bf16, true;
+  return false;
+}
+
+}  // namespace
+
+Reader::Reader(py::tuple tensor_types, py::object local, bool use_exchange)
+    : tensor_types_(std::move(tensor_types)), local_(std::move(local)) {
+  for (const py::handle type : tensor_types_) types_.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
+  const py::handle tensor_type = tensor_types_[0];
+  if (!use_exchange || !py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) return;
+  const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+  auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  while (api != nullptr && api->major > 1) api = api->previous;
+  api_ = api;
+}
+
+void Reader::read(PyObject* object, View* view) const {
+  const bool known = std::find(types_.begin(), types_.end(), Py_TYPE(object)) != types_.end();
+  if (!known) {
+    view->plain = local_(py::handle(object));
+    object = view->plain.ptr();
+  }
+  if (api_ != nullptr)
+    read_exchange(object, view);
+  else
+    read_methods(object, view);
+}
+
+bool Reader::is_negative(PyObject* object) const { return py::handle(object).attr("is_neg")().cast<bool>(); }
+
+void Reader::read_exchange(PyObject* object, View* view) const {
+  dlpack::DLTensor t;
+  if (api_->view_from_object(object, &t) != 0) throw py::error_already_set();
+  view->data = static_cast<char*>(t.data) + t.byte_offset;
+  view->ndim = t.ndim;
+  view->shape = t.shape;
+  view->strides = t.strides;
+  const bool fp32 = t.code == dlpack::kFloat && t.bits == 32, bf16 = t.code == dlpack::kBfloat && t.bits == 16;
+  view->format = bf16 ? Format::bf16 : Format::fp32;
+  view->known = (fp32 || bf16) && t.lanes == 1;
+  view->device = t.device_type == dlpack::kCpu    ? kCpuDevice
+                 : t.device_type == dlpack::kCuda ? t.device_id
+                                                  : kOtherDevice;
+}
+
+void Reader::read_methods(PyObject* object, View* view) const {
+  const py::handle t(object);
+  const std::string dtype = py::str(t.attr("dtype"));
+  view->known = format_of(dtype, &view->format);
+  view->device = t.attr("is_cpu").cast<bool>()    ? kCpuDevice
+                 : t.attr("is_cuda").cast<bool>() ? t.attr("device").attr("index").cast<int>()
+                                                  : kOtherDevice;
+  view->data = reinterpret_cast<char*>(t.attr("data_ptr")().cast<uintptr_t>());
+  const auto shape = t.attr("shape").cast<py::tuple>();
+  const auto strides = t.attr("stride")().cast<py::tuple>();
+  view->ndim = int(shape.size());
+  view->owned.clear();
+  for (const auto& list : {shape, strides})
+    for (const py::handle n : list) view->owned.push_back(n.cast<int64_t>());
+  view->shape = view->owned.data();
+  view->strides = view->shape + view->ndim;
+}
+
+}  // namespace precond

@@ -156,7 +156,7 @@ def draw(runs: list[Run], path: Path, title: str) -> None:
         right.annotate(
             f"{statistics.median(values):.2f} ms",
             (position, statistics.median(values)),
-            xytext=(28, 0),
+            xytext=(48, 0),
             textcoords="offset points",
             va="center",
             fontsize=9,

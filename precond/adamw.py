@@ -29,8 +29,8 @@ class AdamW(FusedOptimizer):
     abs(gradient) = l1_decay^2.
 
     Args:
-        params: parameters, named parameters or groups, as for any torch optimizer. Any shape; float32 and bfloat16 on the
-            CPU are fused, everything else runs on the reference backend.
+        params: parameters, named parameters or groups, as for any torch optimizer. Any shape; float32 and bfloat16 are
+            fused, everything else runs on the reference backend.
         lr: learning rate gamma >= 0, a float or a tensor of one element (default 1e-3).
         betas: decay rates of the two moments, each in [0, 1) (default (0.9, 0.999)).
         eps: >= 0, added to the root of the second moment (default 1e-8).
@@ -38,16 +38,17 @@ class AdamW(FusedOptimizer):
         amsgrad: use the largest second moment so far (default False).
         maximize: ascend instead of descend (default False).
         foreach: accepted and ignored: a step is always one pass.
-        capturable: accepted; an error at the step for parameters on the CPU, as in torch.
+        capturable: step counters live on the GPU, so that a CUDA graph can capture the step (default False); an error at the
+            step for parameters on the CPU, as in torch.
         differentiable: must be False.
-        fused: accepted; True also lets ``torch.amp.GradScaler`` leave unscaling to the step.
+        fused: accepted; True also lets ``torch.amp.GradScaler`` leave unscaling to the step, and keeps counters on the GPU.
         l1_decay: intrinsic L1, lambda_1 >= 0 (default 0: the plain rule, bit for bit). If the loss is multiplied by c,
             multiply it by sqrt(c); so unscale gradients first.
         l1_form: "proximal" (exact zeros; default) or "subgradient" (subtracts the threshold times the sign of p).
         l1_cap: c > 0, an upper bound of the threshold over lr (default 10). Coordinates that never had a gradient have no
             threshold.
-        state_format: dtype of the moments: None is the parameter's, as in torch, or "fp32", "bf16".
-        backend: None picks the best per parameter, or "cpu", "triton", "reference".
+        state_format: dtype of the moments: None is the parameter's, as in torch, or "fp32", "bf16" or their torch dtypes.
+        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
 
     Raises:
         ValueError: a hyper-parameter is out of range.

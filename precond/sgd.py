@@ -19,8 +19,8 @@ class SGD(FusedOptimizer):
         p_t = p_{t-1} - \gamma\, (b_t \text{ or, with Nesterov, } d_t + \mu b_t)
 
     Args:
-        params: parameters, named parameters or groups, as for any torch optimizer. Any shape; float32 and bfloat16 on the
-            CPU are fused, everything else runs on the reference backend.
+        params: parameters, named parameters or groups, as for any torch optimizer. Any shape; float32 and bfloat16 are
+            fused, everything else runs on the reference backend.
         lr: learning rate gamma >= 0, a float or a tensor of one element (default 1e-3).
         momentum: mu >= 0 (default 0: no momentum buffer).
         dampening: tau (default 0).
@@ -30,8 +30,8 @@ class SGD(FusedOptimizer):
         foreach: accepted and ignored: a step is always one pass.
         differentiable: must be False.
         fused: accepted; True also lets ``torch.amp.GradScaler`` leave unscaling to the step.
-        state_format: dtype of the momentum buffer: None is the parameter's, or "fp32", "bf16".
-        backend: None picks the best per parameter, or "cpu", "triton", "reference".
+        state_format: dtype of the momentum buffer: None is the parameter's, or "fp32", "bf16" or their torch dtypes.
+        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
 
     Raises:
         ValueError: a hyper-parameter is out of range.

@@ -47,7 +47,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled core of precond: plans and the CPU update.";
   m.attr("version") = PRECOND_VERSION;
   m.attr("compiler") = PRECOND_COMPILER;
-  m.attr("chunk_align") = kChunkAlign;
 
 #if defined(PRECOND_CUDA)
   m.attr("cuda") = PRECOND_CUDA;
@@ -91,7 +90,5 @@ PYBIND11_MODULE(_C, m) {
       .def("run", &TensorPlan::run, py::arg("grad_coef"), py::arg("skip"), py::arg("threads"))
       .def("run_cuda", &TensorPlan::run_cuda, py::arg("grad_coef"), py::arg("grad_scale"), py::arg("found_inf"),
            py::arg("stream"))
-      .def(
-          "chunks", [](TensorPlan& p, int threads) { return p.plan().chunks(threads).size(); }, py::arg("threads"))
       .def_property_readonly("launches", &TensorPlan::launches);
 }

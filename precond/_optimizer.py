@@ -102,13 +102,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        # On the host both are numbers, and a step to skip is skipped here; on a device nobody waits for them.
-        if found_inf is not None and not _backend.on_device(found_inf):
+        # Only the CUDA backend reads a scaler's tensors on their device. For the others both are numbers, and a step to skip
+        # is skipped here, before it makes a state.
+        by_device = self._own["backend"] in (None, "cuda") and not _backend.why_not("cuda")
+        if found_inf is not None and not (by_device and _backend.on_device(found_inf)):
             if found_inf.item():
                 return
             found_inf = None
         grad_coef = 1.0
-        if grad_scale is not None and not _backend.on_device(grad_scale):
+        if grad_scale is not None and not (by_device and _backend.on_device(grad_scale)):
             grad_coef, grad_scale = 1.0 / float(grad_scale), None
         control = Control(grad_coef, grad_scale, found_inf)
 

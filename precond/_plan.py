@@ -231,14 +231,21 @@ class StepPlan:
             if not plan.refresh(optimizer.param_groups, optimizer.state, optimizer._inputs, table):
                 return False
 
+        if self.slow or any(backend != "cuda" for backend, _, _ in self.compiled):
+            # Parameters that the CUDA backend does not take share the step: the host must know, and waits.
+            if control.found_inf is not None and control.found_inf.item():
+                return True
+            if control.grad_scale is not None:
+                control = Control(control.grad_coef / float(control.grad_scale), None, None)
+
         updated: list[Tensor] = []
         for backend, device, plan in self.compiled:
             if backend == "cpu":
                 updated += plan.run(control.grad_coef, 0.0, torch.get_num_threads())
             else:
-                scaler = [0 if t is None else t.to(device).data_ptr() for t in control[1:]]
+                scaler = [None if t is None else t.to(device) for t in (control.grad_scale, control.found_inf)]
                 stream = _backend.current_stream(device)
-                updated += plan.run_cuda(control.grad_coef, *scaler, stream)
+                updated += plan.run_cuda(control.grad_coef, *(0 if t is None else t.data_ptr() for t in scaler), stream)
                 if _backend.is_side_stream(device, stream):
                     # The gradients' memory may belong to another stream: not to be reused before this one has read it.
                     for p in optimizer._given(device):

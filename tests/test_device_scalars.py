@@ -85,3 +85,45 @@ def test_a_scaler_with_counters_on_the_host_is_an_error():
     optimizer.found_inf = torch.tensor(0.0, device=DEVICE)
     with pytest.raises(RuntimeError, match="fused must be True in every group"):
         optimizer.step()
+
+
+@rows
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_backends_that_read_on_the_host_unscale_and_skip_too(row, backend):
+    """The scaler's tensors are on the device here, and these backends once ignored them."""
+    device = DEVICE if backend == "reference" else "cpu"
+    values = torch.randn(300)
+    p, q = (torch.nn.Parameter(values.to(device, copy=True)) for _ in range(2))
+    a, b = (row.cls([t], **{**row.kwargs, "fused": True}, backend=backend) for t in (p, q))
+    a.grad_scale = torch.tensor(8.0, device=DEVICE)
+    for i, overflow in enumerate((True, False, True, False)):
+        g = torch.randn(300).to(device)
+        p.grad, q.grad = 8.0 * g, g
+        a.found_inf = torch.tensor(float(overflow), device=DEVICE)
+        a.step()
+        if not overflow:
+            b.step()
+        if i == 0:
+            assert not a.state
+        assert bits_equal(p.cpu(), q.cpu())
+
+
+@rows
+def test_a_parameter_of_another_backend_in_the_same_step_is_unscaled_and_skipped(row):
+    values = torch.randn(300)
+    params = [torch.nn.Parameter(values.to(DEVICE, dtype, copy=True)) for dtype in (torch.float32, torch.float64) * 2]
+    a, b = (row.cls(pair, **{**row.kwargs, "fused": True}, backend="cuda") for pair in (params[:2], params[2:]))
+    for optimizer in (a, b):
+        optimizer._own["backend"] = None
+    a.grad_scale = torch.tensor(8.0, device=DEVICE)
+    for overflow in (False, True, False):
+        g = torch.randn(300).to(DEVICE)
+        for p in params[2:]:
+            p.grad = g.to(p.dtype)
+        for p in params[:2]:
+            p.grad = 8.0 * g.to(p.dtype)
+        a.found_inf = torch.tensor(float(overflow), device=DEVICE)
+        a.step()
+        if not overflow:
+            b.step()
+        assert all(bits_equal(p.cpu(), q.cpu()) for p, q in zip(params[:2], params[2:], strict=True))

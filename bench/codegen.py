@@ -17,7 +17,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
-from optimizers import OPTIMIZERS
+from optimizers import BY_STATES, OPTIMIZERS
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -32,24 +32,20 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-FORMATS = [("fp32", "fp32", "fp32"), ("bf16", "bf16", "bf16"), ("fp32", "fp32", "bf16"), ("bf16", "bf16", "fp32")]
-BYTES = {"fp32": 4, "bf16": 2}
-CPP_FORMATS = {"Fp32": "fp32", "Bf16": "bf16"}
+PLAIN = ("fp32", "fp32", "fp32")
+FORMATS = [
+    PLAIN,
+    ("bf16", "bf16", "bf16"),
+    ("fp16", "fp16", "fp16"),
+    ("fp32", "fp32", "bf16"),
+    ("bf16", "bf16", "fp32"),
+]
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+CPP_FORMATS = {"Fp32": "fp32", "Bf16": "bf16", "Fp16": "fp16"}
 # Of an H200: bytes per second of a device copy, special-function operations per second (132 multiprocessors, 16 a clock).
 COPY, SPECIAL = 4.3e12, 3.6e12
 # Approximations, flushed denormals, and operations that the assembler may still fuse.
 INEXACT_PTX = re.compile(r"\w+\.approx\S*|\S+\.ftz\S*|rsqrt\S*|mad\.\S*f32|mul\.f32|add\.f32")
-RULE_TYPES = {
-    "sgd": "SGD",
-    "sgd_momentum": "SGDMomentum",
-    "sgd_nesterov": "SGDNesterov",
-    "adamw": "AdamW<L2>",
-    "adamw_amsgrad": "AdamWAmsgrad<L2>",
-    "adamw_l1": "AdamW<L1Proximal>",
-    "adamw_l1_amsgrad": "AdamWAmsgrad<L1Proximal>",
-    "adamw_l1_subgradient": "AdamW<L1Subgradient>",
-    "adamw_l1_subgradient_amsgrad": "AdamWAmsgrad<L1Subgradient>",
-}
 
 
 def cuobjdump(*arguments: str) -> str:
@@ -85,6 +81,7 @@ def cuda_kernels(arch: str) -> list[dict[str, object]]:
     sass = sections(cuobjdump("-sass", "-arch", arch, _C.__file__), r"Function : (\S+)")
     ptx = sections(cuobjdump("-ptx", _C.__file__), r"\.entry (\w+)\(")
     names = demangled(list(sass))
+    rule_of = {type_: rule for rule, type_ in _C.rule_types.items()}
     rows = []
     for mangled, code in sass.items():
         found = re.search(
@@ -93,10 +90,10 @@ def cuda_kernels(arch: str) -> list[dict[str, object]]:
         if found is None:
             continue
         rule_type = re.sub(r"precond::\w+::", "", found[1]).replace(" ", "")
-        rule = next(name for name, type_ in RULE_TYPES.items() if type_ == rule_type)
+        rule = rule_of[rule_type]
         p, g, s = (CPP_FORMATS[f] for f in found.groups()[1:])
         states = _C.rules[rule][1]
-        pack = 8 if "bf16" in (p, g, s) else 4
+        pack = 4 if (p, g, s) == PLAIN else 8
         packs = 2 if pack == 4 else 1
         # Copies of the rule in the code: the loop over packs, the single pack, the single element.
         copies = packs * pack + (pack if packs > 1 else 0) + 1
@@ -136,6 +133,7 @@ def triton_kernel(rule: str, formats: tuple[str, str, str], target: str) -> dict
     spec = kernel.RULES[rule]
     constants = {
         "RULE": spec.update,
+        "DECAY": spec.decay,
         "STATES": spec.states,
         "P": formats[0],
         "G": formats[1],
@@ -168,8 +166,14 @@ def triton_kernel(rule: str, formats: tuple[str, str, str], target: str) -> dict
     return row
 
 
-def report(arch: str, targets: list[str]) -> dict[str, object]:
-    cases = [(row.rule, formats, target) for row in OPTIMIZERS for formats in FORMATS for target in targets]
+def report(arch: str, targets: list[str], quick: bool) -> dict[str, object]:
+    cases = [
+        (row.rule, formats, target)
+        for row in OPTIMIZERS
+        for formats in FORMATS
+        for target in targets
+        if not quick or row in BY_STATES or (formats == PLAIN and target == "sm_90")
+    ]
     return {
         "environment": {"cuda": _C.cuda, "triton": triton.__version__, "commit": timing.commit()},
         "cuda": cuda_kernels(arch),
@@ -183,10 +187,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS), help="of Triton (default all)"
     )
     parser.add_argument("--json", type=Path, default=None, help="where to write the report")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="Triton: every rule once, every format and target for one rule of each shape",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    result = report(arguments.arch, arguments.targets)
+    result = report(arguments.arch, arguments.targets, arguments.quick)
     path = arguments.json or ROOT / "bench" / "results" / "codegen.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"CUDA, {arguments.arch}: {_C.cuda or 'not built'}\n")

@@ -2,9 +2,12 @@
 #ifndef PRECOND_ISA
 #define PRECOND_ISA cuda
 #endif
+#include <array>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cuda_kernel.cuh"
 #include "cuda_plan.h"
@@ -137,18 +140,26 @@ void launch_any(const LaunchArgs& a) {
   launch(&update_any_kernel<Rule>, a.blocks, kThreads, a.stream, a.tensors, a.chunks, a.strides, a.rows, a.control);
 }
 
-constexpr int kAny = 8;
-#define PRECOND_LAUNCHERS(name, ...)              \
-  {&launch_update<__VA_ARGS__, Fp32, Fp32, Fp32>, \
-   &launch_update<__VA_ARGS__, Fp32, Fp32, Bf16>, \
-   &launch_update<__VA_ARGS__, Fp32, Bf16, Fp32>, \
-   &launch_update<__VA_ARGS__, Fp32, Bf16, Bf16>, \
-   &launch_update<__VA_ARGS__, Bf16, Fp32, Fp32>, \
-   &launch_update<__VA_ARGS__, Bf16, Fp32, Bf16>, \
-   &launch_update<__VA_ARGS__, Bf16, Bf16, Fp32>, \
-   &launch_update<__VA_ARGS__, Bf16, Bf16, Bf16>, \
-   &launch_any<__VA_ARGS__>},
-const Launcher kLaunchers[][kAny + 1] = {PRECOND_ALL_RULES(PRECOND_LAUNCHERS)};
+// A kernel for each three formats that training mixes: fp32 and one kind of 16 bits. None where a rule has no state
+// whose format could differ.
+using AllFormats = std::tuple<Fp32, Bf16, Fp16>;
+constexpr int kAny = kFormats * kFormats * kFormats;
+template <class Rule, int kP, int kG, int kS>
+constexpr Launcher fast_launcher() {
+  constexpr int kBoth = (1 << kP | 1 << kG | 1 << kS) >> 1;
+  if constexpr (kBoth == 3 || (Rule::kStates == 0 && kS != kP))
+    return nullptr;
+  else
+    return &launch_update<Rule, std::tuple_element_t<kP, AllFormats>, std::tuple_element_t<kG, AllFormats>,
+                          std::tuple_element_t<kS, AllFormats>>;
+}
+template <class Rule, int... I>
+constexpr std::array<Launcher, kAny + 1> launchers_of(std::integer_sequence<int, I...>) {
+  return {fast_launcher<Rule, I / (kFormats * kFormats), I / kFormats % kFormats, I % kFormats>()...,
+          &launch_any<Rule>};
+}
+#define PRECOND_LAUNCHERS(name, ...) launchers_of<__VA_ARGS__>(std::make_integer_sequence<int, kAny>{}),
+const std::array<Launcher, kAny + 1> kLaunchers[] = {PRECOND_ALL_RULES(PRECOND_LAUNCHERS)};
 #undef PRECOND_LAUNCHERS
 #define PRECOND_STATES(name, ...) __VA_ARGS__::kStates,
 const int kStatesOf[] = {PRECOND_ALL_RULES(PRECOND_STATES)};
@@ -161,7 +172,8 @@ int launcher_of(const Tensor& t) {
   for (int k = 0; k < states; ++k) any = any || t.state[k].strides != kDense || t.state[k].format != t.state[0].format;
   if (any) return kAny;
   const Format state = states == 0 ? t.p.format : t.state[0].format;
-  return (t.p.format == Format::bf16) * 4 + (t.g.format == Format::bf16) * 2 + (state == Format::bf16);
+  const int fast = (int(t.p.format) * kFormats + int(t.g.format)) * kFormats + int(state);
+  return kLaunchers[t.rule][size_t(fast)] != nullptr ? fast : kAny;
 }
 
 }  // namespace
@@ -206,13 +218,13 @@ void CudaPlan::Impl::cut(const Plan& plan) {
   signature = wanted;
   buckets.clear();
   chunks.host.clear();
-  for (int key = 0; key < int(std::size(kLaunchers)) * (kAny + 1); ++key) {
+  std::map<int, std::vector<int32_t>> tensors_of;
+  for (size_t i = 0; i < signature.size(); ++i)
+    if (signature[i] >= 0) tensors_of[signature[i]].push_back(int32_t(i));
+  for (const auto& [key, members] : tensors_of) {
     const int64_t first = int64_t(chunks.host.size());
-    for (int64_t i = 0; i < plan.size(); ++i) {
-      if (signature[size_t(i)] != key) continue;
-      for (int64_t begin = 0; begin < plan.tensor(i).numel; begin += kBlockElements)
-        chunks.host.push_back({begin, int32_t(i)});
-    }
+    for (const int32_t i : members)
+      for (int64_t begin = 0; begin < plan.tensor(i).numel; begin += kBlockElements) chunks.host.push_back({begin, i});
     const int64_t count = int64_t(chunks.host.size()) - first;
     if (count > 0) buckets.push_back({key / (kAny + 1), key % (kAny + 1), first, count});
   }
@@ -310,9 +322,9 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
     upload(my.rows);
   }
   for (const Impl::Bucket& bucket : my.buckets) {
-    kLaunchers[bucket.rule][bucket.launcher]({my.tensors.device(), my.chunks.device() + bucket.first,
-                                              my.strides.device(), my.rows.device(), my.control.device(), bucket.count,
-                                              stream});
+    kLaunchers[bucket.rule][size_t(bucket.launcher)]({my.tensors.device(), my.chunks.device() + bucket.first,
+                                                      my.strides.device(), my.rows.device(), my.control.device(),
+                                                      bucket.count, stream});
     ++my.launches;
   }
   my.was_captured = always;

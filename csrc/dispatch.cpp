@@ -80,10 +80,12 @@ const UpdateChunk* update_table() {
 
 const std::vector<RuleInfo>& rules() {
 #define PRECOND_INFO(name, ...)                                                                                      \
-  {name, __VA_ARGS__::kStates,                                                                                       \
+  {name,                                                                                                             \
+   __VA_ARGS__::kStates,                                                                                             \
    std::vector<std::string>(std::begin(__VA_ARGS__::Hyper::names), std::end(__VA_ARGS__::Hyper::names)),             \
    [](const double* hyper, double step, bool fresh, float* row) { fill_row<__VA_ARGS__>(hyper, step, fresh, row); }, \
-   int(sizeof(__VA_ARGS__) / sizeof(float))},
+   int(sizeof(__VA_ARGS__) / sizeof(float)),                                                                         \
+   #__VA_ARGS__},
   static const std::vector<RuleInfo> list = {PRECOND_ALL_RULES(PRECOND_INFO)};
 #undef PRECOND_INFO
   return list;

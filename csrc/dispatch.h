@@ -21,6 +21,7 @@ struct RuleInfo {
   std::vector<std::string> hyper;
   void (*fill_row)(const double* hyper, double step, bool fresh, float* row);
   int row_floats;
+  const char* type;  // of the functor, as it is spelled
 };
 const std::vector<RuleInfo>& rules();
 

@@ -8,13 +8,23 @@ namespace precond {
 inline namespace PRECOND_ISA {
 
 struct SGDHyper {
-  double lr, momentum, dampening, weight_decay;
-  static constexpr const char* names[] = {"lr", "momentum", "dampening", "weight_decay"};
+  double lr, weight_decay, l1_decay, momentum, dampening;
+  static constexpr const char* names[] = {"lr", "weight_decay", "l1_decay", "momentum", "dampening"};
 };
 
-struct AdamWHyper {
-  double lr, beta1, beta2, eps, weight_decay, l1_decay, l1_cap;
-  static constexpr const char* names[] = {"lr", "beta1", "beta2", "eps", "weight_decay", "l1_decay", "l1_cap"};
+struct AdamHyper {
+  double lr, weight_decay, l1_decay, l1_cap, beta1, beta2, eps;
+  static constexpr const char* names[] = {"lr", "weight_decay", "l1_decay", "l1_cap", "beta1", "beta2", "eps"};
+};
+
+struct AdagradHyper {
+  double lr, weight_decay, l1_decay, l1_cap, lr_decay, eps;
+  static constexpr const char* names[] = {"lr", "weight_decay", "l1_decay", "l1_cap", "lr_decay", "eps"};
+};
+
+struct RMSpropHyper {
+  double lr, weight_decay, l1_decay, l1_cap, alpha, eps, momentum;
+  static constexpr const char* names[] = {"lr", "weight_decay", "l1_decay", "l1_cap", "alpha", "eps", "momentum"};
 };
 
 }  // namespace PRECOND_ISA

@@ -65,6 +65,9 @@ PYBIND11_MODULE(_C, m) {
   for (const RuleInfo& info : rules())
     table[info.name] = py::make_tuple(rule_number(info.name), info.states, info.hyper);
   m.attr("rules") = table;
+  py::dict types;
+  for (const RuleInfo& info : rules()) types[info.name] = info.type;
+  m.attr("rule_types") = types;
 
   m.def("scalars", &scalars, py::arg("rule"), py::arg("hyper"), py::arg("step"), py::arg("fresh"));
   m.def("available_isas", &available_isas);
@@ -77,7 +80,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("uses_exchange", &Reader::uses_exchange);
 
   py::class_<TensorPlan>(m, "Plan")
-      .def(py::init<const Reader&, const std::vector<std::string>&, const std::string&, int64_t, int>(),
+      .def(py::init<const Reader&, const std::map<int, std::vector<std::string>>&, const std::string&, int64_t, int>(),
            py::arg("reader"), py::arg("state_names"), py::arg("step_name"), py::arg("chunk"), py::arg("device"),
            py::keep_alive<1, 2>())
       .def("add", &TensorPlan::add, py::arg("param"), py::arg("state"), py::arg("group"), py::arg("rule"),

@@ -11,8 +11,24 @@ namespace {
 bool format_of(const std::string& dtype, Format* format) {
   if (dtype == "torch.float32") return *format = Format::fp32, true;
   if (dtype == "torch.bfloat16") return *format = Format::bf16, true;
+  if (dtype == "torch.float16") return *format = Format::fp16, true;
   return false;
 }
+
+// A complex tensor as the real one with a last dimension of two. Its shape and strides are copied.
+void view_as_real(View* view) {
+  std::vector<int64_t> dims(view->shape, view->shape + view->ndim);
+  dims.push_back(2);
+  for (int d = 0; d < view->ndim; ++d) dims.push_back(2 * view->strides[d]);
+  dims.push_back(1);
+  view->owned = std::move(dims);
+  view->ndim += 1;
+  view->shape = view->owned.data();
+  view->strides = view->shape + view->ndim;
+}
+
+// A lazy conjugate has the memory of its opposite.
+bool is_conjugate(PyObject* object) { return py::handle(object).attr("is_conj")().cast<bool>(); }
 
 }  // namespace
 
@@ -50,17 +66,21 @@ void Reader::read_exchange(PyObject* object, View* view) const {
   view->shape = t.shape;
   view->strides = t.strides;
   const bool fp32 = t.code == dlpack::kFloat && t.bits == 32, bf16 = t.code == dlpack::kBfloat && t.bits == 16;
-  view->format = bf16 ? Format::bf16 : Format::fp32;
-  view->known = (fp32 || bf16) && t.lanes == 1;
+  const bool fp16 = t.code == dlpack::kFloat && t.bits == 16, complex64 = t.code == dlpack::kComplex && t.bits == 64;
+  view->format = bf16 ? Format::bf16 : fp16 ? Format::fp16 : Format::fp32;
+  view->known = (fp32 || bf16 || fp16 || (complex64 && !is_conjugate(object))) && t.lanes == 1;
   view->device = t.device_type == dlpack::kCpu    ? kCpuDevice
                  : t.device_type == dlpack::kCuda ? t.device_id
                                                   : kOtherDevice;
+  if (complex64) view_as_real(view);
 }
 
 void Reader::read_methods(PyObject* object, View* view) const {
   const py::handle t(object);
   const std::string dtype = py::str(t.attr("dtype"));
-  view->known = format_of(dtype, &view->format);
+  const bool complex64 = dtype == "torch.complex64";
+  view->format = Format::fp32;
+  view->known = complex64 ? !is_conjugate(object) : format_of(dtype, &view->format);
   view->device = t.attr("is_cpu").cast<bool>()    ? kCpuDevice
                  : t.attr("is_cuda").cast<bool>() ? t.attr("device").attr("index").cast<int>()
                                                   : kOtherDevice;
@@ -73,6 +93,7 @@ void Reader::read_methods(PyObject* object, View* view) const {
     for (const py::handle n : list) view->owned.push_back(n.cast<int64_t>());
   view->shape = view->owned.data();
   view->strides = view->shape + view->ndim;
+  if (complex64) view_as_real(view);
 }
 
 }  // namespace precond

@@ -14,7 +14,8 @@ namespace py = pybind11;
 
 constexpr int kCpuDevice = -1, kOtherDevice = -2;  // CUDA devices count from 0
 
-// What a tensor object says of its memory. `shape` and `strides` live in the object or in `owned`.
+// What a tensor object says of its memory; complex64 is fp32 with a last dimension of two. `shape` and `strides` live
+// in the object or in `owned`.
 struct View {
   char* data = nullptr;
   bool known = false;  // in one of Format's dtypes

@@ -8,90 +8,187 @@
 namespace precond {
 inline namespace PRECOND_ISA {
 
-// Stochastic gradient descent with torch's coupled weight decay.
+// Stochastic gradient descent.
+template <class Decay>
 struct SGD {
   using Hyper = SGDHyper;
   static constexpr int kStates = 0;
-  float lr, weight_decay;
+  float lr;
+  Decay decay;
 
-  PRECOND_INLINE void operator()(float& p, float g) const {
-    const float d = fma(weight_decay, p, g);
-    p = fma(-lr, d, p);
-  }
+  PRECOND_INLINE void operator()(float& p, float g) const { p = decay(p, lr, decay.gradient(p, g), 1.0f, 1.0f); }
 };
 
 // Polyak 1964, momentum as torch.optim.SGD defines it. The buffer starts at zero; one_minus_dampening is 1 on a
 // parameter's first step.
+template <class Decay>
 struct SGDMomentum {
   using Hyper = SGDHyper;
   static constexpr int kStates = 1;
-  float lr, weight_decay, momentum, one_minus_dampening;
+  float lr, momentum, one_minus_dampening;
+  Decay decay;
 
   // Returns the decayed gradient.
   PRECOND_INLINE float update_buffer(float p, float g, float& buf) const {
-    const float d = fma(weight_decay, p, g);
+    const float d = decay.gradient(p, g);
     buf = fma(momentum, buf, one_minus_dampening * d);
     return d;
   }
   PRECOND_INLINE void operator()(float& p, float g, float& buf) const {
     update_buffer(p, g, buf);
-    p = fma(-lr, buf, p);
+    p = decay(p, lr, buf, 1.0f, 1.0f);
   }
 };
 
 // Nesterov momentum (Sutskever et al. 2013) as torch.optim.SGD defines it.
-struct SGDNesterov : SGDMomentum {
+template <class Decay>
+struct SGDNesterov : SGDMomentum<Decay> {
   PRECOND_INLINE void operator()(float& p, float g, float& buf) const {
-    const float d = update_buffer(p, g, buf);
-    p = fma(-lr, fma(momentum, buf, d), p);
+    const float d = this->update_buffer(p, g, buf);
+    p = this->decay(p, this->lr, fma(this->momentum, buf, d), 1.0f, 1.0f);
   }
 };
 
-// Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, with the decay as a part of its own.
+// Kingma and Ba 2015, arXiv 1412.6980, algorithm 1; with an intrinsic L2 Loshchilov and Hutter 2019, arXiv 1711.05101,
+// algorithm 2.
 template <class Decay>
-struct AdamW {
-  using Hyper = AdamWHyper;
+struct Adam {
+  using Hyper = AdamHyper;
   static constexpr int kStates = 2;
   float one_minus_beta1, beta2, one_minus_beta2, inv_sqrt_bias2, eps, step_size;
   Decay decay;
 
-  PRECOND_INLINE void update_moments(float g, float& m, float& v) const {
-    m = fma(one_minus_beta1, g - m, m);
-    v = fma(one_minus_beta2 * g, g, beta2 * v);
+  PRECOND_INLINE void update_moments(float p, float g, float& m, float& v) const {
+    const float d = decay.gradient(p, g);
+    m = fma(one_minus_beta1, d - m, m);
+    v = fma(one_minus_beta2 * d, d, beta2 * v);
   }
   PRECOND_INLINE float stepped(float p, float m, float v) const {
     const float den = fma(sqrt(v), inv_sqrt_bias2, eps);
-    return decay(p, step_size * (m / den), den, v);
+    return decay(p, step_size, m / den, den, v);
   }
   PRECOND_INLINE void operator()(float& p, float g, float& m, float& v) const {
-    update_moments(g, m, v);
+    update_moments(p, g, m, v);
     p = stepped(p, m, v);
   }
 };
 
 // Reddi et al. 2018, arXiv 1904.09237: den from the largest v so far.
 template <class Decay>
-struct AdamWAmsgrad : AdamW<Decay> {
+struct AdamAmsgrad : Adam<Decay> {
   static constexpr int kStates = 3;
 
   PRECOND_INLINE void operator()(float& p, float g, float& m, float& v, float& v_max) const {
-    this->update_moments(g, m, v);
+    this->update_moments(p, g, m, v);
     v_max = maximum(v_max, v);
     p = this->stepped(p, m, v_max);
   }
 };
 
+// Duchi, Hazan and Singer 2011, JMLR 12, the diagonal case. lr already has its decay over the steps.
+template <class Decay>
+struct Adagrad {
+  using Hyper = AdagradHyper;
+  static constexpr int kStates = 1;
+  float lr, eps;
+  Decay decay;
+
+  PRECOND_INLINE void operator()(float& p, float g, float& s) const {
+    const float d = decay.gradient(p, g);
+    s = fma(d, d, s);
+    const float den = sqrt(s) + eps;
+    p = decay(p, lr, d / den, den, s);
+  }
+};
+
+// Tieleman and Hinton 2012, lecture 6.5, as torch.optim.RMSprop defines it: no bias correction, eps outside the root.
+template <class Decay>
+struct RMSprop {
+  using Hyper = RMSpropHyper;
+  static constexpr int kStates = 1;
+  float lr, alpha, one_minus_alpha, eps, momentum;
+  Decay decay;
+
+  PRECOND_INLINE void update_square(float d, float& v) const { v = fma(one_minus_alpha * d, d, alpha * v); }
+  PRECOND_INLINE float den(float v) const { return sqrt(v) + eps; }
+  // Graves 2013, arXiv 1308.0850, equation 39: the variance in place of the second moment. Rounding can make it
+  // negative, where torch's step is NaN: after about 1200 steps of one gradient.
+  PRECOND_INLINE float centered_den(float d, float v, float& mean) const {
+    mean = fma(one_minus_alpha, d - mean, mean);
+    const float variance = fma(-mean, mean, v);
+    return den(variance < 0.0f ? 0.0f : variance);
+  }
+  PRECOND_INLINE void operator()(float& p, float g, float& v) const {
+    const float d = decay.gradient(p, g);
+    update_square(d, v);
+    const float den_v = den(v);
+    p = decay(p, lr, d / den_v, den_v, v);
+  }
+};
+
+template <class Decay>
+struct RMSpropCentered : RMSprop<Decay> {
+  static constexpr int kStates = 2;
+  PRECOND_INLINE void operator()(float& p, float g, float& v, float& mean) const {
+    const float d = this->decay.gradient(p, g);
+    this->update_square(d, v);
+    const float den = this->centered_den(d, v, mean);
+    p = this->decay(p, this->lr, d / den, den, v);
+  }
+};
+
+template <class Decay>
+struct RMSpropMomentum : RMSprop<Decay> {
+  static constexpr int kStates = 2;
+  PRECOND_INLINE void operator()(float& p, float g, float& v, float& buf) const {
+    const float d = this->decay.gradient(p, g);
+    this->update_square(d, v);
+    const float den = this->den(v);
+    buf = fma(this->momentum, buf, d / den);
+    p = this->decay(p, this->lr, buf, den, v);
+  }
+};
+
+template <class Decay>
+struct RMSpropCenteredMomentum : RMSprop<Decay> {
+  static constexpr int kStates = 3;
+  PRECOND_INLINE void operator()(float& p, float g, float& v, float& buf, float& mean) const {
+    const float d = this->decay.gradient(p, g);
+    this->update_square(d, v);
+    const float den = this->centered_den(d, v, mean);
+    buf = fma(this->momentum, buf, d / den);
+    p = this->decay(p, this->lr, buf, den, v);
+  }
+};
+
+// A rule with each intrinsic decay: name + "", "_l1", "_l1_subgradient" + suffix.
+#define PRECOND_INTRINSIC(RULE, name, suffix, Template, Threshold) \
+  RULE(name suffix, Template<L2>)                                  \
+  RULE(name "_l1" suffix, Template<L1Proximal<Threshold>>)         \
+  RULE(name "_l1_subgradient" suffix, Template<L1Subgradient<Threshold>>)
+
 // Every rule and its name. The position is the rule's number in a plan.
-#define PRECOND_ALL_RULES(RULE)                      \
-  RULE("sgd", SGD)                                   \
-  RULE("sgd_momentum", SGDMomentum)                  \
-  RULE("sgd_nesterov", SGDNesterov)                  \
-  RULE("adamw", AdamW<L2>)                           \
-  RULE("adamw_amsgrad", AdamWAmsgrad<L2>)            \
-  RULE("adamw_l1", AdamW<L1Proximal>)                \
-  RULE("adamw_l1_amsgrad", AdamWAmsgrad<L1Proximal>) \
-  RULE("adamw_l1_subgradient", AdamW<L1Subgradient>) \
-  RULE("adamw_l1_subgradient_amsgrad", AdamWAmsgrad<L1Subgradient>)
+#define PRECOND_ALL_RULES(RULE)                                                        \
+  RULE("sgd", SGD<Coupled>)                                                            \
+  RULE("sgd_momentum", SGDMomentum<Coupled>)                                           \
+  RULE("sgd_nesterov", SGDNesterov<Coupled>)                                           \
+  PRECOND_INTRINSIC(RULE, "sgdw", "", SGD, PlainThreshold)                             \
+  PRECOND_INTRINSIC(RULE, "sgdw", "_momentum", SGDMomentum, PlainThreshold)            \
+  PRECOND_INTRINSIC(RULE, "sgdw", "_nesterov", SGDNesterov, PlainThreshold)            \
+  RULE("adam", Adam<Coupled>)                                                          \
+  RULE("adam_amsgrad", AdamAmsgrad<Coupled>)                                           \
+  PRECOND_INTRINSIC(RULE, "adamw", "", Adam, AdaptiveThreshold)                        \
+  PRECOND_INTRINSIC(RULE, "adamw", "_amsgrad", AdamAmsgrad, AdaptiveThreshold)         \
+  RULE("adagrad", Adagrad<Coupled>)                                                    \
+  PRECOND_INTRINSIC(RULE, "adagradw", "", Adagrad, AdaptiveThreshold)                  \
+  RULE("rmsprop", RMSprop<Coupled>)                                                    \
+  RULE("rmsprop_centered", RMSpropCentered<Coupled>)                                   \
+  RULE("rmsprop_momentum", RMSpropMomentum<Coupled>)                                   \
+  RULE("rmsprop_centered_momentum", RMSpropCenteredMomentum<Coupled>)                  \
+  PRECOND_INTRINSIC(RULE, "rmspropw", "", RMSprop, AdaptiveThreshold)                  \
+  PRECOND_INTRINSIC(RULE, "rmspropw", "_centered", RMSpropCentered, AdaptiveThreshold) \
+  PRECOND_INTRINSIC(RULE, "rmspropw", "_momentum", RMSpropMomentum, AdaptiveThreshold) \
+  PRECOND_INTRINSIC(RULE, "rmspropw", "_centered_momentum", RMSpropCenteredMomentum, AdaptiveThreshold)
 
 constexpr int kMaxStates = 3;
 constexpr int kRowFloats = 16;

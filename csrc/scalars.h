@@ -20,28 +20,45 @@ PRECOND_INLINE double integer_power(double base, uint64_t n) {
   return result;
 }
 
-PRECOND_INLINE void set_scalars(L2& decay, const AdamWHyper& h) { decay.lr_wd = float(h.lr * h.weight_decay); }
-template <class L1>
-PRECOND_INLINE void set_scalars(L1& decay, const AdamWHyper& h) {
-  decay.lr_wd = float(h.lr * h.weight_decay);
-  decay.threshold.lr_l1 = float(h.lr * h.l1_decay);
-  decay.threshold.lr_l1_cap = float(h.lr * h.l1_cap);
+// `lr` is the step's, which Adagrad makes smaller with every step; its decays shrink with it.
+template <class Hyper>
+PRECOND_INLINE void set_scalars(Coupled& decay, const Hyper& h, double) {
+  decay.weight_decay = float(h.weight_decay);
+}
+template <class Hyper>
+PRECOND_INLINE void set_scalars(L2& decay, const Hyper& h, double lr) {
+  decay.lr_wd = float(lr * h.weight_decay);
+}
+template <class Hyper>
+PRECOND_INLINE void set_scalars(PlainThreshold& threshold, const Hyper& h, double lr) {
+  threshold.lr_l1 = float(lr * h.l1_decay);
+}
+template <class Hyper>
+PRECOND_INLINE void set_scalars(AdaptiveThreshold& threshold, const Hyper& h, double lr) {
+  threshold.lr_l1 = float(lr * h.l1_decay);
+  threshold.lr_l1_cap = float(lr * h.l1_cap);
+}
+template <class L1, class Hyper>
+PRECOND_INLINE void set_scalars(L1& decay, const Hyper& h, double lr) {
+  decay.lr_wd = float(lr * h.weight_decay);
+  set_scalars(decay.threshold, h, lr);
 }
 
 // `step` counts from 1; `fresh` is true on the step that created the parameter's state.
-PRECOND_INLINE void set_scalars(SGD& rule, const SGDHyper& h, double, bool) {
+template <class Decay>
+PRECOND_INLINE void set_scalars(SGD<Decay>& rule, const SGDHyper& h, double, bool) {
   rule.lr = float(h.lr);
-  rule.weight_decay = float(h.weight_decay);
+  set_scalars(rule.decay, h, h.lr);
 }
-template <class Momentum>
-PRECOND_INLINE void set_scalars(Momentum& rule, const SGDHyper& h, double, bool fresh) {
+template <class Decay>
+PRECOND_INLINE void set_scalars(SGDMomentum<Decay>& rule, const SGDHyper& h, double, bool fresh) {
   rule.lr = float(h.lr);
-  rule.weight_decay = float(h.weight_decay);
   rule.momentum = float(h.momentum);
   rule.one_minus_dampening = fresh ? 1.0f : float(1.0 - h.dampening);
+  set_scalars(rule.decay, h, h.lr);
 }
-template <class Adam>
-PRECOND_INLINE void set_scalars(Adam& rule, const AdamWHyper& h, double step, bool) {
+template <class Decay>
+PRECOND_INLINE void set_scalars(Adam<Decay>& rule, const AdamHyper& h, double step, bool) {
   const uint64_t t = uint64_t(step);
   rule.one_minus_beta1 = float(1.0 - h.beta1);
   rule.beta2 = float(h.beta2);
@@ -49,7 +66,23 @@ PRECOND_INLINE void set_scalars(Adam& rule, const AdamWHyper& h, double step, bo
   rule.inv_sqrt_bias2 = float(1.0 / ::sqrt(1.0 - integer_power(h.beta2, t)));
   rule.eps = float(h.eps);
   rule.step_size = float(h.lr / (1.0 - integer_power(h.beta1, t)));
-  set_scalars(rule.decay, h);
+  set_scalars(rule.decay, h, h.lr);
+}
+template <class Decay>
+PRECOND_INLINE void set_scalars(Adagrad<Decay>& rule, const AdagradHyper& h, double step, bool) {
+  const double lr = h.lr / (1.0 + (step - 1.0) * h.lr_decay);
+  rule.lr = float(lr);
+  rule.eps = float(h.eps);
+  set_scalars(rule.decay, h, lr);
+}
+template <class Decay>
+PRECOND_INLINE void set_scalars(RMSprop<Decay>& rule, const RMSpropHyper& h, double, bool) {
+  rule.lr = float(h.lr);
+  rule.alpha = float(h.alpha);
+  rule.one_minus_alpha = float(1.0 - h.alpha);
+  rule.eps = float(h.eps);
+  rule.momentum = float(h.momentum);
+  set_scalars(rule.decay, h, h.lr);
 }
 
 // Fills a row of the plan.

@@ -21,9 +21,9 @@ bool same_dims(const int64_t* a, const int64_t* b, int n) {
 
 }  // namespace
 
-TensorPlan::TensorPlan(const Reader& reader, const std::vector<std::string>& state_names, const std::string& step_name,
-                       int64_t chunk, int device)
-    : reader_(reader), plan_(chunk), device_(device) {
+TensorPlan::TensorPlan(const Reader& reader, const std::map<int, std::vector<std::string>>& state_names,
+                       const std::string& step_name, int64_t chunk, int device)
+    : reader_(reader), state_names_(rules().size()), plan_(chunk), device_(device) {
 #if defined(PRECOND_CUDA)
   if (device_ >= 0) cuda_ = std::make_unique<CudaPlan>(device_);
 #if defined(PRECOND_CUDA_ON_HOST)
@@ -35,7 +35,8 @@ TensorPlan::TensorPlan(const Reader& reader, const std::vector<std::string>& sta
   const auto intern = [](const std::string& s) {
     return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(s.c_str()));
   };
-  for (const std::string& name : state_names) state_names_.push_back(intern(name));
+  for (const auto& [rule, names] : state_names)
+    for (const std::string& name : names) state_names_.at(size_t(rule)).push_back(intern(name));
   if (!step_name.empty()) step_name_ = intern(step_name);
   params_name_ = intern("params");
   grad_name_ = intern("grad");
@@ -109,7 +110,8 @@ Operand TensorPlan::place(const Entry& entry, const View& view, int32_t* slot, c
 void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bool fresh, bool step_on_device) {
   View view;
   reader_.read(param.ptr(), &view);
-  if (!fits(view)) throw py::type_error("a parameter must be float32 or bfloat16 on the plan's device");
+  if (!fits(view))
+    throw py::type_error("a parameter must be float32, bfloat16, float16 or complex64 on the plan's device");
   if (view.ndim > 64) throw py::value_error("a parameter must have at most 64 dimensions");
   Entry entry;
   entry.param = param.ptr();
@@ -130,14 +132,18 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
   tensor.p = place(entry, view, &slot, "a parameter");
   Traces traces;
   traces.p = trace(param, view);
-  for (int k = 0; k < rules()[rule].states; ++k) {
-    reader_.read(state[state_names_[k]].ptr(), &view);
+  const std::vector<py::object>& names = state_names_[size_t(rule)];
+  if (int(names.size()) != rules()[rule].states)
+    throw py::value_error("a rule must have a name for each of its states");
+  for (size_t k = 0; k < names.size(); ++k) {
+    reader_.read(state[names[k]].ptr(), &view);
     if (!fits(view) || !same_shape(entry, view))
-      throw py::type_error("state " + py::str(state_names_[k]).cast<std::string>() +
-                           " must be float32 or bfloat16 on the plan's device, and of its parameter's shape");
+      throw py::type_error(
+          "state " + py::str(names[k]).cast<std::string>() +
+          " must be float32, bfloat16, float16 or complex64 on the plan's device, and of its parameter's shape");
     slot = kDense;
     tensor.state[k] = place(entry, view, &slot, "a state");
-    traces.state[k] = trace(state[state_names_[k]], view);
+    traces.state[k] = trace(state[names[k]], view);
   }
   if (step_name_) {
     reader_.read(state[step_name_].ptr(), &view);
@@ -192,8 +198,9 @@ bool TensorPlan::same_place(const Operand& operand, const Entry& entry, const Vi
 bool TensorPlan::same_state(const Entry& entry, PyObject* param_state, View* view) {
   const Tensor& tensor = plan_.tensor(entry.tensor);
   if (!PyDict_Check(param_state)) return false;
-  for (int k = 0; k < rules()[tensor.rule].states; ++k) {
-    PyObject* value = PyDict_GetItemWithError(param_state, state_names_[k].ptr());
+  const std::vector<py::object>& names = state_names_[size_t(tensor.rule)];
+  for (size_t k = 0; k < names.size(); ++k) {
+    PyObject* value = PyDict_GetItemWithError(param_state, names[k].ptr());
     if (value == nullptr) return false;
     reader_.read(value, view);
     if (!same_place(tensor.state[k], entry, *view)) return false;

@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -16,10 +17,10 @@ namespace precond {
 // A plan and the identities it was built from. Objects are only compared, so the plan keeps none of them alive.
 class TensorPlan {
  public:
-  // state_names: keys of a parameter's state in the order of the rules' state arguments; step_name: the counter's key,
-  // or empty.
-  TensorPlan(const Reader& reader, const std::vector<std::string>& state_names, const std::string& step_name,
-             int64_t chunk, int device);
+  // state_names: by rule number, the keys of a parameter's state in the order of the rule's state arguments;
+  // step_name: the counter's key, or empty.
+  TensorPlan(const Reader& reader, const std::map<int, std::vector<std::string>>& state_names,
+             const std::string& step_name, int64_t chunk, int device);
 
   // Parameters, in the order of optimizer.param_groups. `state` is the parameter's entry in optimizer.state; `fresh`
   // says that it was made for the coming step, `step_on_device` where its counter lies.
@@ -80,7 +81,7 @@ class TensorPlan {
   Operand place(const Entry& entry, const View& view, int32_t* slot, const char* what);
 
   const Reader& reader_;
-  std::vector<py::object> state_names_;
+  std::vector<std::vector<py::object>> state_names_;  // of each rule
   py::object step_name_, params_name_, grad_name_;
   Plan plan_;
   int device_;  // that tensors must be on

@@ -10,6 +10,8 @@ cuda: str
 cuda_on_host: bool
 #: name -> (number, count of states, names of the hyper-parameters)
 rules: dict[str, tuple[int, int, list[str]]]
+#: The functor of each rule as it is spelled in C++.
+rule_types: dict[str, str]
 
 def scalars(rule: str, hyper: Sequence[float], step: float, fresh: bool) -> list[float]: ...
 def available_isas() -> list[str]: ...

@@ -6,7 +6,20 @@ import torch as torch  # first: the extension shares its OpenMP runtime
 
 from ._optimizer import PrecisionWarning
 from ._version import __version__
-from .adamw import AdamW
-from .sgd import SGD
+from .adagrad import Adagrad, AdagradW
+from .adam import Adam, AdamW
+from .rmsprop import RMSprop, RMSpropW
+from .sgd import SGD, SGDW
 
-__all__ = ["SGD", "AdamW", "PrecisionWarning", "__version__"]
+__all__ = [
+    "SGD",
+    "SGDW",
+    "Adagrad",
+    "AdagradW",
+    "Adam",
+    "AdamW",
+    "PrecisionWarning",
+    "RMSprop",
+    "RMSpropW",
+    "__version__",
+]

@@ -27,7 +27,7 @@ if _C is not None:
     _C.select_isa(os.environ.get("PRECOND_ISA", ""))
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-FUSED_DTYPES = (torch.float32, torch.bfloat16)
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 #: Dimensions that the plans take; kMaxDims in csrc/layout.h counts those that cannot be merged.
 MAX_DIMS = 16
 
@@ -123,7 +123,8 @@ def choose(backend: str | None, tensors: list[Tensor]) -> str:
     if backend in wanted and (unfit is not None or device != wanted[backend]):
         bad = tensors[0] if unfit is None else unfit
         raise RuntimeError(
-            f"backend={backend!r} must get float32 or bfloat16 tensors on {wanted[backend]} that lie in memory as their "
-            f"strides say, got a {type(bad).__name__} of {bad.dtype} on {bad.device}; backend=None or 'reference' takes it"
+            f"backend={backend!r} must get float32, bfloat16, float16 or complex64 tensors on {wanted[backend]} "
+            f"that lie in memory as their strides say, got a {type(bad).__name__} of {bad.dtype} on {bad.device}; "
+            "backend=None or 'reference' takes it"
         )
     return backend

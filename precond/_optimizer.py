@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _get_capturable_supported_devices
 
 from . import _backend, reference
 from ._plan import Control, Row, StepPlan
@@ -16,11 +18,11 @@ from ._sharding import aligned_gradients, local
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 STATE_FORMATS = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.bfloat16,
+    name: dtype
+    for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
+    for name in (short, dtype)
 }
+L1_OPTIONS = {"l1_decay": 0.0, "l1_form": "proximal"}
 _PLANS_KEPT = 64
 
 
@@ -32,6 +34,13 @@ def check_nonnegative(what: str, name: str, value: Any) -> None:
     """Raise torch's message with our expectation behind it."""
     if not value >= 0.0:
         raise ValueError(f"Invalid {what}: {value} ({name} must be >= 0)")
+
+
+def check_lr(lr: Any) -> None:
+    """Raise torch's messages for a learning rate that no optimizer takes."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements")
+    check_nonnegative("learning rate", "lr", lr)
 
 
 def number(value: Any) -> float | Tensor:
@@ -47,8 +56,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     are per group, in the group only when they are not the default.
     """
 
-    #: Keys of a parameter's state in the order of the rules' arguments; a rule uses the first few.
-    _state_names: ClassVar[tuple[str, ...]] = ()
+    #: The state that holds a mean or a sum of squares: the one that a short format harms.
+    _second_moment: ClassVar[str | None] = None
+    #: Rules that take sparse gradients: those that torch gives them to.
+    _sparse_rules: ClassVar[frozenset[str]] = frozenset()
     #: True where torch keeps a ``step`` per parameter.
     _counts_steps: ClassVar[bool] = False
     #: Group options that torch does not have, with their defaults.
@@ -56,32 +67,58 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _own: dict[str, Any]
     _plans: dict[tuple[int, ...], StepPlan]
+    _warned: bool
     #: What a parameter is updated with where that is not its ``.grad``: a method that rotates gradients fills it for a step.
     _inputs: dict[Tensor, Tensor]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, backend: str | None) -> None:
         self._own = {"backend": _backend.check(backend)}
-        if defaults["fused"] and defaults["differentiable"]:
+        self._check_defaults(defaults)
+        if defaults.get("fused") and defaults["differentiable"]:
             raise RuntimeError("`fused` does not support `differentiable`")
-        if defaults["fused"] and defaults["foreach"]:
+        if defaults.get("fused") and defaults["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        if defaults["differentiable"]:
-            raise NotImplementedError("differentiable must be False: this version has no differentiable step")
+        if defaults["differentiable"] and self._own["backend"] not in (None, "reference"):
+            raise RuntimeError(f"differentiable=True needs backend=None or 'reference', got {backend!r}")
         for name, default in self._group_options.items():
             if name in defaults and defaults[name] == default:
                 del defaults[name]
-        super().__init__(params, defaults)
+        # Not super(): a drop-in is also an instance of torch's class, whose constructor would do all of this again.
+        torch.optim.Optimizer.__init__(self, params, defaults)
         self._rebuild()
 
     def _row(self, group: dict[str, Any]) -> Row:
         """The rule and the hyper-parameters of a group in this step."""
         raise NotImplementedError
 
+    def _check_defaults(self, defaults: dict[str, Any]) -> None:
+        """Raise torch's errors for arguments that are out of range."""
+        raise NotImplementedError
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise if an option that torch does not have is out of range."""
         state_format = group.get("state_format")
         if state_format is not None and state_format not in STATE_FORMATS:
-            raise ValueError(f"state_format must be None, 'fp32' or 'bf16' or its torch dtype, got {state_format!r}")
+            raise ValueError(
+                f"state_format must be None, 'fp32', 'bf16' or 'fp16' or its torch dtype, got {state_format!r}"
+            )
+        if "l1_decay" in self._group_options:
+            check_nonnegative("l1_decay value", "l1_decay", group.get("l1_decay", 0.0))
+            if group.get("l1_form", "proximal") not in ("proximal", "subgradient"):
+                raise ValueError(f"l1_form must be 'proximal' or 'subgradient', got {group['l1_form']!r}")
+        if not group.get("l1_cap", 10.0) > 0.0:
+            raise ValueError(f"l1_cap must be > 0, got {group['l1_cap']}")
+
+    def _decayed(self, rule: str, group: dict[str, Any], suffix: str = "") -> str:
+        """The name of a rule with the intrinsic decay that a group asks for."""
+        if float(group.get("l1_decay", 0.0)) == 0.0:
+            return rule + suffix
+        return rule + ("_l1" if group.get("l1_form", "proximal") == "proximal" else "_l1_subgradient") + suffix
+
+    def _hyper(self, group: dict[str, Any], *names: str) -> dict[str, float | Tensor]:
+        """The hyper-parameters that every rule has, and those of ``names``, as the rules take them."""
+        hyper = {name: number(group[name]) for name in ("lr", "weight_decay", *names)}
+        return hyper | {"l1_decay": float(group.get("l1_decay", 0.0)), "l1_cap": float(group.get("l1_cap", 10.0))}
 
     # The step.
 
@@ -89,14 +126,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one optimization step; with a closure, evaluate it first and return its value."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._update()
         return loss
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -144,6 +181,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._plans[key] = plan
 
     def _checked_row(self, group: dict[str, Any]) -> Row:
+        if group.get("capturable") and not _backend.cuda_on_host():
+            devices = _get_capturable_supported_devices()
+            if any(p.grad is not None and p.device.type not in devices for p in group["params"]):
+                raise AssertionError(
+                    f"If capturable=True, params and state_steps must be on supported devices: {devices}."
+                )
         row = self._row(group)
         for name, value in row.hyper.items():
             if isinstance(value, float) and math.isnan(value):
@@ -161,7 +204,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # States. `rule` decides how many of `_state_names` a parameter has.
 
     def _names(self, rule: str) -> tuple[str, ...]:
-        return self._state_names[: reference.STATES[rule]]
+        return reference.RULES[rule].states
 
     def _states(self, p: Tensor, rule: str) -> dict[str, Tensor]:
         """The states that a rule updates and that exist, in the rule's order."""
@@ -174,7 +217,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return len(self._states(p, rule)) < len(self._names(rule))
 
     def _init_state(self, p: Tensor, group: dict[str, Any], rule: str) -> bool:
-        """Make the states that are missing, all zeros. True if none was there."""
+        """Make the states that are missing. True if none was there."""
         names = self._names(rule)
         if not names and not self._counts_steps:
             return False
@@ -192,7 +235,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         dtype = p.dtype if state_format is None else STATE_FORMATS[state_format]
         for name in names:
             if state.get(name) is None:
-                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                state[name] = torch.full_like(
+                    p, self._initial(p, group), dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+                )
                 self._warn_precision(name, dtype, group)
         return fresh
 
@@ -200,10 +245,30 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Where torch keeps a parameter's step counter: beside it if capturable or fused, else on the host."""
         return backend == "cuda" and bool(group.get("capturable") or group.get("fused"))
 
-    def _warn_precision(self, name: str, dtype: torch.dtype, group: dict[str, Any]) -> None:
-        """Called for each new state; a subclass warns once where its dtype cannot hold what the rule needs."""
+    def _initial(self, p: Tensor, group: dict[str, Any]) -> complex:
+        """What a new state is filled with."""
+        return 0.0
 
-    def _backend_of(self, name: str, p: Tensor, rule: str) -> str:
+    def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
+        """How much of the second moment a step keeps."""
+        raise NotImplementedError
+
+    def _warn_precision(self, name: str, dtype: torch.dtype, group: dict[str, Any]) -> None:
+        """Warn once where a new state's dtype cannot hold what the rule needs."""
+        if name != self._second_moment or self._warned:
+            return
+        if dtype == torch.bfloat16 and self._smoothing(group) > 0.995:
+            what = f"rounded to nearest, cannot follow a smoothing of {self._smoothing(group)} > 0.995"
+        elif dtype == torch.float16:
+            what = "is 0 for gradients below about 1e-3, and the step is then divided by eps alone"
+        else:
+            return
+        self._warned = True
+        warnings.warn(
+            f"a {dtype} {name} {what}; state_format='fp32' keeps the states in float32", PrecisionWarning, stacklevel=2
+        )
+
+    def _backend_of(self, name: str, p: Tensor, row: Row) -> str:
         """Check a parameter, its gradient and its states; choose the backend that updates them."""
         g = self._input_of(p)
         assert g is not None
@@ -211,7 +276,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise TypeError(f"{name} must be floating point or complex, got {p.dtype}")
         if p.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError(f"{name} must not be an inference tensor outside of inference mode")
-        for what, t in ((name, p), (f"the gradient of {name}", g)):
+        sparse = g.layout == torch.sparse_coo and row.rule in self._sparse_rules
+        if sparse and row.hyper["weight_decay"] != 0.0:
+            raise RuntimeError(
+                f"weight_decay option is not compatible with sparse gradients, got {row.hyper['weight_decay']} for {name}"
+            )
+        for what, t in ((name, p),) if sparse else ((name, p), (f"the gradient of {name}", g)):
             if t.layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
                 raise RuntimeError(
                     f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead "
@@ -221,15 +291,19 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(f"{what} must have layout torch.strided, got {t.layout}")
         if g.device != p.device:
             raise RuntimeError(f"{name} must have its gradient on {p.device}, got {g.device}")
+        if g.is_complex() != p.is_complex():
+            raise RuntimeError(f"{name} of {p.dtype} must have a gradient of the same kind, got {g.dtype}")
         if g.shape != p.shape:
             raise RuntimeError(f"{name} must have a gradient of shape {tuple(p.shape)}, got {tuple(g.shape)}")
-        states = self._states(p, rule)
+        states = self._states(p, row.rule)
         for key, state in states.items():
             if state.shape != p.shape or state.device != p.device:
                 raise RuntimeError(
                     f"{key} of {name} must have shape {tuple(p.shape)} on {p.device}, "
                     f"got {tuple(state.shape)} on {state.device}"
                 )
+        if sparse or self.defaults["differentiable"]:
+            return "reference"
         return _backend.choose(self._own["backend"], [local(t) for t in (p, g, *states.values())])
 
     # Being a torch optimizer: groups, pickling, checkpoints.
@@ -249,8 +323,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._own = self.__dict__.get("_own", {"backend": None})
         for group in self.param_groups:
-            for name in ("foreach", "fused"):
-                group.setdefault(name, None)
+            group.setdefault("foreach", None)
+            if "fused" not in self._group_options:
+                group.setdefault("fused", None)
             for name in ("maximize", "differentiable"):
                 group.setdefault(name, False)
         self._rebuild()
@@ -295,7 +370,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         params = [p for g in self.param_groups for p in g["params"]]
         for saved_id, p in zip(saved_ids, params, strict=True):
             for name, saved in loaded["state"].get(saved_id, {}).items():
-                if isinstance(saved, Tensor) and name in self._state_names:
-                    self.state[p][name] = saved.detach().to(p.device, copy=True)
-                elif isinstance(saved, Tensor) and name == "step":
+                if isinstance(saved, Tensor) and name == "step":
                     self.state[p][name] = self.state[p][name].clone()
+                elif isinstance(saved, Tensor):
+                    self.state[p][name] = saved.detach().to(p.device, copy=True)

@@ -177,7 +177,7 @@ class StepPlan:
                 if optimizer._input_of(p) is None:
                     continue
                 name = f"parameter {position} of group {index}"
-                backend = optimizer._backend_of(name, p, row.rule)
+                backend = optimizer._backend_of(name, p, row)
                 if backend in ("cpu", "cuda"):
                     fast[p] = backend, local(p).device
                 else:
@@ -199,7 +199,7 @@ class StepPlan:
         rules = _backend._C.rules
         plan = _backend._C.Plan(
             reader=_backend.reader(),
-            state_names=list(optimizer._state_names),
+            state_names={rules[row.rule][0]: reference.RULES[row.rule].states for row in rows},
             step_name="step" if optimizer._counts_steps else "",
             chunk=_CHUNK,
             device=-1 if backend == "cpu" else device.index or 0,
@@ -222,8 +222,7 @@ class StepPlan:
             return False
         for name, p, group, backend in self.slow:
             if optimizer._input_of(p) is not None and (
-                optimizer._backend_of(name, p, rows[group].rule) != backend
-                or optimizer._missing_states(p, rows[group].rule)
+                optimizer._backend_of(name, p, rows[group]) != backend or optimizer._missing_states(p, rows[group].rule)
             ):
                 return False
         for backend, _, plan in self.compiled:
@@ -268,10 +267,13 @@ class StepPlan:
                 optimizer.state[p]["step"] += 1
                 step = int(optimizer.state[p]["step"].item())
             states = [local(t) for t in optimizer._states(p, row.rule).values()]
-            hyper = {name: float(value) for name, value in row.hyper.items()}
+            # Where autograd watches, a tensor lr stays one.
+            hyper = row.hyper if torch.is_grad_enabled() else {name: float(value) for name, value in row.hyper.items()}
             item = (row.rule, local(p), local(g), states, hyper, step, p in self.fresh, row.sign * grad_coef)
             if backend == "triton":
                 for_triton.append(item)
+            elif g.is_sparse:
+                reference.update_sparse(*item)
             else:
                 reference.update(*item)
         if for_triton:

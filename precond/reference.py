@@ -9,13 +9,62 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 States = tuple[Tensor, ...]
-Hyper = Mapping[str, float]
-Rule = Callable[[Tensor, Tensor, States, Hyper, int, bool], tuple[Tensor, States]]
+Number = float | Tensor
+Hyper = Mapping[str, Number]
+Update = Callable[[Tensor, Tensor, States, Hyper, int, bool], tuple[Tensor, States]]
+
+
+class Rule(NamedTuple):
+    """A formula and torch's names of the states that it updates, in the order of its arguments."""
+
+    update: Update
+    states: tuple[str, ...]
+
+
+# Decays. ``decay`` is "coupled", "l2", "proximal" or "subgradient".
+
+
+def soft_threshold(x: Tensor, t: Tensor) -> Tensor:
+    """S_t(x) = sign(x) max(|x| - t, 0)."""
+    return torch.sign(x) * torch.clamp(x.abs() - t, min=0)
+
+
+def intrinsic_l1_threshold(den: Tensor, v: Tensor, lr: Number, hyper: Hyper) -> Tensor:
+    """lr min(l1 den^(-1/2), cap), and no threshold where the coordinate never saw a gradient (METHODS A.2.2)."""
+    t = lr * torch.clamp(hyper["l1_decay"] * den**-0.5, max=hyper["l1_cap"])
+    return torch.where(v == 0, torch.zeros_like(t), t)
+
+
+def decayed_gradient(p: Tensor, g: Tensor, hyper: Hyper, decay: str) -> Tensor:
+    """What the statistics see: g, or with a penalty on p itself g + wd p."""
+    if decay != "coupled":
+        return g
+    return g + p * hyper["weight_decay"]
+
+
+def decayed(
+    p: Tensor, step: Tensor, lr: Number, hyper: Hyper, decay: str, den: Tensor | None = None, v: Tensor | None = None
+) -> Tensor:
+    """p - step, and the decay that a penalty on z = den^(1/2) p brings; den = 1 where there is none."""
+    if decay == "coupled":
+        return p - step
+    q = p - lr * hyper["weight_decay"] * p - step
+    if decay == "l2":
+        return q
+    if den is None or v is None:
+        t = torch.ones_like(p) * (lr * hyper["l1_decay"])
+    else:
+        t = intrinsic_l1_threshold(den, v, lr, hyper)
+    return soft_threshold(q, t) if decay == "proximal" else q - t * torch.sign(p)
+
+
+# Rules.
 
 
 def sgd(
@@ -26,30 +75,21 @@ def sgd(
     step: int,
     fresh: bool,
     *,
+    decay: str,
     nesterov: bool = False,
 ) -> tuple[Tensor, States]:
-    """torch.optim.SGD: d = g + wd p; b = mu b + (1 - dampening) d, b = d at first; p -= lr (b, or d + mu b)."""
-    d = g + hyper["weight_decay"] * p
+    """torch.optim.SGD: b = mu b + (1 - dampening) d, b = d at first; p -= lr (b, or d + mu b)."""
+    lr = hyper["lr"]
+    d = decayed_gradient(p, g, hyper, decay)
     if not states:
-        return p - hyper["lr"] * d, ()
+        return decayed(p, lr * d, lr, hyper, decay), ()
     (b,) = states
     b = d if fresh else hyper["momentum"] * b + (1 - hyper["dampening"]) * d
     u = d + hyper["momentum"] * b if nesterov else b
-    return p - hyper["lr"] * u, (b,)
+    return decayed(p, lr * u, lr, hyper, decay), (b,)
 
 
-def soft_threshold(x: Tensor, t: Tensor) -> Tensor:
-    """S_t(x) = sign(x) max(|x| - t, 0)."""
-    return torch.sign(x) * torch.clamp(x.abs() - t, min=0)
-
-
-def intrinsic_l1_threshold(den: Tensor, v: Tensor, hyper: Hyper) -> Tensor:
-    """lr min(l1 den^(-1/2), cap), and no threshold where the coordinate never saw a gradient (METHODS A.2.2)."""
-    t = hyper["lr"] * torch.clamp(hyper["l1_decay"] * den**-0.5, max=hyper["l1_cap"])
-    return torch.where(v == 0, torch.zeros_like(t), t)
-
-
-def adamw(
+def adam(
     p: Tensor,
     g: Tensor,
     states: States,
@@ -57,37 +97,115 @@ def adamw(
     step: int,
     fresh: bool,
     *,
+    decay: str,
     amsgrad: bool = False,
-    l1: str | None = None,
 ) -> tuple[Tensor, States]:
-    """Loshchilov and Hutter, algorithm 2: p -= lr (m_hat / den + wd p), with the intrinsic L1 of METHODS A.2.2."""
+    """Kingma and Ba, algorithm 1; with decay="l2" Loshchilov and Hutter, algorithm 2: p -= lr (m_hat / den + wd p)."""
     m, v = states[:2]
-    m = hyper["beta1"] * m + (1 - hyper["beta1"]) * g
-    v = hyper["beta2"] * v + (1 - hyper["beta2"]) * g * g
+    d = decayed_gradient(p, g, hyper, decay)
+    m = hyper["beta1"] * m + (1 - hyper["beta1"]) * d
+    v = hyper["beta2"] * v + (1 - hyper["beta2"]) * d * d
     largest = torch.maximum(states[2], v) if amsgrad else v
     m_hat = m / (1 - hyper["beta1"] ** step)
     v_hat = largest / (1 - hyper["beta2"] ** step)
     den = v_hat.sqrt() + hyper["eps"]
+    p = decayed(p, hyper["lr"] * m_hat / den, hyper["lr"], hyper, decay, den, largest)
+    return p, (m, v, largest) if amsgrad else (m, v)
 
-    lr = hyper["lr"]
-    q = p - lr * hyper["weight_decay"] * p - lr * m_hat / den
-    if l1 == "proximal":
-        q = soft_threshold(q, intrinsic_l1_threshold(den, largest, hyper))
-    elif l1 == "subgradient":
-        q = q - intrinsic_l1_threshold(den, largest, hyper) * torch.sign(p)
-    return q, (m, v, largest) if amsgrad else (m, v)
 
+def adagrad(
+    p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool, *, decay: str
+) -> tuple[Tensor, States]:
+    """Duchi et al., the diagonal case: s += d^2; p -= lr_t d / (sqrt(s) + eps), lr_t = lr / (1 + (t - 1) lr_decay)."""
+    (s,) = states
+    lr = hyper["lr"] / (1 + (step - 1) * hyper["lr_decay"])
+    d = decayed_gradient(p, g, hyper, decay)
+    s = s + d * d
+    den = s.sqrt() + hyper["eps"]
+    return decayed(p, lr * d / den, lr, hyper, decay, den, s), (s,)
+
+
+def rmsprop(
+    p: Tensor,
+    g: Tensor,
+    states: States,
+    hyper: Hyper,
+    step: int,
+    fresh: bool,
+    *,
+    decay: str,
+    centered: bool = False,
+    momentum: bool = False,
+) -> tuple[Tensor, States]:
+    """torch.optim.RMSprop: v = a v + (1 - a) d^2; b = mu b + d / den; p -= lr b. Centered: den from v - mean^2 >= 0."""
+    lr, alpha = hyper["lr"], hyper["alpha"]
+    d = decayed_gradient(p, g, hyper, decay)
+    v = alpha * states[0] + (1 - alpha) * d * d
+    new_states = [v]
+    variance = v
+    if centered:
+        mean = alpha * states[-1] + (1 - alpha) * d
+        variance = torch.clamp(v - mean * mean, min=0)
+    den = variance.sqrt() + hyper["eps"]
+    u = d / den
+    if momentum:
+        u = hyper["momentum"] * states[1] + u
+        new_states.append(u)
+    if centered:
+        new_states.append(mean)
+    return decayed(p, lr * u, lr, hyper, decay, den, v), tuple(new_states)
+
+
+def intrinsic(
+    name: str, update: Callable[..., Any], states: tuple[str, ...], suffix: str = "", **options: Any
+) -> dict[str, Rule]:
+    """A rule with each intrinsic decay."""
+    return {
+        f"{name}{infix}{suffix}": Rule(functools.partial(update, decay=decay, **options), states)
+        for infix, decay in (("", "l2"), ("_l1", "proximal"), ("_l1_subgradient", "subgradient"))
+    }
+
+
+def coupled(update: Callable[..., Any], states: tuple[str, ...], **options: Any) -> Rule:
+    """A rule whose weight decay is part of the gradient."""
+    return Rule(functools.partial(update, decay="coupled", **options), states)
+
+
+_MOMENTUM = ("momentum_buffer",)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_AMSGRAD = (*_MOMENTS, "max_exp_avg_sq")
+_SQUARE = ("square_avg",)
 
 RULES: dict[str, Rule] = {
-    "sgd": sgd,
-    "sgd_momentum": sgd,
-    "sgd_nesterov": functools.partial(sgd, nesterov=True),
-    "adamw": adamw,
-    "adamw_amsgrad": functools.partial(adamw, amsgrad=True),
-    "adamw_l1": functools.partial(adamw, l1="proximal"),
-    "adamw_l1_amsgrad": functools.partial(adamw, l1="proximal", amsgrad=True),
-    "adamw_l1_subgradient": functools.partial(adamw, l1="subgradient"),
-    "adamw_l1_subgradient_amsgrad": functools.partial(adamw, l1="subgradient", amsgrad=True),
+    "sgd": coupled(sgd, ()),
+    "sgd_momentum": coupled(sgd, _MOMENTUM),
+    "sgd_nesterov": coupled(sgd, _MOMENTUM, nesterov=True),
+    **intrinsic("sgdw", sgd, ()),
+    **intrinsic("sgdw", sgd, _MOMENTUM, "_momentum"),
+    **intrinsic("sgdw", sgd, _MOMENTUM, "_nesterov", nesterov=True),
+    "adam": coupled(adam, _MOMENTS),
+    "adam_amsgrad": coupled(adam, _AMSGRAD, amsgrad=True),
+    **intrinsic("adamw", adam, _MOMENTS),
+    **intrinsic("adamw", adam, _AMSGRAD, "_amsgrad", amsgrad=True),
+    "adagrad": coupled(adagrad, ("sum",)),
+    **intrinsic("adagradw", adagrad, ("sum",)),
+    "rmsprop": coupled(rmsprop, _SQUARE),
+    "rmsprop_centered": coupled(rmsprop, (*_SQUARE, "grad_avg"), centered=True),
+    "rmsprop_momentum": coupled(rmsprop, (*_SQUARE, "momentum_buffer"), momentum=True),
+    "rmsprop_centered_momentum": coupled(
+        rmsprop, (*_SQUARE, "momentum_buffer", "grad_avg"), centered=True, momentum=True
+    ),
+    **intrinsic("rmspropw", rmsprop, _SQUARE),
+    **intrinsic("rmspropw", rmsprop, (*_SQUARE, "grad_avg"), "_centered", centered=True),
+    **intrinsic("rmspropw", rmsprop, (*_SQUARE, "momentum_buffer"), "_momentum", momentum=True),
+    **intrinsic(
+        "rmspropw",
+        rmsprop,
+        (*_SQUARE, "momentum_buffer", "grad_avg"),
+        "_centered_momentum",
+        centered=True,
+        momentum=True,
+    ),
 }
 
 
@@ -107,14 +225,29 @@ def update(
     )
     views = [torch.view_as_real(t) if t.is_complex() else t for t in (p, g, *states)]
     wide_p, wide_g, *wide_states = (t.to(wide) for t in views)
-    new_p, new_states = RULES[rule](wide_p, wide_g * grad_coef, tuple(wide_states), hyper, step, fresh)
+    new_p, new_states = RULES[rule].update(wide_p, wide_g * grad_coef, tuple(wide_states), hyper, step, fresh)
     views[0].copy_(new_p)
     for state, new in zip(views[2:], new_states, strict=True):
         state.copy_(new)
 
 
-#: How many states each rule updates.
-STATES = {
-    name: 0 if name == "sgd" else 1 if name.startswith("sgd") else 3 if name.endswith("amsgrad") else 2
-    for name in RULES
-}
+def update_sparse(
+    rule: str,
+    p: Tensor,
+    g: Tensor,
+    states: list[Tensor],
+    hyper: Hyper,
+    step: int,
+    fresh: bool,
+    grad_coef: float,
+) -> None:
+    """The same for a sparse g. Without momentum a zero gradient changes nothing, so only the places in g are touched."""
+    if "momentum_buffer" in RULES[rule].states:
+        update(rule, p, g.to_dense(), states, hyper, step, fresh, grad_coef)
+        return
+    g = g.coalesce()
+    places = tuple(g.indices())
+    touched = [t[places] for t in (p, *states)]
+    update(rule, touched[0], g.values(), touched[1:], hyper, step, fresh, grad_coef)
+    for t, new in zip((p, *states), touched, strict=True):
+        t[places] = new

@@ -1,16 +1,43 @@
-"""Stochastic gradient descent."""
+"""Stochastic gradient descent: SGD, and SGDW with intrinsic decay."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ._optimizer import FusedOptimizer, ParamsT, check_nonnegative, number
+from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, check_lr, check_nonnegative
 from ._plan import Row
 
 
-class SGD(FusedOptimizer):
+class _Momentum(FusedOptimizer):
+    """What SGD and SGDW share; ``_name`` is that of the rule without momentum."""
+
+    _name: str
+
+    def _check_defaults(self, defaults: dict[str, Any]) -> None:
+        check_lr(defaults["lr"])
+        check_nonnegative("momentum value", "momentum", defaults["momentum"])
+        check_nonnegative("weight_decay value", "weight_decay", defaults["weight_decay"])
+        if defaults["nesterov"] and (defaults["momentum"] <= 0 or defaults["dampening"] != 0):
+            raise ValueError(
+                "Nesterov momentum requires a momentum and zero dampening, "
+                f"got momentum={defaults['momentum']} and dampening={defaults['dampening']}"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("nesterov", False)
+
+    def _row(self, group: dict[str, Any]) -> Row:
+        suffix = "" if group["momentum"] == 0 else "_nesterov" if group["nesterov"] else "_momentum"
+        hyper = self._hyper(group, "momentum", "dampening")
+        return Row(self._decayed(self._name, group, suffix), -1.0 if group["maximize"] else 1.0, hyper)
+
+
+class SGD(_Momentum, torch.optim.SGD):
     r"""Stochastic gradient descent with momentum, a drop-in for :class:`torch.optim.SGD`, in one pass.
 
     .. math::
@@ -19,8 +46,8 @@ class SGD(FusedOptimizer):
         p_t = p_{t-1} - \gamma\, (b_t \text{ or, with Nesterov, } d_t + \mu b_t)
 
     Args:
-        params: parameters, named parameters or groups, as for any torch optimizer. Any shape; float32 and bfloat16 are
-            fused, everything else runs on the reference backend.
+        params: parameters, named parameters or groups, as for any torch optimizer. Any shape; float32, bfloat16, float16 and
+            complex64 are fused, everything else runs on the reference backend, as do sparse gradients.
         lr: learning rate gamma >= 0, a float or a tensor of one element (default 1e-3).
         momentum: mu >= 0 (default 0: no momentum buffer).
         dampening: tau (default 0).
@@ -28,16 +55,17 @@ class SGD(FusedOptimizer):
         nesterov: Nesterov momentum; needs momentum > 0 and dampening = 0 (default False).
         maximize: ascend instead of descend (default False).
         foreach: accepted and ignored: a step is always one pass.
-        differentiable: must be False.
+        differentiable: autograd sees the step, which runs on the reference backend (default False).
         fused: accepted; True also lets ``torch.amp.GradScaler`` leave unscaling to the step.
-        state_format: dtype of the momentum buffer: None is the parameter's, or "fp32", "bf16" or their torch dtypes.
+        state_format: dtype of the momentum buffer: None is the parameter's, or "fp32", "bf16", "fp16" or their torch dtypes.
         backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
 
     Raises:
         ValueError: a hyper-parameter is out of range.
-        RuntimeError: at the step, for a sparse gradient, a wrong shape or device, or overlapping memory.
+        RuntimeError: at the step, for a sparse gradient with weight decay, a wrong shape or device, or overlapping memory.
 
-    The first step sets the buffer to the undampened gradient, as torch does. State: ``momentum_buffer``.
+    The first step sets the buffer to the undampened gradient, as torch does. State: ``momentum_buffer``, dense also where
+    gradients are sparse.
 
     Source: Polyak 1964; Sutskever et al. 2013 as torch.optim.SGD defines them.
 
@@ -53,7 +81,8 @@ class SGD(FusedOptimizer):
         [0.46000000834465027, -0.9200000166893005]
     """
 
-    _state_names = ("momentum_buffer",)
+    _name = "sgd"
+    _sparse_rules = frozenset({"sgd", "sgd_momentum", "sgd_nesterov"})
     _group_options = {"state_format": None}
 
     def __init__(
@@ -72,16 +101,6 @@ class SGD(FusedOptimizer):
         state_format: str | None = None,
         backend: str | None = None,
     ) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements")
-        check_nonnegative("learning rate", "lr", lr)
-        check_nonnegative("momentum value", "momentum", momentum)
-        check_nonnegative("weight_decay value", "weight_decay", weight_decay)
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError(
-                "Nesterov momentum requires a momentum and zero dampening, "
-                f"got momentum={momentum} and dampening={dampening}"
-            )
         defaults: dict[str, Any] = dict(
             lr=lr,
             momentum=momentum,
@@ -94,14 +113,80 @@ class SGD(FusedOptimizer):
             fused=fused,
             state_format=state_format,
         )
+        FusedOptimizer.__init__(self, params, defaults, backend=backend)
+
+
+class SGDW(_Momentum):
+    r"""SGD with momentum and decoupled decay, L2 and L1, in one pass.
+
+    .. math::
+        b_t = \mu b_{t-1} + (1 - \tau) g_t \;(b_1 = g_1), \quad
+        q = p_{t-1} - \gamma\lambda\, p_{t-1} - \gamma\, (b_t \text{ or, with Nesterov, } g_t + \mu b_t), \quad
+        p_t = S_{\gamma\lambda_1}(q)
+
+    SGD descends in p itself (den = 1), so without momentum both decays are the plain L2 and L1 penalties on p. The momentum
+    buffer is not normalised: a constant gradient is amplified by 1 / (1 - mu) and the decay is not, so that, compared with
+    ``SGD``, the same ``weight_decay`` pulls (1 - mu) times as strongly.
+
+    Args:
+        params, lr, momentum, dampening, nesterov, maximize, foreach, differentiable, fused, state_format, backend: as for
+            :class:`precond.SGD`.
+        weight_decay: lambda >= 0, decoupled (default 1e-2, as for AdamW).
+        l1_decay: lambda_1 >= 0, decoupled L1 (default 0: the plain rule, bit for bit).
+        l1_form: "proximal" (a soft threshold S, exact zeros; default) or "subgradient".
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+        RuntimeError: at the step, for a sparse gradient, a wrong shape or device, or overlapping memory.
+
+    State: ``momentum_buffer``.
+
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 1 (with a constant schedule multiplier, and the decay
+    scaled by lr as in AdamW); the L1 form is derived in METHODS A.2.2.
+
+    Example:
+        >>> import torch, precond
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.01]))
+        >>> opt = precond.SGDW([w], lr=0.1, weight_decay=0.0, l1_decay=0.5)
+        >>> (w**2).sum().backward()
+        >>> opt.step()
+        >>> [round(x, 6) for x in w.tolist()]
+        [0.75, -1.55, 0.0]
+    """
+
+    _name = "sgdw"
+    _group_options = {"state_format": None, **L1_OPTIONS}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 1e-2,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        l1_decay: float = 0.0,
+        l1_form: str = "proximal",
+        state_format: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = dict(
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            l1_decay=l1_decay,
+            l1_form=l1_form,
+            state_format=state_format,
+        )
         super().__init__(params, defaults, backend=backend)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("nesterov", False)
-
-    def _row(self, group: dict[str, Any]) -> Row:
-        rule = "sgd" if group["momentum"] == 0 else "sgd_nesterov" if group["nesterov"] else "sgd_momentum"
-        hyper = {name: number(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay")}
-        return Row(rule, -1.0 if group["maximize"] else 1.0, hyper)

@@ -23,11 +23,11 @@ pytestmark = [
 MOST_REGISTERS = 80
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
+@pytest.fixture(scope="module", params=["--quick", pytest.param("", marks=pytest.mark.large)])
+def report(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("codegen") / "codegen.json"
     # A process of its own: Triton compiles only where its interpreter was never asked for.
-    command = [sys.executable, "-m", "bench", "codegen", "--json", str(path)]
+    command = [sys.executable, "-m", "bench", "codegen", "--json", str(path), *request.param.split()]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads(path.read_text())
@@ -36,7 +36,8 @@ def report(tmp_path_factory):
 @pytest.mark.skipif(not _C.cuda, reason="the extension was built without CUDA: no nvcc")
 def test_cuda_kernels_are_wide_exact_and_stay_in_registers(report):
     rows = report["cuda"]
-    assert len(rows) == 8 * len(OPTIMIZERS)
+    # Of 27 triples of formats the 15 with one kind of 16 bits; without states, of 9 pairs 7.
+    assert len(rows) == sum(15 if _C.rules[row.rule][1] else 7 for row in OPTIMIZERS)
     for row in rows:
         name = f"{row['rule']} {row['formats']}"
         assert row["registers"] <= MOST_REGISTERS, name
@@ -53,7 +54,9 @@ def test_cuda_kernels_are_wide_exact_and_stay_in_registers(report):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_triton_kernels_are_wide_exact_and_stay_in_registers(report, target):
     rows = [row for row in report["triton"] if row["target"] == target]
-    assert len(rows) == 4 * len(OPTIMIZERS)
+    assert {row["formats"] for row in rows if row["rule"] == "adamw"} >= {"fp32/fp32/fp32", "fp16/fp16/fp16"}
+    if target == "sm_90":
+        assert {row["rule"] for row in rows} == set(_C.rules)
     for row in rows:
         name = f"{row['rule']} {row['formats']} {target}"
         assert row["inexact"] == [], name

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKEND, GRADIENT_LAYOUTS, LAYOUTS, SIZES, Snapshot, gradient, guarded, random_values
+from cases import BACKEND, CHUNK_SIZES, GRADIENT_LAYOUTS, LAYOUTS, SIZES, Snapshot, gradient, guarded, random_values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from optimizers import OPTIMIZERS
+from optimizers import BY_STATES, OPTIMIZERS
 
 import precond
 
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Parameter, gradient, state.
 DTYPES = [(F32, F32, None), (BF16, BF16, None), (BF16, F32, None), (F32, BF16, None), (BF16, BF16, "fp32"),
-          (F32, F32, "bf16")]  # fmt: skip
+          (F32, F32, "bf16"), (F16, F16, None), (F16, F32, "fp32"), (F32, F16, "fp16")]  # fmt: skip
 
 
 def run(row, shapes, p_dtype, g_dtype, state_format, p_layout="contiguous", g_layout="same", steps=3, **override):
@@ -30,9 +30,10 @@ def run(row, shapes, p_dtype, g_dtype, state_format, p_layout="contiguous", g_la
             p.grad_dtype = None
             p.grad = gradient(random_values(p.shape, g_dtype), g_layout, p)
             states = optimizer._states(p, row.rule).values()
-            dtype = {"fp32": F32, "bf16": BF16, None: p_dtype}[state_format]
+            dtype = {"fp32": F32, "bf16": BF16, "fp16": F16, None: p_dtype}[state_format]
             names = optimizer._names(row.rule)
-            before.append(Snapshot.of(p, list(states) or [torch.zeros_like(p, dtype=dtype) for _ in names]))
+            initial = optimizer._initial(p, optimizer.param_groups[0])
+            before.append(Snapshot.of(p, list(states) or [torch.full_like(p, initial, dtype=dtype) for _ in names]))
         optimizer.step()
         group = optimizer.param_groups[0]
         _, sign, hyper = optimizer._row(group)
@@ -50,8 +51,14 @@ def test_every_size_matches_the_reference(row, p_dtype, g_dtype, state_format, i
     run(row, [(n,) for n in SIZES] + [()], p_dtype, g_dtype, state_format)
 
 
-@rows
-@pytest.mark.parametrize("p_dtype", [F32, BF16])
+@pytest.mark.parametrize("row", BY_STATES, ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_chunks_match_the_reference(row, dtype, isa):
+    run(row, [(n,) for n in CHUNK_SIZES], dtype, dtype, None)
+
+
+@pytest.mark.parametrize("row", BY_STATES, ids=str)
+@pytest.mark.parametrize("p_dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("p_layout", LAYOUTS)
 @pytest.mark.parametrize("g_layout", GRADIENT_LAYOUTS)
 def test_every_layout_matches_the_reference(row, p_dtype, p_layout, g_layout):

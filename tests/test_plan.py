@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import bits_equal
-from optimizers import CLASSES, OPTIMIZERS
+from optimizers import CLASSES, OPTIMIZERS, stock
 from test_api import _with, assert_close, backward, model, train
 
 import precond
@@ -77,7 +77,7 @@ def test_groups_may_be_stepped_one_at_a_time(row):
     def groups(net):
         return [{"params": list(part.parameters())} for part in (net[0], net[2])]
 
-    a, b = row.cls(groups(ours), **row.kwargs), row.peer(groups(theirs), **row.kwargs)
+    a, b = row.cls(groups(ours), **row.kwargs), stock(row)(groups(theirs), **row.kwargs)
     for i in range(4):
         for net, optimizer in ((ours, a), (theirs, b)):
             backward(net, i)
@@ -101,7 +101,7 @@ def test_one_optimizer_per_parameter_in_backward(row):
 
     for p in ours.parameters():
         p.register_post_accumulate_grad_hook(hook)
-    b = row.peer(theirs.parameters(), **row.kwargs)
+    b = stock(row)(theirs.parameters(), **row.kwargs)
     for i in range(3):
         backward(ours, i)
         backward(theirs, i)

@@ -9,6 +9,8 @@ def address(table_ptr, FORMAT: tl.constexpr, FULL: tl.constexpr):
     """The typed pointer at a slot of the address table."""
     if FORMAT == "bf16":
         ptr = tl.load(table_ptr).to(tl.pointer_type(tl.uint16))
+    elif FORMAT == "fp16":
+        ptr = tl.load(table_ptr).to(tl.pointer_type(tl.float16))
     else:
         ptr = tl.load(table_ptr).to(tl.pointer_type(tl.float32))
     if FULL:
@@ -26,6 +28,8 @@ def decode(ptr, offsets, mask, FORMAT: tl.constexpr, FULL: tl.constexpr):
     if FORMAT == "bf16":
         # In integers: the interpreter's own conversion truncates.
         value = (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif FORMAT == "fp16":
+        value = stored.to(tl.float32)
     else:
         value = stored
     return value
@@ -37,6 +41,8 @@ def encode(ptr, offsets, mask, value, FORMAT: tl.constexpr, FULL: tl.constexpr):
         u = value.to(tl.uint32, bitcast=True)
         rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
         stored = tl.where(value != value, 0x7FC0, rounded).to(tl.uint16)
+    elif FORMAT == "fp16":
+        stored = value.to(tl.float16)
     else:
         stored = value
     if FULL:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import rules, scalars
 from .formats import address, decode, encode
 
-FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BLOCK = 1024
 WARPS = 4
 # Slots of a tensor in the address table: p, g, up to three states, the number of elements, and again that number if every
@@ -19,29 +19,41 @@ SLOTS = tl.constexpr(7)
 
 
 class Rule(NamedTuple):
-    """A rule's three functions and the number of its states."""
+    """A rule's functions, its decay and the number of its states."""
 
     update: triton.JITFunction
+    decay: str
     scalars: triton.JITFunction
     hyper: tuple[str, ...]
     states: int
 
 
+def with_decays(name: str, coupled: str | None, update, scalar_function, hyper, states: int, suffix: str = "") -> dict:
+    """A rule with each intrinsic decay and, under the name ``coupled``, with the penalty in the gradient."""
+    names = {
+        f"{name}{suffix}": "l2",
+        f"{name}_l1{suffix}": "l1_proximal",
+        f"{name}_l1_subgradient{suffix}": "l1_subgradient",
+    }
+    if coupled is not None:
+        names[coupled + suffix] = "coupled"
+    return {rule: Rule(update, decay, scalar_function, hyper, states) for rule, decay in names.items()}
+
+
+_SGD = scalars.sgd_momentum_scalars, scalars.SGD_HYPER
+_ADAM = scalars.adam_scalars, scalars.ADAM_HYPER
+_RMSPROP = scalars.rmsprop_scalars, scalars.RMSPROP_HYPER
 RULES = {
-    "sgd": Rule(rules.sgd, scalars.sgd_scalars, scalars.SGD_HYPER, 0),
-    "sgd_momentum": Rule(rules.sgd_momentum, scalars.sgd_scalars, scalars.SGD_HYPER, 1),
-    "sgd_nesterov": Rule(rules.sgd_nesterov, scalars.sgd_scalars, scalars.SGD_HYPER, 1),
-    **{
-        name: Rule(getattr(rules, name), scalars.adamw_scalars, scalars.ADAMW_HYPER, 3 if "amsgrad" in name else 2)
-        for name in (
-            "adamw",
-            "adamw_amsgrad",
-            "adamw_l1",
-            "adamw_l1_amsgrad",
-            "adamw_l1_subgradient",
-            "adamw_l1_subgradient_amsgrad",
-        )
-    },
+    **with_decays("sgdw", "sgd", rules.sgd, scalars.sgd_scalars, scalars.SGD_HYPER, 0),
+    **with_decays("sgdw", "sgd", rules.sgd_momentum, *_SGD, 1, "_momentum"),
+    **with_decays("sgdw", "sgd", rules.sgd_nesterov, *_SGD, 1, "_nesterov"),
+    **with_decays("adamw", "adam", rules.adam, *_ADAM, 2),
+    **with_decays("adamw", "adam", rules.adam_amsgrad, *_ADAM, 3, "_amsgrad"),
+    **with_decays("adagradw", "adagrad", rules.adagrad, scalars.adagrad_scalars, scalars.ADAGRAD_HYPER, 1),
+    **with_decays("rmspropw", "rmsprop", rules.rmsprop, *_RMSPROP, 1),
+    **with_decays("rmspropw", "rmsprop", rules.rmsprop_centered, *_RMSPROP, 2, "_centered"),
+    **with_decays("rmspropw", "rmsprop", rules.rmsprop_momentum, *_RMSPROP, 2, "_momentum"),
+    **with_decays("rmspropw", "rmsprop", rules.rmsprop_centered_momentum, *_RMSPROP, 3, "_centered_momentum"),
 }
 
 
@@ -66,6 +78,7 @@ def update_block(
     row,
     grad_coef,
     RULE: tl.constexpr,
+    DECAY: tl.constexpr,
     STATES: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -79,18 +92,18 @@ def update_block(
     p = decode(p_ptr, offsets, mask, P, FULL)
     g = grad_coef * decode(address(slots + 1, G, FULL), offsets, mask, G, FULL)
     if STATES == 0:
-        p = RULE(p, g, row)
+        p = RULE(p, g, row, DECAY)
     elif STATES == 1:
         s0_ptr = address(slots + 2, S0, FULL)
         s0 = decode(s0_ptr, offsets, mask, S0, FULL)
-        p, s0 = RULE(p, g, s0, row)
+        p, s0 = RULE(p, g, s0, row, DECAY)
         encode(s0_ptr, offsets, mask, s0, S0, FULL)
     elif STATES == 2:
         s0_ptr = address(slots + 2, S0, FULL)
         s1_ptr = address(slots + 3, S1, FULL)
         s0 = decode(s0_ptr, offsets, mask, S0, FULL)
         s1 = decode(s1_ptr, offsets, mask, S1, FULL)
-        p, s0, s1 = RULE(p, g, s0, s1, row)
+        p, s0, s1 = RULE(p, g, s0, s1, row, DECAY)
         encode(s0_ptr, offsets, mask, s0, S0, FULL)
         encode(s1_ptr, offsets, mask, s1, S1, FULL)
     else:
@@ -100,7 +113,7 @@ def update_block(
         s0 = decode(s0_ptr, offsets, mask, S0, FULL)
         s1 = decode(s1_ptr, offsets, mask, S1, FULL)
         s2 = decode(s2_ptr, offsets, mask, S2, FULL)
-        p, s0, s1, s2 = RULE(p, g, s0, s1, s2, row)
+        p, s0, s1, s2 = RULE(p, g, s0, s1, s2, row, DECAY)
         encode(s0_ptr, offsets, mask, s0, S0, FULL)
         encode(s1_ptr, offsets, mask, s1, S1, FULL)
         encode(s2_ptr, offsets, mask, s2, S2, FULL)
@@ -114,6 +127,7 @@ def update_kernel(
     rows_ptr,
     control_ptr,
     RULE: tl.constexpr,
+    DECAY: tl.constexpr,
     STATES: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -140,9 +154,9 @@ def update_kernel(
     aligned = tl.where(skip, 0, tl.load(slots + 6))
     mask = offsets < numel
     if begin + BLOCK <= aligned:
-        update_block(slots, offsets, mask, row, grad_coef, RULE, STATES, P, G, S0, S1, S2, True)
+        update_block(slots, offsets, mask, row, grad_coef, RULE, DECAY, STATES, P, G, S0, S1, S2, True)
     else:
-        update_block(slots, offsets, mask, row, grad_coef, RULE, STATES, P, G, S0, S1, S2, False)
+        update_block(slots, offsets, mask, row, grad_coef, RULE, DECAY, STATES, P, G, S0, S1, S2, False)
 
 
 def in_order_of(p: Tensor) -> list[int]:
@@ -209,7 +223,7 @@ def launch(rule: Rule, items: list[Item], skip: float) -> None:
         numbers.append(addresses + [0] * (5 - len(addresses)) + [numel, aligned])
 
     formats = [FORMATS[t.dtype] for t in (items[0].p, items[0].g, *items[0].states)]
-    tables = tables_of((device, rule.update, *formats, len(items), numbers[0][0]), numbers, device)
+    tables = tables_of((device, rule.update, rule.decay, *formats, len(items), numbers[0][0]), numbers, device)
     hyper = to_device([[item.hyper[name] for name in rule.hyper] for item in items], torch.float64, device)
     steps = to_device([item.step for item in items], torch.float32, device)
     fresh = to_device([item.fresh for item in items], torch.int32, device)
@@ -222,6 +236,7 @@ def launch(rule: Rule, items: list[Item], skip: float) -> None:
         rows,
         len(items),
         SCALARS=rule.scalars,
+        DECAY=rule.decay,
         HYPERS=len(rule.hyper),
         ROW=scalars.ROW_FLOATS.value,
         BLOCK=32,
@@ -234,6 +249,7 @@ def launch(rule: Rule, items: list[Item], skip: float) -> None:
         rows,
         control,
         RULE=rule.update,
+        DECAY=rule.decay,
         STATES=rule.states,
         P=formats[0],
         G=formats[1],

@@ -1,4 +1,8 @@
-"""The rules of csrc/decays.h and csrc/rules.h, line for line. ``row`` points at the scalars of one step (scalars.py)."""
+"""The rules of csrc/decays.h and csrc/rules.h, line for line. ``row`` points at the scalars of one step (scalars.py).
+
+DECAY is "coupled", "l2", "l1_proximal" or "l1_subgradient", for the structs of csrc/decays.h; a rule where den = 1 passes None
+for den and v.
+"""
 
 import triton
 import triton.language as tl
@@ -20,120 +24,175 @@ def soft_threshold(x, t):
 
 
 @triton.jit
-def l2(p, step, den, v, row):
-    lr_wd = tl.load(row + field.LR_WD)
-    return p - tl.fma(lr_wd, p, step)
+def threshold(den, v, row):
+    t = tl.load(row + field.LR_L1)
+    if den is not None:
+        lr_l1_cap = tl.load(row + field.LR_L1_CAP)
+        t = tl.div_rn(t, tl.sqrt_rn(den))
+        t = tl.where(t > lr_l1_cap, lr_l1_cap, t)
+        t = tl.where(v > 0.0, t, 0.0)
+    return t
 
 
 @triton.jit
-def l1_threshold(den, v, row):
-    lr_l1 = tl.load(row + field.LR_L1)
-    lr_l1_cap = tl.load(row + field.LR_L1_CAP)
-    t = tl.div_rn(lr_l1, tl.sqrt_rn(den))
-    t = tl.where(t > lr_l1_cap, lr_l1_cap, t)
-    return tl.where(v > 0.0, t, 0.0)
+def gradient(p, g, row, DECAY: tl.constexpr):
+    if DECAY == "coupled":
+        g = tl.fma(tl.load(row + field.WEIGHT_DECAY), p, g)
+    return g
 
 
 @triton.jit
-def l1_proximal(p, step, den, v, row):
-    lr_wd = tl.load(row + field.LR_WD)
-    return soft_threshold(p - tl.fma(lr_wd, p, step), l1_threshold(den, v, row))
+def decayed(p, rate, direction, den, v, row, DECAY: tl.constexpr):
+    if DECAY == "coupled":
+        new_p = tl.fma(-rate, direction, p)
+    else:
+        lr_wd = tl.load(row + field.LR_WD)
+        step = rate * direction
+        if DECAY == "l2":
+            new_p = p - tl.fma(lr_wd, p, step)
+        elif DECAY == "l1_proximal":
+            new_p = soft_threshold(p - tl.fma(lr_wd, p, step), threshold(den, v, row))
+        else:
+            t = threshold(den, v, row)
+            t = tl.where(p > 0.0, t, tl.where(p < 0.0, -t, 0.0))
+            new_p = p - tl.fma(lr_wd, p, step + t)
+    return new_p
 
 
 @triton.jit
-def l1_subgradient(p, step, den, v, row):
-    lr_wd = tl.load(row + field.LR_WD)
-    t = l1_threshold(den, v, row)
-    t = tl.where(p > 0.0, t, tl.where(p < 0.0, -t, 0.0))
-    return p - tl.fma(lr_wd, p, step + t)
-
-
-@triton.jit
-def sgd(p, g, row):
+def sgd(p, g, row, DECAY: tl.constexpr):
     lr = tl.load(row + field.SGD_LR)
-    weight_decay = tl.load(row + field.SGD_WEIGHT_DECAY)
-    d = tl.fma(weight_decay, p, g)
-    return tl.fma(-lr, d, p)
+    decay = row + field.SGD_DECAY
+    return decayed(p, lr, gradient(p, g, decay, DECAY), None, None, decay, DECAY)
 
 
 @triton.jit
-def sgd_update_buffer(p, g, buf, row):
-    weight_decay = tl.load(row + field.SGD_WEIGHT_DECAY)
+def sgd_update_buffer(p, g, buf, row, DECAY: tl.constexpr):
     momentum = tl.load(row + field.SGD_MOMENTUM)
     one_minus_dampening = tl.load(row + field.SGD_ONE_MINUS_DAMPENING)
-    d = tl.fma(weight_decay, p, g)
+    d = gradient(p, g, row + field.SGD_MOMENTUM_DECAY, DECAY)
     buf = tl.fma(momentum, buf, one_minus_dampening * d)
     return d, buf
 
 
 @triton.jit
-def sgd_momentum(p, g, buf, row):
+def sgd_momentum(p, g, buf, row, DECAY: tl.constexpr):
     lr = tl.load(row + field.SGD_LR)
-    _, buf = sgd_update_buffer(p, g, buf, row)
-    return tl.fma(-lr, buf, p), buf
+    _, buf = sgd_update_buffer(p, g, buf, row, DECAY)
+    return decayed(p, lr, buf, None, None, row + field.SGD_MOMENTUM_DECAY, DECAY), buf
 
 
 @triton.jit
-def sgd_nesterov(p, g, buf, row):
+def sgd_nesterov(p, g, buf, row, DECAY: tl.constexpr):
     lr = tl.load(row + field.SGD_LR)
     momentum = tl.load(row + field.SGD_MOMENTUM)
-    d, buf = sgd_update_buffer(p, g, buf, row)
-    return tl.fma(-lr, tl.fma(momentum, buf, d), p), buf
+    d, buf = sgd_update_buffer(p, g, buf, row, DECAY)
+    return decayed(p, lr, tl.fma(momentum, buf, d), None, None, row + field.SGD_MOMENTUM_DECAY, DECAY), buf
 
 
 @triton.jit
-def adamw_update_moments(g, m, v, row):
+def adam_update_moments(p, g, m, v, row, DECAY: tl.constexpr):
     one_minus_beta1 = tl.load(row + field.ONE_MINUS_BETA1)
     beta2 = tl.load(row + field.BETA2)
     one_minus_beta2 = tl.load(row + field.ONE_MINUS_BETA2)
-    m = tl.fma(one_minus_beta1, g - m, m)
-    v = tl.fma(one_minus_beta2 * g, g, beta2 * v)
+    d = gradient(p, g, row + field.ADAM_DECAY, DECAY)
+    m = tl.fma(one_minus_beta1, d - m, m)
+    v = tl.fma(one_minus_beta2 * d, d, beta2 * v)
     return m, v
 
 
 @triton.jit
-def adamw_stepped(p, m, v, row, DECAY: tl.constexpr):
+def adam_stepped(p, m, v, row, DECAY: tl.constexpr):
     inv_sqrt_bias2 = tl.load(row + field.INV_SQRT_BIAS2)
-    eps = tl.load(row + field.EPS)
+    eps = tl.load(row + field.ADAM_EPS)
     step_size = tl.load(row + field.STEP_SIZE)
     den = tl.fma(tl.sqrt_rn(v), inv_sqrt_bias2, eps)
-    return DECAY(p, step_size * tl.div_rn(m, den), den, v, row)
+    return decayed(p, step_size, tl.div_rn(m, den), den, v, row + field.ADAM_DECAY, DECAY)
 
 
 @triton.jit
-def adamw(p, g, m, v, row):
-    m, v = adamw_update_moments(g, m, v, row)
-    return adamw_stepped(p, m, v, row, l2), m, v
+def adam(p, g, m, v, row, DECAY: tl.constexpr):
+    m, v = adam_update_moments(p, g, m, v, row, DECAY)
+    return adam_stepped(p, m, v, row, DECAY), m, v
 
 
 @triton.jit
-def adamw_amsgrad(p, g, m, v, v_max, row):
-    m, v = adamw_update_moments(g, m, v, row)
+def adam_amsgrad(p, g, m, v, v_max, row, DECAY: tl.constexpr):
+    m, v = adam_update_moments(p, g, m, v, row, DECAY)
     v_max = maximum(v_max, v)
-    return adamw_stepped(p, m, v_max, row, l2), m, v, v_max
+    return adam_stepped(p, m, v_max, row, DECAY), m, v, v_max
 
 
 @triton.jit
-def adamw_l1(p, g, m, v, row):
-    m, v = adamw_update_moments(g, m, v, row)
-    return adamw_stepped(p, m, v, row, l1_proximal), m, v
+def adagrad(p, g, s, row, DECAY: tl.constexpr):
+    lr = tl.load(row + field.ADAGRAD_LR)
+    eps = tl.load(row + field.ADAGRAD_EPS)
+    decay = row + field.ADAGRAD_DECAY
+    d = gradient(p, g, decay, DECAY)
+    s = tl.fma(d, d, s)
+    den = tl.sqrt_rn(s) + eps
+    return decayed(p, lr, tl.div_rn(d, den), den, s, decay, DECAY), s
 
 
 @triton.jit
-def adamw_l1_amsgrad(p, g, m, v, v_max, row):
-    m, v = adamw_update_moments(g, m, v, row)
-    v_max = maximum(v_max, v)
-    return adamw_stepped(p, m, v_max, row, l1_proximal), m, v, v_max
+def rmsprop_update_square(d, v, row):
+    alpha = tl.load(row + field.ALPHA)
+    one_minus_alpha = tl.load(row + field.ONE_MINUS_ALPHA)
+    return tl.fma(one_minus_alpha * d, d, alpha * v)
 
 
 @triton.jit
-def adamw_l1_subgradient(p, g, m, v, row):
-    m, v = adamw_update_moments(g, m, v, row)
-    return adamw_stepped(p, m, v, row, l1_subgradient), m, v
+def rmsprop_den(v, row):
+    return tl.sqrt_rn(v) + tl.load(row + field.RMSPROP_EPS)
 
 
 @triton.jit
-def adamw_l1_subgradient_amsgrad(p, g, m, v, v_max, row):
-    m, v = adamw_update_moments(g, m, v, row)
-    v_max = maximum(v_max, v)
-    return adamw_stepped(p, m, v_max, row, l1_subgradient), m, v, v_max
+def rmsprop_centered_den(d, v, mean, row):
+    one_minus_alpha = tl.load(row + field.ONE_MINUS_ALPHA)
+    mean = tl.fma(one_minus_alpha, d - mean, mean)
+    variance = tl.fma(-mean, mean, v)
+    return rmsprop_den(tl.where(variance < 0.0, 0.0, variance), row), mean
+
+
+@triton.jit
+def rmsprop(p, g, v, row, DECAY: tl.constexpr):
+    lr = tl.load(row + field.RMSPROP_LR)
+    decay = row + field.RMSPROP_DECAY
+    d = gradient(p, g, decay, DECAY)
+    v = rmsprop_update_square(d, v, row)
+    den = rmsprop_den(v, row)
+    return decayed(p, lr, tl.div_rn(d, den), den, v, decay, DECAY), v
+
+
+@triton.jit
+def rmsprop_centered(p, g, v, mean, row, DECAY: tl.constexpr):
+    lr = tl.load(row + field.RMSPROP_LR)
+    decay = row + field.RMSPROP_DECAY
+    d = gradient(p, g, decay, DECAY)
+    v = rmsprop_update_square(d, v, row)
+    den, mean = rmsprop_centered_den(d, v, mean, row)
+    return decayed(p, lr, tl.div_rn(d, den), den, v, decay, DECAY), v, mean
+
+
+@triton.jit
+def rmsprop_momentum(p, g, v, buf, row, DECAY: tl.constexpr):
+    lr = tl.load(row + field.RMSPROP_LR)
+    momentum = tl.load(row + field.RMSPROP_MOMENTUM)
+    decay = row + field.RMSPROP_DECAY
+    d = gradient(p, g, decay, DECAY)
+    v = rmsprop_update_square(d, v, row)
+    den = rmsprop_den(v, row)
+    buf = tl.fma(momentum, buf, tl.div_rn(d, den))
+    return decayed(p, lr, buf, den, v, decay, DECAY), v, buf
+
+
+@triton.jit
+def rmsprop_centered_momentum(p, g, v, buf, mean, row, DECAY: tl.constexpr):
+    lr = tl.load(row + field.RMSPROP_LR)
+    momentum = tl.load(row + field.RMSPROP_MOMENTUM)
+    decay = row + field.RMSPROP_DECAY
+    d = gradient(p, g, decay, DECAY)
+    v = rmsprop_update_square(d, v, row)
+    den, mean = rmsprop_centered_den(d, v, mean, row)
+    buf = tl.fma(momentum, buf, tl.div_rn(d, den))
+    return decayed(p, lr, buf, den, v, decay, DECAY), v, buf, mean

@@ -8,24 +8,42 @@ import triton.language as tl
 
 ROW_FLOATS = tl.constexpr(16)
 
+# A decay's, from where its rule puts it.
+WEIGHT_DECAY = tl.constexpr(0)
+LR_WD = tl.constexpr(0)
+LR_L1 = tl.constexpr(1)
+LR_L1_CAP = tl.constexpr(2)
+
 SGD_LR = tl.constexpr(0)
-SGD_WEIGHT_DECAY = tl.constexpr(1)
-SGD_MOMENTUM = tl.constexpr(2)
-SGD_ONE_MINUS_DAMPENING = tl.constexpr(3)
+SGD_DECAY = tl.constexpr(1)
+SGD_MOMENTUM = tl.constexpr(1)
+SGD_ONE_MINUS_DAMPENING = tl.constexpr(2)
+SGD_MOMENTUM_DECAY = tl.constexpr(3)
 
 ONE_MINUS_BETA1 = tl.constexpr(0)
 BETA2 = tl.constexpr(1)
 ONE_MINUS_BETA2 = tl.constexpr(2)
 INV_SQRT_BIAS2 = tl.constexpr(3)
-EPS = tl.constexpr(4)
+ADAM_EPS = tl.constexpr(4)
 STEP_SIZE = tl.constexpr(5)
-LR_WD = tl.constexpr(6)
-LR_L1 = tl.constexpr(7)
-LR_L1_CAP = tl.constexpr(8)
+ADAM_DECAY = tl.constexpr(6)
+
+ADAGRAD_LR = tl.constexpr(0)
+ADAGRAD_EPS = tl.constexpr(1)
+ADAGRAD_DECAY = tl.constexpr(2)
+
+RMSPROP_LR = tl.constexpr(0)
+ALPHA = tl.constexpr(1)
+ONE_MINUS_ALPHA = tl.constexpr(2)
+RMSPROP_EPS = tl.constexpr(3)
+RMSPROP_MOMENTUM = tl.constexpr(4)
+RMSPROP_DECAY = tl.constexpr(5)
 
 # The order of a group's hyper-parameters, as csrc/hyper.h.
-SGD_HYPER = ("lr", "momentum", "dampening", "weight_decay")
-ADAMW_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "l1_decay", "l1_cap")
+SGD_HYPER = ("lr", "weight_decay", "l1_decay", "momentum", "dampening")
+ADAM_HYPER = ("lr", "weight_decay", "l1_decay", "l1_cap", "beta1", "beta2", "eps")
+ADAGRAD_HYPER = ("lr", "weight_decay", "l1_decay", "l1_cap", "lr_decay", "eps")
+RMSPROP_HYPER = ("lr", "weight_decay", "l1_decay", "l1_cap", "alpha", "eps", "momentum")
 
 # A float32 counter cannot pass 2^24.
 _STEP_BITS = tl.constexpr(25)
@@ -42,38 +60,75 @@ def integer_power(base, n):
 
 
 @triton.jit
-def sgd_scalars(hyper, step, fresh, row, mask):
-    lr = tl.load(hyper + 0, mask=mask)
-    momentum = tl.load(hyper + 1, mask=mask)
-    dampening = tl.load(hyper + 2, mask=mask)
-    weight_decay = tl.load(hyper + 3, mask=mask)
-    tl.store(row + SGD_LR, lr.to(tl.float32), mask=mask)
-    tl.store(row + SGD_WEIGHT_DECAY, weight_decay.to(tl.float32), mask=mask)
-    tl.store(row + SGD_MOMENTUM, momentum.to(tl.float32), mask=mask)
-    one_minus_dampening = tl.where(fresh != 0, 1.0, (1.0 - dampening).to(tl.float32))
-    tl.store(row + SGD_ONE_MINUS_DAMPENING, one_minus_dampening, mask=mask)
+def decay_scalars(hyper, lr, row, mask, DECAY: tl.constexpr, CAPPED: tl.constexpr):
+    weight_decay = tl.load(hyper + 1, mask=mask)
+    if DECAY == "coupled":
+        tl.store(row + WEIGHT_DECAY, weight_decay.to(tl.float32), mask=mask)
+    else:
+        tl.store(row + LR_WD, (lr * weight_decay).to(tl.float32), mask=mask)
+        tl.store(row + LR_L1, (lr * tl.load(hyper + 2, mask=mask)).to(tl.float32), mask=mask)
+        if CAPPED:
+            tl.store(row + LR_L1_CAP, (lr * tl.load(hyper + 3, mask=mask)).to(tl.float32), mask=mask)
 
 
 @triton.jit
-def adamw_scalars(hyper, step, fresh, row, mask):
+def sgd_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
     lr = tl.load(hyper + 0, mask=mask)
-    beta1 = tl.load(hyper + 1, mask=mask)
-    beta2 = tl.load(hyper + 2, mask=mask)
-    eps = tl.load(hyper + 3, mask=mask)
-    weight_decay = tl.load(hyper + 4, mask=mask)
-    l1_decay = tl.load(hyper + 5, mask=mask)
-    l1_cap = tl.load(hyper + 6, mask=mask)
+    tl.store(row + SGD_LR, lr.to(tl.float32), mask=mask)
+    decay_scalars(hyper, lr, row + SGD_DECAY, mask, DECAY, False)
+
+
+@triton.jit
+def sgd_momentum_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
+    lr = tl.load(hyper + 0, mask=mask)
+    momentum = tl.load(hyper + 3, mask=mask)
+    dampening = tl.load(hyper + 4, mask=mask)
+    tl.store(row + SGD_LR, lr.to(tl.float32), mask=mask)
+    tl.store(row + SGD_MOMENTUM, momentum.to(tl.float32), mask=mask)
+    one_minus_dampening = tl.where(fresh != 0, 1.0, (1.0 - dampening).to(tl.float32))
+    tl.store(row + SGD_ONE_MINUS_DAMPENING, one_minus_dampening, mask=mask)
+    decay_scalars(hyper, lr, row + SGD_MOMENTUM_DECAY, mask, DECAY, False)
+
+
+@triton.jit
+def adam_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
+    lr = tl.load(hyper + 0, mask=mask)
+    beta1 = tl.load(hyper + 4, mask=mask)
+    beta2 = tl.load(hyper + 5, mask=mask)
+    eps = tl.load(hyper + 6, mask=mask)
     t = step.to(tl.int64)
     tl.store(row + ONE_MINUS_BETA1, (1.0 - beta1).to(tl.float32), mask=mask)
     tl.store(row + BETA2, beta2.to(tl.float32), mask=mask)
     tl.store(row + ONE_MINUS_BETA2, (1.0 - beta2).to(tl.float32), mask=mask)
     inv_sqrt_bias2 = 1.0 / tl.sqrt(1.0 - integer_power(beta2, t))
     tl.store(row + INV_SQRT_BIAS2, inv_sqrt_bias2.to(tl.float32), mask=mask)
-    tl.store(row + EPS, eps.to(tl.float32), mask=mask)
+    tl.store(row + ADAM_EPS, eps.to(tl.float32), mask=mask)
     tl.store(row + STEP_SIZE, (lr / (1.0 - integer_power(beta1, t))).to(tl.float32), mask=mask)
-    tl.store(row + LR_WD, (lr * weight_decay).to(tl.float32), mask=mask)
-    tl.store(row + LR_L1, (lr * l1_decay).to(tl.float32), mask=mask)
-    tl.store(row + LR_L1_CAP, (lr * l1_cap).to(tl.float32), mask=mask)
+    decay_scalars(hyper, lr, row + ADAM_DECAY, mask, DECAY, True)
+
+
+@triton.jit
+def adagrad_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
+    lr_decay = tl.load(hyper + 4, mask=mask)
+    eps = tl.load(hyper + 5, mask=mask)
+    lr = tl.load(hyper + 0, mask=mask) / (1.0 + (step.to(tl.float64) - 1.0) * lr_decay)
+    tl.store(row + ADAGRAD_LR, lr.to(tl.float32), mask=mask)
+    tl.store(row + ADAGRAD_EPS, eps.to(tl.float32), mask=mask)
+    decay_scalars(hyper, lr, row + ADAGRAD_DECAY, mask, DECAY, True)
+
+
+@triton.jit
+def rmsprop_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
+    lr = tl.load(hyper + 0, mask=mask)
+    alpha = tl.load(hyper + 4, mask=mask)
+    eps = tl.load(hyper + 5, mask=mask)
+    momentum = tl.load(hyper + 6, mask=mask)
+    tl.store(row + RMSPROP_LR, lr.to(tl.float32), mask=mask)
+    tl.store(row + ALPHA, alpha.to(tl.float32), mask=mask)
+    tl.store(row + ONE_MINUS_ALPHA, (1.0 - alpha).to(tl.float32), mask=mask)
+    tl.store(row + RMSPROP_EPS, eps.to(tl.float32), mask=mask)
+    tl.store(row + RMSPROP_MOMENTUM, momentum.to(tl.float32), mask=mask)
+    decay_scalars(hyper, lr, row + RMSPROP_DECAY, mask, DECAY, True)
 
 
 @triton.jit
@@ -84,6 +139,7 @@ def prologue(
     rows_ptr,
     tensors,
     SCALARS: tl.constexpr,
+    DECAY: tl.constexpr,
     HYPERS: tl.constexpr,
     ROW: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -93,4 +149,4 @@ def prologue(
     mask = tensor < tensors
     step = tl.load(steps_ptr + tensor, mask=mask, other=1.0)
     fresh = tl.load(fresh_ptr + tensor, mask=mask, other=0)
-    SCALARS(hyper_ptr + tensor * HYPERS, step, fresh, rows_ptr + tensor * ROW, mask)
+    SCALARS(hyper_ptr + tensor * HYPERS, step, fresh, rows_ptr + tensor * ROW, mask, DECAY)

@@ -179,6 +179,29 @@ void bf16_rounds_to_nearest_even() {
   }
 }
 
+#if defined(__FLT16_MAX__)
+// The compiler's own conversions, which round to nearest even as the hardware's do.
+void fp16_is_the_compilers() {
+  const auto half = [](float x) {
+    const _Float16 rounded = _Float16(x);
+    uint16_t bits;
+    std::memcpy(&bits, &rounded, 2);
+    return bits;
+  };
+  for (uint64_t u = 0; u < 1ull << 32; u += 997) {
+    const float x = float_of(uint32_t(u));
+    CHECK(Fp16::stored(x) == (std::isnan(x) ? 0x7e00u | (uint32_t(u) >> 16 & 0x8000u) : half(x)));
+  }
+  for (uint32_t h = 0; h < 1 << 16; ++h) {
+    const float x = Fp16::value(uint16_t(h));
+    if (!std::isnan(x)) CHECK(half(x) == h);
+    CHECK(std::isnan(x) == ((h & 0x7fffu) > 0x7c00u));
+  }
+}
+#else
+void fp16_is_the_compilers() {}
+#endif
+
 void integer_powers_are_products() {
   double product = 1.0;
   for (uint64_t n = 0; n < 200; ++n) {
@@ -212,6 +235,7 @@ int main() {
   RUN(strides_gather_and_scatter_any_range);
   RUN(every_bf16_value_survives_decode_and_encode);
   RUN(bf16_rounds_to_nearest_even);
+  RUN(fp16_is_the_compilers);
   RUN(integer_powers_are_products);
   RUN(unknown_instruction_sets_are_refused);
   std::puts("all passed");

@@ -23,19 +23,17 @@ std::unique_ptr<Any> make(int rule, int64_t n, Format p, Format g, std::vector<F
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
   const auto operand = [&](Format format, bool zero) {
-    const int64_t size = format == Format::bf16 ? 2 : 4;
+    const int64_t size = format == Format::fp32 ? 4 : 2;
     any->buffers.emplace_back(n * size + misalign * size);
     Operand o;
     o.format = format;
     o.data = any->buffers.back().address() + misalign * size;
     for (int64_t i = 0; i < n; ++i) {
       const float x = zero ? 0.0f : normal(random);
-      if (format == Format::bf16) {
-        const uint16_t stored = Bf16::stored(x);
-        std::memcpy(o.data + 2 * i, &stored, 2);
-      } else {
-        std::memcpy(o.data + 4 * i, &x, 4);
-      }
+      with_format(format, [&](auto as) {
+        const auto stored = as.stored(x);
+        std::memcpy(o.data + size * i, &stored, size_t(size));
+      });
     }
     return o;
   };
@@ -51,15 +49,6 @@ std::unique_ptr<Any> make(int rule, int64_t n, Format p, Format g, std::vector<F
   return any;
 }
 
-GroupRow group_of(int rule) {
-  GroupRow row;
-  row.rule = rule;
-  const double sgd[] = {0.1, 0.9, 0.2, 0.03}, adamw[] = {1e-2, 0.9, 0.999, 1e-8, 0.1, 0.3, 10.0};
-  const bool is_sgd = rules()[size_t(rule)].hyper.size() == 4;
-  std::copy(is_sgd ? std::begin(sgd) : std::begin(adamw), is_sgd ? std::end(sgd) : std::end(adamw), row.hyper);
-  return row;
-}
-
 bool same_memory(const Any& a, const Any& b) {
   for (size_t i = 0; i < a.buffers.size(); ++i) {
     const size_t offset = size_t(i == 0   ? a.tensor.p.data - a.buffers[i].data.get()
@@ -73,12 +62,12 @@ bool same_memory(const Any& a, const Any& b) {
 }
 
 using Formats = std::vector<Format>;
-const Format F = Format::fp32, B = Format::bf16;
+const Format F = Format::fp32, B = Format::bf16, H = Format::fp16;
 
 void every_rule_and_format_has_the_bits_of_the_cpu() {
   const std::vector<std::pair<std::pair<Format, Format>, Formats>> mixes = {
-      {{F, F}, {F}}, {{F, F}, {B}}, {{F, B}, {F}}, {{F, B}, {B}},   {{B, F}, {F}},
-      {{B, F}, {B}}, {{B, B}, {F}}, {{B, B}, {B}}, {{F, F}, {B, F}}};
+      {{F, F}, {F}}, {{F, F}, {B}}, {{F, B}, {F}},    {{F, B}, {B}}, {{B, F}, {F}}, {{B, F}, {B}},
+      {{B, B}, {F}}, {{B, B}, {B}}, {{F, F}, {B, F}}, {{H, H}, {H}}, {{H, F}, {F}}, {{H, B}, {F}}};
   for (int rule = 0; rule < int(rules().size()); ++rule) {
     for (const auto& mix : mixes) {
       for (int misalign : {0, 1}) {
@@ -125,14 +114,14 @@ void scalars_on_the_device_have_the_bits_of_the_host() {
     GroupRow group = group_of(rule);
     group.sign = -1.0f;
     DeviceStep device;
-    device.overrides = {{&lr, 0, 0, 0}, {&weight_decay, 0, 4, 1}};
+    device.overrides = {{&lr, 0, hyper_index(rule, "lr"), 0}, {&weight_decay, 0, hyper_index(rule, "weight_decay"), 1}};
     device.grad_scale = &scale;
     device.found_inf = &found_inf;
     cuda.run(&gpu, {group}, device);
     CHECK(cuda.launches() == 3);
     if (step == 2) continue;
-    group.hyper[0] = double(lr);
-    group.hyper[4] = weight_decay;
+    group.hyper[hyper_index(rule, "lr")] = double(lr);
+    group.hyper[hyper_index(rule, "weight_decay")] = weight_decay;
     cpu.run({group}, Control{0.25f, 0.0f}, 1);
   }
   CHECK(ours->step == 5.0f && theirs->step == 5.0f);

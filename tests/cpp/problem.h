@@ -1,8 +1,10 @@
 // Small AdamW problems for the C++ tests, in buffers of exactly their size.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -64,12 +66,23 @@ struct Problem {
   }
 };
 
-[[maybe_unused]] std::vector<GroupRow> adamw_group() {
-  GroupRow row;
-  row.rule = rule_number("adamw");
-  const double hyper[] = {1e-2, 0.9, 0.999, 1e-8, 0.1, 0.0, 10.0};
-  std::copy(std::begin(hyper), std::end(hyper), row.hyper);
-  return {row};
+// Where a rule's hyper-parameter of this name is.
+[[maybe_unused]] int hyper_index(int rule, const std::string& name) {
+  const auto& names = rules()[size_t(rule)].hyper;
+  return int(std::find(names.begin(), names.end(), name) - names.begin());
 }
+
+[[maybe_unused]] GroupRow group_of(int rule) {
+  const std::map<std::string, double> values = {
+      {"lr", 1e-2},  {"weight_decay", 0.1}, {"l1_decay", 0.3}, {"l1_cap", 10.0},  {"beta1", 0.9},    {"beta2", 0.999},
+      {"eps", 1e-8}, {"lr_decay", 0.1},     {"alpha", 0.9},    {"momentum", 0.9}, {"dampening", 0.2}};
+  GroupRow row;
+  row.rule = rule;
+  double* next = row.hyper;
+  for (const std::string& name : rules()[size_t(rule)].hyper) *next++ = values.at(name);
+  return row;
+}
+
+[[maybe_unused]] std::vector<GroupRow> adamw_group() { return {group_of(rule_number("adamw"))}; }
 
 }  // namespace

@@ -1,0 +1,205 @@
+"""Adagrad, and AdagradW with intrinsic decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, check_lr, check_nonnegative
+from ._plan import Row
+
+
+class _SumOfSquares(FusedOptimizer):
+    """What Adagrad and AdagradW share; ``_name`` is that of the rule."""
+
+    _name: str
+    _second_moment = "sum"
+    _counts_steps = True
+
+    def _check_defaults(self, defaults: dict[str, Any]) -> None:
+        check_lr(defaults["lr"])
+        for name in ("lr_decay", "weight_decay", "initial_accumulator_value"):
+            check_nonnegative(f"{name} value", name, defaults[name])
+        check_nonnegative("epsilon value", "eps", defaults["eps"])
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, backend: str | None) -> None:
+        FusedOptimizer.__init__(self, params, defaults, backend=backend)
+        # As torch: these states exist before the first step.
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._init_state(p, group, self._name)
+
+    def _row(self, group: dict[str, Any]) -> Row:
+        rule = self._decayed(self._name, group)
+        return Row(rule, -1.0 if group["maximize"] else 1.0, self._hyper(group, "lr_decay", "eps"))
+
+    def _initial(self, p: Tensor, group: dict[str, Any]) -> complex:
+        value = group["initial_accumulator_value"]
+        return complex(value, value) if p.is_complex() else value
+
+    def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
+        return 1.0
+
+
+class Adagrad(_SumOfSquares, torch.optim.Adagrad):
+    r"""Adagrad, a drop-in for :class:`torch.optim.Adagrad`, in one pass.
+
+    .. math::
+        d_t = g_t + \lambda p_{t-1}, \quad s_t = s_{t-1} + d_t^2, \quad
+        p_t = p_{t-1} - \frac{\gamma}{1 + (t-1)\eta}\, \frac{d_t}{\sqrt{s_t} + \epsilon}
+
+    Args:
+        params: parameters, named parameters or groups, as for any torch optimizer. Any shape; float32, bfloat16, float16 and
+            complex64 are fused, everything else runs on the reference backend, as do sparse gradients.
+        lr: learning rate gamma >= 0, a float or a tensor of one element (default 1e-2).
+        lr_decay: eta >= 0 (default 0).
+        weight_decay: lambda >= 0, coupled: added to the gradient (default 0).
+        initial_accumulator_value: what s starts from, >= 0 (default 0).
+        eps: >= 0, added to the root of s (default 1e-10).
+        foreach: accepted and ignored: a step is always one pass.
+        maximize: ascend instead of descend (default False).
+        differentiable: autograd sees the step, which runs on the reference backend (default False).
+        fused: accepted; True also lets ``torch.amp.GradScaler`` leave unscaling to the step, and keeps counters on the GPU.
+        state_format: dtype of s: None is the parameter's, as in torch, or "fp32", "bf16", "fp16" or their torch dtypes.
+        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+        RuntimeError: at the step, for a sparse gradient with weight decay, a wrong shape or device, or overlapping memory.
+
+    Warns:
+        PrecisionWarning: once, for an s in 16 bits, which stops growing or underflows.
+
+    State, from the constructor on as in torch: ``step``, ``sum``.
+
+    Source: Duchi, Hazan and Singer 2011, JMLR 12, figure 1, the diagonal case.
+
+    Example:
+        >>> import torch, precond
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> opt = precond.Adagrad([w], lr=0.1)
+        >>> (w**2).sum().backward()
+        >>> opt.step()
+        >>> [round(x, 6) for x in w.tolist()]
+        [0.9, -1.9]
+    """
+
+    _name = "adagrad"
+    _sparse_rules = frozenset({"adagrad"})
+    _group_options = {"state_format": None}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_format: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = dict(
+            lr=lr,
+            lr_decay=lr_decay,
+            eps=eps,
+            weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            fused=fused,
+            state_format=state_format,
+        )
+        _SumOfSquares.__init__(self, params, defaults, backend=backend)
+
+
+class AdagradW(_SumOfSquares):
+    r"""Adagrad with intrinsic decay, L2 and L1, in one pass.
+
+    .. math::
+        s_t = s_{t-1} + g_t^2, \quad \mathrm{den} = \sqrt{s_t} + \epsilon, \quad \gamma_t = \frac{\gamma}{1 + (t-1)\eta}
+
+        q = p_{t-1} - \gamma_t\lambda\, p_{t-1} - \gamma_t\, \frac{g_t}{\mathrm{den}}, \qquad
+        p_t = S_\tau(q), \quad \tau = \gamma_t \min(\lambda_1\, \mathrm{den}^{-1/2},\, c)
+
+    Adagrad is gradient descent in z where p = den^(-1/2) z; both decays are penalties on z. s grows with every step and the
+    gradient's part shrinks as t^(-1/2), which the L2 decay does not: its weight against the loss grows as sqrt(s), that of L1
+    as s^(1/4).
+
+    Args:
+        params, lr, lr_decay, initial_accumulator_value, eps, foreach, maximize, differentiable, fused, state_format, backend:
+            as for :class:`precond.Adagrad`.
+        weight_decay: intrinsic L2, lambda >= 0 (default 1e-2, as for AdamW).
+        l1_decay: intrinsic L1, lambda_1 >= 0 (default 0: the plain rule, bit for bit).
+        l1_form: "proximal" (exact zeros; default) or "subgradient" (subtracts the threshold times the sign of p).
+        l1_cap: c > 0, an upper bound of the threshold over lr (default 10). Coordinates that never had a gradient, where s is 0,
+            have no threshold.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+        RuntimeError: at the step, for a sparse gradient, a wrong shape or device, or overlapping memory.
+
+    Warns:
+        PrecisionWarning: once, for an s in 16 bits, which stops growing or underflows.
+
+    State, from the constructor on as in torch: ``step``, ``sum``.
+
+    Source: Duchi, Hazan and Singer 2011; intrinsic decay: Ye, arXiv 2410.00232, whose abstract states the idea; the formulas
+    for Adagrad are derived in METHODS A.2.2.
+
+    Example:
+        >>> import torch, precond
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.1]))
+        >>> opt = precond.AdagradW([w], lr=0.1, weight_decay=0.0, l1_decay=0.1)
+        >>> (w**2).sum().backward()
+        >>> opt.step()
+        >>> [round(x, 6) for x in w.tolist()]
+        [0.892929, -1.895, 0.0]
+    """
+
+    _name = "adagradw"
+    _group_options = {"state_format": None, **L1_OPTIONS, "l1_cap": 10.0}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 1e-2,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        l1_decay: float = 0.0,
+        l1_form: str = "proximal",
+        l1_cap: float = 10.0,
+        state_format: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = dict(
+            lr=lr,
+            lr_decay=lr_decay,
+            eps=eps,
+            weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            fused=fused,
+            l1_decay=l1_decay,
+            l1_form=l1_form,
+            l1_cap=l1_cap,
+            state_format=state_format,
+        )
+        super().__init__(params, defaults, backend=backend)

@@ -17,7 +17,8 @@ constexpr int64_t kSerialElements = 32768;
 // What a chunk costs beyond its elements, in elements: the call and the row.
 constexpr int64_t kChunkOverhead = 64;
 
-// IEEE denormals while a worker runs; torch.set_flush_denormal(True) would otherwise change our bits.
+// IEEE denormals while scalars are rounded to fp32 and while a worker runs; torch.set_flush_denormal(True) would
+// otherwise change our bits.
 class IeeeDenormals {
  public:
 #if defined(__SSE2__)
@@ -80,6 +81,7 @@ int32_t Plan::add_strides(const Strides& strides) {
 
 // Tensors of one group nearly always share a step, so a row is computed for the first and reused.
 const std::vector<float>& Plan::fill_rows(const std::vector<GroupRow>& groups) {
+  const IeeeDenormals ieee;
   struct Key {
     float step = -1.0f;
     bool fresh = false;

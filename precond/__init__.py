@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch as torch  # first: the extension shares its OpenMP runtime
 
+from ._groups import param_groups
 from ._optimizer import PrecisionWarning
 from ._version import __version__
 from .adagrad import Adagrad, AdagradW
@@ -22,4 +23,5 @@ __all__ = [
     "RMSprop",
     "RMSpropW",
     "__version__",
+    "param_groups",
 ]

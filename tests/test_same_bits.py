@@ -11,6 +11,7 @@ from precond import _C, _plan
 
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+triton_bits = pytest.mark.usefixtures("triton_interpreter")
 SIZES = [1, 7, 64, 300, 513, 2049, 40_000]
 
 
@@ -150,6 +151,7 @@ def test_this_backend_agrees_with_the_cpu(row, dtype, make):
 TRITON_SIZES = [1, 64, 300, 1023, 1025]
 
 
+@triton_bits
 @rows
 @pytest.mark.parametrize(
     ("dtype", "g_dtype"),
@@ -167,6 +169,7 @@ def test_triton_in_the_interpreter_agrees(row, dtype, g_dtype, make):
     assert_same(train(row, dtype, backend="triton", **kwargs), train(row, dtype, backend="cpu", **kwargs))
 
 
+@triton_bits
 @pytest.mark.parametrize("row", OPTIMIZERS[:4], ids=str)
 @pytest.mark.parametrize("layout", ["offset", "strided"])
 def test_triton_takes_every_layout(row, layout):
@@ -176,6 +179,7 @@ def test_triton_takes_every_layout(row, layout):
     )
 
 
+@triton_bits
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "strided"])
 def test_triton_takes_every_gradient_layout_and_leaves_it_alone(layout):
     row = OPTIMIZERS[3]
@@ -192,6 +196,7 @@ def test_triton_takes_every_gradient_layout_and_leaves_it_alone(layout):
     assert bits_equal(*results)
 
 
+@triton_bits
 def test_triton_takes_states_of_different_formats():
     row = OPTIMIZERS[3]
     results = []
@@ -213,7 +218,7 @@ def test_triton_takes_states_of_different_formats():
 
 @pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 def test_the_scalars_of_both_texts_are_the_same_bits(row):
-    from precond.triton_kernels import scalars
+    from precond.triton_kernels import kernel, scalars
 
     from precond import triton_kernels
 
@@ -227,12 +232,16 @@ def test_the_scalars_of_both_texts_are_the_same_bits(row):
         written = torch.full((scalars.ROW_FLOATS.value,), 7.0)
         scalars.prologue[(1,)](
             hyper,
-            torch.tensor([float(step)]),
-            torch.tensor([step == 1], dtype=torch.int32),
+            torch.tensor([0, 1, step == 1, 0, step]),
             written,
+            torch.empty(2),
+            None,
+            None,
+            1.0,
             1,
             SCALARS=rule.scalars,
             HYPERS=len(rule.hyper),
+            JOB=kernel.JOB,
             ROW=scalars.ROW_FLOATS.value,
             BLOCK=1,
         )

@@ -139,9 +139,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        # Only the CUDA backend reads a scaler's tensors on their device. For the others both are numbers, and a step to skip
+        # Only CUDA and Triton read a scaler's tensors on their device. For the others both are numbers, and a step to skip
         # is skipped here, before it makes a state.
-        by_device = self._own["backend"] in (None, "cuda") and not _backend.why_not("cuda")
+        by_device = any(
+            self._own["backend"] in (None, name) and not _backend.why_not(name) for name in ("cuda", "triton")
+        )
         if found_inf is not None and not (by_device and _backend.on_device(found_inf)):
             if found_inf.item():
                 return
@@ -243,7 +245,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _step_on_device(self, group: dict[str, Any], backend: str) -> bool:
         """Where torch keeps a parameter's step counter: beside it if capturable or fused, else on the host."""
-        return backend == "cuda" and bool(group.get("capturable") or group.get("fused"))
+        return backend in ("cuda", "triton") and bool(group.get("capturable") or group.get("fused"))
 
     def _initial(self, p: Tensor, group: dict[str, Any]) -> complex:
         """What a new state is filled with."""

@@ -58,6 +58,11 @@ def table_of(rows: list[Row], device: bool) -> list[tuple[int, float, tuple[floa
     return table
 
 
+def is_counter(value: object, device: torch.device) -> bool:
+    """True for a step counter as torch keeps it, on a device."""
+    return isinstance(value, Tensor) and (value.dtype, value.dim(), value.device) == (torch.float32, 0, device)
+
+
 class Slow(NamedTuple):
     """A parameter that no compiled plan updates."""
 
@@ -144,6 +149,7 @@ class StepPlan:
     """Everything that one optimizer's step updates, on every backend. Building it makes missing states."""
 
     def __init__(self, optimizer: FusedOptimizer, rows: list[Row]) -> None:
+        self.new = True
         self.rules = [row.rule for row in rows]
         self.slow: list[Slow] = []
         self.compiled: list[Compiled] = []
@@ -220,22 +226,33 @@ class StepPlan:
         """Update everything. False, and nothing changed, where the plan no longer holds."""
         if self.rules != [row.rule for row in rows]:
             return False
-        for name, p, group, backend in self.slow:
-            if optimizer._input_of(p) is not None and (
-                optimizer._backend_of(name, p, rows[group]) != backend or optimizer._missing_states(p, rows[group].rule)
-            ):
-                return False
+        # A plan that was built for this step has just made these checks.
+        if not self.new and not all(self._holds(optimizer, rows, slow) for slow in self.slow):
+            return False
+        self.new = False
         for backend, _, plan in self.compiled:
             table = table_of(rows, backend == "cuda")
             if not plan.refresh(optimizer.param_groups, optimizer.state, optimizer._inputs, table):
                 return False
 
-        if self.slow or any(backend != "cuda" for backend, _, _ in self.compiled):
-            # Parameters that the CUDA backend does not take share the step: the host must know, and waits.
+        backends = {backend for backend, _, _ in self.compiled} | {slow.backend for slow in self.slow}
+        if not backends <= {"cuda", "triton"}:
+            # Parameters that neither of them takes share the step: the host must know, and waits.
             if control.found_inf is not None and control.found_inf.item():
                 return True
             if control.grad_scale is not None:
                 control = Control(control.grad_coef / float(control.grad_scale), None, None)
+        elif control.found_inf is not None and any(self._counted_by_host(optimizer, slow) for slow in self.slow):
+            # The host would have to wait before it counts. As the CUDA backend, rather than wait in silence: a scaler hands
+            # over found_inf only where fused=True was asked for, and then a group without it is an oversight.
+            raise RuntimeError(
+                "fused must be True in every group for a loss scaler's found_inf: step counters are on the host"
+            )
+
+        on_gpu = any(slow.backend == "triton" and slow.param.is_cuda for slow in self.slow)
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            # A replay would upload its tables again, from memory that is somebody else's by then.
+            raise RuntimeError("backend='triton' must not be captured into a graph")
 
         updated: list[Tensor] = []
         for backend, device, plan in self.compiled:
@@ -251,33 +268,55 @@ class StepPlan:
                         p.record_stream(torch.cuda.current_stream(device))
         torch.autograd.graph.increment_version(updated)
         if self.slow:
-            self._run_slow(optimizer, rows, control.grad_coef)
+            self._run_slow(optimizer, rows, control)
         self.fresh.clear()
         return True
 
-    def _run_slow(self, optimizer: FusedOptimizer, rows: list[Row], grad_coef: float) -> None:
+    def _holds(self, optimizer: FusedOptimizer, rows: list[Row], slow: Slow) -> bool:
+        """True where a parameter that has a gradient is as it was checked."""
+        name, p, group, backend = slow
+        if optimizer._input_of(p) is None:
+            return True
+        row = rows[group]
+        if optimizer._backend_of(name, p, row) != backend or optimizer._missing_states(p, row.rule):
+            return False
+        if not optimizer._counts_steps:
+            return True
+        beside = optimizer._step_on_device(optimizer.param_groups[group], "triton")
+        return is_counter(optimizer.state[p]["step"], p.device if beside else torch.device("cpu"))
+
+    def _counted_by_host(self, optimizer: FusedOptimizer, slow: Slow) -> bool:
+        """True where a step of this parameter moves a counter on the host."""
+        return (
+            optimizer._counts_steps
+            and optimizer._input_of(slow.param) is not None
+            and not optimizer._step_on_device(optimizer.param_groups[slow.group], slow.backend)
+        )
+
+    def _run_slow(self, optimizer: FusedOptimizer, rows: list[Row], control: Control) -> None:
         for_triton = []
-        for _, p, group, backend in self.slow:
+        for slow in self.slow:
+            _, p, group, backend = slow
             g = optimizer._input_of(p)
             if g is None:
                 continue
-            row = rows[group]
-            step = 0
-            if optimizer._counts_steps:
-                optimizer.state[p]["step"] += 1
-                step = int(optimizer.state[p]["step"].item())
-            states = [local(t) for t in optimizer._states(p, row.rule).values()]
-            # Where autograd watches, a tensor lr stays one.
-            hyper = row.hyper if torch.is_grad_enabled() else {name: float(value) for name, value in row.hyper.items()}
-            item = (row.rule, local(p), local(g), states, hyper, step, p in self.fresh, row.sign * grad_coef)
+            rule, sign, hyper = rows[group]
+            step: Any = optimizer.state[p]["step"] if optimizer._counts_steps else 0
+            if self._counted_by_host(optimizer, slow):
+                step += 1
+                step = int(step.item())
+            tensors = [local(t) for t in (p, g, *optimizer._states(p, rule).values())]
+            fresh = p in self.fresh
             if backend == "triton":
-                for_triton.append(item)
-            elif g.is_sparse:
-                reference.update_sparse(*item)
-            else:
-                reference.update(*item)
+                p, g, *states = (torch.view_as_real(t) if t.is_complex() else t for t in tensors)
+                for_triton.append((rule, p, g, states, hyper, step, fresh, sign))
+                continue
+            # Where autograd watches, a tensor lr stays one.
+            numbers = hyper if torch.is_grad_enabled() else {name: float(value) for name, value in hyper.items()}
+            update = reference.update_sparse if g.is_sparse else reference.update
+            update(rule, tensors[0], tensors[1], tensors[2:], numbers, step, fresh, sign * control.grad_coef)
         if for_triton:
             from . import triton_kernels  # type: ignore[attr-defined]
 
-            triton_kernels.update([triton_kernels.Item(*item) for item in for_triton])
+            triton_kernels.update([triton_kernels.Item(*item) for item in for_triton], *control)
             torch.autograd.graph.increment_version([item[1] for item in for_triton])

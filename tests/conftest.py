@@ -42,3 +42,11 @@ def isa(request):
     _C.select_isa(request.param)
     yield request.param
     _C.select_isa(before)
+
+
+@pytest.fixture
+def triton_interpreter():
+    """For a test that holds Triton to the CPU's bits: skipped where the interpreter has others than the compiler."""
+    triton = pytest.importorskip("triton")
+    if os.environ["TRITON_INTERPRET"] == "1" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        pytest.skip("Triton's interpreter before 3.9 does not fuse tl.fma")

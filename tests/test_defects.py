@@ -156,6 +156,19 @@ def test_states_replaced_by_plain_values_are_read_anew(row, value):
     assert all(torch.isfinite(p).all() for p in net.parameters())
 
 
+@pytest.mark.parametrize("value", [1, 5.0, torch.ones(1, dtype=torch.float64)])
+def test_counters_replaced_beside_a_parameter_of_another_backend_are_read_anew(value):
+    params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    optimizer = precond.AdamW(params)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.state[params[1]]["step"] = value
+    optimizer.step()
+    assert optimizer.state[params[1]]["step"].item() == float(value) + 1.0
+
+
 def test_a_gradient_that_turns_sparse_gives_our_message():
     p = torch.nn.Parameter(torch.ones(4, 3))
     optimizer = precond.AdamW([p])

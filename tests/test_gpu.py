@@ -113,6 +113,16 @@ def test_capture_without_capturable_is_an_error():
         optimizer.step()
 
 
+@pytest.mark.skipif(bool(_backend.why_not("triton")) or _backend.interpreting(), reason="needs compiled Triton")
+def test_triton_refuses_to_be_captured():
+    p = torch.nn.Parameter(torch.randn(10, device="cuda"))
+    optimizer = precond.AdamW([p], capturable=True, backend="triton")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="must not be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.cls.__name__)
 def test_a_step_runs_on_the_current_stream(row):
     p = torch.nn.Parameter(torch.randn(1 << 22, device="cuda"))
@@ -132,9 +142,10 @@ def test_a_step_runs_on_the_current_stream(row):
 
 
 @rows
-def test_a_scaler_skips_without_a_sync(row):
+@backends
+def test_a_scaler_skips_without_a_sync(row, backend):
     p = torch.nn.Parameter(torch.ones(1000, device="cuda"))
-    optimizer = row.cls([p], **row.kwargs, fused=True, backend="cuda")
+    optimizer = row.cls([p], **row.kwargs, fused=True, backend=backend)
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     for overflow in (False, True, False):
         optimizer.zero_grad()

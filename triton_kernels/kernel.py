@@ -1,5 +1,8 @@
 """One launch per (rule, formats) for all tensors: a table of addresses, a table of chunks, load, rule, store."""
 
+import functools
+import math
+from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,9 +16,13 @@ from .formats import address, decode, encode
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BLOCK = 1024
 WARPS = 4
+# Tensors per program of the prologue, with one warp: a counter is then read before any thread writes it.
+PROLOGUE_BLOCK = 32
 # Slots of a tensor in the address table: p, g, up to three states, the number of elements, and again that number if every
 # address is a multiple of 16 bytes, else 0.
 SLOTS = tl.constexpr(7)
+# Numbers of a tensor for the prologue: group, sign, fresh, the address of its counter, the number of this step.
+JOB = 5
 
 
 class Rule(NamedTuple):
@@ -64,10 +71,10 @@ class Item(NamedTuple):
     p: Tensor
     g: Tensor
     states: list[Tensor]
-    hyper: dict[str, float]
-    step: int
+    hyper: Mapping[str, float | Tensor]  # one object per group; its tensors are read on the device
+    step: int | Tensor  # the number of this step, or a counter on the device, which the launch advances
     fresh: bool
-    grad_coef: float
+    sign: float
 
 
 @triton.jit
@@ -159,93 +166,145 @@ def update_kernel(
         update_block(slots, offsets, mask, row, grad_coef, RULE, DECAY, STATES, P, G, S0, S1, S2, False)
 
 
-def in_order_of(p: Tensor) -> list[int]:
-    """The dimensions of p from the slowest to the fastest in memory."""
-    return sorted(range(p.dim()), key=lambda d: -p.stride(d) if p.shape[d] > 1 else 0)
+@functools.lru_cache(maxsize=4096)
+def storage_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+    """The dimensions from the slowest to the fastest in memory, and whether the elements then fill one stretch of it."""
+    order = tuple(sorted(range(len(shape)), key=lambda d: -strides[d] if shape[d] > 1 else 0))
+    expected = 1
+    for d in reversed(order):
+        if shape[d] != 1 and strides[d] != expected:
+            return order, False
+        expected *= shape[d]
+    return order, True
 
 
-def update(items: list[Item], skip: float = 0.0) -> None:
-    """Update every item in place; items that share a rule and formats share a launch."""
-    launches: dict[tuple[str, ...], list[Item]] = {}
+def update(
+    items: list[Item], grad_coef: float = 1.0, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+) -> None:
+    """Update every item in place; items that share a rule, formats and a device share a launch.
+
+    A loss scaler's tensors are on a device. Nothing here waits for one: what is there is read there.
+    """
+    launches: dict[tuple[object, ...], list[Item]] = {}
     for item in items:
-        if item.p.numel() > 0:
-            formats = [FORMATS[t.dtype] for t in (item.p, item.g, *item.states)]
-            launches.setdefault((item.rule, *formats), []).append(item)
-    for key, group in launches.items():
-        launch(RULES[key[0]], group, skip)
+        formats = [FORMATS[t.dtype] for t in (item.p, item.g, *item.states)]
+        launches.setdefault((item.rule, item.p.device, *formats), []).append(item)
+    for (rule, device, *formats), group in launches.items():
+        scaler = [None if t is None else t.to(device) for t in (grad_scale, found_inf)]
+        # Triton launches on the current device.
+        with torch.cuda.device_of(group[0].p):
+            launch(RULES[rule], device, formats, group, grad_coef, *scaler)
 
 
-class Tables(NamedTuple):
-    """What a launch reads from device memory and what it was made from: uploaded again only when an address changed."""
-
-    numbers: list[list[int]]
-    tensors: Tensor
-    chunks: Tensor
+# What the host last put into each table, and the table in device memory.
+_tables: dict[Hashable, tuple[list, Tensor]] = {}
+_TABLES_KEPT = 256
 
 
-_tables: dict[tuple[object, ...], Tables] = {}
-_TABLES_KEPT = 64
-
-
-def to_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Upload without waiting for the device."""
-    host = torch.tensor(values, dtype=dtype)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-
-
-def tables_of(key: tuple[object, ...], numbers: list[list[int]], device: torch.device) -> Tables:
-    """The device's tables for these numbers, kept from the last step if they are the same."""
+def table(key: Hashable, values: list, make: Callable[[list], Tensor], device: torch.device) -> Tensor:
+    """A table made from these values, in device memory: the one of the last step if they are the same. Does not wait."""
     kept = _tables.pop(key, None)
-    if kept is None or kept.numbers != numbers:
-        chunks = [(i, begin) for i, row in enumerate(numbers) for begin in range(0, row[5], BLOCK)]
-        kept = Tables(numbers, to_device(numbers, torch.int64, device), to_device(chunks, torch.int64, device))
+    if kept is None or kept[0] != values:
+        with torch.device("cpu"):
+            host = make(values)
+        kept = values, host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
     while len(_tables) >= _TABLES_KEPT:
         del _tables[next(iter(_tables))]
     _tables[key] = kept
-    return kept
+    return kept[1]
 
 
-def launch(rule: Rule, items: list[Item], skip: float) -> None:
+def address_table(values: list[int], width: int) -> Tensor:
+    """Per tensor SLOTS numbers, from its number of elements and its addresses."""
+    found = torch.tensor(values, dtype=torch.int64).view(-1, 1 + width)
+    numel, addresses = found[:, 0], found[:, 1:]
+    slots = torch.zeros(len(found), SLOTS.value, dtype=torch.int64)
+    slots[:, :width] = addresses
+    slots[:, 5] = numel
+    slots[:, 6] = numel * (addresses % 16 == 0).all(dim=1)
+    return slots
+
+
+def chunk_table(sizes: list[int]) -> Tensor:
+    """(tensor, first element) of every chunk."""
+    counts = (torch.tensor(sizes, dtype=torch.int64) + BLOCK - 1) // BLOCK
+    tensor = torch.repeat_interleave(counts)
+    first_chunk = counts.cumsum(0) - counts
+    return torch.stack([tensor, (torch.arange(len(tensor)) - first_chunk[tensor]) * BLOCK], dim=1)
+
+
+def hyper_table(key: Hashable, rule: Rule, hypers: list[Mapping[str, float | Tensor]], device: torch.device) -> Tensor:
+    """The hyper-parameters of every group, in the rule's order. Those that are tensors are copied on the device."""
+    values = [hyper[name] for hyper in hypers for name in rule.hyper]
+    # NaN is no hyper-parameter: a number that takes a tensor's place is seen as a change.
+    numbers = [math.nan if isinstance(value, Tensor) else value for value in values]
+    hyper = table(key, numbers, functools.partial(torch.tensor, dtype=torch.float64), device)
+    for cell, value in enumerate(values):
+        if isinstance(value, Tensor):
+            hyper[cell].copy_(value.view(()))
+    return hyper
+
+
+def launch(
+    rule: Rule,
+    device: torch.device,
+    formats: list[str],
+    items: list[Item],
+    grad_coef: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
     """One prologue and one update for tensors of one rule and one set of formats."""
-    device = items[0].p.device
-    numbers, copies, alive = [], [], []
+    places, sizes, jobs, copies, alive = [], [], [], [], []
+    hypers = {id(item.hyper): item.hyper for item in items}
+    group_of = {name: group for group, name in enumerate(hypers)}
     for item in items:
-        order = in_order_of(item.p)
-        operands = [t.permute(order) for t in (item.p, item.g, *item.states)]
-        # A layout that is not dense in p's order goes through a dense copy; the gradient's is not copied back.
-        flat = [t.contiguous() for t in operands]
-        alive.append(flat)
-        written = [(operands[k], flat[k]) for k in range(len(flat)) if k != 1]
-        copies += [(to, back) for to, back in written if to.data_ptr() != back.data_ptr()]
-        addresses = [t.data_ptr() for t in flat]
+        operands = [item.p, item.g, *item.states]
+        strides = item.p.stride()
+        order, dense = storage_order(item.p.shape, strides)
+        if not dense or any(t.stride() != strides for t in operands):
+            # A layout that is not dense in p's order goes through a dense copy; the gradient's is not copied back.
+            views = [t.permute(order) for t in operands]
+            operands = [t.contiguous() for t in views]
+            alive.append(operands)
+            written = [(views[k], operands[k]) for k in range(len(views)) if k != 1]
+            copies += [(to, back) for to, back in written if to.data_ptr() != back.data_ptr()]
         numel = item.p.numel()
-        aligned = numel if all(a % 16 == 0 for a in addresses) else 0
-        numbers.append(addresses + [0] * (5 - len(addresses)) + [numel, aligned])
+        sizes.append(numel)
+        places.append(numel)
+        places += [t.data_ptr() for t in operands]
+        counter, step = (item.step.data_ptr(), 0) if isinstance(item.step, Tensor) else (0, item.step)
+        jobs += [group_of[id(item.hyper)], int(item.sign), int(item.fresh), counter, step]
 
-    formats = [FORMATS[t.dtype] for t in (items[0].p, items[0].g, *items[0].states)]
-    tables = tables_of((device, rule.update, rule.decay, *formats, len(items), numbers[0][0]), numbers, device)
-    hyper = to_device([[item.hyper[name] for name in rule.hyper] for item in items], torch.float64, device)
-    steps = to_device([item.step for item in items], torch.float32, device)
-    fresh = to_device([item.fresh for item in items], torch.int32, device)
-    control = to_device([skip] + [item.grad_coef for item in items], torch.float32, device)
+    key = (rule.update, rule.decay, device, *formats, len(items), places[1])
+    tensors = table(("tensors", *key), places, functools.partial(address_table, width=len(formats)), device)
+    chunks = table(("chunks", *key), sizes, chunk_table, device)
+    jobs_table = table(("jobs", *key), jobs, functools.partial(torch.tensor, dtype=torch.int64), device)
+    hyper = hyper_table(("hyper", *key), rule, list(hypers.values()), device)
     rows = torch.empty(len(items) * scalars.ROW_FLOATS.value, dtype=torch.float32, device=device)
-    scalars.prologue[(triton.cdiv(len(items), 32),)](
+    control = torch.empty(1 + len(items), dtype=torch.float32, device=device)
+    scalars.prologue[(triton.cdiv(len(items), PROLOGUE_BLOCK),)](
         hyper,
-        steps,
-        fresh,
+        jobs_table,
         rows,
+        control,
+        grad_scale,
+        found_inf,
+        grad_coef,
         len(items),
         SCALARS=rule.scalars,
         DECAY=rule.decay,
         HYPERS=len(rule.hyper),
+        JOB=JOB,
         ROW=scalars.ROW_FLOATS.value,
-        BLOCK=32,
+        BLOCK=PROLOGUE_BLOCK,
+        num_warps=1,
         enable_fp_fusion=False,
     )
     state_formats = formats[2:] + ["fp32"] * 3
-    update_kernel[(len(tables.chunks),)](
-        tables.chunks,
-        tables.tensors,
+    update_kernel[(len(chunks),)](
+        chunks,
+        tensors,
         rows,
         control,
         RULE=rule.update,

@@ -134,19 +134,44 @@ def rmsprop_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
 @triton.jit
 def prologue(
     hyper_ptr,
-    steps_ptr,
-    fresh_ptr,
+    jobs_ptr,
     rows_ptr,
+    control_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    grad_coef,
     tensors,
     SCALARS: tl.constexpr,
     DECAY: tl.constexpr,
     HYPERS: tl.constexpr,
+    JOB: tl.constexpr,
     ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Fill one row per tensor. hyper_ptr: float64 [tensors, HYPERS]; steps_ptr: float32; fresh_ptr: int32."""
+    """Fill one row per tensor and what update_kernel reads at control_ptr; count the steps that are counted on the device.
+
+    hyper_ptr: float64 [groups, HYPERS]; jobs_ptr: int64 [tensors, JOB]: group, sign, fresh, the address of a counter or 0,
+    and without one the number of this step; a loss scaler's pointers may be None.
+    """
     tensor = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = tensor < tensors
-    step = tl.load(steps_ptr + tensor, mask=mask, other=1.0)
-    fresh = tl.load(fresh_ptr + tensor, mask=mask, other=0)
-    SCALARS(hyper_ptr + tensor * HYPERS, step, fresh, rows_ptr + tensor * ROW, mask, DECAY)
+    if grad_scale_ptr is not None:
+        grad_coef = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(tl.float32) * grad_coef
+    job = jobs_ptr + tensor * JOB
+    group = tl.load(job, mask=mask, other=0)
+    sign = tl.load(job + 1, mask=mask, other=1).to(tl.float32)
+    fresh = tl.load(job + 2, mask=mask, other=0)
+    counter = tl.load(job + 3, mask=mask, other=0)
+    step = tl.load(job + 4, mask=mask, other=1).to(tl.float32)
+    tl.store(control_ptr + 1 + tensor, sign * grad_coef, mask=mask)
+
+    counter_ptr = counter.to(tl.pointer_type(tl.float32))
+    counts = mask & (counter != 0)
+    step = tl.where(counts, tl.load(counter_ptr, mask=counts, other=0.0) + 1.0, step)
+    skip = 0.0
+    if found_inf_ptr is not None:
+        skip = tl.load(found_inf_ptr)
+        counts = tl.where(skip == 0.0, counts, False)
+    tl.store(counter_ptr, step, mask=counts)
+    tl.store(control_ptr, skip)
+    SCALARS(hyper_ptr + group * HYPERS, step, fresh, rows_ptr + tensor * ROW, mask, DECAY)

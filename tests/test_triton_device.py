@@ -1,0 +1,260 @@
+"""What a Triton step keeps on the device: tensor hyper-parameters, step counters, the loss scale; and what it keeps from the
+last step. In the interpreter every tensor stands for one on a device; with TRITON_INTERPRET=0 on a GPU they are there.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import bits_equal, random_values
+from optimizers import OPTIMIZERS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from precond import _backend
+
+pytestmark = pytest.mark.usefixtures("triton_interpreter")
+rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+DEVICE = "cuda" if os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available() else "cpu"
+ADAMW = next(row for row in OPTIMIZERS if row.rule == "adamw")
+
+
+class NoHostReads(TorchDispatchMode):
+    """An error where the host reads a tensor's value: item, float, int, bool, tolist."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host read a tensor"
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        return super().__exit__(*args)
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_on_the_device(monkeypatch):
+    monkeypatch.setattr(_backend, "on_device", lambda value: isinstance(value, torch.Tensor))
+
+
+def device_tensor(value, dtype=torch.float32):
+    return torch.tensor(value, dtype=dtype, device=DEVICE)
+
+
+def pair(row, sizes=(5, 700, 1025), **override):
+    """Two groups of equal parameters: on Triton with counters on the device, and on the CPU."""
+    values = [random_values((n,)) for n in sizes]
+    ours = [torch.nn.Parameter(v.to(DEVICE, copy=True)) for v in values]
+    theirs = [torch.nn.Parameter(v.clone()) for v in values]
+
+    def groups(params):
+        return [{"params": params[:1], "lr": 0.3}, {"params": params[1:]}]
+
+    a = row.cls(groups(ours), **{**row.kwargs, "fused": True, **override}, backend="triton")
+    return ours, theirs, a, row.cls(groups(theirs), **row.kwargs, backend="cpu")
+
+
+def give(ours, theirs, factor=1.0):
+    for p, q in zip(ours, theirs, strict=True):
+        q.grad = factor * random_values(q.shape)
+        p.grad = q.grad.to(DEVICE, copy=True)
+
+
+def tensors_of(optimizer, params, rule):
+    return [t.detach().cpu() for p in params for t in (p, *optimizer._states(p, rule).values())]
+
+
+def assert_same(a, ours, b, theirs, rule):
+    found, expected = tensors_of(a, ours, rule), tensors_of(b, theirs, rule)
+    assert len(found) == len(expected)
+    assert all(bits_equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@rows
+def test_tensor_hyper_parameters_are_read_on_the_device(row):
+    ours, theirs, a, b = pair(row)
+    lr = device_tensor([0.05])
+    a.param_groups[1]["lr"] = lr
+    a.param_groups[0]["weight_decay"] = device_tensor(0.3, torch.float64)
+    b.param_groups[0]["weight_decay"] = 0.3
+    if "betas" in a.defaults:
+        a.param_groups[1]["betas"] = device_tensor(0.8), device_tensor(0.97, torch.float64)
+        b.param_groups[1]["betas"] = torch.tensor(0.8).item(), 0.97
+    for value in (0.05, 0.01, 0.2):
+        lr.fill_(value)
+        b.param_groups[1]["lr"] = lr.item()
+        give(ours, theirs)
+        with NoHostReads():
+            a.step()
+        b.step()
+    assert_same(a, ours, b, theirs, row.rule)
+
+
+@rows
+def test_a_number_may_take_the_place_of_a_tensor(row):
+    ours, theirs, a, b = pair(row)
+    for value in (0.1, device_tensor(0.25), 0.0, device_tensor(0.5)):
+        a.param_groups[1]["lr"] = value
+        b.param_groups[1]["lr"] = float(value)
+        give(ours, theirs)
+        a.step()
+        b.step()
+        assert_same(a, ours, b, theirs, row.rule)
+
+
+@rows
+def test_a_loss_scaler_unscales_and_a_skipped_step_changes_nothing(row):
+    ours, theirs, a, b = pair(row)
+    scale = device_tensor(3.0)
+    for i, overflow in enumerate((False, True, False, True, False)):
+        give(ours, theirs, 3.0)
+        a.grad_scale, a.found_inf = scale, device_tensor(float(overflow))
+        b.grad_scale = scale.cpu()
+        before = tensors_of(a, ours, row.rule)
+        with NoHostReads():
+            a.step()
+        if overflow:
+            assert all(bits_equal(x, y) for x, y in zip(before, tensors_of(a, ours, row.rule), strict=True))
+        else:
+            b.step()
+        assert_same(a, ours, b, theirs, row.rule)
+        for p in ours:
+            if row.cls._counts_steps:
+                assert a.state[p]["step"].item() == (i + 2) // 2
+                assert a.state[p]["step"].device == p.device
+
+
+def test_a_scaler_with_counters_on_the_host_is_an_error_that_changes_nothing():
+    ours, theirs, a, _ = pair(ADAMW, fused=None)
+    before = [p.detach().clone() for p in ours]
+    give(ours, theirs)
+    a.found_inf = device_tensor(0.0)
+    with pytest.raises(RuntimeError, match="fused must be True in every group"):
+        a.step()
+    assert all(bits_equal(p.detach(), q) for p, q in zip(ours, before, strict=True))
+    assert all(a.state[p]["step"].item() == 0 for p in ours)
+
+
+def test_counters_on_the_host_stay_there():
+    ours, theirs, a, b = pair(ADAMW, fused=None)
+    for _ in range(3):
+        give(ours, theirs)
+        a.step()
+        b.step()
+    assert_same(a, ours, b, theirs, "adamw")
+    assert all(a.state[p]["step"].item() == 3 and a.state[p]["step"].device.type == "cpu" for p in ours)
+
+
+def test_counters_of_parameters_without_elements_count_too():
+    ours, theirs, a, b = pair(ADAMW, sizes=(3, 0))
+    for _ in range(2):
+        give(ours, theirs)
+        a.step()
+        b.step()
+    assert [a.state[p]["step"].item() for p in ours] == [2, 2]
+
+
+@rows
+def test_tables_are_made_again_only_where_an_address_or_a_shape_changed(row, monkeypatch):
+    from precond.triton_kernels import kernel
+
+    made = []
+    for name in ("address_table", "chunk_table"):
+        real = getattr(kernel, name)
+        monkeypatch.setattr(
+            kernel, name, lambda *args, real=real, name=name, **kw: made.append(name) or real(*args, **kw)
+        )
+    kernel._tables.clear()
+    values = random_values((40, 30))
+    p, q = torch.nn.Parameter(values.to(DEVICE, copy=True)), torch.nn.Parameter(values.clone())
+    a, b = row.cls([p], **row.kwargs, fused=True, backend="triton"), row.cls([q], **row.kwargs, backend="cpu")
+
+    def step():
+        made.clear()
+        p.grad.copy_(g := random_values(p.shape))
+        q.grad = g
+        a.step()
+        b.step()
+        assert_same(a, [p], b, [q], row.rule)
+        return made
+
+    p.grad = torch.empty_like(p)
+    assert step() == ["address_table", "chunk_table"]
+    assert step() == []
+    first = p.grad
+    p.grad = torch.empty_like(p)
+    assert step() == ["address_table"]
+    p.grad = first
+    assert step() == ["address_table"]
+    # The same memory in another order, for the parameter, its gradient and its states.
+    for owner, optimizer in ((p, a), (q, b)):
+        owner.data = owner.data.view(30, 40).t()
+        for name, state in optimizer._states(owner, row.rule).items():
+            optimizer.state[owner][name] = state.view(30, 40).t()
+    p.grad = first.view(30, 40).t()
+    assert step() == []
+    # Of another order than the parameter: through a copy.
+    p.grad = first
+    assert step() == ["address_table"]
+
+
+def test_the_default_device_does_not_matter():
+    ours, theirs, a, b = pair(ADAMW)
+    give(ours, theirs)
+    torch.set_default_device("meta")
+    try:
+        a.step()
+    finally:
+        torch.set_default_device(None)
+    b.step()
+    assert_same(a, ours, b, theirs, "adamw")
+
+
+COMPILE_PROLOGUE = """
+import itertools, re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from precond.triton_kernels import kernel, scalars
+
+targets = ("cuda", 90, 32), ("hip", "gfx942", 64)
+rules = {(rule.scalars, rule.decay): rule for rule in kernel.RULES.values()}.values()
+for target, rule, has_scaler in itertools.product(targets, rules, (False, True)):
+    types = ["*fp64", "*i64", "*fp32", "*fp32", "*fp32", "*fp32", "fp32", "i32"]
+    constants = dict(SCALARS=rule.scalars, DECAY=rule.decay, HYPERS=len(rule.hyper), JOB=kernel.JOB, ROW=scalars.ROW_FLOATS.value,
+                     BLOCK=kernel.PROLOGUE_BLOCK)
+    if not has_scaler:
+        constants |= dict(grad_scale_ptr=None, found_inf_ptr=None)
+    names = scalars.prologue.arg_names
+    signature = dict(zip(names, types)) | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(scalars.prologue, {name: signature[name] for name in names}, constants)
+    options = {"num_warps": 1, "enable_fp_fusion": False}
+    asm = triton.compile(source, target=GPUTarget(*target), options=options).asm
+    # One layout: a thread that reads a counter is the one that writes it.
+    assert "convert_layout" not in asm["ttgir"]
+    assert not re.search(r"approx|rsqrt|fma\\.rn\\.f64|div\\.full", asm.get("ptx", "")), target
+"""
+
+
+def test_the_prologue_compiles_with_exact_operations():
+    # A process of its own: Triton compiles only where its interpreter was never asked for.
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE_PROLOGUE], env=env, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_guard_of_this_file_sees_a_read():
+    ours, theirs, a, _ = pair(ADAMW, fused=None)
+    give(ours, theirs)
+    with NoHostReads(), pytest.raises(AssertionError, match="the host read a tensor"):
+        a.step()

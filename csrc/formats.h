@@ -62,8 +62,8 @@ struct Fp16 {
     const uint32_t normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
     uint32_t rounded = u < 0x38800000u ? denormal : normal;
     rounded = u >= 0x47800000u ? 0x7c00u : rounded;
-    rounded = u > 0x7f800000u ? 0x7e00u : rounded;
-    return Stored(rounded | (bits_of(x) >> 16 & 0x8000u));
+    rounded |= bits_of(x) >> 16 & 0x8000u;
+    return Stored(u > 0x7f800000u ? 0x7e00u : rounded);
   }
 #endif
 };

@@ -179,18 +179,25 @@ void bf16_rounds_to_nearest_even() {
   }
 }
 
-#if defined(__FLT16_MAX__)
+#if defined(__aarch64__)
+using CompilersHalf = __fp16;
+#elif defined(__FLT16_MAX__)
+using CompilersHalf = _Float16;
+#else
+#error "fp16 has no oracle with this compiler: GCC 12 or Clang 15 and newer have _Float16 on x86"
+#endif
+
 // The compiler's own conversions, which round to nearest even as the hardware's do.
 void fp16_is_the_compilers() {
   const auto half = [](float x) {
-    const _Float16 rounded = _Float16(x);
+    const CompilersHalf rounded = CompilersHalf(x);
     uint16_t bits;
     std::memcpy(&bits, &rounded, 2);
     return bits;
   };
   for (uint64_t u = 0; u < 1ull << 32; u += 997) {
     const float x = float_of(uint32_t(u));
-    CHECK(Fp16::stored(x) == (std::isnan(x) ? 0x7e00u | (uint32_t(u) >> 16 & 0x8000u) : half(x)));
+    CHECK(Fp16::stored(x) == (std::isnan(x) ? 0x7e00u : half(x)));
   }
   for (uint32_t h = 0; h < 1 << 16; ++h) {
     const float x = Fp16::value(uint16_t(h));
@@ -198,9 +205,6 @@ void fp16_is_the_compilers() {
     CHECK(std::isnan(x) == ((h & 0x7fffu) > 0x7c00u));
   }
 }
-#else
-void fp16_is_the_compilers() {}
-#endif
 
 void integer_powers_are_products() {
   double product = 1.0;

@@ -32,6 +32,7 @@ def test_the_kernels_pass_their_tests_under_sanitizers(sanitizer, threads):
         "cuda_tests",
         "-DPRECOND_PYTHON=OFF",
         "-DPRECOND_TESTS=ON",
+        "-DPRECOND_FEW_RULES=ON",
         f"-DPRECOND_SANITIZE={sanitizer}",
     )
     # ThreadSanitizer does not know libgomp's barriers: one OpenMP thread, several block threads.

@@ -25,7 +25,8 @@ def build(tmp_path_factory):
     directory = ROOT / "build" / "sanitize"
     run(
         "cmake", "-S", ROOT, "-B", directory, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
-        "-DPRECOND_PYTHON=OFF", "-DPRECOND_TESTS=ON", "-DPRECOND_SANITIZE=address,undefined", "-DPRECOND_CUDA=OFF", "-DPRECOND_CUDA_ON_HOST=OFF",
+        "-DPRECOND_PYTHON=OFF", "-DPRECOND_TESTS=ON", "-DPRECOND_SANITIZE=address,undefined", "-DPRECOND_CUDA=OFF",
+        "-DPRECOND_CUDA_ON_HOST=OFF",
     )  # fmt: skip
     run("cmake", "--build", directory)
     return directory

@@ -27,5 +27,10 @@ struct RMSpropHyper {
   static constexpr const char* names[] = {"lr", "weight_decay", "l1_decay", "l1_cap", "alpha", "eps", "momentum"};
 };
 
+struct LionHyper {
+  double lr, weight_decay, l1_decay, beta1, beta2;
+  static constexpr const char* names[] = {"lr", "weight_decay", "l1_decay", "beta1", "beta2"};
+};
+
 }  // namespace PRECOND_ISA
 }  // namespace precond

@@ -38,6 +38,9 @@ PRECOND_INLINE float soft_threshold(float x, float t) {
   return x - inside;
 }
 
+// 1 or -1; 0, -0 and NaN stay what they are.
+PRECOND_INLINE float sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }
+
 PRECOND_INLINE uint32_t bits_of(float x) {
   uint32_t u;
   std::memcpy(&u, &x, sizeof u);

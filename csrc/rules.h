@@ -161,6 +161,22 @@ struct RMSpropCenteredMomentum : RMSprop<Decay> {
   }
 };
 
+// Chen et al. 2023, arXiv 2302.06675, algorithm 2: the sign of an interpolated momentum.
+template <class Decay>
+struct Lion {
+  using Hyper = LionHyper;
+  static constexpr int kStates = 1;
+  float lr, one_minus_beta1, one_minus_beta2;
+  Decay decay;
+
+  PRECOND_INLINE void operator()(float& p, float g, float& m) const {
+    const float d = decay.gradient(p, g);
+    const float c = fma(one_minus_beta1, d - m, m);
+    m = fma(one_minus_beta2, d - m, m);
+    p = decay(p, lr, sign(c), 1.0f, 1.0f);
+  }
+};
+
 // A rule with each intrinsic decay: name + "", "_l1", "_l1_subgradient" + suffix.
 #define PRECOND_INTRINSIC(RULE, name, suffix, Template, Threshold) \
   RULE(name suffix, Template<L2>)                                  \
@@ -178,27 +194,28 @@ struct RMSpropCenteredMomentum : RMSprop<Decay> {
   RULE("adamw_l1", Adam<L1Proximal<AdaptiveThreshold>>) \
   RULE("adamw_amsgrad", AdamAmsgrad<L2>)
 #else
-#define PRECOND_ALL_RULES(RULE)                                                        \
-  RULE("sgd", SGD<Coupled>)                                                            \
-  RULE("sgd_momentum", SGDMomentum<Coupled>)                                           \
-  RULE("sgd_nesterov", SGDNesterov<Coupled>)                                           \
-  PRECOND_INTRINSIC(RULE, "sgdw", "", SGD, PlainThreshold)                             \
-  PRECOND_INTRINSIC(RULE, "sgdw", "_momentum", SGDMomentum, PlainThreshold)            \
-  PRECOND_INTRINSIC(RULE, "sgdw", "_nesterov", SGDNesterov, PlainThreshold)            \
-  RULE("adam", Adam<Coupled>)                                                          \
-  RULE("adam_amsgrad", AdamAmsgrad<Coupled>)                                           \
-  PRECOND_INTRINSIC(RULE, "adamw", "", Adam, AdaptiveThreshold)                        \
-  PRECOND_INTRINSIC(RULE, "adamw", "_amsgrad", AdamAmsgrad, AdaptiveThreshold)         \
-  RULE("adagrad", Adagrad<Coupled>)                                                    \
-  PRECOND_INTRINSIC(RULE, "adagradw", "", Adagrad, AdaptiveThreshold)                  \
-  RULE("rmsprop", RMSprop<Coupled>)                                                    \
-  RULE("rmsprop_centered", RMSpropCentered<Coupled>)                                   \
-  RULE("rmsprop_momentum", RMSpropMomentum<Coupled>)                                   \
-  RULE("rmsprop_centered_momentum", RMSpropCenteredMomentum<Coupled>)                  \
-  PRECOND_INTRINSIC(RULE, "rmspropw", "", RMSprop, AdaptiveThreshold)                  \
-  PRECOND_INTRINSIC(RULE, "rmspropw", "_centered", RMSpropCentered, AdaptiveThreshold) \
-  PRECOND_INTRINSIC(RULE, "rmspropw", "_momentum", RMSpropMomentum, AdaptiveThreshold) \
-  PRECOND_INTRINSIC(RULE, "rmspropw", "_centered_momentum", RMSpropCenteredMomentum, AdaptiveThreshold)
+#define PRECOND_ALL_RULES(RULE)                                                                         \
+  RULE("sgd", SGD<Coupled>)                                                                             \
+  RULE("sgd_momentum", SGDMomentum<Coupled>)                                                            \
+  RULE("sgd_nesterov", SGDNesterov<Coupled>)                                                            \
+  PRECOND_INTRINSIC(RULE, "sgdw", "", SGD, PlainThreshold)                                              \
+  PRECOND_INTRINSIC(RULE, "sgdw", "_momentum", SGDMomentum, PlainThreshold)                             \
+  PRECOND_INTRINSIC(RULE, "sgdw", "_nesterov", SGDNesterov, PlainThreshold)                             \
+  RULE("adam", Adam<Coupled>)                                                                           \
+  RULE("adam_amsgrad", AdamAmsgrad<Coupled>)                                                            \
+  PRECOND_INTRINSIC(RULE, "adamw", "", Adam, AdaptiveThreshold)                                         \
+  PRECOND_INTRINSIC(RULE, "adamw", "_amsgrad", AdamAmsgrad, AdaptiveThreshold)                          \
+  RULE("adagrad", Adagrad<Coupled>)                                                                     \
+  PRECOND_INTRINSIC(RULE, "adagradw", "", Adagrad, AdaptiveThreshold)                                   \
+  RULE("rmsprop", RMSprop<Coupled>)                                                                     \
+  RULE("rmsprop_centered", RMSpropCentered<Coupled>)                                                    \
+  RULE("rmsprop_momentum", RMSpropMomentum<Coupled>)                                                    \
+  RULE("rmsprop_centered_momentum", RMSpropCenteredMomentum<Coupled>)                                   \
+  PRECOND_INTRINSIC(RULE, "rmspropw", "", RMSprop, AdaptiveThreshold)                                   \
+  PRECOND_INTRINSIC(RULE, "rmspropw", "_centered", RMSpropCentered, AdaptiveThreshold)                  \
+  PRECOND_INTRINSIC(RULE, "rmspropw", "_momentum", RMSpropMomentum, AdaptiveThreshold)                  \
+  PRECOND_INTRINSIC(RULE, "rmspropw", "_centered_momentum", RMSpropCenteredMomentum, AdaptiveThreshold) \
+  PRECOND_INTRINSIC(RULE, "lion", "", Lion, PlainThreshold)
 #endif
 
 constexpr int kMaxStates = 3;

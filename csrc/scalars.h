@@ -85,6 +85,14 @@ PRECOND_INLINE void set_scalars(RMSprop<Decay>& rule, const RMSpropHyper& h, dou
   set_scalars(rule.decay, h, h.lr);
 }
 
+template <class Decay>
+PRECOND_INLINE void set_scalars(Lion<Decay>& rule, const LionHyper& h, double, bool) {
+  rule.lr = float(h.lr);
+  rule.one_minus_beta1 = float(1.0 - h.beta1);
+  rule.one_minus_beta2 = float(1.0 - h.beta2);
+  set_scalars(rule.decay, h, h.lr);
+}
+
 // Fills a row of the plan.
 template <class Rule>
 PRECOND_INLINE void fill_row(const double* hyper, double step, bool fresh, float* row) {

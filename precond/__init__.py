@@ -9,6 +9,7 @@ from ._optimizer import PrecisionWarning
 from ._version import __version__
 from .adagrad import Adagrad, AdagradW
 from .adam import Adam, AdamW
+from .lion import Lion
 from .rmsprop import RMSprop, RMSpropW
 from .sgd import SGD, SGDW
 
@@ -19,6 +20,7 @@ __all__ = [
     "AdagradW",
     "Adam",
     "AdamW",
+    "Lion",
     "PrecisionWarning",
     "RMSprop",
     "RMSpropW",

@@ -43,6 +43,15 @@ def check_lr(lr: Any) -> None:
     check_nonnegative("learning rate", "lr", lr)
 
 
+def check_betas(betas: Any) -> None:
+    """Raise torch's messages for decay rates that no optimizer takes."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta} (it must be in [0, 1))")
+
+
 def number(value: Any) -> float | Tensor:
     """A hyper-parameter as the rules take it: a float, or a tensor that only its device reads."""
     return value if _backend.on_device(value) else float(value)

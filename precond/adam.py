@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, check_lr, check_nonnegative, number
+from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, check_betas, check_lr, check_nonnegative, number
 from ._plan import Row
 
 
@@ -108,11 +108,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
         check_lr(lr)
         check_nonnegative("epsilon value", "eps", defaults["eps"])
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
-            raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
-        for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta} (it must be in [0, 1))")
+        check_betas(betas)
         check_nonnegative("weight_decay value", "weight_decay", defaults["weight_decay"])
         if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor) or not all(
             isinstance(b, float | Tensor) for b in betas

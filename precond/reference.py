@@ -156,6 +156,18 @@ def rmsprop(
     return decayed(p, lr * u, lr, hyper, decay, den, v), tuple(new_states)
 
 
+def lion(
+    p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool, *, decay: str
+) -> tuple[Tensor, States]:
+    """Chen et al., algorithm 2: u = sign(beta1 m + (1 - beta1) g); p -= lr (u + wd p); m = beta2 m + (1 - beta2) g."""
+    (m,) = states
+    lr = hyper["lr"]
+    d = decayed_gradient(p, g, hyper, decay)
+    u = torch.sign(hyper["beta1"] * m + (1 - hyper["beta1"]) * d)
+    m = hyper["beta2"] * m + (1 - hyper["beta2"]) * d
+    return decayed(p, lr * u, lr, hyper, decay), (m,)
+
+
 def intrinsic(
     name: str, update: Callable[..., Any], states: tuple[str, ...], suffix: str = "", **options: Any
 ) -> dict[str, Rule]:
@@ -206,6 +218,7 @@ RULES: dict[str, Rule] = {
         centered=True,
         momentum=True,
     ),
+    **intrinsic("lion", lion, ("exp_avg",)),
 }
 
 

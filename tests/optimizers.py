@@ -102,6 +102,7 @@ OPTIMIZERS = [
         True,
         l1_decay=0.6,
     ),
+    *intrinsic("lion", precond.Lion, dict(lr=0.05, weight_decay=0.1), (2.0, 2.0), steep=True, l1_decay=0.6),
 ]
 BY_RULE = {row.rule: row for row in OPTIMIZERS}
 WITH_PEER = [row for row in OPTIMIZERS if row.peer is not None]
@@ -117,6 +118,7 @@ CLASSES = [
         "adagradw",
         "rmsprop_centered_momentum",
         "rmspropw_momentum",
+        "lion",
     )
 ]
 #: One row per number of states, for what depends on where operands lie.

@@ -61,6 +61,7 @@ RULES = {
     **with_decays("rmspropw", "rmsprop", rules.rmsprop_centered, *_RMSPROP, 2, "_centered"),
     **with_decays("rmspropw", "rmsprop", rules.rmsprop_momentum, *_RMSPROP, 2, "_momentum"),
     **with_decays("rmspropw", "rmsprop", rules.rmsprop_centered_momentum, *_RMSPROP, 3, "_centered_momentum"),
+    **with_decays("lion", None, rules.lion, scalars.lion_scalars, scalars.LION_HYPER, 1),
 }
 
 

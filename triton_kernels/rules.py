@@ -24,6 +24,11 @@ def soft_threshold(x, t):
 
 
 @triton.jit
+def sign(x):
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
+
+
+@triton.jit
 def threshold(den, v, row):
     t = tl.load(row + field.LR_L1)
     if den is not None:
@@ -196,3 +201,15 @@ def rmsprop_centered_momentum(p, g, v, buf, mean, row, DECAY: tl.constexpr):
     den, mean = rmsprop_centered_den(d, v, mean, row)
     buf = tl.fma(momentum, buf, tl.div_rn(d, den))
     return decayed(p, lr, buf, den, v, decay, DECAY), v, buf, mean
+
+
+@triton.jit
+def lion(p, g, m, row, DECAY: tl.constexpr):
+    lr = tl.load(row + field.LION_LR)
+    one_minus_beta1 = tl.load(row + field.LION_ONE_MINUS_BETA1)
+    one_minus_beta2 = tl.load(row + field.LION_ONE_MINUS_BETA2)
+    decay = row + field.LION_DECAY
+    d = gradient(p, g, decay, DECAY)
+    c = tl.fma(one_minus_beta1, d - m, m)
+    m = tl.fma(one_minus_beta2, d - m, m)
+    return decayed(p, lr, sign(c), None, None, decay, DECAY), m

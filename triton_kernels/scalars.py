@@ -39,11 +39,17 @@ RMSPROP_EPS = tl.constexpr(3)
 RMSPROP_MOMENTUM = tl.constexpr(4)
 RMSPROP_DECAY = tl.constexpr(5)
 
+LION_LR = tl.constexpr(0)
+LION_ONE_MINUS_BETA1 = tl.constexpr(1)
+LION_ONE_MINUS_BETA2 = tl.constexpr(2)
+LION_DECAY = tl.constexpr(3)
+
 # The order of a group's hyper-parameters, as csrc/hyper.h.
 SGD_HYPER = ("lr", "weight_decay", "l1_decay", "momentum", "dampening")
 ADAM_HYPER = ("lr", "weight_decay", "l1_decay", "l1_cap", "beta1", "beta2", "eps")
 ADAGRAD_HYPER = ("lr", "weight_decay", "l1_decay", "l1_cap", "lr_decay", "eps")
 RMSPROP_HYPER = ("lr", "weight_decay", "l1_decay", "l1_cap", "alpha", "eps", "momentum")
+LION_HYPER = ("lr", "weight_decay", "l1_decay", "beta1", "beta2")
 
 # A float32 counter cannot pass 2^24.
 _STEP_BITS = tl.constexpr(25)
@@ -129,6 +135,17 @@ def rmsprop_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
     tl.store(row + RMSPROP_EPS, eps.to(tl.float32), mask=mask)
     tl.store(row + RMSPROP_MOMENTUM, momentum.to(tl.float32), mask=mask)
     decay_scalars(hyper, lr, row + RMSPROP_DECAY, mask, DECAY, True)
+
+
+@triton.jit
+def lion_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
+    lr = tl.load(hyper + 0, mask=mask)
+    beta1 = tl.load(hyper + 3, mask=mask)
+    beta2 = tl.load(hyper + 4, mask=mask)
+    tl.store(row + LION_LR, lr.to(tl.float32), mask=mask)
+    tl.store(row + LION_ONE_MINUS_BETA1, (1.0 - beta1).to(tl.float32), mask=mask)
+    tl.store(row + LION_ONE_MINUS_BETA2, (1.0 - beta2).to(tl.float32), mask=mask)
+    decay_scalars(hyper, lr, row + LION_DECAY, mask, DECAY, False)
 
 
 @triton.jit

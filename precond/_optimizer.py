@@ -53,8 +53,12 @@ def check_betas(betas: Any) -> None:
 
 
 def number(value: Any) -> float | Tensor:
-    """A hyper-parameter as the rules take it: a float, or a tensor that only its device reads."""
-    return value if _backend.on_device(value) else float(value)
+    """A hyper-parameter as the rules take it: a float, or a tensor that only its device reads or that autograd watches."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    if _backend.on_device(value) or (value.requires_grad and torch.is_grad_enabled()):
+        return value
+    return float(value.detach())
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -179,9 +183,21 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _new_plan_run(self, rows: list[Row], control: Control) -> StepPlan:
         plan = StepPlan(self, rows)
+        if self._asks_for_states_only(plan, rows):
+            return plan
         if not plan.run(self, rows, control):
             raise RuntimeError("a gradient or state changed while the step was prepared")
         return plan
+
+    def _asks_for_states_only(self, plan: StepPlan, rows: list[Row]) -> bool:
+        """True for a first step at lr 0 on gradients of zeros, which is how torch.distributed.checkpoint has states made. A
+        step counted there spoils the bias corrections of all that follow (pytorch#164929).
+        """
+        if not plan.fresh or any(_backend.on_device(row.hyper["lr"]) or row.hyper["lr"] != 0.0 for row in rows):
+            return False
+        given = {p: self._input_of(p) for group in self.param_groups for p in group["params"]}
+        gradients = {p: g for p, g in given.items() if g is not None}
+        return plan.fresh == gradients.keys() and not any(local(g).any() for g in gradients.values())
 
     def _keep(self, key: tuple[int, ...], plan: StepPlan) -> None:
         """Keep a plan for the next step. Without a compiled part the checks are all there is, and nothing is worth keeping."""

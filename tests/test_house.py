@@ -1,19 +1,25 @@
-"""What a user meets first: the report, the examples in docstrings, the demo, the public names."""
+"""What a user meets first: the report, the examples in docstrings and pages, the demo, the public names."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import precond
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+PUBLIC = [getattr(precond, name) for name in precond.__all__]
+OPTIMIZERS = [item for item in PUBLIC if isinstance(item, type) and issubclass(item, torch.optim.Optimizer)]
 
 
 def run_module(*arguments, cwd=None, **env):
@@ -50,6 +56,34 @@ def test_examples_run(module):
     results = doctest.testmod(importlib.import_module(f"precond.{module}"))
     assert results.attempted > 0
     assert results.failed == 0
+
+
+class Markdown(doctest.DocTestParser):
+    """Reads the examples of a page: a fence ends what is expected."""
+
+    def parse(self, string, name="<string>"):
+        return super().parse(re.sub(r"(?m)^```.*", "", string), name)
+
+
+@pytest.mark.source
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_of_pages_run(page):
+    results = doctest.testfile(str(page), module_relative=False, parser=Markdown(), encoding="utf-8")
+    assert results.attempted > 0 or page.stem == "README"
+    assert results.failed == 0
+
+
+@pytest.mark.source
+@pytest.mark.parametrize("item", [*OPTIMIZERS, precond.param_groups], ids=lambda item: item.__name__)
+def test_a_page_names_every_argument_that_torch_does_not_have(item):
+    """A decoupled class is compared with the coupled one, Lion and functions with nothing."""
+    page = (ROOT / "docs" / f"{item.__name__.lower()}.md").read_text(encoding="utf-8")
+    names = [item.__name__, item.__name__.removesuffix("W")]
+    peer = next((getattr(torch.optim, name) for name in names if hasattr(torch.optim, name)), None)
+    theirs = set() if peer is None else set(inspect.signature(peer).parameters)
+    missing = [name for name in inspect.signature(item).parameters if name not in theirs and f"`{name}`" not in page]
+    assert not missing
+    assert f"[`{item.__name__}`]({item.__name__.lower()}.md)" in (ROOT / "docs" / "README.md").read_text("utf-8")
 
 
 @pytest.mark.source

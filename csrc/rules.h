@@ -112,7 +112,7 @@ struct RMSprop {
   PRECOND_INLINE void update_square(float d, float& v) const { v = fma(one_minus_alpha * d, d, alpha * v); }
   PRECOND_INLINE float den(float v) const { return sqrt(v) + eps; }
   // Graves 2013, arXiv 1308.0850, equation 39: the variance in place of the second moment. Rounding can make it
-  // negative, where torch's step is NaN: after about 1200 steps of one gradient.
+  // negative, where torch's step is NaN: with some constant gradients, after about 1200 steps.
   PRECOND_INLINE float centered_den(float d, float v, float& mean) const {
     mean = fma(one_minus_alpha, d - mean, mean);
     const float variance = fma(-mean, mean, v);

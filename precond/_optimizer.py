@@ -228,7 +228,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         given = (self._input_of(p) for group in self.param_groups for p in group["params"])
         return [local(g) for g in given if g is not None and g.device == device]
 
-    # States. `rule` decides how many of `_state_names` a parameter has.
+    # States: a rule has names for its own.
 
     def _names(self, rule: str) -> tuple[str, ...]:
         return reference.RULES[rule].states
@@ -285,7 +285,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if name != self._second_moment or self._warned:
             return
         if dtype == torch.bfloat16 and self._smoothing(group) > 0.995:
-            what = f"rounded to nearest, cannot follow a smoothing of {self._smoothing(group)} > 0.995"
+            what = f"stands still: rounding to nearest loses what a step adds or removes at {self._smoothing(group)} > 0.995"
         elif dtype == torch.float16:
             what = "is 0 for gradients below about 1e-3, and the step is then divided by eps alone"
         else:
@@ -310,9 +310,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         for what, t in ((name, p),) if sparse else ((name, p), (f"the gradient of {name}", g)):
             if t.layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+                advice = ", please consider SparseAdam instead" if isinstance(self, torch.optim.Adam) else ""
                 raise RuntimeError(
-                    f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead "
-                    f"({what} has layout {t.layout})"
+                    f"{type(self).__name__} does not support sparse gradients{advice} ({what} has layout {t.layout})"
                 )
             if t.layout != torch.strided:
                 raise RuntimeError(f"{what} must have layout torch.strided, got {t.layout}")

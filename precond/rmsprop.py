@@ -60,7 +60,8 @@ class RMSprop(_MeanOfSquares, torch.optim.RMSprop):
         weight_decay: lambda >= 0, coupled: added to the gradient (default 0).
         momentum: mu >= 0 (default 0: no momentum buffer).
         centered: divide by the root of the variance instead of the second moment (default False). The variance is kept from
-            falling below 0 by rounding; torch's step becomes NaN there, after about 1200 steps of one gradient.
+            falling below 0 by rounding, where torch's step becomes NaN: with some constant gradients, after about 1200 steps.
+            Where it is 0, eps alone divides: choose a larger one.
         capturable: step counters live on the GPU, so that a CUDA graph can capture the step (default False); an error at the
             step for parameters on the CPU, as in torch.
         foreach: accepted and ignored: a step is always one pass.

@@ -34,9 +34,13 @@ def test_sgdw_weakens_its_decay_by_the_momentum(momentum, settles):
 
 
 def test_centered_rmsprop_survives_a_constant_gradient():
-    """torch's variance turns negative by rounding, and its step NaN, after about 1200 steps."""
-    end = minimise(lambda ps: precond.RMSprop(ps, lr=1e-9, centered=True), lambda p: torch.full_like(p, 0.1), 3000)
-    assert math.isfinite(end)
+    """torch's variance turns negative by rounding, and its step NaN, for some of these after about 1200 steps."""
+    p = torch.nn.Parameter(torch.zeros(10_000))
+    optimizer = precond.RMSprop([p], lr=1e-9, centered=True)
+    p.grad = torch.linspace(0.1, 2.0, 10_000)
+    for _ in range(1500):
+        optimizer.step()
+    assert torch.isfinite(p).all()
 
 
 FROZEN = {
@@ -258,5 +262,5 @@ def test_a_16_bit_second_moment_warns_with_its_name():
     for cls, name in ((precond.Adam, "exp_avg_sq"), (precond.RMSprop, "square_avg")):
         with pytest.warns(precond.PrecisionWarning, match=rf"a torch.float16 {name} .* state_format='fp32'"):
             cls([p]).step()
-    with pytest.warns(precond.PrecisionWarning, match=r"a torch.bfloat16 sum .* cannot follow a smoothing of 1\.0"):
+    with pytest.warns(precond.PrecisionWarning, match=r"a torch.bfloat16 sum stands still: .* at 1\.0"):
         precond.Adagrad([torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))])

@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "cpu": "speed of the CPU backend against torch.optim, with targets",
     "gpu": "speed of the GPU backends against torch.optim, with targets",
+    "exact": "what exact division and square root cost on a GPU",
     "codegen": "machine code of the GPU kernels, without a GPU",
     "demo": "train a small GPT with torch's AdamW and with ours",
 }

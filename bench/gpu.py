@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import importlib
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from precond import _C, _backend
 
 from . import ROOT, timing
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -64,27 +67,75 @@ def cases(scale: float) -> list[Case]:
         }
         return {name: make for name, make in makers.items() if not why_absent(name)}
 
-    sgd: dict[str, Make] = {
-        "torch fused": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9, fused=True),
-        "precond cuda": lambda params: precond.SGD(params, lr=1e-3, momentum=0.9, backend="cuda"),
-    }
-    sgd = {name: make for name, make in sgd.items() if not why_absent(name)}
+    def other(name: str, **options: object) -> dict[str, Make]:
+        """A class of the family, and torch's of that name where it is fused."""
+        makers: dict[str, Make] = {
+            "torch fused": lambda params: getattr(torch.optim, name)(params, fused=True, **options),
+            "precond cuda": lambda params: getattr(precond, name)(params, backend="cuda", **options),
+            "precond triton": lambda params: getattr(precond, name)(params, backend="triton", **options),
+        }
+        if name == "RMSprop":  # torch has no fused one
+            makers["torch foreach"] = lambda params: torch.optim.RMSprop(params, foreach=True, **options)
+            del makers["torch fused"]
+        return {contender: make for contender, make in makers.items() if not why_absent(contender)}
+
     billion = int(1e9 * scale)
     triton_target = ("precond triton", "precond cuda", 1.1)
     small = [("precond cuda", "torch fused", 0.2)]
+    of_copy = [("precond cuda", "copy", 92)]
+    low_memory = {"precond cuda": adamw()["precond cuda"]} if "precond cuda" in adamw() else {}
     return [
         Case("AdamW fp32, one tensor", [(billion,)], F32, adamw(), 28,
              [("precond cuda", "copy", 95), ("precond cuda", "torch fused", 1.0), triton_target]),
         Case("AdamW fp32, Llama-8B shapes", llama_shapes(billion), F32, adamw(), 28,
              [("precond cuda", "copy", 95), ("precond cuda", "torch fused", 1.0)]),
         Case("AdamW bf16, one tensor", [(billion,)], BF16, adamw(), 14,
-             [("precond cuda", "copy", 92), ("precond cuda", "torch fused", 1.0), triton_target]),
-        Case("AdamW fp32 with bf16 states", [(billion,)], F32, adamw(state_format="bf16"), 20,
-             [("precond cuda", "copy", 92)]),
-        Case("SGD with momentum fp32, one tensor", [(billion,)], F32, sgd, 20, [("precond cuda", "copy", 92)]),
+             [*of_copy, ("precond cuda", "torch fused", 1.0), triton_target]),
+        Case("AdamW fp16, one tensor", [(billion,)], F16, adamw(), 14, of_copy),
+        Case("AdamW fp32 with bf16 states", [(billion,)], F32, adamw(state_format="bf16"), 20, of_copy),
+        Case("SGD with momentum fp32, one tensor", [(billion,)], F32, other("SGD", lr=1e-3, momentum=0.9), 20, of_copy),
+        Case("Adagrad fp32, one tensor", [(billion,)], F32, other("Adagrad"), 20, of_copy),
+        Case("RMSprop fp32, one tensor", [(billion,)], F32, other("RMSprop"), 20, of_copy),
         Case("AdamW fp32, 1000 x 1024", [(1024,)] * 1000, F32, adamw(), 28, small),
         Case("AdamW fp32, 10,000 x 64", [(64,)] * 10_000, F32, adamw(), 28, small),
+        Case("AdamW bf16, 20,000 mixed MoE tensors", moe_shapes(billion), BF16, adamw(), 14, []),
+        Case("AdamW bf16, one tensor, against other libraries", [(billion,)], BF16, low_memory | peers(), 14, []),
     ]  # fmt: skip
+
+
+def moe_shapes(parameters: int) -> list[tuple[int, ...]]:
+    """A mixture of experts stored expert by expert: of 20,000 tensors a third are matrices, the others norms, biases and
+    routers; the matrices scaled so that all have about ``parameters`` elements.
+    """
+    matrices, vectors, routers = 6600, 13_000, 400
+    square = max(64.0, (parameters - vectors * 512 - routers * 64 * 512) / matrices)
+    side = int(square**0.5) // 8 * 8
+    return [(side, side)] * matrices + [(512,)] * vectors + [(64, 512)] * routers
+
+
+#: Optimizers of other libraries, timed where they are installed: module, class.
+PEERS = {
+    "FlashOptim": ("flashoptim", "FlashAdamW"),
+    "optimi": ("optimi", "AdamW"),
+    "bitsandbytes 8-bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "torchao 8-bit": ("torchao.optim", "AdamW8bit"),
+}
+
+
+def peer(name: str) -> Make | None:
+    """Another library's optimizer; None, with the reason printed, where it does not import or take a parameter."""
+    module, cls = PEERS[name]
+    try:
+        make: Make = functools.partial(getattr(importlib.import_module(module), cls), lr=1e-3)
+        make([torch.nn.Parameter(torch.zeros(4096, dtype=BF16))])
+    except Exception as error:
+        print(f"{name} is not timed: {type(error).__name__}: {error}")
+        return None
+    return make
+
+
+def peers() -> dict[str, Make]:
+    return {name: make for name in PEERS if (make := peer(name)) is not None}
 
 
 def why_absent(contender: str) -> str:
@@ -134,7 +185,7 @@ def check_parity(device: str) -> None:
     from optimizers import OPTIMIZERS
 
     for row in OPTIMIZERS:
-        for dtype in (F32, BF16):
+        for dtype in (F32, BF16, F16):
             values = [random_values((n,), dtype) for n in (5, 1025, 40_000)]
             results = []
             for backend in ("cpu", *(name for name in ("cuda", "triton") if not _backend.why_not(name))):
@@ -225,6 +276,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench gpu: no CUDA device here; nothing was measured")
+    warnings.simplefilter("ignore", precond.PrecisionWarning)  # 16-bit states are what is timed
     clock = Clock(arguments.device)
     check_parity(arguments.device)
     copy = copy_bandwidth(clock, arguments.device, int(5e8 * arguments.scale) + 1024)

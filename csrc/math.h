@@ -21,7 +21,11 @@ inline namespace PRECOND_ISA {
 
 #if defined(__CUDA_ARCH__)
 PRECOND_INLINE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+#if defined(PRECOND_APPROXIMATE)
+PRECOND_INLINE float sqrt(float x) { return ::sqrtf(x); }
+#else
 PRECOND_INLINE float sqrt(float x) { return __fsqrt_rn(x); }
+#endif
 #else
 PRECOND_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 PRECOND_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }

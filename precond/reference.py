@@ -237,7 +237,8 @@ def update(
         torch.float64 if any(t.dtype in (torch.float64, torch.complex128) for t in (p, g, *states)) else torch.float32
     )
     views = [torch.view_as_real(t) if t.is_complex() else t for t in (p, g, *states)]
-    wide_p, wide_g, *wide_states = (t.to(wide) for t in views)
+    # Where autograd watches, it has kept what the copies below overwrite.
+    wide_p, wide_g, *wide_states = (t.to(wide, copy=torch.is_grad_enabled()) for t in views)
     new_p, new_states = RULES[rule].update(wide_p, wide_g * grad_coef, tuple(wide_states), hyper, step, fresh)
     views[0].copy_(new_p)
     for state, new in zip(views[2:], new_states, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import _get_capturable_supported_devices
 
 from . import _backend, reference
-from ._plan import Control, Row, StepPlan
+from ._plan import Control, Row, StepPlan, counter_dtype, is_counter
 from ._sharding import aligned_gradients, local
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -56,9 +56,9 @@ def number(value: Any) -> float | Tensor:
     """A hyper-parameter as the rules take it: a float, or a tensor that only its device reads or that autograd watches."""
     if not isinstance(value, Tensor):
         return float(value)
-    if _backend.on_device(value) or (value.requires_grad and torch.is_grad_enabled()):
-        return value
-    return float(value.detach())
+    if torch.is_grad_enabled():
+        return value.reshape(())  # without dimensions it widens no operand
+    return value if _backend.on_device(value) else float(value.detach())
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -253,10 +253,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._counts_steps:
             step = state.get("step", 0.0)
             device = p.device if p.device.type != "cpu" and self._step_on_device(group, "cuda") else torch.device("cpu")
-            if not isinstance(step, Tensor):
-                state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
-            elif step.dtype != torch.float32 or step.device != device or step.dim() != 0:
-                state["step"] = torch.tensor(step.item(), dtype=torch.float32, device=device)
+            if not is_counter(step, p, device):
+                state["step"] = torch.tensor(float(step), dtype=counter_dtype(p), device=device)
         # A complex state has its parameter's dtype: a pair of other floats is no dtype of torch.
         state_format = None if p.is_complex() else group.get("state_format")
         dtype = p.dtype if state_format is None else STATE_FORMATS[state_format]

@@ -22,7 +22,7 @@ _CHUNK = 0
 class Row(NamedTuple):
     """What a group asks for in this step: a rule, the sign of its gradients, and the rule's hyper-parameters.
 
-    A hyper-parameter is a float, or a tensor of one element on an accelerator, which is read there.
+    A hyper-parameter is a float, or a tensor of one element: on an accelerator, which reads it, or where autograd watches.
     """
 
     rule: str
@@ -58,9 +58,15 @@ def table_of(rows: list[Row], device: bool) -> list[tuple[int, float, tuple[floa
     return table
 
 
-def is_counter(value: object, device: torch.device) -> bool:
-    """True for a step counter as torch keeps it, on a device."""
-    return isinstance(value, Tensor) and (value.dtype, value.dim(), value.device) == (torch.float32, 0, device)
+def counter_dtype(p: Tensor) -> torch.dtype:
+    """The dtype of a parameter's step counter: torch's, but float32 wherever a compiled plan or Triton may count."""
+    wide = torch.get_default_dtype() == torch.float64 and p.dtype not in _backend.FUSED_DTYPES
+    return torch.float64 if wide else torch.float32
+
+
+def is_counter(value: object, p: Tensor, device: torch.device) -> bool:
+    """True for a parameter's step counter as torch keeps it, on a device."""
+    return isinstance(value, Tensor) and (value.dtype, value.dim(), value.device) == (counter_dtype(p), 0, device)
 
 
 class Slow(NamedTuple):
@@ -183,6 +189,10 @@ class StepPlan:
                 if optimizer._input_of(p) is None:
                     continue
                 name = f"parameter {position} of group {index}"
+                if group.get("fused") and p.is_meta:
+                    raise RuntimeError(
+                        f"`fused=True` requires all the params to be floating point Tensors with memory, got {name} on meta"
+                    )
                 backend = optimizer._backend_of(name, p, row)
                 if backend in ("cpu", "cuda"):
                     fast[p] = backend, local(p).device
@@ -283,7 +293,7 @@ class StepPlan:
         if not optimizer._counts_steps:
             return True
         beside = optimizer._step_on_device(optimizer.param_groups[group], "triton")
-        return is_counter(optimizer.state[p]["step"], p.device if beside else torch.device("cpu"))
+        return is_counter(optimizer.state[p]["step"], p, p.device if beside else torch.device("cpu"))
 
     def _counted_by_host(self, optimizer: FusedOptimizer, slow: Slow) -> bool:
         """True where a step of this parameter moves a counter on the host."""

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from cases import LAYOUTS, bits_equal, gradient, guarded, nasty_values, random_values
-from optimizers import CLASSES, OPTIMIZERS
+from optimizers import BY_STATES, CLASSES, OPTIMIZERS
 
 import precond
 from precond import _backend
@@ -44,14 +44,14 @@ def steps(row, backend, dtype, make, count=20):
 
 @rows
 @backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", [lambda n: random_values((n,)), nasty_values], ids=["random", "nasty"])
 def test_the_bits_of_the_cpu(row, backend, dtype, make):
     ours, theirs = steps(row, backend, dtype, make), steps(row, "cpu", dtype, make)
     assert all(bits_equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@rows
+@pytest.mark.parametrize("row", BY_STATES, ids=str)
 @backends
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(row, backend, layout):

@@ -61,6 +61,11 @@ def number(value: Any) -> float | Tensor:
     return value if _backend.on_device(value) else float(value.detach())
 
 
+def arguments(of: dict[str, Any]) -> dict[str, Any]:
+    """What a constructor was called with, from its ``locals()``: the defaults of its groups."""
+    return {name: value for name, value in of.items() if name not in ("self", "params", "backend", "__class__")}
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """Base class. A subclass names its states and says, per group and step, which rule runs with which numbers.
 

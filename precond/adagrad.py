@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, check_lr, check_nonnegative
+from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, arguments, check_lr, check_nonnegative
 from ._plan import Row
 
 
@@ -106,18 +106,7 @@ class Adagrad(_SumOfSquares, torch.optim.Adagrad):
         state_format: str | None = None,
         backend: str | None = None,
     ) -> None:
-        defaults: dict[str, Any] = dict(
-            lr=lr,
-            lr_decay=lr_decay,
-            eps=eps,
-            weight_decay=weight_decay,
-            initial_accumulator_value=initial_accumulator_value,
-            foreach=foreach,
-            maximize=maximize,
-            differentiable=differentiable,
-            fused=fused,
-            state_format=state_format,
-        )
+        defaults = arguments(locals())
         _SumOfSquares.__init__(self, params, defaults, backend=backend)
 
 
@@ -187,19 +176,5 @@ class AdagradW(_SumOfSquares):
         state_format: str | None = None,
         backend: str | None = None,
     ) -> None:
-        defaults: dict[str, Any] = dict(
-            lr=lr,
-            lr_decay=lr_decay,
-            eps=eps,
-            weight_decay=weight_decay,
-            initial_accumulator_value=initial_accumulator_value,
-            foreach=foreach,
-            maximize=maximize,
-            differentiable=differentiable,
-            fused=fused,
-            l1_decay=l1_decay,
-            l1_form=l1_form,
-            l1_cap=l1_cap,
-            state_format=state_format,
-        )
+        defaults = arguments(locals())
         super().__init__(params, defaults, backend=backend)

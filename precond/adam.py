@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, check_betas, check_lr, check_nonnegative, number
+from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, arguments, check_betas, check_lr, check_nonnegative, number
 from ._plan import Row
 
 
@@ -86,20 +86,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         state_format: str | None = None,
         backend: str | None = None,
     ) -> None:
-        defaults: dict[str, Any] = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=decoupled_weight_decay,
-            state_format=state_format,
-        )
+        defaults = arguments(locals())
         FusedOptimizer.__init__(self, params, defaults, backend=backend)
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
@@ -224,23 +211,7 @@ class AdamW(Adam, torch.optim.AdamW):
         state_format: str | None = None,
         backend: str | None = None,
     ) -> None:
-        defaults: dict[str, Any] = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            l1_decay=l1_decay,
-            l1_form=l1_form,
-            l1_cap=l1_cap,
-            state_format=state_format,
-        )
+        defaults = arguments(locals()) | {"decoupled_weight_decay": True}
         FusedOptimizer.__init__(self, params, defaults, backend=backend)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

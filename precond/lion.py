@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, check_betas, check_lr, check_nonnegative, number
+from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, arguments, check_betas, check_lr, check_nonnegative, number
 from ._plan import Row
 
 
@@ -73,18 +73,7 @@ class Lion(FusedOptimizer):
         state_format: str | None = None,
         backend: str | None = None,
     ) -> None:
-        defaults: dict[str, Any] = dict(
-            lr=lr,
-            betas=betas,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-            l1_decay=l1_decay,
-            l1_form=l1_form,
-            state_format=state_format,
-        )
+        defaults = arguments(locals())
         super().__init__(params, defaults, backend=backend)
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:

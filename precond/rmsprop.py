@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, check_lr, check_nonnegative
+from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, arguments, check_lr, check_nonnegative
 from ._plan import Row
 
 
@@ -116,20 +116,7 @@ class RMSprop(_MeanOfSquares, torch.optim.RMSprop):
         state_format: str | None = None,
         backend: str | None = None,
     ) -> None:
-        defaults: dict[str, Any] = dict(
-            lr=lr,
-            momentum=momentum,
-            alpha=alpha,
-            eps=eps,
-            centered=centered,
-            weight_decay=weight_decay,
-            capturable=capturable,
-            foreach=foreach,
-            maximize=maximize,
-            differentiable=differentiable,
-            fused=fused,
-            state_format=state_format,
-        )
+        defaults = arguments(locals())
         FusedOptimizer.__init__(self, params, defaults, backend=backend)
 
 
@@ -200,21 +187,5 @@ class RMSpropW(_MeanOfSquares):
         state_format: str | None = None,
         backend: str | None = None,
     ) -> None:
-        defaults: dict[str, Any] = dict(
-            lr=lr,
-            momentum=momentum,
-            alpha=alpha,
-            eps=eps,
-            centered=centered,
-            weight_decay=weight_decay,
-            capturable=capturable,
-            foreach=foreach,
-            maximize=maximize,
-            differentiable=differentiable,
-            fused=fused,
-            l1_decay=l1_decay,
-            l1_form=l1_form,
-            l1_cap=l1_cap,
-            state_format=state_format,
-        )
+        defaults = arguments(locals())
         super().__init__(params, defaults, backend=backend)

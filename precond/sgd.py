@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, check_lr, check_nonnegative
+from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, arguments, check_lr, check_nonnegative
 from ._plan import Row
 
 
@@ -101,18 +101,7 @@ class SGD(_Momentum, torch.optim.SGD):
         state_format: str | None = None,
         backend: str | None = None,
     ) -> None:
-        defaults: dict[str, Any] = dict(
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-            state_format=state_format,
-        )
+        defaults = arguments(locals())
         FusedOptimizer.__init__(self, params, defaults, backend=backend)
 
 
@@ -175,18 +164,5 @@ class SGDW(_Momentum):
         state_format: str | None = None,
         backend: str | None = None,
     ) -> None:
-        defaults: dict[str, Any] = dict(
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-            l1_decay=l1_decay,
-            l1_form=l1_form,
-            state_format=state_format,
-        )
+        defaults = arguments(locals())
         super().__init__(params, defaults, backend=backend)

@@ -121,7 +121,7 @@ class Snapshot:
         results = [(p, exact_p, scale_p), *zip(states, exact_states, scales, strict=True)]
         for (actual, exact, scale), ulps, room in zip(results, row.ulps, slack, strict=True):
             error = (actual.double() - exact).abs()
-            bound = ulp_bound(scale, exact, ulps, actual.dtype) + room
+            bound = ulp_bound(scale, exact.abs() + room, ulps, actual.dtype) + room
             assert torch.all(error <= bound), (
                 f"{row.rule}: error {error.max():.3e} is {(error / bound).max():.2f} times the bound"
             )

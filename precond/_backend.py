@@ -105,7 +105,7 @@ def has_plain_memory(tensor: Tensor) -> bool:
         and not tensor.is_neg()
         and not tensor.is_conj()
         and (tensor.numel() == 0 or (not tensor._is_zerotensor() and tensor.data_ptr() != 0))
-        and tensor.dim() <= MAX_DIMS
+        and tensor.dim() + tensor.is_complex() <= MAX_DIMS
     )
 
 

@@ -124,6 +124,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             check_nonnegative("l1_decay value", "l1_decay", group.get("l1_decay", 0.0))
             if group.get("l1_form", "proximal") not in ("proximal", "subgradient"):
                 raise ValueError(f"l1_form must be 'proximal' or 'subgradient', got {group['l1_form']!r}")
+        elif group.get("l1_decay", 0.0) != 0.0:
+            raise ValueError(f"{type(self).__name__} must have no l1_decay in a group, got {group['l1_decay']}")
         if not group.get("l1_cap", 10.0) > 0.0:
             raise ValueError(f"l1_cap must be > 0, got {group['l1_cap']}")
 
@@ -189,6 +191,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _new_plan_run(self, rows: list[Row], control: Control) -> StepPlan:
         plan = StepPlan(self, rows)
         if self._asks_for_states_only(plan, rows):
+            plan.new = False
             return plan
         if not plan.run(self, rows, control):
             raise RuntimeError("a gradient or state changed while the step was prepared")
@@ -213,6 +216,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._plans[key] = plan
 
     def _checked_row(self, group: dict[str, Any]) -> Row:
+        self._check_group(group)  # a scheduler or a checkpoint may have changed it
         if group.get("capturable") and not _backend.cuda_on_host():
             devices = _get_capturable_supported_devices()
             if any(p.grad is not None and p.device.type not in devices for p in group["params"]):
@@ -231,7 +235,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _given(self, device: torch.device) -> list[Tensor]:
         """What the parameters on a device are updated with in this step."""
         given = (self._input_of(p) for group in self.param_groups for p in group["params"])
-        return [local(g) for g in given if g is not None and g.device == device]
+        return [local(g) for g in given if g is not None and g.device == device and g.layout == torch.strided]
 
     # States: a rule has names for its own.
 
@@ -373,8 +377,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Load a checkpoint of this class or of torch's.
 
         Unlike torch, states keep the dtype they were saved in, and a tensor ``lr`` of this optimizer stays the same
-        tensor and takes the loaded value.
+        tensor and takes the loaded value. Options that torch does not have keep this optimizer's values where the
+        checkpoint has none.
         """
+        own_options = [{k: g[k] for k in self._group_options if k in g} for g in self.param_groups]
         tensor_options = [{k: v for k, v in g.items() if isinstance(v, Tensor)} for g in self.param_groups]
         # What torch loads is what the user's hooks made of the dictionary; ours sees it last, and mends before theirs.
         final: dict[str, Any] = {}
@@ -392,6 +398,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if name in group:
                     tensor.data.fill_(float(group[name]))
                     group[name] = tensor
+        for group, own in zip(self.param_groups, own_options, strict=True):
+            group.update({name: value for name, value in own.items() if name not in group})
         self._rebuild()
 
     def _restore_states(self, loaded: dict[str, Any]) -> None:

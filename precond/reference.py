@@ -236,13 +236,17 @@ def update(
     wide = (
         torch.float64 if any(t.dtype in (torch.float64, torch.complex128) for t in (p, g, *states)) else torch.float32
     )
-    views = [torch.view_as_real(t) if t.is_complex() else t for t in (p, g.resolve_conj(), *states)]
+    views = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (p, g, *states)]
     # Autograd keeps what a formula read, so where it watches that must not be the tensor that is written below.
     wide_p, wide_g, *wide_states = (t.to(wide, copy=torch.is_grad_enabled()) for t in views)
     new_p, new_states = RULES[rule].update(wide_p, wide_g * grad_coef, tuple(wide_states), hyper, step, fresh)
     views[0].copy_(new_p)
     for state, new in zip(views[2:], new_states, strict=True):
         state.copy_(new)
+    # A lazy conjugate was resolved into another tensor.
+    for t, view in zip((p, *states), (views[0], *views[2:]), strict=True):
+        if t.is_conj():
+            t.copy_(torch.view_as_complex(view))
 
 
 def update_sparse(
@@ -256,7 +260,7 @@ def update_sparse(
     grad_coef: float,
 ) -> None:
     """The same for a sparse g. Without momentum a zero gradient changes nothing, so only the places in g are touched."""
-    if "momentum_buffer" in RULES[rule].states:
+    if "momentum_buffer" in RULES[rule].states or g.sparse_dim() == 0:
         update(rule, p, g.to_dense(), states, hyper, step, fresh, grad_coef)
         return
     g = g.coalesce()

@@ -259,3 +259,68 @@ def test_two_optimizers_may_step_in_two_threads(threads):
         for _ in range(50):
             optimizer.step()
         assert all(bits_equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+
+
+def test_options_of_ours_survive_a_checkpoint_of_torchs():
+    w = torch.nn.Parameter(torch.ones(2))
+    theirs = torch.optim.AdamW([w])
+    w.grad = torch.ones(2)
+    theirs.step()
+    ours = precond.AdamW([w], l1_decay=0.1, state_format="fp32")
+    ours.load_state_dict(theirs.state_dict())
+    assert (ours.param_groups[0]["l1_decay"], ours.param_groups[0]["state_format"]) == (0.1, "fp32")
+    w = torch.nn.Parameter(torch.ones(2))
+    ours = precond.RMSprop([w], fused=True)
+    ours.load_state_dict(torch.optim.RMSprop([w]).state_dict())
+    assert ours.param_groups[0]["fused"] is True
+
+
+@pytest.mark.parametrize("cls", [precond.SGD, precond.Adagrad, precond.RMSprop, precond.Adam])
+def test_an_l1_decay_that_a_class_does_not_have_is_an_error(cls):
+    w = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=rf"{cls.__name__} must have no l1_decay in a group, got 0\.1"):
+        cls([{"params": [w], "l1_decay": 0.1}])
+
+
+def test_options_set_later_are_checked_at_the_step():
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = precond.AdamW([w], l1_decay=0.1)
+    optimizer.param_groups[0]["l1_decay"] = -10.0
+    w.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=r"Invalid l1_decay value: -10\.0"):
+        optimizer.step()
+    assert w.tolist() == [1.0, 1.0]
+
+
+def test_a_step_after_one_that_made_states_is_checked():
+    a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = precond.Adam([a, b], lr=0.0)
+    a.grad, b.grad = torch.zeros(2), torch.zeros(2, dtype=torch.float64)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1
+    a.grad = torch.ones(2)
+    b.grad = torch.sparse_coo_tensor([[0]], [1.0], (2,), dtype=torch.float64, check_invariants=True)
+    with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
+        optimizer.step()
+
+
+def test_a_lazily_conjugated_parameter_is_written():
+    w = torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]).conj())
+    optimizer = precond.SGD([w], lr=0.5)
+    w.grad = torch.tensor([1 + 1j, 1 - 1j])
+    optimizer.step()
+    assert w.tolist() == [0.5 - 2.5j, 2.5 + 1.5j]
+
+
+def test_a_sparse_gradient_without_dimensions():
+    w = torch.nn.Parameter(torch.tensor(1.0))
+    w.grad = torch.sparse_coo_tensor(torch.zeros(0, 1, dtype=torch.int64), [2.0], (), check_invariants=True)
+    precond.SGD([w], lr=0.1).step()
+    assert w.item() == pytest.approx(0.8)
+
+
+def test_a_complex_tensor_of_sixteen_dimensions():
+    w = torch.nn.Parameter(torch.zeros([2] * 16, dtype=torch.complex64))
+    w.grad = torch.ones([2] * 16, dtype=torch.complex64).permute(*reversed(range(16)))
+    precond.SGD([w], lr=0.5).step()
+    assert torch.equal(w, torch.full_like(w, -0.5))

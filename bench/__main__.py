@@ -11,6 +11,7 @@ COMMANDS = {
     "gpu": "speed of the GPU backends against torch.optim, with targets",
     "exact": "what exact division and square root cost on a GPU",
     "codegen": "machine code of the GPU kernels, without a GPU",
+    "errors": "worst errors of every rule against float64, in ulp",
     "demo": "train a small GPT with torch's AdamW and with ours",
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._optimizer import check_nonnegative
+from ._arguments import check_nonnegative
 
 Named = Iterable[tuple[str, Tensor]]
 Place = tuple[str, Tensor, nn.Module | None]

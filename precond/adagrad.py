@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, arguments, check_lr, check_nonnegative
+from ._arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
+from ._optimizer import FusedOptimizer, ParamsT
 from ._plan import Row
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ._optimizer import L1_OPTIONS, FusedOptimizer, ParamsT, arguments, check_betas, check_lr, check_nonnegative, number
+from ._arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
+from ._optimizer import FusedOptimizer, ParamsT
 from ._plan import Row
 
 

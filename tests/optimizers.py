@@ -46,8 +46,8 @@ _ADAGRAD = dict(lr=0.05, lr_decay=0.1, initial_accumulator_value=0.1, weight_dec
 _RMSPROP = dict(lr=0.05, alpha=0.9, weight_decay=0.1)
 _CENTERED = dict(lr=0.05, alpha=0.9, weight_decay=0.1, centered=True, maximize=True)
 
-# Worst of 10 seeds x 3 steps x 72,000 elements x 9 mixes of dtypes: p 1.0 to 2.0 for the SGDs, 1.6 to 2.7 for the adaptive
-# rules, but for steep ones.
+# Worst of `python -m bench errors` (10 seeds x 3 steps x 72,000 elements x 9 mixes of dtypes): p 1.0 to 2.0 for the SGDs, 1.6 to
+# 2.7 for the adaptive rules, but for steep ones.
 OPTIMIZERS = [
     Optimizer("sgd", precond.SGD, _SGD, torch.optim.SGD, (2.0,)),
     Optimizer("sgd_momentum", precond.SGD, _MOMENTUM, torch.optim.SGD, (2.0, 2.0)),

@@ -2,7 +2,7 @@
 // cpu_isa.cpp; no STL containers here, so that no symbol is shared between instruction sets.
 #pragma once
 
-#include "plan.h"
+#include "cpu_formats.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -22,46 +22,6 @@ struct ChunkArgs {
 using UpdateChunk = void (*)(const ChunkArgs&);
 
 inline namespace PRECOND_ISA {
-
-// Elements of a tile: the fp32 copies of five operands then take 10 KB of L1. 256 and 1024 time alike.
-constexpr int64_t kTile = 512;
-
-struct alignas(64) Tile {
-  float value[kTile];
-};
-
-// The operand's values as dense fp32, in the tile. Not inlined: five operands times formats times strides in every rule
-// made 60 KB of code each, and a call per tile costs nothing.
-__attribute__((noinline)) inline void load(const Operand& operand, const Strides* strides, int64_t begin, int64_t n,
-                                           Tile& tile) {
-  with_format(operand.format, [&](auto format) {
-    using Stored = typename decltype(format)::Stored;
-    Stored* data = reinterpret_cast<Stored*>(operand.data);
-    if (operand.strides == kDense) {
-      decode(format, data + begin, n, tile.value);
-    } else {
-      Stored gathered[kTile];
-      copy_strided<true>(strides[operand.strides], data, begin, n, gathered);
-      decode(format, gathered, n, tile.value);
-    }
-  });
-}
-
-__attribute__((noinline)) inline void store(const Operand& operand, const Strides* strides, int64_t begin, int64_t n,
-                                            const Tile& tile) {
-  with_format(operand.format, [&](auto format) {
-    using Stored = typename decltype(format)::Stored;
-    Stored* data = reinterpret_cast<Stored*>(operand.data);
-    const auto prepared = prepare(format, tile.value, n);
-    if (operand.strides == kDense) {
-      encode(format, tile.value, n, prepared, data + begin);
-    } else {
-      Stored encoded[kTile];
-      encode(format, tile.value, n, prepared, encoded);
-      copy_strided<false>(strides[operand.strides], data, begin, n, encoded);
-    }
-  });
-}
 
 // Element by element in one loop, straight from and to memory: nothing waits for a divider that works on another tile.
 // 32M bf16 AdamW, 2 threads, AVX-512: 9.7 ms through tiles, 7.8 ms so.
@@ -140,10 +100,10 @@ PRECOND_INLINE void apply(Fp16, const Rule rule, float coef, int64_t n, uint16_t
 }
 #endif
 
-// True where every operand of the tensor is dense and in p's format.
+// True where every operand of the tensor is dense and in p's format, which is plain.
 template <int kStates>
 PRECOND_INLINE bool is_uniform(const Tensor& t) {
-  bool uniform = t.p.strides == kDense && t.g.strides == kDense && t.g.format == t.p.format;
+  bool uniform = t.p.strides == kDense && t.g.strides == kDense && is_plain(t.p.format) && t.g.format == t.p.format;
   for (int k = 0; k < kStates; ++k)
     uniform = uniform && t.state[k].strides == kDense && t.state[k].format == t.p.format;
   return uniform;
@@ -151,28 +111,56 @@ PRECOND_INLINE bool is_uniform(const Tensor& t) {
 
 template <class Rule, int... I>
 PRECOND_INLINE void update_uniform(const ChunkArgs& a, const Rule& rule, float coef, std::integer_sequence<int, I...>) {
-  with_format(a.tensor->p.format, [&](auto format) {
+  with_plain_format(a.tensor->p.format, [&](auto format) {
     using Stored = typename decltype(format)::Stored;
     const auto at = [&](const Operand& operand) { return reinterpret_cast<Stored*>(operand.data) + a.begin; };
     apply(format, rule, coef, a.count, at(a.tensor->p), at(a.tensor->g), at(a.tensor->state[I])...);
   });
 }
 
+// One tile. kRoots: second moments are left as their square roots, which the rule has computed anyway.
+template <bool kRoots, class Rule, int... K, class... States>
+PRECOND_INLINE void apply_tile(const Rule rule, float coef, int64_t n, std::integer_sequence<int, K...>,
+                               float* __restrict p, const float* __restrict g, States* __restrict... s) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    float p_value = p[i];
+    [&](auto... s_value) __attribute__((always_inline)) {
+      rule(p_value, coef * g[i], s_value...);
+      ((s[i] = kRoots && (Rule::kSquares >> K & 1) ? sqrt(s_value) : s_value), ...);
+    }(float(s[i])...);
+    p[i] = p_value;
+  }
+}
+
 // Through tiles of fp32, so that work grows as rules + formats, not as their product.
-template <class Rule, int... I>
-PRECOND_INLINE void update_tiled(const ChunkArgs& a, const Rule& rule, float coef, std::integer_sequence<int, I...>) {
+template <class Rule, int... K>
+PRECOND_INLINE void update_tiled(const ChunkArgs& a, const Rule& rule, float coef,
+                                 std::integer_sequence<int, K...> states) {
   const Tensor& t = *a.tensor;
-  Tile p, g, s[sizeof...(I) + 1];
-  for (int64_t begin = a.begin, end = a.begin + a.count; begin < end; begin += kTile) {
-    const int64_t n = end - begin < kTile ? end - begin : kTile;
+  const bool roots = Rule::kSquares != 0 && (((Rule::kSquares >> K & 1) == 0 || is_root(t.state[K].format)) && ...);
+  const Seed seed = t.draws ? seed_in(a.row) : Seed{0, 0};
+  Tile p, g, s[sizeof...(K) + 1];
+  RandomTile random;
+  for (int64_t begin = a.begin, end = a.begin + a.count; begin < end;) {
+    int64_t n = end - begin < kTile ? end - begin : kTile;
+    if (t.draws) {
+      const int64_t in_row = t.place.left_in_row(begin);
+      n = n < in_row ? n : in_row;
+      fill_random(seed, uint64_t(t.place.index(begin)), n, random);
+    }
     load(t.p, a.strides, begin, n, p);
     load(t.g, a.strides, begin, n, g);
-    (load(t.state[I], a.strides, begin, n, s[I]), ...);
+    (load(t.state[K], a.strides, begin, n, s[K]), ...);
 
-    apply(Fp32{}, rule, coef, n, p.value, g.value, s[I].value...);
+    if (roots)
+      apply_tile<true>(rule, coef, n, states, p.value, g.value, s[K].value...);
+    else
+      apply_tile<false>(rule, coef, n, states, p.value, g.value, s[K].value...);
 
-    store(t.p, a.strides, begin, n, p);
-    (store(t.state[I], a.strides, begin, n, s[I]), ...);
+    store(t.p, a.strides, begin, n, p, false, random, 0);
+    (store(t.state[K], a.strides, begin, n, s[K], roots && (Rule::kSquares >> K & 1), random, 1 + K), ...);
+    begin += n;
   }
 }
 

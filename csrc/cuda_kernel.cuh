@@ -212,12 +212,12 @@ __device__ __forceinline__ int64_t offset_of(const Operand& operand, const Strid
 
 __device__ __forceinline__ float value_at(const Operand& operand, int64_t offset) {
   float x = 0.0f;
-  with_format(operand.format, [&](auto format) { x = format.value(element<decltype(format)>(operand, offset)); });
+  with_plain_format(operand.format, [&](auto format) { x = format.value(element<decltype(format)>(operand, offset)); });
   return x;
 }
 
 __device__ __forceinline__ void store_at(const Operand& operand, int64_t offset, float x) {
-  with_format(operand.format, [&](auto format) { element<decltype(format)>(operand, offset) = format.stored(x); });
+  with_plain_format(operand.format, [&](auto format) { element<decltype(format)>(operand, offset) = format.stored(x); });
 }
 
 // Any strides and any mix of formats, one element at a time: right and slow.

@@ -143,7 +143,7 @@ void launch_any(const LaunchArgs& a) {
 // A kernel for each three formats that training mixes: fp32 and one kind of 16 bits. None where a rule has no state
 // whose format could differ.
 using AllFormats = std::tuple<Fp32, Bf16, Fp16>;
-constexpr int kAny = kFormats * kFormats * kFormats;
+constexpr int kAny = kPlainFormats * kPlainFormats * kPlainFormats;
 template <class Rule, int kP, int kG, int kS>
 constexpr Launcher fast_launcher() {
   constexpr int kBoth = (1 << kP | 1 << kG | 1 << kS) >> 1;
@@ -155,7 +155,7 @@ constexpr Launcher fast_launcher() {
 }
 template <class Rule, int... I>
 constexpr std::array<Launcher, kAny + 1> launchers_of(std::integer_sequence<int, I...>) {
-  return {fast_launcher<Rule, I / (kFormats * kFormats), I / kFormats % kFormats, I % kFormats>()...,
+  return {fast_launcher<Rule, I / (kPlainFormats * kPlainFormats), I / kPlainFormats % kPlainFormats, I % kPlainFormats>()...,
           &launch_any<Rule>};
 }
 #define PRECOND_LAUNCHERS(name, ...) launchers_of<__VA_ARGS__>(std::make_integer_sequence<int, kAny>{}),
@@ -172,7 +172,7 @@ int launcher_of(const Tensor& t) {
   for (int k = 0; k < states; ++k) any = any || t.state[k].strides != kDense || t.state[k].format != t.state[0].format;
   if (any) return kAny;
   const Format state = states == 0 ? t.p.format : t.state[0].format;
-  const int fast = (int(t.p.format) * kFormats + int(t.g.format)) * kFormats + int(state);
+  const int fast = (int(t.p.format) * kPlainFormats + int(t.g.format)) * kPlainFormats + int(state);
   return kLaunchers[t.rule][size_t(fast)] != nullptr ? fast : kAny;
 }
 

@@ -82,6 +82,7 @@ const std::vector<RuleInfo>& rules() {
 #define PRECOND_INFO(name, ...)                                                                                      \
   {name,                                                                                                             \
    __VA_ARGS__::kStates,                                                                                             \
+   __VA_ARGS__::kSquares,                                                                                            \
    std::vector<std::string>(std::begin(__VA_ARGS__::Hyper::names), std::end(__VA_ARGS__::Hyper::names)),             \
    [](const double* hyper, double step, bool fresh, float* row) { fill_row<__VA_ARGS__>(hyper, step, fresh, row); }, \
    int(sizeof(__VA_ARGS__) / sizeof(float)),                                                                         \

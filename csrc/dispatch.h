@@ -17,7 +17,7 @@ const UpdateChunk* update_table();
 
 struct RuleInfo {
   const char* name;
-  int states;
+  int states, squares;
   std::vector<std::string> hyper;
   void (*fill_row)(const double* hyper, double step, bool fresh, float* row);
   int row_floats;

@@ -7,7 +7,7 @@
 namespace precond::dlpack {
 
 enum Device : int32_t { kCpu = 1, kCuda = 2 };
-enum Code : uint8_t { kFloat = 2, kBfloat = 4, kComplex = 5 };
+enum Code : uint8_t { kInt = 0, kUint = 1, kFloat = 2, kBfloat = 4, kComplex = 5 };
 
 struct DLTensor {
   void* data;

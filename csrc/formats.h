@@ -1,89 +1,48 @@
-// Formats: how one logical fp32 value lives in memory. A rule never sees them. Each has a dense `decode` and a
-// two-phase encode: `prepare` looks at the whole tile first (formats with a scale per group need its maximum), `encode`
-// writes it with what `prepare` found. A format whose elements stand alone only spells `value` and `stored`.
+// Formats: how one logical fp32 value lives in memory. A rule never sees them. Each is a struct in a format_*.h with the
+// functions that its kStoring names; this is their list.
 #pragma once
 
-#include "math.h"
+#include "format_codes.h"
+#include "format_plain.h"
+#include "format_split.h"
+#include "format_stochastic.h"
+#include "random.h"
 
 namespace precond {
 
-enum class Format : int32_t { fp32 = 0, bf16 = 1, fp16 = 2 };
-constexpr int kFormats = 3;
+enum class Format : int32_t {
+  fp32 = 0,
+  bf16 = 1,
+  fp16 = 2,
+  bf16_stochastic = 3,
+  fp16_stochastic = 4,
+  bf16_split24 = 5,
+  bf16_split32 = 6,
+  fp16_split24 = 7,
+  fp16_split32 = 8,
+  int8 = 9,
+  uint8 = 10,
+  int4 = 11,
+  uint4 = 12,
+};
+// The first ones stand alone; kernels for uniform and dense tensors are made of these.
+constexpr int kPlainFormats = 3;
+constexpr const char* kFormatNames[] = {"fp32",         "bf16",         "fp16",         "bf16_stochastic",
+                                        "fp16_stochastic", "bf16_split24", "bf16_split32", "fp16_split24",
+                                        "fp16_split32", "int8",         "uint8",        "int4",
+                                        "uint4"};
+constexpr int kFormats = int(sizeof kFormatNames / sizeof kFormatNames[0]);
+
+PRECOND_INLINE constexpr bool is_plain(Format format) { return int(format) < kPlainFormats; }
+// Codes with a scale per group.
+PRECOND_INLINE constexpr bool is_coded(Format format) { return format >= Format::int8; }
+PRECOND_INLINE constexpr bool has_remainder(Format format) {
+  return format >= Format::bf16_split24 && format <= Format::fp16_split32;
+}
+// Takes square roots of second moments.
+PRECOND_INLINE constexpr bool is_root(Format format) { return format == Format::uint8 || format == Format::uint4; }
 
 inline namespace PRECOND_ISA {
-
-struct NothingToPrepare {};
-
-struct Fp32 {
-  using Stored = float;
-  PRECOND_INLINE static float value(Stored x) { return x; }
-  PRECOND_INLINE static Stored stored(float x) { return x; }
-};
-
-struct Bf16 {
-  using Stored = uint16_t;
-  PRECOND_INLINE static float value(Stored x) { return float_of(uint32_t(x) << 16); }
-  // Round to nearest even in integers; every NaN becomes torch's 0x7fc0.
-  PRECOND_INLINE static Stored stored(float x) {
-    const uint32_t u = bits_of(x);
-    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    return Stored(x != x ? 0x7fc0u : rounded);
-  }
-};
-
-// IEEE half precision. On the CPU in integers and one fp32 operation each: _Float16 stays scalar in GCC 12. Both equal
-// the hardware's conversions for all 2^16 and 2^32 inputs, but for the payload of a NaN.
-struct Fp16 {
-  using Stored = uint16_t;
-#if defined(__CUDA_ARCH__)
-  PRECOND_INLINE static float value(Stored x) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x));
-    return value;
-  }
-  PRECOND_INLINE static Stored stored(float x) {
-    Stored rounded;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
-    return x != x ? Stored(0x7e00u) : rounded;
-  }
-#else
-  PRECOND_INLINE static float value(Stored x) {
-    // As an fp32 number the shifted bits are 2^112 too small, denormals included.
-    const uint32_t shifted = uint32_t(x & 0x7fffu) << 13;
-    const uint32_t scaled = bits_of(float_of(shifted) * 0x1p112f);
-    const uint32_t magnitude = shifted >= 0x0f800000u ? shifted | 0x7f800000u : scaled;
-    return float_of(magnitude | uint32_t(x & 0x8000u) << 16);
-  }
-  // Round to nearest even; every NaN becomes 0x7e00.
-  PRECOND_INLINE static Stored stored(float x) {
-    const uint32_t u = bits_of(x) & 0x7fffffffu;
-    // Adding 1/2 leaves a denormal result, rounded, in the last bits.
-    const uint32_t denormal = bits_of(float_of(u) + 0.5f) - 0x3f000000u;
-    const uint32_t normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
-    uint32_t rounded = u < 0x38800000u ? denormal : normal;
-    rounded = u >= 0x47800000u ? 0x7c00u : rounded;
-    rounded |= bits_of(x) >> 16 & 0x8000u;
-    return Stored(u > 0x7f800000u ? 0x7e00u : rounded);
-  }
-#endif
-};
-
-// Decode and encode for formats that store each value on its own.
-template <class Format>
-PRECOND_INLINE void decode(Format, const typename Format::Stored* __restrict in, int64_t n, float* __restrict out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = Format::value(in[i]);
-}
-template <class Format>
-PRECOND_INLINE NothingToPrepare prepare(Format, const float*, int64_t) {
-  return {};
-}
-template <class Format>
-PRECOND_INLINE void encode(Format, const float* __restrict in, int64_t n, NothingToPrepare,
-                           typename Format::Stored* __restrict out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = Format::stored(in[i]);
-}
 
 // Calls f with the struct of a format. The only switch over formats.
 template <class F>
@@ -93,9 +52,36 @@ PRECOND_INLINE decltype(auto) with_format(Format format, F&& f) {
       return f(Bf16{});
     case Format::fp16:
       return f(Fp16{});
+    case Format::bf16_stochastic:
+      return f(Bf16Stochastic{});
+    case Format::fp16_stochastic:
+      return f(Fp16Stochastic{});
+    case Format::bf16_split24:
+      return f(Bf16Split24{});
+    case Format::bf16_split32:
+      return f(Bf16Split32{});
+    case Format::fp16_split24:
+      return f(Fp16Split24{});
+    case Format::fp16_split32:
+      return f(Fp16Split32{});
+    case Format::int8:
+      return f(Int8{});
+    case Format::uint8:
+      return f(Uint8{});
+    case Format::int4:
+      return f(Int4{});
+    case Format::uint4:
+      return f(Uint4{});
     case Format::fp32:
       break;
   }
+  return f(Fp32{});
+}
+// The same for one that is plain.
+template <class F>
+PRECOND_INLINE decltype(auto) with_plain_format(Format format, F&& f) {
+  if (format == Format::bf16) return f(Bf16{});
+  if (format == Format::fp16) return f(Fp16{});
   return f(Fp32{});
 }
 

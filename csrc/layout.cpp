@@ -13,6 +13,13 @@ Order storage_order(const int64_t* shape, const int64_t* strides, int ndim) {
   return order;
 }
 
+Order logical_order(const int64_t* shape, int ndim) {
+  Order order;
+  for (int d = 0; d < ndim; ++d)
+    if (shape[d] != 1) order.dim[order.ndim++] = d;
+  return order;
+}
+
 bool is_dense(const Order& order, const int64_t* shape, const int64_t* strides) {
   int64_t expected = 1;
   for (int k = order.ndim - 1; k >= 0; --k) {

@@ -19,6 +19,10 @@ struct Order {
 // it lies in memory. Dimensions of size 1 are dropped.
 Order storage_order(const int64_t* shape, const int64_t* strides, int ndim);
 
+// The order of the indices, which does not depend on how a tensor lies in memory: for formats that depend on an
+// element's number.
+Order logical_order(const int64_t* shape, int ndim);
+
 // True where visiting in `order` walks memory one element at a time.
 bool is_dense(const Order& order, const int64_t* shape, const int64_t* strides);
 

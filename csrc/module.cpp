@@ -63,11 +63,16 @@ PYBIND11_MODULE(_C, m) {
 
   py::dict table;
   for (const RuleInfo& info : rules())
-    table[info.name] = py::make_tuple(rule_number(info.name), info.states, info.hyper);
+    table[info.name] = py::make_tuple(rule_number(info.name), info.states, info.hyper, info.squares);
   m.attr("rules") = table;
   py::dict types;
   for (const RuleInfo& info : rules()) types[info.name] = info.type;
   m.attr("rule_types") = types;
+
+  py::dict formats;
+  for (int i = 0; i < kFormats; ++i) formats[kFormatNames[i]] = i;
+  m.attr("formats") = formats;
+  m.attr("group") = kGroup;
 
   m.def("scalars", &scalars, py::arg("rule"), py::arg("hyper"), py::arg("step"), py::arg("fresh"));
   m.def("available_isas", &available_isas);
@@ -84,7 +89,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("reader"), py::arg("state_names"), py::arg("step_name"), py::arg("chunk"), py::arg("device"),
            py::keep_alive<1, 2>())
       .def("add", &TensorPlan::add, py::arg("param"), py::arg("state"), py::arg("group"), py::arg("rule"),
-           py::arg("fresh"), py::arg("step_on_device"))
+           py::arg("fresh"), py::arg("counts"), py::arg("step_on_device"), py::arg("formats"), py::arg("draws"),
+           py::arg("place"))
       .def("defer", &TensorPlan::defer, py::arg("param"), py::arg("group"))
       .def("ignore", &TensorPlan::ignore, py::arg("param"), py::arg("group"))
       .def("seal", &TensorPlan::seal, py::arg("state"))

@@ -79,7 +79,7 @@ int32_t Plan::add_strides(const Strides& strides) {
   return int32_t(strides_.size()) - 1;
 }
 
-// Tensors of one group nearly always share a step, so a row is computed for the first and reused.
+// Tensors of one group nearly always share a step, so a row is computed for the first and reused, or copied beside a seed.
 const std::vector<float>& Plan::fill_rows(const std::vector<GroupRow>& groups) {
   const IeeeDenormals ieee;
   struct Key {
@@ -99,6 +99,12 @@ const std::vector<float>& Plan::fill_rows(const std::vector<GroupRow>& groups) {
       rules()[t.rule].fill_row(groups[t.group].hyper, step, t.fresh, &rows_[size_t(key.row) * kRowFloats]);
     }
     t.row = key.row;
+    if (!t.draws) continue;
+    t.row = int32_t(rows_.size() / kRowFloats);
+    rows_.resize(rows_.size() + kRowFloats);
+    float* row = &rows_[size_t(t.row) * kRowFloats];
+    std::copy_n(&rows_[size_t(key.row) * kRowFloats], kSeedInRow, row);
+    put_seed(seed_of(t.key, uint64_t(step)), row);
   }
   return rows_;
 }

@@ -18,12 +18,21 @@ constexpr int64_t kChunkAlign = 256;
 // 32K, 0.99 at 128K, 0.98 at 1M.
 constexpr int64_t kChunksPerThread = 8, kMinChunk = 32768, kMaxChunk = 1 << 20;
 
-// One tensor's memory: p, g or a state. `strides` is an index into the plan's list, or kDense.
+// One tensor's memory: p, g or a state. `strides` is an index into the plan's list, or kDense; `beside` has remainders or
+// scales, which are dense in the visiting order.
 constexpr int32_t kDense = -1;
 struct Operand {
   char* data = nullptr;
   Format format = Format::fp32;
   int32_t strides = kDense;
+  char* beside = nullptr;
+};
+
+// Where a tensor's elements are in the unsharded one: from `begin` on, rows of `row` elements, `row_step` apart there.
+struct Place {
+  int64_t begin = 0, row = 0, row_step = 0;  // row 0: all in one stretch
+  PRECOND_INLINE int64_t index(int64_t i) const { return begin + (row == 0 ? i : i / row * row_step + i % row); }
+  PRECOND_INLINE int64_t left_in_row(int64_t i) const { return row == 0 ? INT64_MAX : row - i % row; }
 };
 
 // One parameter.
@@ -37,6 +46,9 @@ struct Tensor {
   int32_t row = 0;      // scalars of this step
   bool active = false;  // has a gradient in this step
   bool fresh = false;   // its state was made for this step
+  bool draws = false;   // rounds stochastically: `key` is its own, `place` where it is in the unsharded tensor
+  uint64_t key = 0;
+  Place place;
 };
 
 // `begin` is the global index of the chunk's first element in its tensor's visiting order.
@@ -51,6 +63,13 @@ struct Control {
   float grad_coef = 1.0f;
   float skip = 0.0f;
 };
+
+// Where a row keeps the seed of a tensor that draws; rules have the floats before.
+constexpr int kSeedInRow = kRowFloats - 2;
+PRECOND_INLINE Seed seed_in(const float* row) { return {bits_of(row[kSeedInRow]), bits_of(row[kSeedInRow + 1])}; }
+PRECOND_INLINE void put_seed(Seed seed, float* row) {
+  std::memcpy(row + kSeedInRow, &seed, sizeof seed);  // not as floats: a bit pattern may be a signalling NaN
+}
 
 // Hyper-parameters of a group in this step: the doubles of its rule's Hyper, and -1 where the objective is maximised.
 struct GroupRow {
@@ -91,7 +110,7 @@ class Plan {
   std::vector<Chunk> chunks_;
   std::vector<int32_t>
       batches_;              // first chunks of ranges of about one full chunk's work: what a thread takes at a time
-  std::vector<float> rows_;  // kRowFloats each, shared by tensors with the same group and step
+  std::vector<float> rows_;  // kRowFloats each, shared by tensors with the same group and step that draw nothing
 };
 
 }  // namespace precond

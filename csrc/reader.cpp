@@ -7,12 +7,37 @@
 namespace precond {
 namespace {
 
-// Formats by the names torch gives its dtypes.
-bool format_of(const std::string& dtype, Format* format) {
-  if (dtype == "torch.float32") return *format = Format::fp32, true;
-  if (dtype == "torch.bfloat16") return *format = Format::bf16, true;
-  if (dtype == "torch.float16") return *format = Format::fp16, true;
-  return false;
+// By the names torch gives its dtypes.
+Storage storage_of(const std::string& dtype) {
+  if (dtype == "torch.float32" || dtype == "torch.complex64") return Storage::fp32;
+  if (dtype == "torch.bfloat16") return Storage::bf16;
+  if (dtype == "torch.float16") return Storage::fp16;
+  if (dtype == "torch.int8") return Storage::int8;
+  if (dtype == "torch.uint8") return Storage::uint8;
+  if (dtype == "torch.int16") return Storage::int16;
+  return Storage::none;
+}
+
+// By DLPack's codes; complex64 is two floats of 32 bits.
+Storage storage_of(const dlpack::DLTensor& t) {
+  if (t.lanes != 1) return Storage::none;
+  switch (t.code << 8 | t.bits) {
+    case dlpack::kFloat << 8 | 32:
+    case dlpack::kComplex << 8 | 64:
+      return Storage::fp32;
+    case dlpack::kBfloat << 8 | 16:
+      return Storage::bf16;
+    case dlpack::kFloat << 8 | 16:
+      return Storage::fp16;
+    case dlpack::kInt << 8 | 8:
+      return Storage::int8;
+    case dlpack::kUint << 8 | 8:
+      return Storage::uint8;
+    case dlpack::kInt << 8 | 16:
+      return Storage::int16;
+    default:
+      return Storage::none;
+  }
 }
 
 // A complex tensor as the real one with a last dimension of two. Its shape and strides are copied.
@@ -65,10 +90,8 @@ void Reader::read_exchange(PyObject* object, View* view) const {
   view->ndim = t.ndim;
   view->shape = t.shape;
   view->strides = t.strides;
-  const bool fp32 = t.code == dlpack::kFloat && t.bits == 32, bf16 = t.code == dlpack::kBfloat && t.bits == 16;
-  const bool fp16 = t.code == dlpack::kFloat && t.bits == 16, complex64 = t.code == dlpack::kComplex && t.bits == 64;
-  view->format = bf16 ? Format::bf16 : fp16 ? Format::fp16 : Format::fp32;
-  view->known = (fp32 || bf16 || fp16 || (complex64 && !is_conjugate(object))) && t.lanes == 1;
+  const bool complex64 = t.code == dlpack::kComplex && t.bits == 64;
+  view->storage = complex64 && is_conjugate(object) ? Storage::none : storage_of(t);
   view->device = t.device_type == dlpack::kCpu    ? kCpuDevice
                  : t.device_type == dlpack::kCuda ? t.device_id
                                                   : kOtherDevice;
@@ -79,8 +102,7 @@ void Reader::read_methods(PyObject* object, View* view) const {
   const py::handle t(object);
   const std::string dtype = py::str(t.attr("dtype"));
   const bool complex64 = dtype == "torch.complex64";
-  view->format = Format::fp32;
-  view->known = complex64 ? !is_conjugate(object) : format_of(dtype, &view->format);
+  view->storage = complex64 && is_conjugate(object) ? Storage::none : storage_of(dtype);
   view->device = t.attr("is_cpu").cast<bool>()    ? kCpuDevice
                  : t.attr("is_cuda").cast<bool>() ? t.attr("device").attr("index").cast<int>()
                                                   : kOtherDevice;

@@ -14,13 +14,15 @@ namespace py = pybind11;
 
 constexpr int kCpuDevice = -1, kOtherDevice = -2;  // CUDA devices count from 0
 
+// What elements are in memory: the dtypes of operands, and of the codes, scales and remainders beside them.
+enum class Storage : int32_t { none, fp32, bf16, fp16, int8, uint8, int16 };
+
 // What a tensor object says of its memory; complex64 is fp32 with a last dimension of two. `shape` and `strides` live
 // in the object or in `owned`.
 struct View {
   char* data = nullptr;
-  bool known = false;  // in one of Format's dtypes
+  Storage storage = Storage::none;  // none: of another dtype
   int device = kOtherDevice;
-  Format format = Format::fp32;
   int ndim = 0;
   const int64_t* shape = nullptr;
   const int64_t* strides = nullptr;

@@ -1,5 +1,6 @@
 // The formulas: one functor per rule, called by the CPU loop and by the CUDA kernel. A rule knows no addresses and not
-// how a value is stored; its fields are the scalars of one step (scalars.h), in the order of a row of the plan.
+// how a value is stored; its fields are the scalars of one step (scalars.h), in the order of a row of the plan. kSquares
+// has a bit for each state that is a second moment: formats of few bits keep its root.
 #pragma once
 
 #include "decays.h"
@@ -12,7 +13,7 @@ inline namespace PRECOND_ISA {
 template <class Decay>
 struct SGD {
   using Hyper = SGDHyper;
-  static constexpr int kStates = 0;
+  static constexpr int kStates = 0, kSquares = 0;
   float lr;
   Decay decay;
 
@@ -24,7 +25,7 @@ struct SGD {
 template <class Decay>
 struct SGDMomentum {
   using Hyper = SGDHyper;
-  static constexpr int kStates = 1;
+  static constexpr int kStates = 1, kSquares = 0;
   float lr, momentum, one_minus_dampening;
   Decay decay;
 
@@ -54,7 +55,7 @@ struct SGDNesterov : SGDMomentum<Decay> {
 template <class Decay>
 struct Adam {
   using Hyper = AdamHyper;
-  static constexpr int kStates = 2;
+  static constexpr int kStates = 2, kSquares = 0b10;
   float one_minus_beta1, beta2, one_minus_beta2, inv_sqrt_bias2, eps, step_size;
   Decay decay;
 
@@ -76,7 +77,7 @@ struct Adam {
 // Reddi et al. 2018, arXiv 1904.09237: den from the largest v so far.
 template <class Decay>
 struct AdamAmsgrad : Adam<Decay> {
-  static constexpr int kStates = 3;
+  static constexpr int kStates = 3, kSquares = 0b110;
 
   PRECOND_INLINE void operator()(float& p, float g, float& m, float& v, float& v_max) const {
     this->update_moments(p, g, m, v);
@@ -89,7 +90,7 @@ struct AdamAmsgrad : Adam<Decay> {
 template <class Decay>
 struct Adagrad {
   using Hyper = AdagradHyper;
-  static constexpr int kStates = 1;
+  static constexpr int kStates = 1, kSquares = 0b1;
   float lr, eps;
   Decay decay;
 
@@ -105,7 +106,7 @@ struct Adagrad {
 template <class Decay>
 struct RMSprop {
   using Hyper = RMSpropHyper;
-  static constexpr int kStates = 1;
+  static constexpr int kStates = 1, kSquares = 0b1;
   float lr, alpha, one_minus_alpha, eps, momentum;
   Decay decay;
 
@@ -165,7 +166,7 @@ struct RMSpropCenteredMomentum : RMSprop<Decay> {
 template <class Decay>
 struct Lion {
   using Hyper = LionHyper;
-  static constexpr int kStates = 1;
+  static constexpr int kStates = 1, kSquares = 0;
   float lr, one_minus_beta1, one_minus_beta2;
   Decay decay;
 

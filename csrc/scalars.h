@@ -96,7 +96,7 @@ PRECOND_INLINE void set_scalars(Lion<Decay>& rule, const LionHyper& h, double, b
 // Fills a row of the plan.
 template <class Rule>
 PRECOND_INLINE void fill_row(const double* hyper, double step, bool fresh, float* row) {
-  static_assert(sizeof(Rule) <= kRowFloats * sizeof(float), "a rule must fit into a row");
+  static_assert(sizeof(Rule) <= (kRowFloats - 2) * sizeof(float), "a rule must fit into a row, before a seed");
   static_assert(Rule::kStates <= kMaxStates, "raise kMaxStates");
   typename Rule::Hyper h;
   std::memcpy(&h, hyper, sizeof h);

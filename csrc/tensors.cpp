@@ -13,6 +13,41 @@ namespace {
 // How many entries ahead to prefetch.
 constexpr size_t kAhead = 3;
 
+Format plain_format(Storage storage) {
+  return storage == Storage::bf16 ? Format::bf16 : storage == Storage::fp16 ? Format::fp16 : Format::fp32;
+}
+
+// Of an operand itself; what lies beside it: scales are bf16.
+Storage storage_of(Format format) {
+  switch (format) {
+    case Format::fp32:
+      return Storage::fp32;
+    case Format::bf16:
+    case Format::bf16_stochastic:
+    case Format::bf16_split24:
+    case Format::bf16_split32:
+      return Storage::bf16;
+    case Format::fp16:
+    case Format::fp16_stochastic:
+    case Format::fp16_split24:
+    case Format::fp16_split32:
+      return Storage::fp16;
+    case Format::int8:
+      return Storage::int8;
+    case Format::uint8:
+    case Format::int4:
+    case Format::uint4:
+      break;
+  }
+  return Storage::uint8;
+}
+Storage remainder_of(Format format) {
+  return format == Format::bf16_split24 || format == Format::fp16_split24 ? Storage::int8 : Storage::int16;
+}
+int64_t code_bytes(Format format, int64_t numel) {
+  return format == Format::int8 || format == Format::uint8 ? numel : (numel + 1) / 2;
+}
+
 bool same_dims(const int64_t* a, const int64_t* b, int n) {
   for (int d = 0; d < n; ++d)
     if (a[d] != b[d]) return false;
@@ -23,7 +58,11 @@ bool same_dims(const int64_t* a, const int64_t* b, int n) {
 
 TensorPlan::TensorPlan(const Reader& reader, const std::map<int, std::vector<std::string>>& state_names,
                        const std::string& step_name, int64_t chunk, int device)
-    : reader_(reader), state_names_(rules().size()), plan_(chunk), device_(device) {
+    : reader_(reader),
+      state_names_(rules().size()),
+      scale_names_(rules().size()),
+      plan_(chunk),
+      device_(device) {
 #if defined(PRECOND_CUDA)
   if (device_ >= 0) cuda_ = std::make_unique<CudaPlan>(device_);
 #if defined(PRECOND_CUDA_ON_HOST)
@@ -35,8 +74,14 @@ TensorPlan::TensorPlan(const Reader& reader, const std::map<int, std::vector<std
   const auto intern = [](const std::string& s) {
     return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(s.c_str()));
   };
-  for (const auto& [rule, names] : state_names)
-    for (const std::string& name : names) state_names_.at(size_t(rule)).push_back(intern(name));
+  for (const auto& [rule, names] : state_names) {
+    for (const std::string& name : names) {
+      state_names_.at(size_t(rule)).push_back(intern(name));
+      scale_names_.at(size_t(rule)).push_back(intern(name + "_scale"));
+    }
+  }
+  remainder_name_ = intern("remainder");
+  key_name_ = intern("key");
   if (!step_name.empty()) step_name_ = intern(step_name);
   params_name_ = intern("params");
   grad_name_ = intern("grad");
@@ -71,7 +116,8 @@ bool TensorPlan::same_shape(const Entry& entry, const View& view) const {
 
 // What a plan can update. Tensors without memory of their own (fake, meta, lazy zeros) have no address.
 bool TensorPlan::fits(const View& view) const {
-  if (!view.known || view.device != device_) return false;
+  const bool known = view.storage == Storage::fp32 || view.storage == Storage::bf16 || view.storage == Storage::fp16;
+  if (!known || view.device != device_) return false;
   if (view.data != nullptr) return true;
   for (int d = 0; d < view.ndim; ++d)
     if (view.shape[d] == 0) return true;
@@ -79,21 +125,34 @@ bool TensorPlan::fits(const View& view) const {
 }
 
 bool TensorPlan::is_counter(const View& view, bool on_device) const {
-  return view.known && view.device == (on_device ? device_ : kCpuDevice) && view.format == Format::fp32 &&
-         view.ndim == 0 && view.data != nullptr;
+  return view.device == (on_device ? device_ : kCpuDevice) && view.storage == Storage::fp32 && view.ndim == 0 &&
+         view.data != nullptr;
 }
 
 bool TensorPlan::same_strides(const Entry& entry, const View& view) const {
   return same_dims(view.strides, &dims_[entry.dims] + entry.ndim, entry.ndim);
 }
 
+Order TensorPlan::order_of(const Entry& entry) const {
+  const int64_t* dims = &dims_[entry.dims];
+  return entry.logical ? logical_order(dims, entry.ndim) : storage_order(dims, dims + entry.ndim, entry.ndim);
+}
+
+// True for codes, scales or a remainder: so many elements in one stretch, in the order of the indices.
+bool TensorPlan::is_beside(const View& view, Storage storage, int64_t count) const {
+  if (view.storage != storage || view.device != device_) return false;
+  int64_t numel = 1;
+  for (int d = 0; d < view.ndim; ++d) numel *= view.shape[d];
+  return numel == count && (count == 0 || is_dense(logical_order(view.shape, view.ndim), view.shape, view.strides));
+}
+
 // Where `view` keeps its elements. slot: the strides that may be overwritten, or kDense to add new ones.
-Operand TensorPlan::place(const Entry& entry, const View& view, int32_t* slot, const char* what) {
+Operand TensorPlan::place(const Entry& entry, const View& view, Format format, int32_t* slot, const char* what) {
   Operand operand;
   operand.data = view.data;
-  operand.format = view.format;
-  const int64_t* dims = &dims_[entry.dims];
-  const Order order = storage_order(dims, dims + entry.ndim, entry.ndim);
+  operand.format = format;
+  if (storage_of(format) != view.storage) throw py::type_error(std::string(what) + " must have the dtype of its format");
+  const Order order = order_of(entry);
   if (is_dense(order, view.shape, view.strides)) return operand;
   Strides strides;
   if (!make_strides(order, view.shape, view.strides, &strides))
@@ -107,7 +166,9 @@ Operand TensorPlan::place(const Entry& entry, const View& view, int32_t* slot, c
   return operand;
 }
 
-void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bool fresh, bool step_on_device) {
+void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bool fresh, bool counts,
+                     bool step_on_device, const std::vector<int>& formats, bool draws,
+                     const std::array<int64_t, 3>& place_of) {
   View view;
   reader_.read(param.ptr(), &view);
   if (!fits(view))
@@ -129,7 +190,11 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
   tensor.numel = 1;
   for (int d = 0; d < view.ndim; ++d) tensor.numel *= view.shape[d];
   int32_t slot = kDense;
-  tensor.p = place(entry, view, &slot, "a parameter");
+  const auto format_of = [&](size_t operand) {
+    return formats.empty() ? plain_format(view.storage) : Format(formats.at(operand));
+  };
+  for (const int format : formats) entry.logical = entry.logical || !is_plain(Format(format));
+  tensor.p = place(entry, view, format_of(0), &slot, "a parameter");
   Traces traces;
   traces.p = trace(param, view);
   const std::vector<py::object>& names = state_names_[size_t(rule)];
@@ -137,15 +202,39 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
     throw py::value_error("a rule must have a name for each of its states");
   for (size_t k = 0; k < names.size(); ++k) {
     reader_.read(state[names[k]].ptr(), &view);
+    traces.state[k] = trace(state[names[k]], view);
+    if (is_coded(format_of(1 + k))) {
+      tensor.state[k].format = format_of(1 + k);
+      tensor.state[k].data = view.data;
+      if (!is_beside(view, storage_of(tensor.state[k].format), code_bytes(tensor.state[k].format, tensor.numel)))
+        throw py::type_error("state " + py::str(names[k]).cast<std::string>() + " must be the codes of its format");
+      continue;
+    }
     if (!fits(view) || !same_shape(entry, view))
       throw py::type_error(
           "state " + py::str(names[k]).cast<std::string>() +
           " must be float32, bfloat16, float16 or complex64 on the plan's device, and of its parameter's shape");
     slot = kDense;
-    tensor.state[k] = place(entry, view, &slot, "a state");
-    traces.state[k] = trace(state[names[k]], view);
+    tensor.state[k] = place(entry, view, format_of(1 + k), &slot, "a state");
   }
-  if (step_name_) {
+  tensor.draws = draws;
+  if (draws) tensor.key = state[key_name_].cast<uint64_t>();
+  tensor.place = {place_of[0], place_of[1], place_of[2]};
+  if (has_remainder(tensor.p.format)) {
+    reader_.read(state[remainder_name_].ptr(), &view);
+    if (!is_beside(view, remainder_of(tensor.p.format), tensor.numel))
+      throw py::type_error("state remainder must be that of the parameter's format");
+    tensor.p.beside = view.data;
+  }
+  for (size_t k = 0; k < names.size(); ++k) {
+    if (!is_coded(tensor.state[k].format)) continue;
+    reader_.read(state[scale_names_[size_t(rule)][k]].ptr(), &view);
+    if (!is_beside(view, Storage::bf16, (tensor.numel + kGroup - 1) / kGroup))
+      throw py::type_error("state " + py::str(scale_names_[size_t(rule)][k]).cast<std::string>() +
+                           " must have a bfloat16 for each group");
+    tensor.state[k].beside = view.data;
+  }
+  if (counts) {
     reader_.read(state[step_name_].ptr(), &view);
     if (!is_counter(view, step_on_device))
       throw py::type_error("state step must be a float32 tensor without dimensions");
@@ -183,11 +272,11 @@ void TensorPlan::seal(const py::dict& state) {
 }
 
 bool TensorPlan::same_place(const Operand& operand, const Entry& entry, const View& view) const {
-  if (!fits(view) || view.data != operand.data || view.format != operand.format || !same_shape(entry, view))
+  if (!fits(view) || view.data != operand.data || view.storage != storage_of(operand.format) ||
+      !same_shape(entry, view))
     return false;
   if (operand.strides == kDense && same_strides(entry, view)) return true;
-  const int64_t* dims = &dims_[entry.dims];
-  const Order order = storage_order(dims, dims + entry.ndim, entry.ndim);
+  const Order order = order_of(entry);
   if (operand.strides == kDense) return is_dense(order, view.shape, view.strides);
   Strides strides;
   const Strides& known = plan_.strides(operand.strides);
@@ -203,13 +292,39 @@ bool TensorPlan::same_state(const Entry& entry, PyObject* param_state, View* vie
     PyObject* value = PyDict_GetItemWithError(param_state, names[k].ptr());
     if (value == nullptr) return false;
     reader_.read(value, view);
-    if (!same_place(tensor.state[k], entry, *view)) return false;
+    const Operand& operand = tensor.state[k];
+    if (is_coded(operand.format) ? view->data != operand.data || !is_beside(*view, storage_of(operand.format),
+                                                                            code_bytes(operand.format, tensor.numel))
+                                 : !same_place(operand, entry, *view))
+      return false;
   }
-  if (!step_name_) return true;
+  if (entry.logical && !same_special(tensor, param_state, view)) return false;
+  if (tensor.step == nullptr) return true;
   PyObject* value = PyDict_GetItemWithError(param_state, step_name_.ptr());
   if (value == nullptr) return false;
   reader_.read(value, view);
   return is_counter(*view, tensor.step_on_device) && view->data == reinterpret_cast<char*>(tensor.step);
+}
+
+// Scales, remainder and key.
+bool TensorPlan::same_special(const Tensor& tensor, PyObject* param_state, View* view) {
+  const auto same = [&](const py::object& name, Storage storage, int64_t count, const char* data) {
+    PyObject* value = PyDict_GetItemWithError(param_state, name.ptr());
+    if (value == nullptr) return false;
+    reader_.read(value, view);
+    return view->data == data && is_beside(*view, storage, count);
+  };
+  const std::vector<py::object>& scales = scale_names_[size_t(tensor.rule)];
+  for (size_t k = 0; k < scales.size(); ++k)
+    if (is_coded(tensor.state[k].format) &&
+        !same(scales[k], Storage::bf16, (tensor.numel + kGroup - 1) / kGroup, tensor.state[k].beside))
+      return false;
+  if (has_remainder(tensor.p.format) &&
+      !same(remainder_name_, remainder_of(tensor.p.format), tensor.numel, tensor.p.beside))
+    return false;
+  if (!tensor.draws) return true;
+  PyObject* key = PyDict_GetItemWithError(param_state, key_name_.ptr());
+  return key != nullptr && py::handle(key).cast<uint64_t>() == tensor.key;
 }
 
 py::object TensorPlan::gradient_of(PyObject* param, const py::dict& inputs) const {
@@ -288,9 +403,9 @@ bool TensorPlan::refresh_gradients(const py::list& param_groups, const py::dict&
         g_trace = trace(gradient, view);
       }
       if (tensor.p.strides == kDense && same_strides(entry, view))
-        tensor.g = {view.data, view.format, kDense};
+        tensor.g = {view.data, plain_format(view.storage), kDense, nullptr};
       else
-        tensor.g = place(entry, view, &entry.g_slot, "a gradient");
+        tensor.g = place(entry, view, plain_format(view.storage), &entry.g_slot, "a gradient");
       held_.push_back(std::move(gradient));
     }
   }

@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <map>
 #include <string>
 #include <vector>
@@ -23,8 +24,11 @@ class TensorPlan {
              const std::string& step_name, int64_t chunk, int device);
 
   // Parameters, in the order of optimizer.param_groups. `state` is the parameter's entry in optimizer.state; `fresh`
-  // says that it was made for the coming step, `step_on_device` where its counter lies.
-  void add(py::handle param, py::handle state, int group, int rule, bool fresh, bool step_on_device);
+  // says that it was made for the coming step, `counts` that it has a step counter, `step_on_device` where that lies.
+  // formats: those of the parameter and of each state, or empty where the dtypes say it all. draws: rounds
+  // stochastically, with the state's key; place: begin, row and row_step of Place.
+  void add(py::handle param, py::handle state, int group, int rule, bool fresh, bool counts, bool step_on_device,
+           const std::vector<int>& formats, bool draws, const std::array<int64_t, 3>& place);
   // A parameter without a gradient. The plan is stale as soon as it has one.
   void defer(py::handle param, int group);
   // A parameter that another backend updates.
@@ -64,6 +68,7 @@ class TensorPlan {
     int32_t tensor = -1;
     int32_t ndim = 0;
     int32_t g_slot = kDense;  // strides of a gradient that is not dense
+    bool logical = false;     // visited in the order of indices, not of memory
     int64_t dims = 0;         // shape, then strides of the parameter
   };
 
@@ -75,14 +80,18 @@ class TensorPlan {
   Trace trace(py::handle tensor, const View& view) const;
   py::object gradient_of(PyObject* param, const py::dict& inputs) const;
   bool same_state(const Entry& entry, PyObject* param_state, View* view);
+  bool same_special(const Tensor& tensor, PyObject* param_state, View* view);
+  Order order_of(const Entry& entry) const;
+  bool is_beside(const View& view, Storage storage, int64_t count) const;
+  void add_special(const Entry& entry, py::handle state, const std::vector<int>& formats, Tensor* tensor);
   bool same_place(const Operand& operand, const Entry& entry, const View& view) const;
   bool same_shape(const Entry& entry, const View& view) const;
   bool same_strides(const Entry& entry, const View& view) const;
-  Operand place(const Entry& entry, const View& view, int32_t* slot, const char* what);
+  Operand place(const Entry& entry, const View& view, Format format, int32_t* slot, const char* what);
 
   const Reader& reader_;
-  std::vector<std::vector<py::object>> state_names_;  // of each rule
-  py::object step_name_, params_name_, grad_name_;
+  std::vector<std::vector<py::object>> state_names_, scale_names_;  // of each rule
+  py::object step_name_, params_name_, grad_name_, remainder_name_, key_name_;
   Plan plan_;
   int device_;  // that tensors must be on
   std::vector<GroupRow> rows_;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_capturable_supported_devices
 
-from . import _backend, reference
+from . import _backend, _formats, reference
 from ._arguments import STATE_FORMATS, check_nonnegative, number
 from ._plan import Control, Row, StepPlan, counter_dtype, is_counter
 from ._sharding import aligned_gradients, local
@@ -19,6 +20,10 @@ from ._sharding import aligned_gradients, local
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 _PLANS_KEPT = 64
+
+
+def _versions_of(p: Tensor) -> tuple[int, int]:
+    return p._version, local(p)._version
 
 
 class PrecisionWarning(UserWarning):
@@ -40,11 +45,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     #: True where torch keeps a ``step`` per parameter.
     _counts_steps: ClassVar[bool] = False
     #: Group options that torch does not have, with their defaults.
-    _group_options: ClassVar[dict[str, Any]] = {}
+    _group_options: ClassVar[dict[str, Any]] = {"state_format": None, "weight_format": None}
 
     _own: dict[str, Any]
     _plans: dict[tuple[int, ...], StepPlan]
     _warned: bool
+    #: What each parameter's stream of random bits is named by: its name, or its position among the parameters.
+    _stream_names: dict[Tensor, str]
+    #: Version counters of split weights after the last step: one that moved since was written by somebody else.
+    _versions: dict[Tensor, tuple[int, int]]
     #: What a parameter is updated with where that is not its ``.grad``: a method that rotates gradients fills it for a step.
     _inputs: dict[Tensor, Tensor]
 
@@ -77,7 +86,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         state_format = group.get("state_format")
         if state_format is not None and state_format not in STATE_FORMATS:
             raise ValueError(
-                f"state_format must be None, 'fp32', 'bf16' or 'fp16' or its torch dtype, got {state_format!r}"
+                "state_format must be None, 'fp32', 'bf16', 'fp16', 'int8' or its torch dtype, or 'int4', "
+                f"got {state_format!r}"
+            )
+        weight_format = group.get("weight_format")
+        if weight_format not in (None, *_formats.WEIGHT_FORMATS):
+            raise ValueError(
+                f"weight_format must be None or one of {', '.join(_formats.WEIGHT_FORMATS)}, got {weight_format!r}"
             )
         if "l1_decay" in self._group_options:
             check_nonnegative("l1_decay value", "l1_decay", group.get("l1_decay", 0.0))
@@ -207,32 +222,80 @@ class FusedOptimizer(torch.optim.Optimizer):
         return {name: state[name] for name in self._names(rule) if state.get(name) is not None}
 
     def _missing_states(self, p: Tensor, rule: str) -> bool:
-        if self._counts_steps and "step" not in (self.state[p] if p in self.state else {}):
+        if self._counts(p) and "step" not in (self.state[p] if p in self.state else {}):
             return True
         return len(self._states(p, rule)) < len(self._names(rule))
 
+    def _counts(self, p: Tensor) -> bool:
+        """True where a parameter has a step counter: as in torch, and where random bits depend on the step."""
+        return self._counts_steps or (p in self.state and "key" in self.state[p])
+
+    def _layout(self, p: Tensor, group: dict[str, Any], rule: str) -> _formats.Layout:
+        """The formats of a parameter and of its states as they are."""
+        return _formats.layout_of(p, group, self.state[p] if p in self.state else {}, self._names(rule))
+
     def _init_state(self, p: Tensor, group: dict[str, Any], rule: str) -> bool:
-        """Make the states that are missing. True if none was there."""
+        """Make what is missing of the state. True if none of the rule's states was there."""
         names = self._names(rule)
-        if not names and not self._counts_steps:
+        weight_format = group.get("weight_format") if _formats.is_half(p) else None
+        if not names and not self._counts_steps and weight_format is None:
             return False
         state = self.state[p]
         fresh = not self._states(p, rule)
-        if self._counts_steps:
+        for name in names:
+            if state.get(name) is None:
+                state.update(self._new_state(p, name, group))
+        if weight_format in ("split24", "split32"):
+            if not _formats.has_remainder(state, weight_format):
+                state["remainder"] = _formats.new_remainder(p, weight_format)
+        else:
+            state.pop("remainder", None)  # a parameter that is updated without it is not what it belongs to
+        if self._layout(p, group, rule).draws and not isinstance(state.get("key"), int):
+            state["key"] = self._key(p)
+        if self._counts(p):
             step = state.get("step", 0.0)
             device = p.device if p.device.type != "cpu" and self._step_on_device(group, "cuda") else torch.device("cpu")
             if not is_counter(step, p, device):
                 state["step"] = torch.tensor(float(step), dtype=counter_dtype(p), device=device)
+        return fresh
+
+    def _new_state(self, p: Tensor, name: str, group: dict[str, Any]) -> dict[str, Tensor]:
+        """A state with its initial value, and what lies beside it."""
+        initial = self._initial(p, group)
         # A complex state has its parameter's dtype: a pair of other floats is no dtype of torch.
         state_format = None if p.is_complex() else group.get("state_format")
         dtype = p.dtype if state_format is None else STATE_FORMATS[state_format]
-        for name in names:
-            if state.get(name) is None:
-                state[name] = torch.full_like(
-                    p, self._initial(p, group), dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
-                )
-                self._warn_precision(name, dtype, group)
-        return fresh
+        if isinstance(dtype, str):
+            if _formats.takes_codes(p):
+                made = _formats.new_codes(p, name, dtype)
+                if initial != 0.0:
+                    values = torch.full(local(p).shape, initial, device=p.device, dtype=torch.float32)
+                    _formats.fill(made, name, values, _formats.code_format(name, dtype))
+                return made
+            dtype = torch.float32
+        self._warn_precision(name, dtype, group)
+        full = torch.full_like(p, initial, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+        return {name: full}
+
+    def _key(self, p: Tensor) -> int:
+        """What names the stream of a parameter's random bits: from the seed and its name, or its position."""
+        if p not in self._stream_names:
+            position = 0
+            for group in self.param_groups:
+                for i, q in enumerate(group["params"]):
+                    self._stream_names[q] = group["param_names"][i] if "param_names" in group else str(position)
+                    position += 1
+        named = f"{self._own.get('seed', 0)}:{self._stream_names[p]}"
+        return int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "little") >> 1
+
+    def _drop_stale_remainders(self, split: Iterable[Tensor]) -> None:
+        """Forget what a split weight lacked of its master where somebody else has written the weight since."""
+        for p in split:
+            if p in self._versions and self._versions[p] != _versions_of(p):
+                local(self.state[p]["remainder"]).zero_()
+
+    def _note_versions(self, split: Iterable[Tensor]) -> None:
+        self._versions.update((p, _versions_of(p)) for p in split)
 
     def _step_on_device(self, group: dict[str, Any], backend: str) -> bool:
         """Where torch keeps a parameter's step counter: beside it if capturable or fused, else on the host."""
@@ -250,7 +313,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Warn once where a new state's dtype cannot hold what the rule needs."""
         if name != self._second_moment or self._warned:
             return
-        if dtype == torch.bfloat16 and self._smoothing(group) > 0.995:
+        nearest = group.get("state_format") is None
+        if dtype == torch.bfloat16 and nearest and self._smoothing(group) > 0.995:
             what = f"stands still: rounding to nearest loses what a step adds or removes at {self._smoothing(group)} > 0.995"
         elif dtype == torch.float16:
             what = "is 0 for gradients below about 1e-3, and the step is then divided by eps alone"
@@ -289,15 +353,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         if g.shape != p.shape:
             raise RuntimeError(f"{name} must have a gradient of shape {tuple(p.shape)}, got {tuple(g.shape)}")
         states = self._states(p, row.rule)
+        coded = {key for key in states if f"{key}_scale" in self.state[p]}
         for key, state in states.items():
-            if state.shape != p.shape or state.device != p.device:
+            if (state.shape != p.shape and key not in coded) or state.device != p.device:
                 raise RuntimeError(
                     f"{key} of {name} must have shape {tuple(p.shape)} on {p.device}, "
                     f"got {tuple(state.shape)} on {state.device}"
                 )
         if sparse or self.defaults["differentiable"]:
             return "reference"
-        return _backend.choose(self._own["backend"], [local(t) for t in (p, g, *states.values())])
+        valued = [local(state) for key, state in states.items() if key not in coded]
+        return _backend.choose(self._own["backend"], [local(p), local(g), *valued])
 
     # Being a torch optimizer: groups, pickling, checkpoints.
 
@@ -327,6 +393,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Everything private that follows from the public state."""
         self._plans = {}
         self._inputs = {}
+        self._stream_names = {}
+        self._versions = {}
         self._warned = False
         # GradScaler then leaves unscaling and skipping to the step. Only on request: Lightning refuses to clip otherwise.
         if self.defaults.get("fused"):
@@ -359,7 +427,36 @@ class FusedOptimizer(torch.optim.Optimizer):
                     group[name] = tensor
         for group, own in zip(self.param_groups, own_options, strict=True):
             group.update({name: value for name, value in own.items() if name not in group})
+            self._convert_states(group)
         self._rebuild()
+
+    def _convert_states(self, group: dict[str, Any]) -> None:
+        """Bring loaded states into the format that a group asks for by name."""
+        asked = group.get("state_format")
+        if asked is None:
+            return
+        wanted = STATE_FORMATS[asked]
+        rule = self._row(group).rule
+        for p in group["params"]:
+            if p not in self.state or p.is_complex():
+                continue
+            state = self.state[p]
+            coded = isinstance(wanted, str) and _formats.takes_codes(p)
+            dtype = torch.float32 if isinstance(wanted, str) else wanted
+            forms = self._layout(p, group, rule).states
+            for name, form in zip(self._states(p, rule), forms, strict=True):
+                if coded and form == _formats.code_format(name, str(wanted)):
+                    continue
+                if not coded and f"{name}_scale" not in state and state[name].dtype == dtype:
+                    continue
+                values = _formats.values_of(state, name, form, p)
+                state.pop(f"{name}_scale", None)
+                if coded:
+                    state.update(_formats.new_codes(p, name, str(wanted)))
+                    _formats.fill(state, name, values, _formats.code_format(name, str(wanted)))
+                else:
+                    state[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+                    local(state[name]).copy_(values)
 
     def _restore_states(self, loaded: dict[str, Any]) -> None:
         """Give loaded states the dtype they were saved in and memory of their own; torch casts and aliases them."""

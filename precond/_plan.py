@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backend, reference
+from . import _backend, _formats, reference
 from ._sharding import local
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def table_of(rows: list[Row], device: bool) -> list[tuple[int, float, tuple[floa
     assert _backend._C is not None
     table = []
     for rule, sign, hyper in rows:
-        number, _, names = _backend._C.rules[rule]
+        number, _, names, _ = _backend._C.rules[rule]
         values, overrides = [], []
         for index, name in enumerate(names):
             value = hyper[name]
@@ -162,12 +162,17 @@ class StepPlan:
         self.has_wrappers = any(local(p) is not p for group in optimizer.param_groups for p in group["params"])
         fast = self._check(optimizer, rows)
         self.fresh: set[Tensor] = set()
+        self.split: list[Tensor] = []
         before = {p: dict(state) for p, state in optimizer.state.items()}
         try:
             for group, row in zip(optimizer.param_groups, rows, strict=True):
                 for p in group["params"]:
-                    if optimizer._input_of(p) is not None and optimizer._init_state(p, group, row.rule):
+                    if optimizer._input_of(p) is None:
+                        continue
+                    if optimizer._init_state(p, group, row.rule):
                         self.fresh.add(p)
+                    if p in optimizer.state and "remainder" in optimizer.state[p]:
+                        self.split.append(p)
             for where in dict.fromkeys(fast.values()):
                 self._compile(optimizer, rows, fast, *where)
         except BaseException:
@@ -199,7 +204,8 @@ class StepPlan:
                 else:
                     self.slow.append(Slow(name, p, index, backend))
                 written.append((name, local(p)))
-                written += [(f"{key} of {name}", local(t)) for key, t in optimizer._states(p, row.rule).items()]
+                state = optimizer.state[p] if p in optimizer.state else {}
+                written += [(f"{k} of {name}", local(t)) for k, t in state.items() if isinstance(t, Tensor) and t.dim()]
         check_overlap(written)
         return fast
 
@@ -216,7 +222,7 @@ class StepPlan:
         plan = _backend._C.Plan(
             reader=_backend.reader(),
             state_names={rules[row.rule][0]: reference.RULES[row.rule].states for row in rows},
-            step_name="step" if optimizer._counts_steps else "",
+            step_name="step",
             chunk=_CHUNK,
             device=-1 if backend == "cpu" else device.index or 0,
         )
@@ -224,13 +230,22 @@ class StepPlan:
             on_device = optimizer._step_on_device(group, backend)
             for p in group["params"]:
                 if fast.get(p) == (backend, device):
-                    plan.add(p, optimizer.state.get(p), index, rules[row.rule][0], p in self.fresh, on_device)
+                    self._add(plan, optimizer, p, index, row, on_device)
                 elif optimizer._input_of(p) is None:
                     plan.defer(p, index)
                 else:
                     plan.ignore(p, index)
         plan.seal(optimizer.state)
         self.compiled.append(Compiled(backend, device, plan))
+
+    def _add(self, plan: Any, optimizer: FusedOptimizer, p: Tensor, index: int, row: Row, on_device: bool) -> None:
+        assert _backend._C is not None
+        group = optimizer.param_groups[index]
+        layout = optimizer._layout(p, group, row.rule)
+        formats = [] if layout.plain else [_backend._C.formats[name] for name in (layout.param, *layout.states)]
+        number = _backend._C.rules[row.rule][0]
+        state, counts = optimizer.state.get(p), optimizer._counts(p)
+        plan.add(p, state, index, number, p in self.fresh, counts, on_device, formats, layout.draws, layout.place)
 
     def run(self, optimizer: FusedOptimizer, rows: list[Row], control: Control) -> bool:
         """Update everything. False, and nothing changed, where the plan no longer holds."""
@@ -240,6 +255,7 @@ class StepPlan:
         if not self.new and not all(self._holds(optimizer, rows, slow) for slow in self.slow):
             return False
         self.new = False
+        optimizer._drop_stale_remainders(self.split)
         for backend, _, plan in self.compiled:
             table = table_of(rows, backend == "cuda")
             if not plan.refresh(optimizer.param_groups, optimizer.state, optimizer._inputs, table):
@@ -279,6 +295,7 @@ class StepPlan:
         torch.autograd.graph.increment_version(updated)
         if self.slow:
             self._run_slow(optimizer, rows, control)
+        optimizer._note_versions(self.split)
         self.fresh.clear()
         return True
 
@@ -290,7 +307,7 @@ class StepPlan:
         row = rows[group]
         if optimizer._backend_of(name, p, row) != backend or optimizer._missing_states(p, row.rule):
             return False
-        if not optimizer._counts_steps:
+        if not optimizer._counts(p):
             return True
         beside = optimizer._step_on_device(optimizer.param_groups[group], "triton")
         return is_counter(optimizer.state[p]["step"], p, p.device if beside else torch.device("cpu"))
@@ -298,7 +315,7 @@ class StepPlan:
     def _counted_by_host(self, optimizer: FusedOptimizer, slow: Slow) -> bool:
         """True where a step of this parameter moves a counter on the host."""
         return (
-            optimizer._counts_steps
+            optimizer._counts(slow.param)
             and optimizer._input_of(slow.param) is not None
             and not optimizer._step_on_device(optimizer.param_groups[slow.group], slow.backend)
         )
@@ -311,7 +328,7 @@ class StepPlan:
             if g is None:
                 continue
             rule, sign, hyper = rows[group]
-            step: Any = optimizer.state[p]["step"] if optimizer._counts_steps else 0
+            step: Any = optimizer.state[p]["step"] if optimizer._counts(p) else 0
             if self._counted_by_host(optimizer, slow):
                 step += 1
                 step = int(step.item())
@@ -323,8 +340,13 @@ class StepPlan:
                 continue
             # Where autograd watches, a tensor lr stays one.
             numbers = hyper if torch.is_grad_enabled() else {name: float(value) for name, value in hyper.items()}
+            arguments = numbers, step, fresh, sign * control.grad_coef
+            layout = optimizer._layout(p, optimizer.param_groups[group], rule)
+            if not layout.plain:
+                _formats.update(rule, p, tensors[1], optimizer.state[p], optimizer._names(rule), layout, *arguments)
+                continue
             update = reference.update_sparse if g.is_sparse else reference.update
-            update(rule, tensors[0], tensors[1], tensors[2:], numbers, step, fresh, sign * control.grad_coef)
+            update(rule, tensors[0], tensors[1], tensors[2:], *arguments)
         if for_triton:
             from . import triton_kernels  # type: ignore[attr-defined]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,57 @@ def local(tensor: Tensor) -> Tensor:
     plain: Tensor = to_local()
     trigger_wait = getattr(plain, "trigger_wait", None)
     return plain if trigger_wait is None else trigger_wait()
+
+
+def place_of(p: Tensor) -> tuple[int, int, int]:
+    """Where a local tensor's elements are in the unsharded one: the first, and if rows are cut, a row's length and the step
+    from row to row. For formats that number elements; raise where a mesh cuts otherwise.
+    """
+    if not hasattr(p, "placements"):
+        return 0, 0, 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    cut = [placement for placement in p.placements if not placement.is_replicate()]
+    if any(not placement.is_shard() or placement.dim > 1 or type(placement).__name__ != "Shard" for placement in cut):
+        raise RuntimeError(f"a format below float32 must have placements Shard(0), Shard(1) or Replicate, got {p.placements}")
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    if p.dim() < 2:
+        return (offset[0] if offset else 0), 0, 0
+    inner = math.prod(p.shape[2:])
+    row, row_step = shape[1] * inner, p.shape[1] * inner
+    return offset[0] * row_step + offset[1] * inner, (row if row != row_step else 0), (row_step if row != row_step else 0)
+
+
+def zeros_per_row(p: Tensor, per: int, dtype: torch.dtype) -> Tensor:
+    """Zeros, one for so many elements of a row, placed as the parameter: shape (rows, elements of a row / per)."""
+    if p.dim() < 2:
+        return torch.zeros(-(-p.numel() // per), dtype=dtype, device=p.device)
+    rows, row = p.shape[0], math.prod(p.shape[1:])
+    if not hasattr(p, "placements"):
+        return torch.zeros(rows, row // per, dtype=dtype, device=p.device)
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((rows, row // per))
+    plain = local(p)
+    local_rows, local_row = plain.shape[0], math.prod(plain.shape[1:])
+    for dim, placement in enumerate(p.placements):
+        if placement.is_shard(1) and (local_row % per or p.shape[1] % p.device_mesh.size(dim)):
+            raise RuntimeError(
+                f"state_format with codes must have shards of rows of a multiple of {per} elements, got {local_row} of {row}"
+            )
+    zeros = torch.zeros(local_rows, local_row // per, dtype=dtype, device=plain.device)
+    return DTensor.from_local(zeros, p.device_mesh, p.placements, run_check=False, shape=shape, stride=(row // per, 1))
+
+
+def like(p: Tensor, plain: Tensor) -> Tensor:
+    """A local tensor of a parameter's local shape as a tensor placed as the parameter."""
+    if not hasattr(p, "placements"):
+        return plain
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        plain, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=torch.empty(p.shape, device="meta").stride()
+    )
 
 
 def aligned_gradients(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:

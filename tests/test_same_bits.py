@@ -227,7 +227,7 @@ def test_the_scalars_of_both_texts_are_the_same_bits(row):
     from precond import triton_kernels
 
     rule = triton_kernels.RULES[row.rule]
-    _number, states, names = _C.rules[row.rule]
+    _number, states, names, _ = _C.rules[row.rule]
     assert (rule.states, list(rule.hyper)) == (states, names)
     generator = torch.Generator().manual_seed(0)
     for step in (1, 2, 3, 10, 1000, 123_456, 2**24):

@@ -157,25 +157,144 @@ void strides_gather_and_scatter_any_range() {
 }
 
 void every_bf16_value_survives_decode_and_encode() {
-  Buffer<uint16_t> all(1 << 16), back(1 << 16);
-  Buffer<float> values(1 << 16);
-  for (int64_t i = 0; i < all.size; ++i) all.data[i] = uint16_t(i);
-  decode(Bf16{}, all.data.get(), all.size, values.data.get());
-  encode(Bf16{}, values.data.get(), all.size, prepare(Bf16{}, values.data.get(), all.size), back.data.get());
-  for (int64_t i = 0; i < all.size; ++i) CHECK(back.data[i] == (std::isnan(values.data[i]) ? 0x7fc0 : all.data[i]));
+  for (uint32_t u = 0; u < 1 << 16; ++u) {
+    const float x = Bf16::value(uint16_t(u));
+    CHECK(Bf16::stored(x) == (std::isnan(x) ? 0x7fc0 : u));
+  }
 }
 
 void bf16_rounds_to_nearest_even() {
   for (uint32_t u = 0; u < 0xff800000u; u += 9973) {
     const float x = float_of(u);
     if (std::isnan(x)) continue;
-    uint16_t stored;
-    encode(Bf16{}, &x, 1, prepare(Bf16{}, &x, 1), &stored);
+    const uint16_t stored = Bf16::stored(x);
     const float low = float_of(u & 0xffff0000u), high = float_of((u & 0xffff0000u) + 0x10000u);
     const float got = float_of(uint32_t(stored) << 16);
     const double below = std::fabs(double(x) - double(low)), above = std::fabs(double(high) - double(x));
     if (std::isinf(high) && !std::isinf(x)) continue;  // the distance to infinity has no meaning
     CHECK(below < above ? got == low : above < below ? got == high : (stored & 1) == 0);
+  }
+}
+
+// All mantissas, of every exponent's first and of one in between, both signs.
+template <class F>
+void for_many_floats(F&& f) {
+  for (uint32_t exponent = 0; exponent < 256; ++exponent) {
+    const uint32_t step = exponent == 0 || exponent == 1 || exponent % 50 == 13 || exponent >= 254 ? 1 : 4093;
+    for (uint32_t mantissa = 0; mantissa < 1u << 23; mantissa += step)
+      for (uint32_t sign : {0u, 0x80000000u}) f(float_of(sign | exponent << 23 | mantissa));
+  }
+}
+
+void split32_is_fp32() {
+  for_many_floats([](float x) {
+    int16_t remainder;
+    const uint16_t p = Bf16Split32::stored(x, 0, &remainder);
+    const float back = Bf16Split32::value(p, remainder);
+    CHECK(std::isnan(x) ? std::isnan(back) : bits_of(back) == bits_of(x));
+    // The parameter alone is the nearest bf16; a tie may go away from zero.
+    const double error = std::fabs(double(Bf16::value(p)) - x), least = std::fabs(double(Bf16::value(Bf16::stored(x))) - x);
+    CHECK(!std::isfinite(x) || std::isinf(Bf16::value(p)) || error == least);
+    const uint16_t h = Fp16Split32::stored(x, 0xffff, &remainder);
+    const float half = Fp16Split32::value(h, remainder);
+    CHECK(h == Fp16::stored(x));
+    const float size = std::fabs(x);
+    if (size >= 0x1p-14f && size < 65504.0f) CHECK(bits_of(half) == bits_of(x));
+    if (size < 0x1p-14f) CHECK(std::fabs(half - x) <= 0x1p-38f);
+    if (size >= 65520.0f) CHECK(std::isinf(half) && (half > 0) == (x > 0));
+    if (std::isnan(x)) CHECK(std::isnan(half));
+  });
+}
+
+void split24_is_within_its_bound() {
+  for (const uint32_t draw : {0u, 0x7fffu, 0xffffu}) {
+    for_many_floats([draw](float x) {
+      int8_t remainder;
+      const uint16_t p = Bf16Split24::stored(x, draw, &remainder);
+      const float back = Bf16Split24::value(p, remainder);
+      if (!std::isfinite(x)) CHECK(std::isnan(x) ? std::isnan(back) : back == x);
+      if (std::isfinite(x) && std::isfinite(back))
+        CHECK(std::fabs(double(back) - x) < std::max(std::fabs(x) * 0x1p-15, 0x1p-141));
+      if ((bits_of(x) & 0xff) == 0 && !std::isnan(x)) CHECK(bits_of(back) == bits_of(x));
+      const uint16_t h = Fp16Split24::stored(x, draw, &remainder);
+      const float half = Fp16Split24::value(h, remainder);
+      if (std::fabs(x) < 65504.0f) CHECK(std::fabs(double(half) - x) <= std::max(std::fabs(x) * 0x1p-17, 0x1p-32));
+    });
+  }
+}
+
+// Up or down, in the mean where it was, and nothing happens to what the format has.
+template <class F, class Plain>
+void rounds_stochastically() {
+  for_many_floats([](float x) {
+    if (std::isnan(x) || std::fabs(x) > 65000.0f) return;
+    const float low = Plain::value(F::stored(x, 0)), high = Plain::value(F::stored(x, 0xffff));
+    CHECK(std::fabs(low) <= std::fabs(x) && std::fabs(high) >= std::fabs(low));
+    if (low != x) return;
+    CHECK(bits_of(high) == bits_of(x));
+  });
+  const float x = 1.0f + 0x1p-12f;
+  double mean = 0;
+  for (uint32_t draw = 0; draw < 1 << 16; ++draw) mean += Plain::value(F::stored(x, draw)) / 65536.0;
+  CHECK(std::fabs(mean - x) < 1e-9);
+  CHECK(std::isnan(Plain::value(F::stored(NAN, 0xffff))) && std::isinf(Plain::value(F::stored(INFINITY, 0xffff))));
+}
+
+template <class F>
+void codes_keep_what_they_must() {
+  const auto top = [](float x) { return bits_of(x) & 0x7fffffffu; };
+  for (float largest : {1e-44f, 1e-37f, 1e-30f, 1e-8f, 0.7f, 1.0f, 12345.0f, 3e38f}) {
+    const Group group = F::group(top(largest));
+    const float scale = float_of(group.scale << 16), unit = F::unit(group.scale);
+    CHECK(scale >= largest && (scale <= 1.01f * largest || scale <= 0x1p-119f));
+    CHECK(F::code(0.0f, group, 0xffff) == 0 && F::code(-0.0f, group, 0xffff) == 0 && F::value(0, unit) == 0.0f);
+    int32_t last = 0;
+    for (int k = 0; k <= 1000; ++k) {
+      const float x = largest * (float(k) / 1000.0f);
+      for (uint32_t draw : {0u, 0x8000u, 0xffffu}) {
+        const int32_t code = F::code(x, group, draw);
+        CHECK(code >= 0 && code <= F::kLevels && (!F::kRoot || x == 0.0f || code >= 1));
+        if (!F::kRoot) CHECK(F::code(-x, group, draw) == -code);
+        if (draw == 0x8000u) {
+          CHECK(code >= last);
+          last = code;
+        }
+      }
+      // Both neighbours bracket the value.
+      const double low = F::value(F::code(x, group, 0), unit), high = F::value(F::code(x, group, 0xffff), unit);
+      const double exact = F::kRoot ? double(x) * x : x;
+      if (scale > 0x1p-100f && scale < 0x1p60f && (!F::kRoot || F::code(x, group, 0) > 1)) CHECK(low <= exact * 1.00001);
+      if (scale > (F::kRoot ? 0x1p-55f : 0x1p-100f) && scale < 0x1p60f && x < 0.9f * largest) CHECK(high >= exact * 0.999);
+    }
+    // A code survives, whatever the draw: nothing drifts. The root of a decoded second moment may be an ulp off.
+    for (int32_t code = F::kRoot ? 0 : -F::kLevels; code <= F::kLevels; ++code) {
+      const float x = F::value(code, unit);
+      const int32_t again = F::code(F::kRoot ? sqrt(x) : x, group, 0x8000);
+      if (scale > 0x1p-60f && scale < 0x1p60f) CHECK(again == code);
+    }
+  }
+  for (float bad : {float(INFINITY), float(NAN), 3.4e38f}) {
+    const Group group = F::group(top(bad));
+    CHECK(F::code(bad, group, 0xffff) == 0 && F::code(1.0f, group, 0) == 0 && std::isnan(F::value(0, F::unit(group.scale))));
+  }
+}
+
+void random_words_are_even() {
+  // Bits, neighbours, steps and keys: every bit is set about half of the time, and no two streams agree.
+  const Seed seeds[] = {seed_of(0, 1), seed_of(0, 2), seed_of(1, 1), seed_of(0x123456789abcdefu, 1)};
+  for (const Seed a : seeds) {
+    int set[32] = {}, changed[32] = {}, same = 0;
+    for (uint32_t i = 0; i < 1 << 16; ++i) {
+      const uint32_t word = random_word(a, i, 0);
+      for (int bit = 0; bit < 32; ++bit) {
+        set[bit] += word >> bit & 1;
+        changed[bit] += (word ^ random_word(a, i + 1, 0)) >> bit & 1;
+      }
+      for (const Seed b : seeds) same += word == random_word(b, i, 0);
+      same += word == random_word(a, i, 1);
+    }
+    for (int bit = 0; bit < 32; ++bit) CHECK(std::abs(set[bit] - 32768) < 700 && std::abs(changed[bit] - 32768) < 700);
+    CHECK(same < (1 << 16) + 5);
   }
 }
 
@@ -239,6 +358,15 @@ int main() {
   RUN(strides_gather_and_scatter_any_range);
   RUN(every_bf16_value_survives_decode_and_encode);
   RUN(bf16_rounds_to_nearest_even);
+  RUN(split32_is_fp32);
+  RUN(split24_is_within_its_bound);
+  RUN((rounds_stochastically<Bf16Stochastic, Bf16>));
+  RUN((rounds_stochastically<Fp16Stochastic, Fp16>));
+  RUN(codes_keep_what_they_must<Int8>);
+  RUN(codes_keep_what_they_must<Uint8>);
+  RUN(codes_keep_what_they_must<Int4>);
+  RUN(codes_keep_what_they_must<Uint4>);
+  RUN(random_words_are_even);
   RUN(fp16_is_the_compilers);
   RUN(integer_powers_are_products);
   RUN(unknown_instruction_sets_are_refused);

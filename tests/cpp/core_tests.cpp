@@ -188,15 +188,14 @@ void for_many_floats(F&& f) {
 
 void split32_is_fp32() {
   for_many_floats([](float x) {
-    int16_t remainder;
-    const uint16_t p = Bf16Split32::stored(x, 0, &remainder);
-    const float back = Bf16Split32::value(p, remainder);
+    const auto [p, p_remainder] = Bf16Split32::split(x, 0);
+    const float back = Bf16Split32::value(p, p_remainder);
     CHECK(std::isnan(x) ? std::isnan(back) : bits_of(back) == bits_of(x));
     // The parameter alone is the nearest bf16; a tie may go away from zero.
     const double error = std::fabs(double(Bf16::value(p)) - x), least = std::fabs(double(Bf16::value(Bf16::stored(x))) - x);
     CHECK(!std::isfinite(x) || std::isinf(Bf16::value(p)) || error == least);
-    const uint16_t h = Fp16Split32::stored(x, 0xffff, &remainder);
-    const float half = Fp16Split32::value(h, remainder);
+    const auto [h, h_remainder] = Fp16Split32::split(x, 0xffff);
+    const float half = Fp16Split32::value(h, h_remainder);
     CHECK(h == Fp16::stored(x));
     const float size = std::fabs(x);
     if (size >= 0x1p-14f && size < 65504.0f) CHECK(bits_of(half) == bits_of(x));
@@ -209,15 +208,14 @@ void split32_is_fp32() {
 void split24_is_within_its_bound() {
   for (const uint32_t draw : {0u, 0x7fffu, 0xffffu}) {
     for_many_floats([draw](float x) {
-      int8_t remainder;
-      const uint16_t p = Bf16Split24::stored(x, draw, &remainder);
-      const float back = Bf16Split24::value(p, remainder);
+      const auto [p, p_remainder] = Bf16Split24::split(x, draw);
+      const float back = Bf16Split24::value(p, p_remainder);
       if (!std::isfinite(x)) CHECK(std::isnan(x) ? std::isnan(back) : back == x);
       if (std::isfinite(x) && std::isfinite(back))
         CHECK(std::fabs(double(back) - x) < std::max(std::fabs(x) * 0x1p-15, 0x1p-141));
       if ((bits_of(x) & 0xff) == 0 && !std::isnan(x)) CHECK(bits_of(back) == bits_of(x));
-      const uint16_t h = Fp16Split24::stored(x, draw, &remainder);
-      const float half = Fp16Split24::value(h, remainder);
+      const auto [h, h_remainder] = Fp16Split24::split(x, draw);
+      const float half = Fp16Split24::value(h, h_remainder);
       if (std::fabs(x) < 65504.0f) CHECK(std::fabs(double(half) - x) <= std::max(std::fabs(x) * 0x1p-17, 0x1p-32));
     });
   }

@@ -106,7 +106,9 @@ def values_of(state: dict[str, Any], name: str, form: str, p: Tensor) -> Tensor:
     return decode(local(state[name]), None if scale is None else local(scale), form, local(p).shape)
 
 
-def fill(state: dict[str, Any], name: str, values: Tensor, form: str, words: Tensor | None = None, operand: int = 0) -> None:
+def fill(
+    state: dict[str, Any], name: str, values: Tensor, form: str, words: Tensor | None = None, operand: int = 0
+) -> None:
     """Write values into a state's codes and scales, or into what stands alone."""
     stored, beside = encode(values, form, words, operand)
     local(state[name]).copy_(stored.view(local(state[name]).shape))
@@ -245,17 +247,21 @@ def _encode_codes(values: Tensor, form: str, draw: Tensor | int) -> tuple[Tensor
     n = x.numel()
     flat = torch.nn.functional.pad(x.reshape(-1), (0, -n % GROUP)).view(-1, GROUP)
     bits = flat.view(torch.int32) & 0x7FFFFFFF
-    scale = ((bits.amax(dim=1).long() + 0xFFFF) >> 16).clamp(min=0x0380)
+    scale = ((bits.amax(dim=1).long() + 0xFFEF) >> 16).clamp(min=0x0380)
     finite = scale < 0x7F80
     scale = torch.where(finite, scale, 0x7FC0)
     y = flat.abs() / _bf16_of(scale).float()[:, None]
     y = torch.where(finite[:, None], y, 0.0).reshape(-1)[:n]
-    part = draw.reshape(-1) if isinstance(draw, Tensor) else draw
-    whole = torch.floor((y if root else 2 * y / (1 + y)) * levels + part * (0.99993896484375 / 65536)).clamp(max=levels)
+    part = (draw.reshape(-1) if isinstance(draw, Tensor) else draw) / 65536
     if root:
-        codes = torch.maximum(whole, (y > 0).float()).to(torch.uint8)
+        # The mean of the second moment is exact, not that of its root: y^2 between the squares of two codes.
+        y = y * levels
+        below = torch.floor(y)
+        codes = below + (part * (2 * below + 1) < y**2 - below**2)
+        codes = torch.maximum(codes.clamp(max=levels), (y > 0).to(codes.dtype)).to(torch.uint8)
     else:
-        codes = torch.copysign(whole, x.reshape(-1)).to(torch.int8)
+        codes = torch.floor(2 * y / (1 + y) * levels + part).clamp(max=levels)
+        codes = torch.copysign(codes, x.reshape(-1)).to(torch.int8)
     if form.endswith("4"):
         halves = torch.nn.functional.pad(codes.view(torch.uint8) & 15, (0, n % 2)).view(-1, 2)
         return halves[:, 0] | halves[:, 1] << 4, _bf16_of(scale)

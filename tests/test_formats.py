@@ -325,9 +325,13 @@ def test_what_stays_keeps_its_scale(row, name, state_format):
     for _ in range(2000):
         optimizer.step()
     now = optimizer.state[p][f"{name}_scale"].float()
+    # The largest of many roundings is a little more, and with fifteen codes that shows.
+    slack = 0.1 if state_format == "int4" else 0.02
     assert (now <= scale).all()
     assert (now >= 0.85 * scale).all()
-    assert _formats.values_of(optimizer.state[p], name, form, p).mean().item() == pytest.approx(values.mean().item(), rel=0.02)
+    assert _formats.values_of(optimizer.state[p], name, form, p).mean().item() == pytest.approx(
+        values.mean().item(), rel=slack
+    )
 
 
 @classes

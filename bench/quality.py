@@ -104,6 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"settings must be those of {path}, {report['settings']}, got {settings}")
     done = {(run["combination"], run["seed"]) for run in report["runs"]}
     todo = [(n, s) for s in range(arguments.seeds) for n in COMBINATIONS if (n, s) not in done]
+    todo.sort(key=lambda run: run[0] not in TARGETS and run[0] != BASE)
     for name, seed in tqdm(todo, desc="runs"):
         report["runs"].append(one(name, seed, text, arguments))
         report |= {"environment": timing.environment(), "date": time.strftime("%Y-%m-%d")}

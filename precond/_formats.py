@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _sharding, reference
-from ._sharding import local
+from ._sharding import like, local
 
 #: Elements that share a scale.
 GROUP = 64
@@ -25,7 +25,6 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg"}
 
 CODED = ("int8", "int4")
 WEIGHT_FORMATS = ("stochastic", "split24", "split32")
-_REMAINDER = {"split24": torch.int8, "split32": torch.int16}
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LEVELS = {"int8": 127, "uint8": 255, "int4": 7, "uint4": 15}
 
@@ -118,14 +117,19 @@ def fill(
 
 
 def new_remainder(p: Tensor, weight_format: str) -> Tensor:
-    """Zeros for what a parameter lacks of its master."""
-    dtype = _REMAINDER[weight_format]
-    return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False)
+    """Zeros for what a parameter lacks of its master: a byte each, or two, in a last dimension, since neither NCCL nor gloo
+    gathers integers of 16 bits.
+    """
+    plain = local(p)
+    if weight_format == "split24":
+        return like(p, torch.zeros(plain.shape, dtype=torch.int8, device=plain.device))
+    return like(p, torch.zeros(*plain.shape, 2, dtype=torch.int8, device=plain.device), torch.Size((*p.shape, 2)))
 
 
-def has_remainder(state: dict[str, Any], weight_format: str) -> bool:
+def has_remainder(state: dict[str, Any], weight_format: str, p: Tensor) -> bool:
     remainder = state.get("remainder")
-    return isinstance(remainder, Tensor) and remainder.dtype == _REMAINDER[weight_format]
+    shape = p.shape if weight_format == "split24" else (*p.shape, 2)
+    return isinstance(remainder, Tensor) and (remainder.dtype, remainder.shape) == (torch.int8, torch.Size(shape))
 
 
 # Random words, csrc/random.h.
@@ -187,12 +191,13 @@ def decode(stored: Tensor, beside: Tensor | None, form: str, shape: torch.Size) 
     if form.endswith(("split24", "split32")):
         assert beside is not None
         if form.startswith("bf16"):
-            shift = 8 if form.endswith("24") else 0
             high = stored.contiguous().view(torch.int16).int() << 16
-            return (high + (beside.int() << shift)).view(torch.float32)
-        parts = 2.0**8 if form.endswith("24") else 2.0**14
+            low = beside.int() << 8 if form.endswith("24") else _of_bytes(beside).int()
+            return (high + low).view(torch.float32)
         value = stored.float()
-        return value + beside.float() * (fp16_step(value) / parts)
+        if form.endswith("24"):
+            return value + beside.float() * (fp16_step(value) / 2**8)
+        return value + _of_bytes(beside).float() * (fp16_step(value) / 2**14)
     return stored.float()
 
 
@@ -206,7 +211,7 @@ def encode(values: Tensor, form: str, words: Tensor | None, operand: int) -> tup
         bits = torch.where(x.isnan(), 0x7FC00000, x.contiguous().view(torch.int32).long() & _M32)
         if form == "bf16_split32":
             high = (bits + 0x8000) >> 16
-            remainder = (bits - (high << 16)).to(torch.int16)
+            remainder = _bytes_of((bits - (high << 16)).to(torch.int16))
         else:
             master = (bits + (draw >> 8)) >> 8
             high = (master + 0x80) >> 8
@@ -219,7 +224,8 @@ def encode(values: Tensor, form: str, words: Tensor | None, operand: int) -> tup
         lacking = torch.where(value.isfinite(), x - value, 0.0)
         least = (draw >> (16 - kept)) / 2**kept
         whole = torch.floor(lacking / fp16_step(value) * parts + least)
-        return rounded, whole.clamp(max=largest).to(torch.int8 if largest == 127 else torch.int16)
+        whole = whole.clamp(max=largest)
+        return rounded, whole.to(torch.int8) if largest == 127 else _bytes_of(whole.to(torch.int16))
     if form == "bf16_stochastic":
         bits = x.contiguous().view(torch.int32).long() & _M32
         return _bf16_of(torch.where(x.isnan(), 0x7FC0, (bits + draw) >> 16)), None
@@ -228,6 +234,14 @@ def encode(values: Tensor, form: str, words: Tensor | None, operand: int) -> tup
         whole = torch.floor(x.abs() / step + (draw >> 3) / 2**13) * step
         return torch.where(x.isfinite(), torch.copysign(whole, x), x).half(), None
     return x, None
+
+
+def _bytes_of(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int8).view(*x.shape, 2) if x.dim() else x.view(1).view(torch.int8)
+
+
+def _of_bytes(x: Tensor) -> Tensor:
+    return x.view(torch.int16).view(x.shape[:-1])
 
 
 def _bf16_of(bits: Tensor) -> Tensor:

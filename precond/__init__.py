@@ -6,6 +6,7 @@ import torch as torch  # first: the extension shares its OpenMP runtime
 
 from ._groups import param_groups
 from ._optimizer import PrecisionWarning
+from ._settings import Settings
 from ._version import __version__
 from .adagrad import Adagrad, AdagradW
 from .adam import Adam, AdamW
@@ -24,6 +25,7 @@ __all__ = [
     "PrecisionWarning",
     "RMSprop",
     "RMSpropW",
+    "Settings",
     "__version__",
     "param_groups",
 ]

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ._arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
 from ._optimizer import FusedOptimizer, ParamsT
 from ._plan import Row
+from ._settings import Settings
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -41,7 +43,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         decoupled_weight_decay: True makes this AdamW, as in torch (default False).
         state_format: dtype of the moments: None is the parameter's, as in torch, or "fp32", "bf16", "fp16" or their torch
             dtypes.
-        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
+        **settings: ``backend``, ``max_grad_norm`` and others that every optimizer takes: :class:`precond.Settings`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -85,10 +87,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         state_format: str | None = None,
-        backend: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals())
-        FusedOptimizer.__init__(self, params, defaults, backend=backend)
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         lr, betas = defaults["lr"], defaults["betas"]
@@ -165,7 +167,7 @@ class AdamW(Adam, torch.optim.AdamW):
             threshold.
         state_format: dtype of the moments: None is the parameter's, as in torch, or "fp32", "bf16", "fp16" or their torch
             dtypes.
-        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
+        **settings: ``backend``, ``max_grad_norm`` and others that every optimizer takes: :class:`precond.Settings`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -210,10 +212,10 @@ class AdamW(Adam, torch.optim.AdamW):
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
         state_format: str | None = None,
-        backend: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals()) | {"decoupled_weight_decay": True}
-        FusedOptimizer.__init__(self, params, defaults, backend=backend)
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ._arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
 from ._optimizer import FusedOptimizer, ParamsT
 from ._plan import Row
+from ._settings import Settings
 
 
 class Lion(FusedOptimizer):
@@ -36,7 +38,7 @@ class Lion(FusedOptimizer):
             lr whatever the gradient, so below 1 it shrinks no parameter that its gradient pushes steadily.
         l1_form: "proximal" (a soft threshold S, exact zeros; default) or "subgradient".
         state_format: dtype of the momentum: None is the parameter's, or "fp32", "bf16", "fp16" or their torch dtypes.
-        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
+        **settings: ``backend``, ``max_grad_norm`` and others that every optimizer takes: :class:`precond.Settings`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -72,10 +74,10 @@ class Lion(FusedOptimizer):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         state_format: str | None = None,
-        backend: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals())
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, settings=settings)
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])

@@ -69,8 +69,9 @@ void measure(const Plan& plan, const Clip& clip, int threads) {
   {
     const IeeeDenormals ieee;
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t batch = 0; batch < batches; ++batch) {
-      const int64_t begin = batch * kBatch, end = std::min(blocks, begin + kBatch);
+    for (int64_t k = 0; k < batches; ++k) {
+      // From the last to the first, where the update begins: what a cache keeps then serves it.
+      const int64_t begin = (batches - 1 - k) * kBatch, end = std::min(blocks, begin + kBatch);
       auto part = std::upper_bound(parts.begin(), parts.end(), begin,
                                    [](int64_t block, const Part& p) { return block < p.first; }) -
                   1;

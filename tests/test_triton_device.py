@@ -164,7 +164,7 @@ def test_counters_of_parameters_without_elements_count_too():
 
 @rows
 def test_tables_are_made_again_only_where_an_address_or_a_shape_changed(row, monkeypatch):
-    from precond.triton_kernels import kernel
+    from precond.triton_kernels import kernel, tables
 
     made = []
     for name in ("address_table", "chunk_table"):
@@ -172,7 +172,7 @@ def test_tables_are_made_again_only_where_an_address_or_a_shape_changed(row, mon
         monkeypatch.setattr(
             kernel, name, lambda *args, real=real, name=name, **kw: made.append(name) or real(*args, **kw)
         )
-    kernel._tables.clear()
+    tables._tables.clear()
     values = random_values((40, 30))
     p, q = torch.nn.Parameter(values.to(DEVICE, copy=True)), torch.nn.Parameter(values.clone())
     a, b = row.cls([p], **row.kwargs, fused=True, backend="triton"), row.cls([q], **row.kwargs, backend="cpu")

@@ -88,20 +88,28 @@ def aligned_gradients(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
     return aligned
 
 
-def reduce(square_sum: Tensor, tensors: Iterable[Tensor]) -> Tensor:
-    """Add up a sum of squares of local pieces over every mesh that ``tensors`` are sharded on.
-
-    Tensors that are not sharded are whole everywhere: nothing is added up for them.
-    """
+def shard_groups(tensor: Tensor) -> dict[str, Any] | None:
+    """The process groups that a DTensor's shards are spread over, by name; None for a plain tensor."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return None
     groups = {}
-    for tensor in tensors:
-        mesh = getattr(tensor, "device_mesh", None)
-        if mesh is None:
-            continue
-        for dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
-            if placement.is_shard():
-                group = mesh.get_group(dim)
-                groups[group.group_name] = group
-    for group in groups.values():
-        torch.distributed.all_reduce(square_sum, group=group)
-    return square_sum
+    for dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
+        if placement.is_shard() or type(placement).__name__ == "_StridedShard":
+            group = mesh.get_group(dim)
+            groups[group.group_name] = group
+        elif not placement.is_replicate():
+            raise RuntimeError(
+                f"a DTensor parameter must be placed by Shard or Replicate to have a norm, got {placement}"
+            )
+    return groups
+
+
+def reduce(part: Tensor, groups: Iterable[Any], inf: bool = False) -> Tensor:
+    """Add up a sum of squares, or find the largest magnitude, of local pieces over process groups, in place."""
+    for group in groups:
+        if inf:  # as bits, where NaN is the largest
+            torch.distributed.all_reduce(part.view(torch.int64), torch.distributed.ReduceOp.MAX, group=group)
+        else:
+            torch.distributed.all_reduce(part, group=group)
+    return part

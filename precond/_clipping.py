@@ -124,10 +124,11 @@ def begin(plan: StepPlan, optimizer: FusedOptimizer, control: Control) -> tuple[
     wanted = own["max_grad_norm"] is not None
     if not wanted and control.found_inf is None:
         return control, NOTHING
-    by_device = all(backend in ("cuda", "triton") for backend, _ in plan.executors())
-    report = optimizer._report = Report.on(
-        next((d for _, d in plan.executors()), torch.device("cpu")), optimizer._report
-    )
+    executors = plan.executors()
+    # Where nobody has a gradient, nobody would write the report.
+    has_gradients = bool(plan.compiled) or any(optimizer._input_of(slow.param) is not None for slow in plan.slow)
+    by_device = has_gradients and all(backend in ("cuda", "triton") for backend, _ in executors)
+    report = optimizer._report = Report.on(executors[0][1] if executors else home(optimizer), optimizer._report)
     if not by_device:
         # Parameters that neither of them takes share the step: the host must know, and waits.
         if control.found_inf is not None and control.found_inf.item():
@@ -171,6 +172,12 @@ def begin(plan: StepPlan, optimizer: FusedOptimizer, control: Control) -> tuple[
         report.skipped += 1
         return None
     return control._replace(grad_coef=float(_fp32(control.grad_coef) * coef)), NOTHING
+
+
+def home(optimizer: FusedOptimizer) -> torch.device:
+    """Where an optimizer's first parameter lies."""
+    first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+    return torch.device("cpu") if first is None else local(first).device
 
 
 def _fp32(value: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import _get_capturable_supported_devices
 
 from . import _backend, _formats, reference
 from ._arguments import STATE_FORMATS, check_nonnegative, number
-from ._clipping import Report
+from ._clipping import Report, home
 from ._plan import Control, Row, StepPlan, counter_dtype, is_counter
 from ._settings import DEFAULTS, LOST, Settings, own_settings
 from ._sharding import aligned_gradients, local
@@ -387,11 +387,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> Tensor:
         """How many steps changed nothing, because of a loss scaler or ``nonfinite="skip"``: int64, on the device of the
-        parameters. A copy and a loaded optimizer count from 0.
+        parameters. A copy counts from 0.
         """
         if self._report is None:
-            first = next((p for group in self.param_groups for p in group["params"]), None)
-            self._report = Report(torch.device("cpu") if first is None else local(first).device)
+            self._report = Report(home(self))
         return self._report.skipped
 
     @property

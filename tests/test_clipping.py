@@ -306,6 +306,17 @@ def test_watching_changes_no_bit(row):
     assert (a.grad_norm.dtype, a.clip_coef.dtype, a.skipped_steps.dtype) == (torch.float32, torch.float32, torch.int64)
 
 
+@pytest.mark.parametrize("backend", [BACKEND, "triton", "reference"])
+def test_without_gradients_the_norm_is_zero(backend):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = precond.SGD([p], lr=1.0, max_grad_norm=1.0, backend=backend)
+    for g, norm in ((None, 0.0), (torch.tensor([3.0, 0.0, 4.0]), 5.0), (None, 0.0)):
+        p.grad = g
+        optimizer.step()
+        assert optimizer.grad_norm == norm
+        assert optimizer.clip_coef.item() == pytest.approx(min(1.0, 1.0 / (norm + 1e-6)))
+
+
 def test_all_groups_have_one_norm_and_missing_gradients_none():
     params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
     optimizer = precond.SGD([{"params": params[:2], "lr": 1.0}, {"params": params[2:], "lr": 2.0}],

@@ -217,7 +217,8 @@ __device__ __forceinline__ float value_at(const Operand& operand, int64_t offset
 }
 
 __device__ __forceinline__ void store_at(const Operand& operand, int64_t offset, float x) {
-  with_plain_format(operand.format, [&](auto format) { element<decltype(format)>(operand, offset) = format.stored(x); });
+  with_plain_format(operand.format,
+                    [&](auto format) { element<decltype(format)>(operand, offset) = format.stored(x); });
 }
 
 // Any strides and any mix of formats, one element at a time: right and slow.

@@ -156,7 +156,8 @@ constexpr Launcher fast_launcher() {
 }
 template <class Rule, int... I>
 constexpr std::array<Launcher, kAny + 1> launchers_of(std::integer_sequence<int, I...>) {
-  return {fast_launcher<Rule, I / (kPlainFormats * kPlainFormats), I / kPlainFormats % kPlainFormats, I % kPlainFormats>()...,
+  return {fast_launcher<Rule, I / (kPlainFormats * kPlainFormats), I / kPlainFormats % kPlainFormats,
+                        I % kPlainFormats>()...,
           &launch_any<Rule>};
 }
 #define PRECOND_LAUNCHERS(name, ...) launchers_of<__VA_ARGS__>(std::make_integer_sequence<int, kAny>{}),

@@ -8,10 +8,14 @@ compiler: str
 #: What the CUDA kernels were built with; empty if they were not.
 cuda: str
 cuda_on_host: bool
-#: name -> (number, count of states, names of the hyper-parameters)
-rules: dict[str, tuple[int, int, list[str]]]
+#: name -> (number, count of states, names of the hyper-parameters, bits of the states that are second moments)
+rules: dict[str, tuple[int, int, list[str], int]]
 #: The functor of each rule as it is spelled in C++.
 rule_types: dict[str, str]
+#: name -> number of a format
+formats: dict[str, int]
+#: Elements that share a scale.
+group: int
 
 def scalars(rule: str, hyper: Sequence[float], step: float, fresh: bool) -> list[float]: ...
 def available_isas() -> list[str]: ...
@@ -41,7 +45,19 @@ class Clip:
 
 class Plan:
     def __init__(self, reader: Reader, state_names: Sequence[str], step_name: str, chunk: int, device: int) -> None: ...
-    def add(self, param: Any, state: Any, group: int, rule: int, fresh: bool, step_on_device: bool) -> None: ...
+    def add(
+        self,
+        param: Any,
+        state: Any,
+        group: int,
+        rule: int,
+        fresh: bool,
+        counts: bool,
+        step_on_device: bool,
+        formats: Sequence[int],
+        draws: bool,
+        place: tuple[int, int, int],
+    ) -> None: ...
     def defer(self, param: Any, group: int) -> None: ...
     def ignore(self, param: Any, group: int) -> None: ...
     def seal(self, state: dict[Any, Any]) -> None: ...

@@ -34,7 +34,7 @@ def place_of(p: Tensor) -> tuple[int, int, int]:
         raise RuntimeError(
             f"a format below float32 must have placements Shard(0), Shard(1) or Replicate, got {p.placements}"
         )
-    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)  # type: ignore[attr-defined]
     if p.dim() < 2:
         return (offset[0] if offset else 0), 0, 0
     inner = math.prod(p.shape[2:])
@@ -54,7 +54,7 @@ def zeros_per_row(p: Tensor, per: int, dtype: torch.dtype) -> Tensor:
     plain = local(p)
     local_rows, local_row = plain.shape[0], math.prod(plain.shape[1:])
     for dim, placement in enumerate(getattr(p, "placements", ())):
-        if placement.is_shard(1) and (local_row % per or p.shape[1] % p.device_mesh.size(dim)):
+        if placement.is_shard(1) and (local_row % per or p.shape[1] % p.device_mesh.size(dim)):  # type: ignore[attr-defined]
             raise RuntimeError(
                 f"state_format with codes must have shards of rows of a multiple of {per} elements, got {local_row} of {row}"
             )
@@ -70,7 +70,7 @@ def like(p: Tensor, plain: Tensor, shape: torch.Size | None = None) -> Tensor:
 
     shape = p.shape if shape is None else shape
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(plain, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(plain, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)  # type: ignore[attr-defined]
 
 
 def aligned_gradients(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:

@@ -334,14 +334,17 @@ class StepPlan:
                 step = int(step.item())
             tensors = [local(t) for t in (p, g, *optimizer._states(p, rule).values())]
             fresh = p in self.fresh
+            layout = optimizer._layout(p, optimizer.param_groups[group], rule)
             if backend == "triton":
+                state = optimizer.state[p] if p in optimizer.state else {}
+                beside = [state.get(name) for name in ("remainder", "", *(f"{name}_scale" for name in optimizer._names(rule)))]
                 p, g, *states = (torch.view_as_real(t) if t.is_complex() else t for t in tensors)
-                for_triton.append((rule, p, g, states, hyper, step, fresh, sign))
+                lying = layout, [None if t is None else local(t) for t in beside], state.get("key", 0)
+                for_triton.append((rule, p, g, states, hyper, step, fresh, sign, *lying))
                 continue
             # Where autograd watches, a tensor lr stays one.
             numbers = hyper if torch.is_grad_enabled() else {name: float(value) for name, value in hyper.items()}
             arguments = numbers, step, fresh, sign * control.grad_coef
-            layout = optimizer._layout(p, optimizer.param_groups[group], rule)
             if not layout.plain:
                 _formats.update(rule, p, tensors[1], optimizer.state[p], optimizer._names(rule), layout, *arguments)
                 continue

@@ -106,7 +106,9 @@ def values_of(state: dict[str, Any], name: str, form: str, p: Tensor) -> Tensor:
     return decode(local(state[name]), None if scale is None else local(scale), form, local(p).shape)
 
 
-def fill(state: dict[str, Any], name: str, values: Tensor, form: str, words: Tensor | None = None, operand: int = 0) -> None:
+def fill(
+    state: dict[str, Any], name: str, values: Tensor, form: str, words: Tensor | None = None, operand: int = 0
+) -> None:
     """Write values into a state's codes and scales, or into what stands alone."""
     stored, beside = encode(values, form, words, operand)
     local(state[name]).copy_(stored.view(local(state[name]).shape))
@@ -119,6 +121,25 @@ def new_remainder(p: Tensor, weight_format: str) -> Tensor:
     """Zeros for what a parameter lacks of its master."""
     dtype = _REMAINDER[weight_format]
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False)
+
+
+def check(name: str, p: Tensor, state: dict[str, Any], names: tuple[str, ...], layout: Layout) -> None:
+    """Raise where codes, scales or a remainder are not what a layout says: a checkpoint can bring anything."""
+    n = local(p).numel()
+    expected = {}
+    if layout.param.endswith(("split24", "split32")):
+        expected["remainder"] = _REMAINDER[layout.param[-7:]], n
+    for key, form in zip(names, layout.states, strict=True):
+        if form in _LEVELS:
+            expected[key] = torch.int8 if form == "int8" else torch.uint8, n if form.endswith("8") else (n + 1) // 2
+            expected[f"{key}_scale"] = torch.bfloat16, -(-n // GROUP)
+    for key, (dtype, count) in expected.items():
+        t = local(state[key])
+        if (t.dtype, t.numel(), t.device) != (dtype, count, local(p).device) or not t.is_contiguous():
+            raise TypeError(
+                f"{key} of {name} must have {count} contiguous elements of {dtype} on {p.device}, "
+                f"got shape {tuple(t.shape)} with strides {t.stride()} of {t.dtype} on {t.device}"
+            )
 
 
 def has_remainder(state: dict[str, Any], weight_format: str) -> bool:

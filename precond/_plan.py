@@ -173,6 +173,11 @@ class StepPlan:
                         self.fresh.add(p)
                     if p in optimizer.state and "remainder" in optimizer.state[p]:
                         self.split.append(p)
+            for slow in self.slow:
+                group, names = optimizer.param_groups[slow.group], optimizer._names(rows[slow.group].rule)
+                layout = optimizer._layout(slow.param, group, rows[slow.group].rule)
+                if not layout.plain:
+                    _formats.check(slow.name, slow.param, optimizer.state[slow.param], names, layout)
             for where in dict.fromkeys(fast.values()):
                 self._compile(optimizer, rows, fast, *where)
         except BaseException:
@@ -337,10 +342,11 @@ class StepPlan:
             layout = optimizer._layout(p, optimizer.param_groups[group], rule)
             if backend == "triton":
                 state = optimizer.state[p] if p in optimizer.state else {}
-                beside = [state.get(name) for name in ("remainder", "", *(f"{name}_scale" for name in optimizer._names(rule)))]
+                scales = [state.get(f"{name}_scale") for name in optimizer._names(rule)]
+                beside = [None if t is None else local(t) for t in (state.get("remainder"), None, *scales)]
                 p, g, *states = (torch.view_as_real(t) if t.is_complex() else t for t in tensors)
-                lying = layout, [None if t is None else local(t) for t in beside], state.get("key", 0)
-                for_triton.append((rule, p, g, states, hyper, step, fresh, sign, *lying))
+                key = state["key"] if layout.draws else 0
+                for_triton.append((rule, p, g, states, hyper, step, fresh, sign, layout, beside, key))
                 continue
             # Where autograd watches, a tensor lr stays one.
             numbers = hyper if torch.is_grad_enabled() else {name: float(value) for name, value in hyper.items()}

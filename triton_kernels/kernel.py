@@ -13,7 +13,7 @@ from torch import Tensor
 from .._formats import Layout
 from . import rules, scalars
 from .formats import BESIDE, block_at, draws, is_plain, load, operand, store
-from .random import draw_of, index_of, random_word
+from .random import draw_of, words_at
 
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BLOCK = 1024
@@ -110,7 +110,7 @@ def update_block(
     g = grad_coef * load(operand(slots + 1, G, FULL), block, G, BLOCK, FULL)
     word = 0
     if draws(P, S0, S1, S2):
-        word = random_word(*scalars.seed_in(row), index_of(slots + PLACE, block[0], BLOCK))
+        word = words_at(*scalars.seed_in(row), slots + PLACE, block[0], BLOCK)
     if STATES == 0:
         p = RULE(p, g, row, DECAY)
     elif STATES == 1:
@@ -185,8 +185,10 @@ def update_kernel(
         update_block(slots, block, row, grad_coef, RULE, DECAY, STATES, P, G, S0, S1, S2, BLOCK, False)
     else:
         for part in range(BLOCK // PART):
-            part_block = block_at(begin + part * PART, numel, PART)
-            update_block(slots, part_block, row, grad_coef, RULE, DECAY, STATES, P, G, S0, S1, S2, PART, False)
+            first = begin + part * PART
+            if first < numel:
+                part_block = block_at(first, numel, PART)
+                update_block(slots, part_block, row, grad_coef, RULE, DECAY, STATES, P, G, S0, S1, S2, PART, False)
 
 
 @functools.lru_cache(maxsize=4096)

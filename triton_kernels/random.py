@@ -36,14 +36,14 @@ def draw_of(word, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def index_of(place_ptr, begin, BLOCK: tl.constexpr):
+def words_at(a, b, place_ptr, begin, BLOCK: tl.constexpr):
     """Where a block's elements are in the unsharded tensor. place_ptr: first element, elements of a row and from row to row
     there; a row of 0: all in one stretch.
     """
     first, row, row_step = tl.load(place_ptr), tl.load(place_ptr + 1), tl.load(place_ptr + 2)
     i = tl.arange(0, BLOCK).to(tl.int64)
     if row == 0:
-        index = first + begin + i
+        word = random_word(a, b, first + begin + i)
     else:
         i += begin % row
         # Divisions of 64 bits cost more than the rest of the hash; a block crosses at most one end of a long row.
@@ -51,5 +51,5 @@ def index_of(place_ptr, begin, BLOCK: tl.constexpr):
             rows = (i.to(tl.int32) // row.to(tl.int32)).to(tl.int64)
         else:
             rows = (i >= row).to(tl.int64)
-        index = first + (begin // row + rows) * row_step + i - rows * row
-    return index
+        word = random_word(a, b, first + (begin // row + rows) * row_step + i - rows * row)
+    return word

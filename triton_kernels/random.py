@@ -37,8 +37,8 @@ def draw_of(word, OPERAND: tl.constexpr):
 
 @triton.jit
 def words_at(a, b, place_ptr, begin, BLOCK: tl.constexpr):
-    """Where a block's elements are in the unsharded tensor. place_ptr: first element, elements of a row and from row to row
-    there; a row of 0: all in one stretch.
+    """The words of a block's elements. a, b: the seed; place_ptr: where a tensor's elements are in the unsharded one, as
+    csrc/plan.h's Place.
     """
     first, row, row_step = tl.load(place_ptr), tl.load(place_ptr + 1), tl.load(place_ptr + 2)
     i = tl.arange(0, BLOCK).to(tl.int64)

@@ -158,8 +158,8 @@ PRECOND_INLINE void update_tiled(const ChunkArgs& a, const Rule& rule, float coe
     else
       apply_tile<false>(rule, coef, n, states, p.value, g.value, s[K].value...);
 
-    store(t.p, a.strides, begin, n, p, false, random, 0);
-    (store(t.state[K], a.strides, begin, n, s[K], roots && (Rule::kSquares >> K & 1), random, 1 + K), ...);
+    store(t.p, a.strides, begin, n, p, false, random, draw_shift(0));
+    (store(t.state[K], a.strides, begin, n, s[K], roots && (Rule::kSquares >> K & 1), random, draw_shift(1 + K)), ...);
     begin += n;
   }
 }

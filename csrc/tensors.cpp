@@ -41,8 +41,9 @@ Storage storage_of(Format format) {
   }
   return Storage::uint8;
 }
-Storage remainder_of(Format format) {
-  return format == Format::bf16_split24 || format == Format::fp16_split24 ? Storage::int8 : Storage::int16;
+// A remainder's 16 bits lie in two int8, since NCCL and gloo gather no int16.
+int64_t remainder_bytes(Format format, int64_t numel) {
+  return format == Format::bf16_split24 || format == Format::fp16_split24 ? numel : 2 * numel;
 }
 int64_t code_bytes(Format format, int64_t numel) {
   return format == Format::int8 || format == Format::uint8 ? numel : (numel + 1) / 2;
@@ -58,11 +59,7 @@ bool same_dims(const int64_t* a, const int64_t* b, int n) {
 
 TensorPlan::TensorPlan(const Reader& reader, const std::map<int, std::vector<std::string>>& state_names,
                        const std::string& step_name, int64_t chunk, int device)
-    : reader_(reader),
-      state_names_(rules().size()),
-      scale_names_(rules().size()),
-      plan_(chunk),
-      device_(device) {
+    : reader_(reader), state_names_(rules().size()), scale_names_(rules().size()), plan_(chunk), device_(device) {
 #if defined(PRECOND_CUDA)
   if (device_ >= 0) cuda_ = std::make_unique<CudaPlan>(device_);
 #if defined(PRECOND_CUDA_ON_HOST)
@@ -151,7 +148,8 @@ Operand TensorPlan::place(const Entry& entry, const View& view, Format format, i
   Operand operand;
   operand.data = view.data;
   operand.format = format;
-  if (storage_of(format) != view.storage) throw py::type_error(std::string(what) + " must have the dtype of its format");
+  if (storage_of(format) != view.storage)
+    throw py::type_error(std::string(what) + " must have the dtype of its format");
   const Order order = order_of(entry);
   if (is_dense(order, view.shape, view.strides)) return operand;
   Strides strides;
@@ -222,7 +220,7 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
   tensor.place = {place_of[0], place_of[1], place_of[2]};
   if (has_remainder(tensor.p.format)) {
     reader_.read(state[remainder_name_].ptr(), &view);
-    if (!is_beside(view, remainder_of(tensor.p.format), tensor.numel))
+    if (!is_beside(view, Storage::int8, remainder_bytes(tensor.p.format, tensor.numel)))
       throw py::type_error("state remainder must be that of the parameter's format");
     tensor.p.beside = view.data;
   }
@@ -320,7 +318,7 @@ bool TensorPlan::same_special(const Tensor& tensor, PyObject* param_state, View*
         !same(scales[k], Storage::bf16, (tensor.numel + kGroup - 1) / kGroup, tensor.state[k].beside))
       return false;
   if (has_remainder(tensor.p.format) &&
-      !same(remainder_name_, remainder_of(tensor.p.format), tensor.numel, tensor.p.beside))
+      !same(remainder_name_, Storage::int8, remainder_bytes(tensor.p.format, tensor.numel), tensor.p.beside))
     return false;
   if (!tensor.draws) return true;
   PyObject* key = PyDict_GetItemWithError(param_state, key_name_.ptr());

@@ -83,7 +83,6 @@ class TensorPlan {
   bool same_special(const Tensor& tensor, PyObject* param_state, View* view);
   Order order_of(const Entry& entry) const;
   bool is_beside(const View& view, Storage storage, int64_t count) const;
-  void add_special(const Entry& entry, py::handle state, const std::vector<int>& formats, Tensor* tensor);
   bool same_place(const Operand& operand, const Entry& entry, const View& view) const;
   bool same_shape(const Entry& entry, const View& view) const;
   bool same_strides(const Entry& entry, const View& view) const;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch as torch  # first: the extension shares its OpenMP runtime
 
+from ._conversions import master_weights, to_torch_state_dict
 from ._groups import param_groups
 from ._optimizer import PrecisionWarning
 from ._version import __version__
@@ -25,5 +26,7 @@ __all__ = [
     "RMSprop",
     "RMSpropW",
     "__version__",
+    "master_weights",
     "param_groups",
+    "to_torch_state_dict",
 ]

@@ -246,7 +246,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if state.get(name) is None:
                 state.update(self._new_state(p, name, group))
         if weight_format in ("split24", "split32"):
-            if not _formats.has_remainder(state, weight_format):
+            if not _formats.has_remainder(state, weight_format, p):
                 state["remainder"] = _formats.new_remainder(p, weight_format)
         else:
             state.pop("remainder", None)  # a parameter that is updated without it is not what it belongs to

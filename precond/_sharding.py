@@ -51,36 +51,26 @@ def zeros_per_row(p: Tensor, per: int, dtype: torch.dtype) -> Tensor:
     if p.dim() < 2:
         return torch.zeros(-(-p.numel() // per), dtype=dtype, device=p.device)
     rows, row = p.shape[0], math.prod(p.shape[1:])
-    if not hasattr(p, "placements"):
-        return torch.zeros(rows, row // per, dtype=dtype, device=p.device)
-    from torch.distributed.tensor import DTensor
-
-    shape = torch.Size((rows, row // per))
     plain = local(p)
     local_rows, local_row = plain.shape[0], math.prod(plain.shape[1:])
-    for dim, placement in enumerate(p.placements):
+    for dim, placement in enumerate(getattr(p, "placements", ())):
         if placement.is_shard(1) and (local_row % per or p.shape[1] % p.device_mesh.size(dim)):
             raise RuntimeError(
                 f"state_format with codes must have shards of rows of a multiple of {per} elements, got {local_row} of {row}"
             )
     zeros = torch.zeros(local_rows, local_row // per, dtype=dtype, device=plain.device)
-    return DTensor.from_local(zeros, p.device_mesh, p.placements, run_check=False, shape=shape, stride=(row // per, 1))
+    return like(p, zeros, torch.Size((rows, row // per)))
 
 
-def like(p: Tensor, plain: Tensor) -> Tensor:
-    """A local tensor of a parameter's local shape as a tensor placed as the parameter."""
+def like(p: Tensor, plain: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """A contiguous local tensor, placed as the parameter; ``shape`` of the whole where that is another."""
     if not hasattr(p, "placements"):
         return plain
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        plain,
-        p.device_mesh,
-        p.placements,
-        run_check=False,
-        shape=p.shape,
-        stride=torch.empty(p.shape, device="meta").stride(),
-    )
+    shape = p.shape if shape is None else shape
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(plain, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 
 
 def aligned_gradients(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:

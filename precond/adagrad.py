@@ -63,7 +63,10 @@ class Adagrad(_SumOfSquares, torch.optim.Adagrad):
         maximize: ascend instead of descend (default False).
         differentiable: autograd sees the step, which runs on the reference backend (default False).
         fused: accepted; True also lets ``torch.amp.GradScaler`` leave unscaling to the step, and keeps counters on the GPU.
-        state_format: dtype of s: None is the parameter's, as in torch, or "fp32", "bf16", "fp16" or their torch dtypes.
+        state_format: of s: None is the parameter's dtype, as in torch; "fp32", "bf16", "fp16" or their torch
+            dtypes; "int8" or "int4": codes with a scale per 64 elements, where rows are a multiple of that (docs/formats.md).
+        weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
+            on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
         backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
 
     Raises:
@@ -89,7 +92,6 @@ class Adagrad(_SumOfSquares, torch.optim.Adagrad):
 
     _name = "adagrad"
     _sparse_rules = frozenset({"adagrad"})
-    _group_options = {"state_format": None}
 
     def __init__(
         self,
@@ -105,6 +107,7 @@ class Adagrad(_SumOfSquares, torch.optim.Adagrad):
         differentiable: bool = False,
         fused: bool | None = None,
         state_format: str | None = None,
+        weight_format: str | None = None,
         backend: str | None = None,
     ) -> None:
         defaults = arguments(locals())
@@ -156,7 +159,7 @@ class AdagradW(_SumOfSquares):
     """
 
     _name = "adagradw"
-    _group_options = {"state_format": None, **L1_OPTIONS, "l1_cap": 10.0}
+    _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS, "l1_cap": 10.0}
 
     def __init__(
         self,
@@ -175,6 +178,7 @@ class AdagradW(_SumOfSquares):
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
         state_format: str | None = None,
+        weight_format: str | None = None,
         backend: str | None = None,
     ) -> None:
         defaults = arguments(locals())

@@ -35,7 +35,10 @@ class Lion(FusedOptimizer):
         l1_decay: lambda_1 >= 0, decoupled L1 with den = 1 (default 0: the plain rule, bit for bit). The steps have the size of
             lr whatever the gradient, so below 1 it shrinks no parameter that its gradient pushes steadily.
         l1_form: "proximal" (a soft threshold S, exact zeros; default) or "subgradient".
-        state_format: dtype of the momentum: None is the parameter's, or "fp32", "bf16", "fp16" or their torch dtypes.
+        state_format: of the momentum: None is the parameter's dtype, as in torch; "fp32", "bf16", "fp16" or their torch
+            dtypes; "int8" or "int4": codes with a scale per 64 elements, where rows are a multiple of that (docs/formats.md).
+        weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
+            on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
         backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
 
     Raises:
@@ -56,7 +59,7 @@ class Lion(FusedOptimizer):
         [0.9, -1.9]
     """
 
-    _group_options = {"state_format": None, **L1_OPTIONS}
+    _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS}
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class Lion(FusedOptimizer):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         state_format: str | None = None,
+        weight_format: str | None = None,
         backend: str | None = None,
     ) -> None:
         defaults = arguments(locals())

@@ -70,8 +70,10 @@ class RMSprop(_MeanOfSquares, torch.optim.RMSprop):
         differentiable: autograd sees the step, which runs on the reference backend (default False).
         fused: accepted, though torch's has no such argument; True lets ``torch.amp.GradScaler`` leave unscaling to the step, and
             keeps counters on the GPU.
-        state_format: dtype of the states: None is the parameter's, as in torch, or "fp32", "bf16", "fp16" or their torch
-            dtypes.
+        state_format: of the states: None is the parameter's dtype, as in torch; "fp32", "bf16", "fp16" or their torch
+            dtypes; "int8" or "int4": codes with a scale per 64 elements, where rows are a multiple of that (docs/formats.md).
+        weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
+            on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
         backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
 
     Raises:
@@ -97,7 +99,7 @@ class RMSprop(_MeanOfSquares, torch.optim.RMSprop):
     """
 
     _name = "rmsprop"
-    _group_options = {"fused": None, "state_format": None}
+    _group_options = {**FusedOptimizer._group_options, "fused": None}
 
     def __init__(
         self,
@@ -115,6 +117,7 @@ class RMSprop(_MeanOfSquares, torch.optim.RMSprop):
         *,
         fused: bool | None = None,
         state_format: str | None = None,
+        weight_format: str | None = None,
         backend: str | None = None,
     ) -> None:
         defaults = arguments(locals())
@@ -165,7 +168,7 @@ class RMSpropW(_MeanOfSquares):
     """
 
     _name = "rmspropw"
-    _group_options = {"fused": None, "state_format": None, **L1_OPTIONS, "l1_cap": 10.0}
+    _group_options = {**FusedOptimizer._group_options, "fused": None, **L1_OPTIONS, "l1_cap": 10.0}
 
     def __init__(
         self,
@@ -186,6 +189,7 @@ class RMSpropW(_MeanOfSquares):
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
         state_format: str | None = None,
+        weight_format: str | None = None,
         backend: str | None = None,
     ) -> None:
         defaults = arguments(locals())

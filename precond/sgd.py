@@ -58,7 +58,10 @@ class SGD(_Momentum, torch.optim.SGD):
         foreach: accepted and ignored: a step is always one pass.
         differentiable: autograd sees the step, which runs on the reference backend (default False).
         fused: accepted; True also lets ``torch.amp.GradScaler`` leave unscaling to the step.
-        state_format: dtype of the momentum buffer: None is the parameter's, or "fp32", "bf16", "fp16" or their torch dtypes.
+        state_format: of the momentum buffer: None is the parameter's dtype, as in torch; "fp32", "bf16", "fp16" or their torch
+            dtypes; "int8" or "int4": codes with a scale per 64 elements, where rows are a multiple of that (docs/formats.md).
+        weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
+            on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
         backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
 
     Raises:
@@ -84,7 +87,6 @@ class SGD(_Momentum, torch.optim.SGD):
 
     _name = "sgd"
     _sparse_rules = frozenset({"sgd", "sgd_momentum", "sgd_nesterov"})
-    _group_options = {"state_format": None}
 
     def __init__(
         self,
@@ -100,6 +102,7 @@ class SGD(_Momentum, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         state_format: str | None = None,
+        weight_format: str | None = None,
         backend: str | None = None,
     ) -> None:
         defaults = arguments(locals())
@@ -145,7 +148,7 @@ class SGDW(_Momentum):
     """
 
     _name = "sgdw"
-    _group_options = {"state_format": None, **L1_OPTIONS}
+    _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS}
 
     def __init__(
         self,
@@ -163,6 +166,7 @@ class SGDW(_Momentum):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         state_format: str | None = None,
+        weight_format: str | None = None,
         backend: str | None = None,
     ) -> None:
         defaults = arguments(locals())

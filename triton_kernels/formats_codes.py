@@ -7,8 +7,6 @@ from .. import _formats
 
 # Elements that share a scale.
 GROUP = tl.constexpr(_formats.GROUP)
-# Just below 2^-16, so that a rounded largest code plus this times a draw is no code too many.
-_DRAW = tl.constexpr(float.fromhex("0x1.fff8p-17"))
 
 
 @triton.constexpr_function
@@ -35,7 +33,7 @@ def codes_per_byte(name):
 @triton.constexpr_function
 def levels_of(name):
     bits = int(name[-1])
-    return 2.0**bits - 1 if is_root(name) else 2.0 ** (bits - 1) - 1
+    return 2**bits - 1 if is_root(name) else 2 ** (bits - 1) - 1
 
 
 @triton.jit
@@ -64,11 +62,11 @@ def codes_value(codes, scales, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def group_of(top, FORMAT: tl.constexpr):
-    """A group's scale, what takes magnitudes to what is encoded, and a mask of their bits, from the largest bits of one. See
-    csrc/format_codes.h for the range of a scale.
+    """A group's scale, what takes magnitudes to what is encoded, and a mask of their bits, from the largest bits of one. For the
+    range of a scale see csrc/format_codes.h.
     """
     LEVELS: tl.constexpr = levels_of(FORMAT)
-    scale = (top + 0xFFFF) >> 16
+    scale = (top + 0xFFEF) >> 16
     scale = tl.where(scale < 0x0380, 0x0380, scale)
     finite = scale < 0x7F80
     as_float = (scale << 16).to(tl.float32, bitcast=True)
@@ -79,20 +77,29 @@ def group_of(top, FORMAT: tl.constexpr):
 
 @triton.jit
 def code_of(x, per_scale, mask, draw, FORMAT: tl.constexpr):
-    """x: the value, or the root of a second moment. Zero is 0; a second moment that is not zero has a code of at least 1."""
+    """x: the value, or the root of a second moment. Zero is 0. Up or down so that the mean of what is decoded is exact: of the
+    companded value, and of the second moment itself. A second moment that is not zero has a code of at least 1.
+    """
     LEVELS: tl.constexpr = levels_of(FORMAT)
     magnitude = x.to(tl.uint32, bitcast=True) & mask
     y = magnitude.to(tl.float32, bitcast=True) * per_scale
-    part = draw.to(tl.int32).to(tl.float32) * _DRAW
+    part = draw.to(tl.int32).to(tl.float32) * 2.0**-16
     if is_root(FORMAT):
-        code = (y + part).to(tl.int32)
-        least = tl.where(magnitude < 1, magnitude, 1).to(tl.int32)
-        code = tl.where(code > least, code, least)
+        below = y.to(tl.int32)
+        whole = below.to(tl.float32)
+        above = y - whole
+        twice = whole + whole
+        # y^2 lies (y^2 - whole^2) / ((whole + 1)^2 - whole^2) of the way.
+        code = below + tl.where(part * (twice + 1.0) < above * (twice + above), 1, 0)
+        least = tl.where(magnitude < 1, 0, 1)
+        most = tl.where(code > LEVELS, LEVELS, code)
+        code = tl.where(most > least, most, least)
     else:
         levels = tl.full(y.shape, LEVELS, tl.float32)
         code = tl.fma(tl.div_rn(y + y, 1.0 + y), levels, part).to(tl.int32)
+        most = tl.where(code > LEVELS, LEVELS, code)
         negative = x.to(tl.int32, bitcast=True) >> 31
-        code = (code ^ negative) - negative
+        code = (most ^ negative) - negative
     return code
 
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "denormals.h"
 #include "dispatch.h"
 
 namespace precond {
@@ -440,18 +441,44 @@ py::list TensorPlan::updated() {
   return list;
 }
 
-py::list TensorPlan::run(float grad_coef, float skip, int threads) {
-  const Control control{grad_coef, skip};
+void TensorPlan::set_norm_classes(const std::vector<int>& classes) {
+  for (size_t i = 0; i < classes.size(); ++i) plan_.tensor(int64_t(i)).norm_class = classes[i];
+}
+
+void TensorPlan::norm(const Clip& clip, int threads) {
+  const py::gil_scoped_release release;
+  measure(plan_, clip, threads);
+}
+
+py::list TensorPlan::run(float grad_coef, float clip_value, const Clip& clip, int threads) {
+  Control control{grad_coef, 0.0f, clip_value};
   {
     const py::gil_scoped_release release;
-    plan_.run(rows_, control, threads);
+    if (clip.measure) measure(plan_, clip, threads);
+    {
+      const IeeeDenormals ieee;
+      finish(clip, &control);
+    }
+    skipped_ = control.skip != 0.0f;
+    if (!skipped_) plan_.run(rows_, control, threads);
   }
+  if (skipped_) return held_.clear(), py::list();
   return updated();
 }
 
 #if defined(PRECOND_CUDA)
-py::list TensorPlan::run_cuda(float grad_coef, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream) {
+void TensorPlan::norm_cuda(const Clip& clip, uintptr_t stream) {
   DeviceStep step;
+  step.clip = clip;
+  step.stream = stream;
+  const py::gil_scoped_release release;
+  cuda_->norm(plan_, rows_, step);
+}
+py::list TensorPlan::run_cuda(float grad_coef, float clip_value, const Clip& clip, uintptr_t grad_scale,
+                              uintptr_t found_inf, uintptr_t stream) {
+  DeviceStep step;
+  step.clip = clip;
+  step.clip_value = clip_value;
   step.overrides = overrides_;
   step.grad_coef = grad_coef;
   step.grad_scale = reinterpret_cast<const float*>(grad_scale);
@@ -465,7 +492,10 @@ py::list TensorPlan::run_cuda(float grad_coef, uintptr_t grad_scale, uintptr_t f
 }
 int TensorPlan::launches() const { return cuda_ ? cuda_->launches() : 1; }
 #else
-py::list TensorPlan::run_cuda(float, uintptr_t, uintptr_t, uintptr_t) {
+void TensorPlan::norm_cuda(const Clip&, uintptr_t) {
+  throw std::invalid_argument("this extension was built without CUDA");
+}
+py::list TensorPlan::run_cuda(float, float, const Clip&, uintptr_t, uintptr_t, uintptr_t) {
   throw std::invalid_argument("this extension was built without CUDA");
 }
 int TensorPlan::launches() const { return 1; }

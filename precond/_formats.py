@@ -312,6 +312,7 @@ def update(
     step: int,
     fresh: bool,
     grad_coef: float,
+    clip_value: float,
 ) -> None:
     """The reference backend's step of a parameter with formats: decode, ``reference.update``, encode."""
     plain = local(p)
@@ -320,7 +321,7 @@ def update(
     wide = [values if layout.param != "fp32" else plain.clone()]
     wide += [values_of(state, name, form, p) for name, form in zip(names, layout.states, strict=True)]
     g = g.to_dense() if g.is_sparse else g
-    reference.update(rule, wide[0], g, wide[1:], hyper, step, fresh, grad_coef)
+    reference.update(rule, wide[0], g, wide[1:], hyper, step, fresh, grad_coef, clip_value)
     words = random_words(state["key"], step, layout.place, plain.shape, plain.device) if layout.draws else None
     stored, beside = encode(wide[0], layout.param, words, 0)
     plain.copy_(stored)

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ._arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
 from ._optimizer import FusedOptimizer, ParamsT
 from ._plan import Row
+from ._settings import Settings
 
 
 class _SumOfSquares(FusedOptimizer):
@@ -25,8 +27,8 @@ class _SumOfSquares(FusedOptimizer):
             check_nonnegative(f"{name} value", name, defaults[name])
         check_nonnegative("epsilon value", "eps", defaults["eps"])
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, backend: str | None) -> None:
-        FusedOptimizer.__init__(self, params, defaults, backend=backend)
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, settings: Settings) -> None:
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
         # As torch: these states exist before the first step.
         for group in self.param_groups:
             for p in group["params"]:
@@ -67,7 +69,7 @@ class Adagrad(_SumOfSquares, torch.optim.Adagrad):
             dtypes; "int8" or "int4": codes with a scale per 64 elements, where rows are a multiple of that (docs/formats.md).
         weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
             on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
-        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
+        **settings: ``backend``, ``max_grad_norm`` and others that every optimizer takes: :class:`precond.Settings`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -108,10 +110,10 @@ class Adagrad(_SumOfSquares, torch.optim.Adagrad):
         fused: bool | None = None,
         state_format: str | None = None,
         weight_format: str | None = None,
-        backend: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals())
-        _SumOfSquares.__init__(self, params, defaults, backend=backend)
+        _SumOfSquares.__init__(self, params, defaults, settings=settings)
 
 
 class AdagradW(_SumOfSquares):
@@ -128,7 +130,7 @@ class AdagradW(_SumOfSquares):
     as s^(1/4).
 
     Args:
-        params, lr, lr_decay, initial_accumulator_value, eps, foreach, maximize, differentiable, fused, state_format, backend:
+        params, lr, lr_decay, initial_accumulator_value, eps, foreach, maximize, differentiable, fused, state_format, settings:
             as for :class:`precond.Adagrad`.
         weight_decay: intrinsic L2, lambda >= 0 (default 1e-2, as for AdamW).
         l1_decay: intrinsic L1, lambda_1 >= 0 (default 0: the plain rule, bit for bit).
@@ -179,7 +181,7 @@ class AdagradW(_SumOfSquares):
         l1_cap: float = 10.0,
         state_format: str | None = None,
         weight_format: str | None = None,
-        backend: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals())
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, settings=settings)

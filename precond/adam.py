@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ._arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
 from ._optimizer import FusedOptimizer, ParamsT
 from ._plan import Row
+from ._settings import Settings
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -43,7 +45,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             dtypes; "int8" or "int4": codes with a scale per 64 elements, where rows are a multiple of that (docs/formats.md).
         weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
             on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
-        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
+        **settings: ``backend``, ``max_grad_norm`` and others that every optimizer takes: :class:`precond.Settings`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -87,10 +89,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         decoupled_weight_decay: bool = False,
         state_format: str | None = None,
         weight_format: str | None = None,
-        backend: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals())
-        FusedOptimizer.__init__(self, params, defaults, backend=backend)
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         lr, betas = defaults["lr"], defaults["betas"]
@@ -169,7 +171,7 @@ class AdamW(Adam, torch.optim.AdamW):
             dtypes; "int8" or "int4": codes with a scale per 64 elements, where rows are a multiple of that (docs/formats.md).
         weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
             on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
-        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
+        **settings: ``backend``, ``max_grad_norm`` and others that every optimizer takes: :class:`precond.Settings`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -215,10 +217,10 @@ class AdamW(Adam, torch.optim.AdamW):
         l1_cap: float = 10.0,
         state_format: str | None = None,
         weight_format: str | None = None,
-        backend: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals()) | {"decoupled_weight_decay": True}
-        FusedOptimizer.__init__(self, params, defaults, backend=backend)
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

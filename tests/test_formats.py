@@ -569,3 +569,48 @@ print((resident() - before) / p.numel())
             [sys.executable, "-c", code, weight_format, state_format], capture_output=True, text=True, check=True
         )
         assert target - 0.2 < float(run.stdout) <= target
+
+
+@rows
+def test_python_and_the_kernels_mean_the_same_second_moments(row):
+    from precond import reference
+
+    squares = _C.rules[row.rule][3]
+    names = reference.RULES[row.rule].states
+    assert [bool(squares >> k & 1) for k in range(len(names))] == [name in _formats.SECOND_MOMENTS for name in names]
+    assert _C.group == _formats.GROUP
+
+
+def test_the_seed_and_nothing_else_changes_the_draws():
+    results = []
+    for seed in (0, 0, 1):
+        p = torch.nn.Parameter(torch.ones(64, 64, dtype=BF16))
+        optimizer = precond.AdamW([p], lr=1e-3, weight_format="stochastic", backend=BACKEND, seed=seed)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    with pytest.raises(TypeError, match="seed must be an integer, got 0.5"):
+        precond.AdamW([p], seed=0.5)
+
+
+@mixes
+def test_clipping_composes(dtype, weight_format, state_format):
+    """Clipping by norm inside the pass is torch's followed by the same step."""
+    results = []
+    for inside in (True, False):
+        kwargs = dict(max_grad_norm=1.0) if inside else {}
+        params, optimizer = make(
+            BY_RULE["adamw"], dtype, weight_format, state_format, shapes=[(64, 64), (9,)], **kwargs
+        )
+        torch.manual_seed(1)
+        give_gradients(params)
+        if not inside:
+            norm = sum(p.grad.double().square().sum() for p in params).sqrt().float()
+            optimizer.grad_scale = 1.0 / (1.0 / (norm + 1e-6))
+            optimizer.found_inf = torch.tensor(0.0)
+        optimizer.step()
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        assert torch.allclose(p.float(), q.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)

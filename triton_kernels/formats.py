@@ -2,6 +2,7 @@
 and stores a block of elements; what a stored value means is in formats_*.py.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -10,6 +11,7 @@ from .formats_plain import plain_stored, plain_type, plain_value
 from .formats_split import has_remainder, remainder_type, split_stored, split_value
 from .formats_stochastic import is_stochastic, stochastic_stored
 
+FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # From an operand's slot in the address table to that of what lies beside it: remainders or scales.
 BESIDE = tl.constexpr(7)
 

@@ -13,6 +13,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __shared__ static thread_local  // of the block that the worker runs
 #define __launch_bounds__(...)
 
 struct alignas(16) uint4 {
@@ -57,7 +58,8 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
 
 namespace cuda_on_host {
 
-// Every thread of a block in turn; the kernels have no barriers.
+// Every thread of a block in turn. A kernel with barriers runs its phases for all threads in the first one: each_thread in
+// csrc/cuda_norm.cuh.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t, Args... args) {
   const char* wanted = std::getenv("CUDA_ON_HOST_THREADS");

@@ -12,6 +12,7 @@ from .formats_split import has_remainder, remainder_type, split_stored, split_va
 from .formats_stochastic import is_stochastic, stochastic_stored
 
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
 # From an operand's slot in the address table to that of what lies beside it: remainders or scales.
 BESIDE = tl.constexpr(7)
 

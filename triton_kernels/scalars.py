@@ -154,26 +154,6 @@ def lion_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
 
 
 @triton.jit
-def seed_at(row):
-    """Not as floats: a bit pattern may be a signalling NaN."""
-    return (row + SEED).to(tl.pointer_type(tl.uint32), bitcast=True)
-
-
-@triton.jit
-def seed_in(row):
-    seed = seed_at(row)
-    return tl.load(seed), tl.load(seed + 1)
-
-
-@triton.jit
-def put_seed(key, step, row, mask):
-    a, b = seed_of(key, step.to(tl.int64))
-    seed = seed_at(row)
-    tl.store(seed, a, mask=mask)
-    tl.store(seed + 1, b, mask=mask)
-
-
-@triton.jit
 def finish(
     total_ptr,
     grad_norm_ptr,
@@ -204,6 +184,26 @@ def finish(
 
 
 @triton.jit
+def seed_at(row):
+    """Not as floats: a bit pattern may be a signalling NaN."""
+    return (row + SEED).to(tl.pointer_type(tl.uint32), bitcast=True)
+
+
+@triton.jit
+def seed_in(row):
+    seed = seed_at(row)
+    return tl.load(seed), tl.load(seed + 1)
+
+
+@triton.jit
+def put_seed(key, step, row, mask):
+    a, b = seed_of(key, step.to(tl.int64))
+    seed = seed_at(row)
+    tl.store(seed, a, mask=mask)
+    tl.store(seed + 1, b, mask=mask)
+
+
+@triton.jit
 def prologue(
     hyper_ptr,
     jobs_ptr,
@@ -230,8 +230,8 @@ def prologue(
     """Fill one row per tensor and what update_kernel reads at control_ptr; count the steps that are counted on the device.
 
     hyper_ptr: float64 [groups, HYPERS]; jobs_ptr: int64 [tensors, JOB]: group, sign, fresh, the address of a counter or 0,
-    without one the number of this step, the key of random bits; the pointers of a loss scaler, of a norm and of its results may
-    be None.
+    and without one the number of this step, the key of random bits; the pointers of a loss scaler, of a norm and of its results
+    may be None.
     """
     tensor = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = tensor < tensors

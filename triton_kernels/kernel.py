@@ -218,7 +218,9 @@ def update_kernel(
             first = begin + part * PART
             if first < numel:
                 part_block = block_at(first, numel, PART)
-                update_block(slots, part_block, row, grad_coef, clip_value, RULE, DECAY, STATES, P, G, S0, S1, S2, PART, False)
+                update_block(
+                    slots, part_block, row, grad_coef, clip_value, RULE, DECAY, STATES, P, G, S0, S1, S2, PART, False
+                )
 
 
 def update(

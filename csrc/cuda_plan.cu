@@ -10,25 +10,12 @@
 #include <tuple>
 
 #include "cuda_kernel.cuh"
-#include "cuda_plan.h"
+#include "cuda_launch.h"
 
 namespace precond {
 namespace {
 
-void check(cudaError_t error, const char* call) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + call + ": " + cudaGetErrorString(error));
-}
 #define PRECOND_CUDA_CHECK(call) check(call, #call)
-
-#if defined(__CUDACC__)
-template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream, Args... args) {
-  kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), 0, stream>>>(args...);
-  check(cudaGetLastError(), "kernel launch");
-}
-#else
-using cuda_on_host::launch;
-#endif
 
 class DeviceGuard {
  public:
@@ -119,18 +106,8 @@ class Table {
   std::vector<T> sent_;
 };
 
-// Launchers by rule and formats of p, g and states. The last entry of a rule is the kernel for any layout and mix.
-struct LaunchArgs {
-  const DeviceTensor* tensors;
-  const DeviceChunk* chunks;
-  const Strides* strides;
-  const float* rows;
-  const Control* control;
-  int64_t blocks;
-  cudaStream_t stream;
-};
-using Launcher = void (*)(const LaunchArgs&);
-
+// Launchers by rule and formats of p, g and states. The last two of a rule take any layout and mix, and formats that do
+// not stand alone.
 template <class Rule, class P, class G, class S>
 void launch_update(const LaunchArgs& a) {
   launch(&update_kernel<Rule, P, G, S>, a.blocks, kThreads, a.stream, a.tensors, a.chunks, a.rows, a.control);
@@ -143,7 +120,7 @@ void launch_any(const LaunchArgs& a) {
 // A kernel for each three formats that training mixes: fp32 and one kind of 16 bits. None where a rule has no state
 // whose format could differ.
 using AllFormats = std::tuple<Fp32, Bf16, Fp16>;
-constexpr int kAny = kPlainFormats * kPlainFormats * kPlainFormats;
+constexpr int kAny = kPlainFormats * kPlainFormats * kPlainFormats, kTiled = kAny + 1;
 template <class Rule, int kP, int kG, int kS>
 constexpr Launcher fast_launcher() {
   constexpr int kBoth = (1 << kP | 1 << kG | 1 << kS) >> 1;
@@ -155,7 +132,8 @@ constexpr Launcher fast_launcher() {
 }
 template <class Rule, int... I>
 constexpr std::array<Launcher, kAny + 1> launchers_of(std::integer_sequence<int, I...>) {
-  return {fast_launcher<Rule, I / (kPlainFormats * kPlainFormats), I / kPlainFormats % kPlainFormats, I % kPlainFormats>()...,
+  return {fast_launcher<Rule, I / (kPlainFormats * kPlainFormats), I / kPlainFormats % kPlainFormats,
+                        I % kPlainFormats>()...,
           &launch_any<Rule>};
 }
 #define PRECOND_LAUNCHERS(name, ...) launchers_of<__VA_ARGS__>(std::make_integer_sequence<int, kAny>{}),
@@ -168,6 +146,9 @@ const int kStatesOf[] = {PRECOND_ALL_RULES(PRECOND_STATES)};
 // Which launcher takes a tensor.
 int launcher_of(const Tensor& t) {
   const int states = kStatesOf[t.rule];
+  bool plain = is_plain(t.p.format);
+  for (int k = 0; k < states; ++k) plain = plain && is_plain(t.state[k].format);
+  if (!plain) return kTiled;
   bool any = t.p.strides != kDense || t.g.strides != kDense;
   for (int k = 0; k < states; ++k) any = any || t.state[k].strides != kDense || t.state[k].format != t.state[0].format;
   if (any) return kAny;
@@ -212,7 +193,7 @@ void CudaPlan::Impl::cut(const Plan& plan) {
   for (int64_t i = 0; i < plan.size(); ++i) {
     const Tensor& t = plan.tensor(i);
     // One that never had a gradient has none to describe: it joins when it gets one.
-    wanted.push_back(t.g.data == nullptr && t.numel > 0 ? -1 : t.rule * (kAny + 1) + launcher_of(t));
+    wanted.push_back(t.g.data == nullptr && t.numel > 0 ? -1 : t.rule * (kTiled + 1) + launcher_of(t));
   }
   if (wanted == signature) return;
   signature = wanted;
@@ -226,7 +207,7 @@ void CudaPlan::Impl::cut(const Plan& plan) {
     for (const int32_t i : members)
       for (int64_t begin = 0; begin < plan.tensor(i).numel; begin += kBlockElements) chunks.host.push_back({begin, i});
     const int64_t count = int64_t(chunks.host.size()) - first;
-    if (count > 0) buckets.push_back({key / (kAny + 1), key % (kAny + 1), first, count});
+    if (count > 0) buckets.push_back({key / (kTiled + 1), key % (kTiled + 1), first, count});
   }
 }
 
@@ -240,6 +221,8 @@ void CudaPlan::Impl::describe(const Plan& plan, const std::vector<GroupRow>& gro
     d.operand[1] = t.g;
     for (int k = 0; k < kMaxStates; ++k) d.operand[2 + k] = t.state[k];
     d.numel = t.active ? t.numel : 0;
+    d.place = t.place;
+    d.draws = t.draws;
     d.row = row_per_tensor ? int32_t(i) : t.row;
     d.sign = group_rows[size_t(t.group)].sign;
   }
@@ -255,6 +238,8 @@ void CudaPlan::Impl::scalars_on_device(const Plan& plan, const std::vector<Group
     std::memset(static_cast<void*>(&job), 0, sizeof job);
     job.group = t.active ? t.group : -1;
     job.fresh = t.fresh;
+    job.draws = t.draws;
+    job.key = t.key;
     if (t.step != nullptr && t.step_on_device)
       job.step = t.step;
     else if (t.step != nullptr)
@@ -322,9 +307,10 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
     upload(my.rows);
   }
   for (const Impl::Bucket& bucket : my.buckets) {
-    kLaunchers[bucket.rule][size_t(bucket.launcher)]({my.tensors.device(), my.chunks.device() + bucket.first,
-                                                      my.strides.device(), my.rows.device(), my.control.device(),
-                                                      bucket.count, stream});
+    const Launcher launcher =
+        bucket.launcher == kTiled ? tiled_launcher(bucket.rule) : kLaunchers[bucket.rule][size_t(bucket.launcher)];
+    launcher({my.tensors.device(), my.chunks.device() + bucket.first, my.strides.device(), my.rows.device(),
+              my.control.device(), bucket.count, stream});
     ++my.launches;
   }
   my.was_captured = always;

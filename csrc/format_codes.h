@@ -1,6 +1,6 @@
-// States in 8 or 4 bits: a code per element, a bf16 scale per group. Signed states (means) are companded by softsign, so
-// that small ones keep more of their digits; second moments are stored as their square roots. Rounded stochastically: to
-// nearest, a decaying mean would stop at a few codes and a second moment would never decay.
+// States in 8 or 4 bits: a code per element, a bf16 scale per group. Signed states (means) are companded by softsign,
+// so that small ones keep more of their digits; second moments are stored as their square roots. Rounded
+// stochastically: to nearest, a decaying mean would stop at a few codes and a second moment would never decay.
 #pragma once
 
 #include "math.h"
@@ -53,8 +53,8 @@ struct Codes {
     group.mask = finite ? 0x7fffffffu : 0u;
     return group;
   }
-  // x: the value, or the root of a second moment. Zero is 0. A second moment that is not zero has a code of at least 1: a
-  // mean divided by eps alone would take its parameter away.
+  // x: the value, or the root of a second moment. Zero is 0. A second moment that is not zero has a code of at least 1:
+  // a mean divided by eps alone would take its parameter away.
   PRECOND_INLINE static int32_t code(float x, const Group& group, uint32_t draw) {
     // Just below 1, so that a rounded largest code plus this is no code too many.
     constexpr float kDraw = 0x1.fff8p-17f;

@@ -1,5 +1,5 @@
-// bf16 and fp16, rounded up or down with probabilities that make the mean exact: small changes are not lost, on average.
-// A value that the format has stays as it is.
+// bf16 and fp16, rounded up or down with probabilities that make the mean exact: small changes are not lost, on
+// average. A value that the format has stays as it is.
 #pragma once
 
 #include "format_plain.h"

@@ -1,5 +1,5 @@
-// Formats: how one logical fp32 value lives in memory. A rule never sees them. Each is a struct in a format_*.h with the
-// functions that its kStoring names; this is their list.
+// Formats: how one logical fp32 value lives in memory. A rule never sees them. Each is a struct in a format_*.h with
+// the functions that its kStoring names; this is their list.
 #pragma once
 
 #include "format_codes.h"
@@ -27,10 +27,10 @@ enum class Format : int32_t {
 };
 // The first ones stand alone; kernels for uniform and dense tensors are made of these.
 constexpr int kPlainFormats = 3;
-constexpr const char* kFormatNames[] = {"fp32",         "bf16",         "fp16",         "bf16_stochastic",
-                                        "fp16_stochastic", "bf16_split24", "bf16_split32", "fp16_split24",
-                                        "fp16_split32", "int8",         "uint8",        "int4",
-                                        "uint4"};
+constexpr const char* kFormatNames[] = {
+    "fp32",         "bf16",         "fp16",         "bf16_stochastic", "fp16_stochastic",
+    "bf16_split24", "bf16_split32", "fp16_split24", "fp16_split32",    "int8",
+    "uint8",        "int4",         "uint4"};
 constexpr int kFormats = int(sizeof kFormatNames / sizeof kFormatNames[0]);
 
 PRECOND_INLINE constexpr bool is_plain(Format format) { return int(format) < kPlainFormats; }

@@ -79,7 +79,8 @@ int32_t Plan::add_strides(const Strides& strides) {
   return int32_t(strides_.size()) - 1;
 }
 
-// Tensors of one group nearly always share a step, so a row is computed for the first and reused, or copied beside a seed.
+// Tensors of one group nearly always share a step, so a row is computed for the first and reused, or copied beside a
+// seed.
 const std::vector<float>& Plan::fill_rows(const std::vector<GroupRow>& groups) {
   const IeeeDenormals ieee;
   struct Key {

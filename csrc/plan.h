@@ -18,8 +18,8 @@ constexpr int64_t kChunkAlign = 256;
 // 32K, 0.99 at 128K, 0.98 at 1M.
 constexpr int64_t kChunksPerThread = 8, kMinChunk = 32768, kMaxChunk = 1 << 20;
 
-// One tensor's memory: p, g or a state. `strides` is an index into the plan's list, or kDense; `beside` has remainders or
-// scales, which are dense in the visiting order.
+// One tensor's memory: p, g or a state. `strides` is an index into the plan's list, or kDense; `beside` has remainders
+// or scales, which are dense in the visiting order.
 constexpr int32_t kDense = -1;
 struct Operand {
   char* data = nullptr;

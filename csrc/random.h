@@ -20,8 +20,8 @@ PRECOND_INLINE Seed seed_of(uint64_t key, uint64_t step) {
   return {uint32_t(z), uint32_t(z >> 32)};
 }
 
-// Two rounds of multiply and shift (Wellons, "hash prospector"), the seed on both sides of the first. `index` in halves:
-// a loop over a tile has one high half.
+// Two rounds of multiply and shift (Wellons, "hash prospector"), the seed on both sides of the first. `index` in
+// halves: a loop over a tile has one high half.
 PRECOND_INLINE uint32_t random_word(Seed seed, uint32_t index, uint32_t index_high) {
   uint32_t x = index + seed.a;
   x ^= x >> 16;
@@ -32,8 +32,8 @@ PRECOND_INLINE uint32_t random_word(Seed seed, uint32_t index, uint32_t index_hi
   return x ^ (x >> 16);
 }
 
-// An element's word serves all of its operands, p first: each has 16 bits, whose upper eight, which decide nearly always,
-// no other has.
+// An element's word serves all of its operands, p first: each has 16 bits, whose upper eight, which decide nearly
+// always, no other has.
 PRECOND_INLINE uint32_t draw_of(uint32_t word, int operand) {
   constexpr int kShift[] = {0, 8, 16, 4};
   return word >> kShift[operand] & 0xffffu;

@@ -1,6 +1,6 @@
 // The formulas: one functor per rule, called by the CPU loop and by the CUDA kernel. A rule knows no addresses and not
-// how a value is stored; its fields are the scalars of one step (scalars.h), in the order of a row of the plan. kSquares
-// has a bit for each state that is a second moment: formats of few bits keep its root.
+// how a value is stored; its fields are the scalars of one step (scalars.h), in the order of a row of the plan.
+// kSquares has a bit for each state that is a second moment: formats of few bits keep its root.
 #pragma once
 
 #include "decays.h"

@@ -58,11 +58,7 @@ bool same_dims(const int64_t* a, const int64_t* b, int n) {
 
 TensorPlan::TensorPlan(const Reader& reader, const std::map<int, std::vector<std::string>>& state_names,
                        const std::string& step_name, int64_t chunk, int device)
-    : reader_(reader),
-      state_names_(rules().size()),
-      scale_names_(rules().size()),
-      plan_(chunk),
-      device_(device) {
+    : reader_(reader), state_names_(rules().size()), scale_names_(rules().size()), plan_(chunk), device_(device) {
 #if defined(PRECOND_CUDA)
   if (device_ >= 0) cuda_ = std::make_unique<CudaPlan>(device_);
 #if defined(PRECOND_CUDA_ON_HOST)
@@ -151,7 +147,8 @@ Operand TensorPlan::place(const Entry& entry, const View& view, Format format, i
   Operand operand;
   operand.data = view.data;
   operand.format = format;
-  if (storage_of(format) != view.storage) throw py::type_error(std::string(what) + " must have the dtype of its format");
+  if (storage_of(format) != view.storage)
+    throw py::type_error(std::string(what) + " must have the dtype of its format");
   const Order order = order_of(entry);
   if (is_dense(order, view.shape, view.strides)) return operand;
   Strides strides;

@@ -29,51 +29,61 @@ struct FixedFormats {
   }
 };
 
+// Lets the compiler forget what it has read of a tensor: addresses of five operands, kept in registers, made rules with
+// three states spill up to 224 bytes. Reading them again takes an access to the first cache for eight elements.
+__device__ __forceinline__ void read_again() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
+#endif
+}
+
 template <class Rule, class Formats, int... K>
-__device__ __forceinline__ void update_tiled(const Rule& rule, const DeviceTensor& t, const Strides* strides, Seed seed,
+__device__ __forceinline__ void update_tiled(const DeviceTensor& t, const Strides* strides, const float* rows,
                                              float coef, Range range, std::integer_sequence<int, K...>) {
   const Formats formats{t};
-  const Format p_format = formats.of(0), g_format = formats.of(1);
-  const Format s_format[Rule::kStates + 1] = {formats.of(2 + K)...};
-  const auto items = [&](int operand, Format format) {
-    return items_of<Formats::kFull>(t.operand[operand].data, item_bits(format), t.operand[operand].strides, strides);
+  const auto items = [&](int operand) {
+    return items_of<Formats::kFull>(t.operand[operand].data, item_bits(formats.of(operand)), t.operand[operand].strides,
+                                    strides);
   };
-  const Items p_items = items(0, p_format), g_items = items(1, g_format);
-  const Items p_beside = items_of<Formats::kFull>(t.operand[0].beside, remainder_bits(p_format), kDense, strides);
-  [[maybe_unused]] const Items s_items[Rule::kStates + 1] = {items(2 + K, s_format[K])...};
-  [[maybe_unused]] uint16_t* const s_scales[Rule::kStates + 1] = {
-      reinterpret_cast<uint16_t*>(t.operand[2 + K].beside)...};
-  const bool draws = t.draws != 0;
+  const auto beside = [&](int operand) {
+    return items_of<Formats::kFull>(t.operand[operand].beside, remainder_bits(formats.of(operand)), kDense, strides);
+  };
+  const auto scale_of = [&](int operand, int64_t i) -> uint16_t& {
+    return reinterpret_cast<uint16_t*>(t.operand[operand].beside)[i / kGroup];
+  };
 
   // No lane leaves early: lanes of a group meet in encode_state.
 #pragma unroll 1
   for (int64_t begin = range.begin; begin < range.end; begin += int64_t(kThreads) * kRun) {
     const int64_t i = begin + int64_t(threadIdx.x) * kRun, left = range.end - i;
     const int count = Formats::kFull || left >= kRun ? kRun : left > 0 ? int(left) : 0;
-    const bool first_of_group = threadIdx.x % kGroupLanes == 0 && count > 0;
+    [[maybe_unused]] const bool first_of_group = threadIdx.x % kGroupLanes == 0 && count > 0;
 
-    const Words p_words = fetch<32>(p_items, i, count), p_remainder = fetch<16>(p_beside, i, count);
-    const Words g_words = fetch<32>(g_items, i, count);
-    [[maybe_unused]] const Words s_words[Rule::kStates + 1] = {fetch<32>(s_items[K], i, count)...};
+    read_again();
+    const Words p_words = fetch<32>(items(0), i, count), p_remainder = fetch<16>(beside(0), i, count);
+    const Words g_words = fetch<32>(items(1), i, count);
+    [[maybe_unused]] const Words s_words[Rule::kStates + 1] = {fetch<32>(items(2 + K), i, count)...};
     [[maybe_unused]] uint32_t scale[Rule::kStates + 1] = {
-        (is_coded(s_format[K]) && count > 0 ? uint32_t(s_scales[K][i / kGroup]) : 0u)...};
+        (is_coded(formats.of(2 + K)) && count > 0 ? uint32_t(scale_of(2 + K, i)) : 0u)...};
 
     float p[kRun] = {}, g[kRun] = {};
     [[maybe_unused]] float s[Rule::kStates + 1][kRun] = {};
-    decode_weight(p_format, p_words, p_remainder, p);
-    decode_gradient(g_format, g_words, g);
-    (decode_state(s_format[K], s_words[K], scale[K], s[K]), ...);
+    decode_weight(formats.of(0), p_words, p_remainder, p);
+    decode_gradient(formats.of(1), g_words, g);
+    (decode_state(formats.of(2 + K), s_words[K], scale[K], s[K]), ...);
 
+    const Rule rule = rule_of<Rule>(t, rows);
 #pragma unroll
     for (int k = 0; k < kRun; ++k) rule(p[k], coef * g[k], s[K][k]...);
 
+    read_again();
     uint32_t random[kRun] = {};
-    if (draws) fill_random(seed, t.place, i, random);
-    Words beside = {};
-    put<32>(p_items, i, count, encode_weight(p_format, p, random, beside));
-    put<16>(p_beside, i, count, beside);
-    (put<32>(s_items[K], i, count, encode_state(s_format[K], s[K], count, random, 1 + K, scale[K])), ...);
-    ((is_coded(s_format[K]) && first_of_group ? void(s_scales[K][i / kGroup] = uint16_t(scale[K])) : void()), ...);
+    if (t.draws != 0) fill_random(seed_in(rows + int64_t(t.row) * kRowFloats), t.place, i, random);
+    Words remainder = {};
+    put<32>(items(0), i, count, encode_weight(formats.of(0), p, random, remainder));
+    put<16>(beside(0), i, count, remainder);
+    (put<32>(items(2 + K), i, count, encode_state(formats.of(2 + K), s[K], count, random, 1 + K, scale[K])), ...);
+    ((is_coded(formats.of(2 + K)) && first_of_group ? void(scale_of(2 + K, i) = uint16_t(scale[K])) : void()), ...);
   }
 }
 
@@ -84,8 +94,7 @@ __global__ void __launch_bounds__(kThreads, kTiledBlocksPerSm)
   if (control->skip != 0.0f) return;
   const DeviceChunk chunk = chunks[blockIdx.x];
   const DeviceTensor& t = tensors[chunk.tensor];
-  const Seed seed = seed_in(rows + int64_t(t.row) * kRowFloats);
-  update_tiled<Rule, Formats>(rule_of<Rule>(t, rows), t, strides, seed, t.sign * control->grad_coef, range_of(chunk, t),
+  update_tiled<Rule, Formats>(t, strides, rows, t.sign * control->grad_coef, range_of(chunk, t),
                               std::make_integer_sequence<int, Rule::kStates>{});
 }
 

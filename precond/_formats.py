@@ -106,7 +106,9 @@ def values_of(state: dict[str, Any], name: str, form: str, p: Tensor) -> Tensor:
     return decode(local(state[name]), None if scale is None else local(scale), form, local(p).shape)
 
 
-def fill(state: dict[str, Any], name: str, values: Tensor, form: str, words: Tensor | None = None, operand: int = 0) -> None:
+def fill(
+    state: dict[str, Any], name: str, values: Tensor, form: str, words: Tensor | None = None, operand: int = 0
+) -> None:
     """Write values into a state's codes and scales, or into what stands alone."""
     stored, beside = encode(values, form, words, operand)
     local(state[name]).copy_(stored.view(local(state[name]).shape))

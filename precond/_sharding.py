@@ -31,13 +31,19 @@ def place_of(p: Tensor) -> tuple[int, int, int]:
 
     cut = [placement for placement in p.placements if not placement.is_replicate()]
     if any(not placement.is_shard() or placement.dim > 1 or type(placement).__name__ != "Shard" for placement in cut):
-        raise RuntimeError(f"a format below float32 must have placements Shard(0), Shard(1) or Replicate, got {p.placements}")
+        raise RuntimeError(
+            f"a format below float32 must have placements Shard(0), Shard(1) or Replicate, got {p.placements}"
+        )
     shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
     if p.dim() < 2:
         return (offset[0] if offset else 0), 0, 0
     inner = math.prod(p.shape[2:])
     row, row_step = shape[1] * inner, p.shape[1] * inner
-    return offset[0] * row_step + offset[1] * inner, (row if row != row_step else 0), (row_step if row != row_step else 0)
+    return (
+        offset[0] * row_step + offset[1] * inner,
+        (row if row != row_step else 0),
+        (row_step if row != row_step else 0),
+    )
 
 
 def zeros_per_row(p: Tensor, per: int, dtype: torch.dtype) -> Tensor:
@@ -68,7 +74,12 @@ def like(p: Tensor, plain: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
-        plain, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=torch.empty(p.shape, device="meta").stride()
+        plain,
+        p.device_mesh,
+        p.placements,
+        run_check=False,
+        shape=p.shape,
+        stride=torch.empty(p.shape, device="meta").stride(),
     )
 
 

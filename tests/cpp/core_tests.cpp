@@ -193,7 +193,8 @@ void split32_is_fp32() {
     const float back = Bf16Split32::value(p, remainder);
     CHECK(std::isnan(x) ? std::isnan(back) : bits_of(back) == bits_of(x));
     // The parameter alone is the nearest bf16; a tie may go away from zero.
-    const double error = std::fabs(double(Bf16::value(p)) - x), least = std::fabs(double(Bf16::value(Bf16::stored(x))) - x);
+    const double error = std::fabs(double(Bf16::value(p)) - x),
+                 least = std::fabs(double(Bf16::value(Bf16::stored(x))) - x);
     CHECK(!std::isfinite(x) || std::isinf(Bf16::value(p)) || error == least);
     const uint16_t h = Fp16Split32::stored(x, 0xffff, &remainder);
     const float half = Fp16Split32::value(h, remainder);
@@ -263,8 +264,10 @@ void codes_keep_what_they_must() {
       // Both neighbours bracket the value.
       const double low = F::value(F::code(x, group, 0), unit), high = F::value(F::code(x, group, 0xffff), unit);
       const double exact = F::kRoot ? double(x) * x : x;
-      if (scale > 0x1p-100f && scale < 0x1p60f && (!F::kRoot || F::code(x, group, 0) > 1)) CHECK(low <= exact * 1.00001);
-      if (scale > (F::kRoot ? 0x1p-55f : 0x1p-100f) && scale < 0x1p60f && x < 0.9f * largest) CHECK(high >= exact * 0.999);
+      if (scale > 0x1p-100f && scale < 0x1p60f && (!F::kRoot || F::code(x, group, 0) > 1))
+        CHECK(low <= exact * 1.00001);
+      if (scale > (F::kRoot ? 0x1p-55f : 0x1p-100f) && scale < 0x1p60f && x < 0.9f * largest)
+        CHECK(high >= exact * 0.999);
     }
     // A code survives, whatever the draw: nothing drifts. The root of a decoded second moment may be an ulp off.
     for (int32_t code = F::kRoot ? 0 : -F::kLevels; code <= F::kLevels; ++code) {
@@ -275,7 +278,8 @@ void codes_keep_what_they_must() {
   }
   for (float bad : {float(INFINITY), float(NAN), 3.4e38f}) {
     const Group group = F::group(top(bad));
-    CHECK(F::code(bad, group, 0xffff) == 0 && F::code(1.0f, group, 0) == 0 && std::isnan(F::value(0, F::unit(group.scale))));
+    CHECK(F::code(bad, group, 0xffff) == 0 && F::code(1.0f, group, 0) == 0 &&
+          std::isnan(F::value(0, F::unit(group.scale))));
   }
 }
 

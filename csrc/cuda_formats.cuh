@@ -237,9 +237,9 @@ __device__ __forceinline__ Words encode_alone(const float* x, const uint32_t* wo
   return words;
 }
 __device__ __forceinline__ Words encode_weight(Format format, const float* x, const uint32_t* word, Words& beside) {
-  return with_format(format, [&](auto as) {
+  Words words = {};
+  with_format(format, [&](auto as) {
     using F = decltype(as);
-    Words words = {};
     if constexpr (F::kStoring == Storing::remainder) {
       using Remainder = typename F::Remainder;
 #pragma unroll
@@ -251,8 +251,8 @@ __device__ __forceinline__ Words encode_weight(Format format, const float* x, co
     } else if constexpr (F::kStoring != Storing::codes) {
       words = encode_alone<F>(x, word, 0);
     }
-    return words;
   });
+  return words;
 }
 
 // The largest bits of a magnitude among the lanes of a group. Every lane of the warp must come here.
@@ -273,9 +273,9 @@ __device__ __forceinline__ uint32_t top_of_group(const float* x) {
 // `scale` becomes that of the group. Elements after `count` must not count: they are made 0.
 __device__ __forceinline__ Words encode_state(Format format, const float* values, int count, const uint32_t* word,
                                               int number, uint32_t& scale) {
-  return with_format(format, [&](auto as) {
+  Words words = {};
+  with_format(format, [&](auto as) {
     using F = decltype(as);
-    Words words = {};
     if constexpr (F::kStoring == Storing::codes) {
       float x[kRun];
 #pragma unroll
@@ -291,8 +291,8 @@ __device__ __forceinline__ Words encode_state(Format format, const float* values
     } else if constexpr (F::kStoring != Storing::remainder) {
       words = encode_alone<F>(values, word, number);
     }
-    return words;
   });
+  return words;
 }
 
 // A word of random bits for each element of a run.

@@ -21,8 +21,8 @@ pytestmark = [
 
 # Measured with nvcc 13.0 for sm_90 plus a few: 32 to 80. 80 leaves three blocks of 256 threads on a multiprocessor.
 MOST_REGISTERS = 80
-# Of the kernels for all other formats: 128 leave two blocks. Those of two and three states keep up to 24 bytes per thread in
-# local memory, roots that the rule shares with the code of its last state.
+# Of the kernels for all other formats: 128 leave two blocks. Those of three states keep up to 24 bytes per thread in local
+# memory: roots that the rule shares with the code of its last state.
 MOST_TILED_REGISTERS, MOST_STACK = 128, 32
 
 
@@ -61,7 +61,7 @@ def test_cuda_kernels_of_all_formats_are_wide_and_exact_and_rarely_leave_registe
     for row in rows:
         name, states = row["rule"], _C.rules[row["rule"]][1]
         assert row["registers"] <= MOST_TILED_REGISTERS, name
-        assert row["stack"] <= (MOST_STACK if states > 1 else 0), name
+        assert row["stack"] <= (MOST_STACK if states > 2 else 0), name
         assert row["double"] == 0, name
         # fp32 moves by twice 128 bits and what has 16 by once; remainders and codes by 128 or 64.
         assert row["loads_128"] >= 2 * (2 + states) + 1, name

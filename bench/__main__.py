@@ -12,6 +12,7 @@ COMMANDS = {
     "exact": "what exact division and square root cost on a GPU",
     "codegen": "machine code of the GPU kernels, without a GPU",
     "errors": "worst errors of every rule against float64, in ulp",
+    "quality": "training quality of the formats against float32, over seeds; an hour or more",
     "demo": "train a small GPT with torch's AdamW and with ours",
 }
 

@@ -210,7 +210,7 @@ def triton_kernel(rule: str, formats: tuple[str, str, str], target: str) -> dict
         "BLOCK": kernel.BLOCK,
     }
     pointers = {"chunks_ptr": "*i64", "tensors_ptr": "*i64", "rows_ptr": "*fp32", "control_ptr": "*fp32"}
-    signature = pointers | dict.fromkeys(constants, "constexpr")
+    signature = pointers | {"clip_value": "fp32"} | dict.fromkeys(constants, "constexpr")
     hints = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
     source = ASTSource(kernel.update_kernel, signature, constants, hints)
     options = {"num_warps": kernel.WARPS, "enable_fp_fusion": False}

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from optimizers import OPTIMIZERS
@@ -42,7 +43,7 @@ class Case:
     shape: tuple[int, ...]
     count: int
     dtype: torch.dtype
-    contenders: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]]
+    contenders: dict[str, Callable[[list[torch.nn.Parameter]], Any]]
     targets: list[tuple[str, tuple[str, ...], float]]
     bytes_per_element: float
     timed: str = "precond"
@@ -129,6 +130,15 @@ def cases() -> list[Case]:
             precond.RMSprop,
             lambda params: torch.optim.RMSprop(params, foreach=True),
             "torch foreach",
+        ),
+        large(
+            "clip folded in, AdamW fp32 32M",
+            F32,
+            32,
+            0.8,
+            lambda params: precond.AdamW(params, betas=(0.9, 0.99), max_grad_norm=1.0),
+            timing.ClippedTorch,
+            "torch clip, fused",
         ),
         rules_case(),
     ]

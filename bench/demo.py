@@ -88,16 +88,26 @@ def batch(text: Tensor, size: int, context: int, generator: torch.Generator, dev
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    return F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten())
 
 
-def train(name: str, make, text: Tensor, steps: int, arguments: argparse.Namespace, quiet: bool = False) -> Run:
+def train(
+    name: str,
+    make,
+    text: Tensor,
+    steps: int,
+    arguments: argparse.Namespace,
+    quiet: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    held_out_batches: int = 8,
+) -> Run:
     device = torch.device(arguments.device)
-    torch.manual_seed(0)
-    model = GPT(arguments.width, arguments.layers, context=arguments.context).to(device)
+    torch.manual_seed(seed)
+    model = GPT(arguments.width, arguments.layers, context=arguments.context).to(device, dtype)
     optimizer = make(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=max(steps, 2))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed + 1)
     split = len(text) * 9 // 10
     losses, step_ms = [], []
     started = time.perf_counter()
@@ -119,7 +129,7 @@ def train(name: str, make, text: Tensor, steps: int, arguments: argparse.Namespa
     with torch.no_grad():
         held_out = statistics.mean(
             loss_of(model, *batch(text[split:], arguments.batch, arguments.context, generator, device)).item()
-            for _ in range(8 if not quiet else 1)
+            for _ in range(held_out_batches if not quiet else 1)
         )
     states = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.dim() > 0]
     parameters = sum(p.numel() for p in model.parameters())

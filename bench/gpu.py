@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from precond import _C, _backend
 from . import ROOT, timing
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+Make = Callable[[list[torch.nn.Parameter]], Any]
 
 
 def llama_shapes(parameters: int) -> list[tuple[int, ...]]:
@@ -98,6 +99,10 @@ def cases(scale: float) -> list[Case]:
             {} if flash is None else {"FlashOptim": flash}
         )
 
+    def clipped() -> dict[str, Make]:
+        ours = adamw(max_grad_norm=1.0)
+        return {"torch clip, fused": timing.ClippedTorch} | {k: v for k, v in ours.items() if k != "torch fused"}
+
     billion = int(1e9 * scale)
     triton_target = ("precond triton", "precond cuda", 1.1)
     small = [("precond cuda", "torch fused", 0.2)]
@@ -116,6 +121,8 @@ def cases(scale: float) -> list[Case]:
         Case("SGD with momentum fp32, one tensor", [(billion,)], F32, other("SGD", lr=1e-3, momentum=0.9), 20, of_copy),
         Case("Adagrad fp32, one tensor", [(billion,)], F32, other("Adagrad"), 20, of_copy),
         Case("RMSprop fp32, one tensor", [(billion,)], F32, other("RMSprop"), 20, of_copy),
+        Case("clip folded in, AdamW fp32, one tensor", [(billion,)], F32, clipped(), 32,
+             [("precond cuda", "torch clip, fused", 0.8), ("precond triton", "torch clip, fused", 0.8)]),
         Case("AdamW fp32, 1000 x 1024", [(1024,)] * 1000, F32, adamw(), 28, small),
         Case("AdamW fp32, 10,000 x 64", [(64,)] * 10_000, F32, adamw(), 28, small),
         Case("AdamW bf16, 20,000 mixed MoE tensors", moe_shapes(billion), BF16, adamw(), 14, []),

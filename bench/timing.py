@@ -16,6 +16,18 @@ import precond
 from precond import _C
 
 
+class ClippedTorch:
+    """What ``max_grad_norm`` replaces: torch's clip_grad_norm_, which writes the gradients, and its fused AdamW."""
+
+    def __init__(self, params: list[torch.nn.Parameter]) -> None:
+        self.params = params
+        self.optimizer = torch.optim.AdamW(params, fused=True)
+
+    def step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.optimizer.step()
+
+
 def interleaved(contenders: dict[str, Callable[[], object]], seconds: float, least: int = 7) -> dict[str, list[float]]:
     """Seconds per call of each contender, A B A B: at least ``least`` rounds, more while time is left."""
     times: dict[str, list[float]] = {name: [] for name in contenders}

@@ -1,7 +1,9 @@
-// Compiled once per instruction set, with PRECOND_ISA naming it: the update functions of every rule.
+// Compiled once per instruction set, with PRECOND_ISA naming it: the update functions of every rule, and
+// the norm of a block.
 #include <utility>
 
 #include "cpu_kernel.h"
+#include "cpu_norm.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {
@@ -10,6 +12,9 @@ inline namespace PRECOND_ISA {
 extern const UpdateChunk kUpdateTable[];
 const UpdateChunk kUpdateTable[] = {PRECOND_ALL_RULES(PRECOND_UPDATE)};
 #undef PRECOND_UPDATE
+
+extern const NormOfBlock kNormOfBlock;
+const NormOfBlock kNormOfBlock = &norm_of_block;
 
 }  // namespace PRECOND_ISA
 }  // namespace precond

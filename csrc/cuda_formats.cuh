@@ -228,7 +228,7 @@ __device__ __forceinline__ Words encode_alone(const float* x, const uint32_t* wo
 #pragma unroll
   for (int k = 0; k < kRun; ++k) {
     if constexpr (F::kStoring == Storing::drawn)
-      add_item<16>(words, k, F::stored(x[k], draw_of(word[k], number)));
+      add_item<16>(words, k, F::stored(x[k], draw_of(word[k], draw_shift(number))));
     else if constexpr (sizeof(typename F::Stored) == 4)
       words.word[k] = bits_of(x[k]);
     else
@@ -241,12 +241,11 @@ __device__ __forceinline__ Words encode_weight(Format format, const float* x, co
   with_format(format, [&](auto as) {
     using F = decltype(as);
     if constexpr (F::kStoring == Storing::remainder) {
-      using Remainder = typename F::Remainder;
 #pragma unroll
       for (int k = 0; k < kRun; ++k) {
-        Remainder remainder;
-        add_item<16>(words, k, F::stored(x[k], draw_of(word[k], 0), &remainder));
-        add_item<kBitsOf<Remainder>>(beside, k, uint32_t(remainder));
+        const auto split = F::split(x[k], draw_of(word[k], draw_shift(0)));
+        add_item<16>(words, k, split.stored);
+        add_item<kBitsOf<typename F::Remainder>>(beside, k, uint32_t(split.remainder));
       }
     } else if constexpr (F::kStoring != Storing::codes) {
       words = encode_alone<F>(x, word, 0);
@@ -287,7 +286,7 @@ __device__ __forceinline__ Words encode_state(Format format, const float* values
       scale = group.scale;
 #pragma unroll
       for (int k = 0; k < kRun; ++k)
-        add_item<F::kCodeBits>(words, k, uint32_t(F::code(x[k], group, draw_of(word[k], number))));
+        add_item<F::kCodeBits>(words, k, uint32_t(F::code(x[k], group, draw_of(word[k], draw_shift(number)))));
     } else if constexpr (F::kStoring != Storing::remainder) {
       words = encode_alone<F>(values, word, number);
     }

@@ -60,18 +60,18 @@ struct Pack {
 
 // One element of dense operands.
 template <class Rule, class P, class G, class S, int... K>
-__device__ __forceinline__ void update_element(const Rule& rule, const DeviceTensor& t, float coef, int64_t i,
+__device__ __forceinline__ void update_element(const Rule& rule, const DeviceTensor& t, Incoming incoming, int64_t i,
                                                std::integer_sequence<int, K...>) {
   float p = P::value(element<P>(t.operand[0], i));
   float s[Rule::kStates + 1] = {S::value(element<S>(t.operand[2 + K], i))...};
-  rule(p, coef * G::value(element<G>(t.operand[1], i)), s[K]...);
+  rule(p, incoming(G::value(element<G>(t.operand[1], i))), s[K]...);
   element<P>(t.operand[0], i) = P::stored(p);
   ((element<S>(t.operand[2 + K], i) = S::stored(s[K])), ...);
 }
 
 // kCount packs, `stride` elements apart: all loads first.
 template <int kCount, class Rule, class P, class G, class S, int V, int... K>
-__device__ __forceinline__ void update_packs(const Rule& rule, const DeviceTensor& t, float coef, int64_t i,
+__device__ __forceinline__ void update_packs(const Rule& rule, const DeviceTensor& t, Incoming incoming, int64_t i,
                                              int64_t stride, std::integer_sequence<int, K...>) {
   Pack<P, V> p[kCount];
   Pack<G, V> g[kCount];
@@ -88,7 +88,7 @@ __device__ __forceinline__ void update_packs(const Rule& rule, const DeviceTenso
     for (int k = 0; k < V; ++k) {
       float p_value = p[n].value(k);
       float s_value[Rule::kStates + 1] = {s[n][K].value(k)...};
-      rule(p_value, coef * g[n].value(k), s_value[K]...);
+      rule(p_value, incoming(g[n].value(k)), s_value[K]...);
       p[n].set(k, p_value);
       (s[n][K].set(k, s_value[K]), ...);
     }
@@ -98,7 +98,7 @@ __device__ __forceinline__ void update_packs(const Rule& rule, const DeviceTenso
 }
 
 template <class Rule, class P, class G, class S, int... K>
-__device__ __forceinline__ void update_range(const Rule& rule, const DeviceTensor& t, float coef, Range range,
+__device__ __forceinline__ void update_range(const Rule& rule, const DeviceTensor& t, Incoming incoming, Range range,
                                              std::integer_sequence<int, K...> states) {
   constexpr int V = kPackSize<P, G, S>;
   constexpr int kCount = kPacksInFlight<V>;
@@ -111,11 +111,11 @@ __device__ __forceinline__ void update_range(const Rule& rule, const DeviceTenso
   int64_t i = range.begin + int64_t(threadIdx.x) * V;
 #pragma unroll 1
   for (; i + (kCount - 1) * stride < packed_end; i += kCount * stride)
-    update_packs<kCount, Rule, P, G, S, V>(rule, t, coef, i, stride, states);
-  if (kCount > 1 && i < packed_end) update_packs<1, Rule, P, G, S, V>(rule, t, coef, i, stride, states);
+    update_packs<kCount, Rule, P, G, S, V>(rule, t, incoming, i, stride, states);
+  if (kCount > 1 && i < packed_end) update_packs<1, Rule, P, G, S, V>(rule, t, incoming, i, stride, states);
 #pragma unroll 1
   for (i = packed_end + threadIdx.x; i < range.end; i += kThreads)
-    update_element<Rule, P, G, S>(rule, t, coef, i, states);
+    update_element<Rule, P, G, S>(rule, t, incoming, i, states);
 }
 
 // Dense tensors whose states share a format.
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (control->skip != 0.0f) return;
   const DeviceChunk chunk = chunks[blockIdx.x];
   const DeviceTensor& t = tensors[chunk.tensor];
-  update_range<Rule, P, G, S>(rule_of<Rule>(t, rows), t, t.sign * control->grad_coef, range_of(chunk, t),
-                              std::make_integer_sequence<int, Rule::kStates>{});
+  update_range<Rule, P, G, S>(rule_of<Rule>(t, rows), t, {t.sign * control->grad_coef, control->clip_value},
+                              range_of(chunk, t), std::make_integer_sequence<int, Rule::kStates>{});
 }
 
 __device__ __forceinline__ float value_at(const Operand& operand, int64_t offset) {
@@ -142,13 +142,13 @@ __device__ __forceinline__ void store_at(const Operand& operand, int64_t offset,
 
 // Any strides and any mix of formats, one element at a time: right and slow.
 template <class Rule, int... K>
-__device__ __forceinline__ void update_any(const Rule& rule, const DeviceTensor& t, const Strides* strides, float coef,
-                                           int64_t i, std::integer_sequence<int, K...>) {
+__device__ __forceinline__ void update_any(const Rule& rule, const DeviceTensor& t, const Strides* strides,
+                                           Incoming incoming, int64_t i, std::integer_sequence<int, K...>) {
   const int64_t at[kMaxStates + 2] = {offset_of(t.operand[0], strides, i), offset_of(t.operand[1], strides, i),
                                       offset_of(t.operand[2 + K], strides, i)...};
   float p = value_at(t.operand[0], at[0]);
   float s[Rule::kStates + 1] = {value_at(t.operand[2 + K], at[2 + K])...};
-  rule(p, coef * value_at(t.operand[1], at[1]), s[K]...);
+  rule(p, incoming(value_at(t.operand[1], at[1])), s[K]...);
   store_at(t.operand[0], at[0], p);
   (store_at(t.operand[2 + K], at[2 + K], s[K]), ...);
 }
@@ -162,9 +162,9 @@ __global__ void __launch_bounds__(kThreads)
   const DeviceTensor& t = tensors[chunk.tensor];
   const Range range = range_of(chunk, t);
   const Rule rule = rule_of<Rule>(t, rows);
-  const float coef = t.sign * control->grad_coef;
+  const Incoming incoming{t.sign * control->grad_coef, control->clip_value};
   for (int64_t i = range.begin + threadIdx.x; i < range.end; i += kThreads)
-    update_any(rule, t, strides, coef, i, std::make_integer_sequence<int, Rule::kStates>{});
+    update_any(rule, t, strides, incoming, i, std::make_integer_sequence<int, Rule::kStates>{});
 }
 
 // The prologue: what is only known on the device. One thread per row job.
@@ -181,10 +181,13 @@ struct DeviceGroup {
   double hyper[kMaxHyper];
 };
 
-// 1 / scale and the skip flag, from GradScaler's tensors; either may be null.
-__global__ void control_kernel(const float* grad_scale, const float* found_inf, float grad_coef, Control* control) {
+// 1 / scale and the skip flag, from GradScaler's tensors, either of which may be null, and what the norm makes of them.
+__global__ void control_kernel(const float* grad_scale, const float* found_inf, float grad_coef, float clip_value,
+                               Clip clip, Control* control) {
+  control->clip_value = clip_value;
   control->grad_coef = grad_scale == nullptr ? grad_coef : float(1.0 / double(*grad_scale)) * grad_coef;
   control->skip = found_inf != nullptr && *found_inf != 0.0f ? 1.0f : 0.0f;
+  finish(clip, control);
 }
 
 __global__ void row_kernel(const RowJob* jobs, int32_t count, const DeviceGroup* groups, const Override* overrides,

@@ -11,6 +11,7 @@
 
 #include "cuda_kernel.cuh"
 #include "cuda_launch.h"
+#include "cuda_norm.cuh"
 
 namespace precond {
 namespace {
@@ -157,6 +158,23 @@ int launcher_of(const Tensor& t) {
   return kLaunchers[t.rule][size_t(fast)] != nullptr ? fast : kAny;
 }
 
+// Sends tables to the device in the course of one step.
+struct Upload {
+  Staging* staging;
+  cudaStream_t stream;
+  bool capturing, always;
+  template <class T>
+  void operator()(Table<T>& table) const {
+    table.upload(staging, stream, capturing, always);
+  }
+};
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  PRECOND_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  return status == cudaStreamCaptureStatusActive;
+}
+
 }  // namespace
 
 struct CudaPlan::Impl {
@@ -174,6 +192,8 @@ struct CudaPlan::Impl {
   Table<RowJob> jobs;
   Table<DeviceGroup> groups;
   Table<Override> overrides;
+  Table<int64_t> norm_first;
+  Table<double> norm_sums;
   struct Bucket {
     int rule, launcher;
     int64_t first, count;
@@ -184,7 +204,46 @@ struct CudaPlan::Impl {
   void cut(const Plan& plan);
   void describe(const Plan& plan, const std::vector<GroupRow>& group_rows, bool row_per_tensor);
   void scalars_on_device(const Plan& plan, const std::vector<GroupRow>& group_rows, const DeviceStep& step);
+  void upload_tensors(const Upload& upload);
+  void measure(const Plan& plan, const Clip& clip, const Upload& upload);
 };
+
+void CudaPlan::Impl::upload_tensors(const Upload& upload) {
+  upload(tensors);
+  upload(chunks);
+  upload(strides);
+}
+
+// The tables of tensors and chunks are there.
+void CudaPlan::Impl::measure(const Plan& plan, const Clip& clip, const Upload& upload) {
+  const NormTable table = norm_table(plan, clip.classes);
+  norm_first.host = table.first;
+  upload(norm_first);
+  const int64_t blocks = table.begin.back();
+  // Behind the sums of blocks those of blocks of sums, which are never as many.
+  double* sums = norm_sums.room_for(size_t(2 * blocks + 2));
+  if (!chunks.host.empty())
+    launch(&norm_kernel, int64_t(chunks.host.size()), kThreads, upload.stream,
+           static_cast<const DeviceTensor*>(tensors.device()), static_cast<const DeviceChunk*>(chunks.device()),
+           static_cast<const Strides*>(strides.device()), static_cast<const int64_t*>(norm_first.device()), clip.inf,
+           sums);
+  launches += int(!chunks.host.empty());
+  double* spare = sums + blocks;
+  for (int c = 0; c < clip.classes; ++c) {
+    const double* in = sums + table.begin[size_t(c)];
+    int64_t n = table.begin[size_t(c) + 1] - table.begin[size_t(c)];
+    while (true) {
+      const int64_t folded = n > kNormBlock ? (n + kNormBlock - 1) / kNormBlock : 1;
+      double* out = folded == 1 ? clip.total + c : spare;
+      launch(&fold_kernel, folded, kThreads, upload.stream, in, n, clip.inf, out);
+      ++launches;
+      if (folded == 1) break;
+      in = out;
+      n = folded;
+      spare += folded;
+    }
+  }
+}
 
 // Chunks by launcher; only when the rule or the formats of a tensor have changed.
 void CudaPlan::Impl::cut(const Plan& plan) {
@@ -258,11 +317,10 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
   Impl& my = *impl_;
   const DeviceGuard guard(my.device);
   const auto stream = reinterpret_cast<cudaStream_t>(step.stream);
-  cudaStreamCaptureStatus status;
-  PRECOND_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-  const bool capturing = status == cudaStreamCaptureStatusActive;
+  const bool capturing = is_capturing(stream);
 
-  bool on_device = !step.overrides.empty() || step.grad_scale != nullptr || step.found_inf != nullptr;
+  const bool may_skip = step.found_inf != nullptr || (step.clip.total != nullptr && step.clip.skip_nonfinite);
+  bool on_device = !step.overrides.empty() || step.grad_scale != nullptr || may_skip || step.clip.total != nullptr;
   bool counters_on_device = true;
   for (int64_t i = 0; i < plan->size(); ++i) {
     const Tensor& t = plan->tensor(i);
@@ -273,9 +331,11 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
   if (capturing && !counters_on_device)
     throw std::runtime_error(
         "capturable must be True to capture a step into a graph: the step counters are on the host");
-  if (step.found_inf != nullptr && !counters_on_device)
+  if (may_skip && !counters_on_device)
     throw std::runtime_error(
-        "fused must be True in every group for a loss scaler's found_inf: step counters are on the host");
+        "fused must be True in every group for a loss scaler's found_inf and for nonfinite='skip': step counters are "
+        "on "
+        "the host");
 
   my.cut(*plan);
   if (on_device)
@@ -284,11 +344,10 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
     my.rows.host = plan->fill_rows(groups);
   my.describe(*plan, groups, on_device);
   const bool always = my.was_captured || capturing;
-  const auto upload = [&](auto& table) { table.upload(&my.staging, stream, capturing, always); };
-  upload(my.tensors);
-  upload(my.chunks);
-  upload(my.strides);
+  const Upload upload{&my.staging, stream, capturing, always};
+  my.upload_tensors(upload);
   my.launches = 0;
+  if (step.clip.measure) my.measure(*plan, step.clip, upload);
   if (on_device) {
     upload(my.jobs);
     upload(my.groups);
@@ -296,13 +355,14 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
     const int64_t count = plan->size();
     Control* control = my.control.room_for(1);
     float* rows = my.rows.room_for(size_t(count) * kRowFloats);
-    launch(&control_kernel, 1, 1, stream, step.grad_scale, step.found_inf, step.grad_coef, control);
+    launch(&control_kernel, 1, 1, stream, step.grad_scale, step.found_inf, step.grad_coef, step.clip_value, step.clip,
+           control);
     launch(&row_kernel, (count + 127) / 128, 128, stream, static_cast<const RowJob*>(my.jobs.device()), int32_t(count),
            static_cast<const DeviceGroup*>(my.groups.device()), static_cast<const Override*>(my.overrides.device()),
            int32_t(step.overrides.size()), static_cast<const Control*>(control), rows);
-    my.launches = 2;
+    my.launches += 2;
   } else {
-    my.control.host = {Control{step.grad_coef, 0.0f}};
+    my.control.host = {Control{step.grad_coef, 0.0f, step.clip_value}};
     upload(my.control);
     upload(my.rows);
   }
@@ -315,6 +375,18 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
   }
   my.was_captured = always;
   plan->count_step();
+}
+
+void CudaPlan::norm(const Plan& plan, const std::vector<GroupRow>& groups, const DeviceStep& step) {
+  Impl& my = *impl_;
+  const DeviceGuard guard(my.device);
+  const auto stream = reinterpret_cast<cudaStream_t>(step.stream);
+  const bool capturing = is_capturing(stream);
+  const Upload upload{&my.staging, stream, capturing, my.was_captured || capturing};
+  my.cut(plan);
+  my.describe(plan, groups, true);
+  my.upload_tensors(upload);
+  my.measure(plan, step.clip, upload);
 }
 
 CudaPlan::CudaPlan(int device) : impl_(std::make_unique<Impl>(device)) {}

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "norm.h"
 #include "plan.h"
 
 namespace precond {
@@ -24,6 +25,8 @@ struct DeviceStep {
   const float* grad_scale = nullptr;  // GradScaler's tensors, or null
   const float* found_inf = nullptr;
   float grad_coef = 1.0f;
+  float clip_value = HUGE_VALF;
+  Clip clip;
   uintptr_t stream = 0;
 };
 
@@ -38,7 +41,9 @@ class CudaPlan {
 
   // Enqueues one step on the stream and returns; no synchronisation.
   void run(Plan* plan, const std::vector<GroupRow>& groups, const DeviceStep& step);
-  // Launches of the last step: updates, and the prologue's.
+  // Enqueues what fills step.clip.total.
+  void norm(const Plan& plan, const std::vector<GroupRow>& groups, const DeviceStep& step);
+  // Launches of the last step: updates, the prologue's and those of a norm that the step measured.
   int launches() const;
 
  private:

@@ -39,7 +39,7 @@ __device__ __forceinline__ void read_again() {
 
 template <class Rule, class Formats, int... K>
 __device__ __forceinline__ void update_tiled(const DeviceTensor& t, const Strides* strides, const float* rows,
-                                             float coef, Range range, std::integer_sequence<int, K...>) {
+                                             Incoming incoming, Range range, std::integer_sequence<int, K...>) {
   const Formats formats{t};
   const auto items = [&](int operand) {
     return items_of<Formats::kFull>(t.operand[operand].data, item_bits(formats.of(operand)), t.operand[operand].strides,
@@ -74,7 +74,7 @@ __device__ __forceinline__ void update_tiled(const DeviceTensor& t, const Stride
 
     const Rule rule = rule_of<Rule>(t, rows);
 #pragma unroll
-    for (int k = 0; k < kRun; ++k) rule(p[k], coef * g[k], s[K][k]...);
+    for (int k = 0; k < kRun; ++k) rule(p[k], incoming(g[k]), s[K][k]...);
 
     read_again();
     uint32_t random[kRun] = {};
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kTiledBlocksPerSm)
   if (control->skip != 0.0f) return;
   const DeviceChunk chunk = chunks[blockIdx.x];
   const DeviceTensor& t = tensors[chunk.tensor];
-  update_tiled<Rule, Formats>(t, strides, rows, t.sign * control->grad_coef, range_of(chunk, t),
+  update_tiled<Rule, Formats>(t, strides, rows, {t.sign * control->grad_coef, control->clip_value}, range_of(chunk, t),
                               std::make_integer_sequence<int, Rule::kStates>{});
 }
 

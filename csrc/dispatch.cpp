@@ -10,14 +10,17 @@ namespace precond {
 // Names of the namespaces that cpu_isa.cpp was compiled in; CMakeLists.txt lists the same ones.
 namespace baseline {
 extern const UpdateChunk kUpdateTable[];
-}
+extern const NormOfBlock kNormOfBlock;
+}  // namespace baseline
 #if defined(PRECOND_X86_ISAS)
 namespace avx2 {
 extern const UpdateChunk kUpdateTable[];
-}
+extern const NormOfBlock kNormOfBlock;
+}  // namespace avx2
 namespace avx512 {
 extern const UpdateChunk kUpdateTable[];
-}
+extern const NormOfBlock kNormOfBlock;
+}  // namespace avx512
 #endif
 
 namespace {
@@ -26,18 +29,19 @@ struct Isa {
   const char* name;
   bool available;
   const UpdateChunk* table;
+  NormOfBlock norm;
 };
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> list = [] {
-    std::vector<Isa> l{{"baseline", true, baseline::kUpdateTable}};
+    std::vector<Isa> l{{"baseline", true, baseline::kUpdateTable, baseline::kNormOfBlock}};
 #if defined(PRECOND_X86_ISAS)
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    l.push_back({"avx2", has_avx2, avx2::kUpdateTable});
-    l.push_back({"avx512", has_avx512, avx512::kUpdateTable});
+    l.push_back({"avx2", has_avx2, avx2::kUpdateTable, avx2::kNormOfBlock});
+    l.push_back({"avx512", has_avx512, avx512::kUpdateTable, avx512::kNormOfBlock});
 #endif
     return l;
   }();
@@ -76,6 +80,11 @@ std::string selected_isa() {
 const UpdateChunk* update_table() {
   if (g_selected == nullptr) select_isa("");
   return g_selected->table;
+}
+
+NormOfBlock norm_function() {
+  if (g_selected == nullptr) select_isa("");
+  return g_selected->norm;
 }
 
 const std::vector<RuleInfo>& rules() {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu_kernel.h"
+#include "cpu_norm.h"
 
 namespace precond {
 
@@ -14,6 +15,7 @@ std::vector<std::string> available_isas();
 void select_isa(const std::string& name);
 std::string selected_isa();
 const UpdateChunk* update_table();
+NormOfBlock norm_function();
 
 struct RuleInfo {
   const char* name;

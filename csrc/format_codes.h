@@ -39,11 +39,12 @@ struct Codes {
     return float_of(bits_of(t / (2.0f - t) * unit) | (bits_of(y) & 0x80000000u));
   }
 
-  // From the largest bits of a magnitude in the group. The scale is rounded up, and not below 2^-120, where its inverse
-  // would overflow: smaller groups still have codes down to 2^-128, and less is rounded to 0 or that. Above bf16's
-  // largest number, 3.39e38, a magnitude counts as infinite.
+  // From the largest bits of a magnitude in the group. The scale is rounded up, but not for 16 ulp: a largest code that
+  // is decoded, or the root of its square, may be a few above its scale, which would otherwise creep up. Not below
+  // 2^-120, where its inverse would overflow: smaller groups still have codes down to 2^-128, and less is rounded to 0
+  // or that. Above bf16's largest number, 3.39e38, a magnitude counts as infinite.
   PRECOND_INLINE static Group group(uint32_t top) {
-    uint32_t scale = (top + 0xffffu) >> 16;
+    uint32_t scale = (top + 0xffefu) >> 16;
     scale = scale < 0x0380u ? 0x0380u : scale;
     const bool finite = scale < 0x7f80u;
     Group group;
@@ -53,22 +54,26 @@ struct Codes {
     group.mask = finite ? 0x7fffffffu : 0u;
     return group;
   }
-  // x: the value, or the root of a second moment. Zero is 0. A second moment that is not zero has a code of at least 1:
-  // a mean divided by eps alone would take its parameter away.
+  // x: the value, or the root of a second moment. Zero is 0. Up or down so that the mean of what is decoded is exact:
+  // of the companded value, and of the second moment itself, not its root. A second moment that is not zero has a code
+  // of at least 1: a mean divided by eps alone would take its parameter away.
   PRECOND_INLINE static int32_t code(float x, const Group& group, uint32_t draw) {
-    // Just below 1, so that a rounded largest code plus this is no code too many.
-    constexpr float kDraw = 0x1.fff8p-17f;
     const uint32_t magnitude = bits_of(x) & group.mask;
     const float y = float_of(magnitude) * group.per_scale;
-    const float part = float(int32_t(draw)) * kDraw;
+    const float part = float(int32_t(draw)) * 0x1p-16f;
     if (kSigned) {
       const int32_t code = int32_t(fma((y + y) / (1.0f + y), float(kLevels), part));
+      const int32_t most = code > kLevels ? kLevels : code;
       const int32_t negative = int32_t(bits_of(x)) >> 31;
-      return (code ^ negative) - negative;
+      return (most ^ negative) - negative;
     }
-    const uint32_t code = uint32_t(int32_t(y + part));
-    const uint32_t least = magnitude < 1u ? magnitude : 1u;
-    return int32_t(code > least ? code : least);
+    const int32_t below = int32_t(y);
+    const float whole = float(below), above = y - whole, twice = whole + whole;
+    // y^2 lies (y^2 - whole^2) / ((whole + 1)^2 - whole^2) of the way.
+    const int32_t code = below + (part * (twice + 1.0f) < above * (twice + above) ? 1 : 0);
+    const int32_t least = magnitude < 1u ? 0 : 1;
+    const int32_t most = code > kLevels ? kLevels : code;
+    return most > least ? most : least;
   }
 };
 using Int8 = Codes<true, 8>;

@@ -6,6 +6,13 @@
 namespace precond {
 inline namespace PRECOND_ISA {
 
+// A parameter and its remainder.
+template <class RemainderT>
+struct Split {
+  uint16_t stored;
+  RemainderT remainder;
+};
+
 // bf16 is the upper half of fp32: the remainder is a difference of bits, and the master every finite fp32 number, also
 // where its bf16 is infinite.
 struct Bf16Split32 {
@@ -15,11 +22,10 @@ struct Bf16Split32 {
   PRECOND_INLINE static float value(Stored x, Remainder remainder) {
     return float_of((uint32_t(x) << 16) + uint32_t(int32_t(remainder)));
   }
-  PRECOND_INLINE static Stored stored(float x, uint32_t, Remainder* remainder) {
+  PRECOND_INLINE static Split<Remainder> split(float x, uint32_t) {
     const uint32_t u = x != x ? 0x7fc00000u : bits_of(x);
     const uint32_t rounded = (u + 0x8000u) >> 16;
-    *remainder = Remainder(u - (rounded << 16));
-    return Stored(rounded);
+    return {Stored(rounded), Remainder(u - (rounded << 16))};
   }
 };
 
@@ -31,12 +37,11 @@ struct Bf16Split24 {
   PRECOND_INLINE static float value(Stored x, Remainder remainder) {
     return float_of((uint32_t(x) << 16) + uint32_t(int32_t(remainder) * 256));
   }
-  PRECOND_INLINE static Stored stored(float x, uint32_t draw, Remainder* remainder) {
+  PRECOND_INLINE static Split<Remainder> split(float x, uint32_t draw) {
     const uint32_t u = x != x ? 0x7fc00000u : bits_of(x);
     const uint32_t master = (u + (draw >> 8)) >> 8;
     const uint32_t rounded = (master + 0x80u) >> 8;
-    *remainder = Remainder(master - (rounded << 8));
-    return Stored(rounded);
+    return {Stored(rounded), Remainder(master - (rounded << 8))};
   }
 };
 
@@ -54,7 +59,7 @@ struct Fp16Split {
     const float h = Fp16::value(x);
     return h + float(int32_t(remainder)) * (float_of(fp16_step(bits_of(h))) * (1.0f / kParts));
   }
-  PRECOND_INLINE static Stored stored(float x, uint32_t draw, Remainder* remainder) {
+  PRECOND_INLINE static Split<Remainder> split(float x, uint32_t draw) {
     const Stored rounded = Fp16::stored(x);
     const float h = Fp16::value(rounded);
     const uint32_t u = bits_of(h) & 0x7fffffffu;
@@ -63,8 +68,7 @@ struct Fp16Split {
     const float least = float(int32_t(draw >> (16 - kDraw))) * (1.0f / float(1 << kDraw));
     const int32_t whole = int32_t(parts + least) - int32_t(kHalf);
     constexpr int32_t kLargest = int32_t((1u << (8 * sizeof(Remainder) - 1)) - 1);
-    *remainder = Remainder(whole > kLargest ? kLargest : whole);
-    return rounded;
+    return {rounded, Remainder(whole > kLargest ? kLargest : whole)};
   }
 };
 using Fp16Split32 = Fp16Split<int16_t, 14>;

@@ -45,6 +45,18 @@ PRECOND_INLINE float soft_threshold(float x, float t) {
 // 1 or -1; 0, -0 and NaN stay what they are.
 PRECOND_INLINE float sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }
 
+// g between -limit and limit; a NaN stays a NaN, and an infinite limit changes no bit.
+PRECOND_INLINE float clamped(float g, float limit) {
+  const float below = g > limit ? limit : g;
+  return below < -limit ? -limit : below;
+}
+
+// What a rule sees of a stored gradient: unscaled, clipped, its sign turned where the objective is maximised.
+struct Incoming {
+  float coef, clip_value;
+  PRECOND_INLINE float operator()(float g) const { return clamped(coef * g, clip_value); }
+};
+
 PRECOND_INLINE uint32_t bits_of(float x) {
   uint32_t u;
   std::memcpy(&u, &x, sizeof u);

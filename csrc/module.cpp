@@ -33,6 +33,22 @@ std::vector<float> scalars(const std::string& rule, const std::vector<double>& h
   return row;
 }
 
+// What a step does with the norm, from the addresses of torch's tensors.
+Clip clip(uintptr_t total, uintptr_t grad_norm, uintptr_t clip_coef, uintptr_t skipped, float max_norm, int classes,
+          bool inf, bool skip_nonfinite, bool measure) {
+  Clip c;
+  c.total = reinterpret_cast<double*>(total);
+  c.grad_norm = reinterpret_cast<float*>(grad_norm);
+  c.clip_coef = reinterpret_cast<float*>(clip_coef);
+  c.skipped = reinterpret_cast<int64_t*>(skipped);
+  c.max_norm = max_norm;
+  c.classes = classes;
+  c.inf = inf;
+  c.skip_nonfinite = skip_nonfinite;
+  c.measure = measure;
+  return c;
+}
+
 int openmp_threads() {
 #if defined(_OPENMP)
   return omp_get_max_threads();
@@ -84,6 +100,11 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::tuple, py::object, bool>(), py::arg("tensor_types"), py::arg("local"), py::arg("use_exchange"))
       .def_property_readonly("uses_exchange", &Reader::uses_exchange);
 
+  py::class_<Clip>(m, "Clip").def(py::init(&clip), py::arg("total") = 0, py::arg("grad_norm") = 0,
+                                  py::arg("clip_coef") = 0, py::arg("skipped") = 0, py::arg("max_norm") = 0.0f,
+                                  py::arg("classes") = 1, py::arg("inf") = false, py::arg("skip_nonfinite") = false,
+                                  py::arg("measure") = false);
+
   py::class_<TensorPlan>(m, "Plan")
       .def(py::init<const Reader&, const std::map<int, std::vector<std::string>>&, const std::string&, int64_t, int>(),
            py::arg("reader"), py::arg("state_names"), py::arg("step_name"), py::arg("chunk"), py::arg("device"),
@@ -96,8 +117,12 @@ PYBIND11_MODULE(_C, m) {
       .def("seal", &TensorPlan::seal, py::arg("state"))
       .def("refresh", &TensorPlan::refresh, py::arg("param_groups"), py::arg("state"), py::arg("inputs"),
            py::arg("rows"))
-      .def("run", &TensorPlan::run, py::arg("grad_coef"), py::arg("skip"), py::arg("threads"))
-      .def("run_cuda", &TensorPlan::run_cuda, py::arg("grad_coef"), py::arg("grad_scale"), py::arg("found_inf"),
-           py::arg("stream"))
+      .def("set_norm_classes", &TensorPlan::set_norm_classes, py::arg("classes"))
+      .def("norm", &TensorPlan::norm, py::arg("clip"), py::arg("threads"))
+      .def("norm_cuda", &TensorPlan::norm_cuda, py::arg("clip"), py::arg("stream"))
+      .def("run", &TensorPlan::run, py::arg("grad_coef"), py::arg("clip_value"), py::arg("clip"), py::arg("threads"))
+      .def("run_cuda", &TensorPlan::run_cuda, py::arg("grad_coef"), py::arg("clip_value"), py::arg("clip"),
+           py::arg("grad_scale"), py::arg("found_inf"), py::arg("stream"))
+      .def_property_readonly("skipped", &TensorPlan::skipped)
       .def_property_readonly("launches", &TensorPlan::launches);
 }

@@ -2,6 +2,7 @@
 // refreshed each step by its owner (tensors.cpp from Python, the C++ tests by hand), run in one parallel region.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -43,7 +44,8 @@ struct Tensor {
   bool step_on_device = false;
   int32_t rule = 0;
   int32_t group = 0;
-  int32_t row = 0;      // scalars of this step
+  int32_t row = 0;  // scalars of this step
+  int32_t norm_class = 0;
   bool active = false;  // has a gradient in this step
   bool fresh = false;   // its state was made for this step
   bool draws = false;   // rounds stochastically: `key` is its own, `place` where it is in the unsharded tensor
@@ -57,11 +59,12 @@ struct Chunk {
   int64_t begin, count;
 };
 
-// What every chunk reads through a pointer: a gradient coefficient (loss scale, clipping) and a flag that skips the
-// step.
+// What every chunk reads through a pointer: a gradient coefficient (loss scale, clipping by norm), a flag that skips
+// the step, and what a gradient is clamped to.
 struct Control {
   float grad_coef = 1.0f;
   float skip = 0.0f;
+  float clip_value = HUGE_VALF;
 };
 
 // Where a row keeps the seed of a tensor that draws; rules have the floats before.

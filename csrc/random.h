@@ -34,10 +34,8 @@ PRECOND_INLINE uint32_t random_word(Seed seed, uint32_t index, uint32_t index_hi
 
 // An element's word serves all of its operands, p first: each has 16 bits, whose upper eight, which decide nearly
 // always, no other has.
-PRECOND_INLINE uint32_t draw_of(uint32_t word, int operand) {
-  constexpr int kShift[] = {0, 8, 16, 4};
-  return word >> kShift[operand] & 0xffffu;
-}
+PRECOND_INLINE int draw_shift(int operand) { return operand == 0 ? 0 : operand == 1 ? 8 : operand == 2 ? 16 : 4; }
+PRECOND_INLINE uint32_t draw_of(uint32_t word, int shift) { return word >> shift & 0xffffu; }
 
 }  // namespace PRECOND_ISA
 }  // namespace precond

@@ -14,7 +14,6 @@ Storage storage_of(const std::string& dtype) {
   if (dtype == "torch.float16") return Storage::fp16;
   if (dtype == "torch.int8") return Storage::int8;
   if (dtype == "torch.uint8") return Storage::uint8;
-  if (dtype == "torch.int16") return Storage::int16;
   return Storage::none;
 }
 
@@ -33,8 +32,6 @@ Storage storage_of(const dlpack::DLTensor& t) {
       return Storage::int8;
     case dlpack::kUint << 8 | 8:
       return Storage::uint8;
-    case dlpack::kInt << 8 | 16:
-      return Storage::int16;
     default:
       return Storage::none;
   }

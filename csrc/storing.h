@@ -6,7 +6,7 @@ namespace precond {
 enum class Storing {
   alone,      // value(stored), stored(x)
   drawn,      // rounded stochastically: value(stored), stored(x, draw)
-  remainder,  // what the stored value lacks beside it: value(stored, remainder), stored(x, draw, &remainder)
+  remainder,  // what the stored value lacks beside it: value(stored, remainder), split(x, draw)
   codes,      // codes and a scale per group: unit(scale), value(code, unit), group(top), code(x, group, draw)
 };
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <unordered_map>
 
+#include "denormals.h"
 #include "dispatch.h"
 
 namespace precond {
@@ -41,8 +42,9 @@ Storage storage_of(Format format) {
   }
   return Storage::uint8;
 }
-Storage remainder_of(Format format) {
-  return format == Format::bf16_split24 || format == Format::fp16_split24 ? Storage::int8 : Storage::int16;
+// A remainder's 16 bits lie in two int8, since NCCL and gloo gather no int16.
+int64_t remainder_bytes(Format format, int64_t numel) {
+  return format == Format::bf16_split24 || format == Format::fp16_split24 ? numel : 2 * numel;
 }
 int64_t code_bytes(Format format, int64_t numel) {
   return format == Format::int8 || format == Format::uint8 ? numel : (numel + 1) / 2;
@@ -219,7 +221,7 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
   tensor.place = {place_of[0], place_of[1], place_of[2]};
   if (has_remainder(tensor.p.format)) {
     reader_.read(state[remainder_name_].ptr(), &view);
-    if (!is_beside(view, remainder_of(tensor.p.format), tensor.numel))
+    if (!is_beside(view, Storage::int8, remainder_bytes(tensor.p.format, tensor.numel)))
       throw py::type_error("state remainder must be that of the parameter's format");
     tensor.p.beside = view.data;
   }
@@ -317,7 +319,7 @@ bool TensorPlan::same_special(const Tensor& tensor, PyObject* param_state, View*
         !same(scales[k], Storage::bf16, (tensor.numel + kGroup - 1) / kGroup, tensor.state[k].beside))
       return false;
   if (has_remainder(tensor.p.format) &&
-      !same(remainder_name_, remainder_of(tensor.p.format), tensor.numel, tensor.p.beside))
+      !same(remainder_name_, Storage::int8, remainder_bytes(tensor.p.format, tensor.numel), tensor.p.beside))
     return false;
   if (!tensor.draws) return true;
   PyObject* key = PyDict_GetItemWithError(param_state, key_name_.ptr());
@@ -439,18 +441,44 @@ py::list TensorPlan::updated() {
   return list;
 }
 
-py::list TensorPlan::run(float grad_coef, float skip, int threads) {
-  const Control control{grad_coef, skip};
+void TensorPlan::set_norm_classes(const std::vector<int>& classes) {
+  for (size_t i = 0; i < classes.size(); ++i) plan_.tensor(int64_t(i)).norm_class = classes[i];
+}
+
+void TensorPlan::norm(const Clip& clip, int threads) {
+  const py::gil_scoped_release release;
+  measure(plan_, clip, threads);
+}
+
+py::list TensorPlan::run(float grad_coef, float clip_value, const Clip& clip, int threads) {
+  Control control{grad_coef, 0.0f, clip_value};
   {
     const py::gil_scoped_release release;
-    plan_.run(rows_, control, threads);
+    if (clip.measure) measure(plan_, clip, threads);
+    {
+      const IeeeDenormals ieee;
+      finish(clip, &control);
+    }
+    skipped_ = control.skip != 0.0f;
+    if (!skipped_) plan_.run(rows_, control, threads);
   }
+  if (skipped_) return held_.clear(), py::list();
   return updated();
 }
 
 #if defined(PRECOND_CUDA)
-py::list TensorPlan::run_cuda(float grad_coef, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream) {
+void TensorPlan::norm_cuda(const Clip& clip, uintptr_t stream) {
   DeviceStep step;
+  step.clip = clip;
+  step.stream = stream;
+  const py::gil_scoped_release release;
+  cuda_->norm(plan_, rows_, step);
+}
+py::list TensorPlan::run_cuda(float grad_coef, float clip_value, const Clip& clip, uintptr_t grad_scale,
+                              uintptr_t found_inf, uintptr_t stream) {
+  DeviceStep step;
+  step.clip = clip;
+  step.clip_value = clip_value;
   step.overrides = overrides_;
   step.grad_coef = grad_coef;
   step.grad_scale = reinterpret_cast<const float*>(grad_scale);
@@ -464,7 +492,10 @@ py::list TensorPlan::run_cuda(float grad_coef, uintptr_t grad_scale, uintptr_t f
 }
 int TensorPlan::launches() const { return cuda_ ? cuda_->launches() : 1; }
 #else
-py::list TensorPlan::run_cuda(float, uintptr_t, uintptr_t, uintptr_t) {
+void TensorPlan::norm_cuda(const Clip&, uintptr_t) {
+  throw std::invalid_argument("this extension was built without CUDA");
+}
+py::list TensorPlan::run_cuda(float, float, const Clip&, uintptr_t, uintptr_t, uintptr_t) {
   throw std::invalid_argument("this extension was built without CUDA");
 }
 int TensorPlan::launches() const { return 1; }

@@ -41,9 +41,17 @@ class TensorPlan {
   // (index, address, is_double)). inputs: parameter -> tensor to use instead of its `.grad` (matrix methods hand over
   // rotated gradients).
   bool refresh(const py::list& param_groups, const py::dict& state, const py::dict& inputs, const py::list& rows);
-  // Updates what refresh() found, and returns those parameters.
-  py::list run(float grad_coef, float skip, int threads);
-  py::list run_cuda(float grad_coef, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream);
+  // The classes of the norm that the parameters given to add() belong to, in that order. Without this call there is
+  // one.
+  void set_norm_classes(const std::vector<int>& classes);
+  // Fills clip.total with the norms of what refresh() found, one per class.
+  void norm(const Clip& clip, int threads);
+  void norm_cuda(const Clip& clip, uintptr_t stream);
+  // Updates what refresh() found, and returns those parameters; on the CPU none if the step was skipped.
+  py::list run(float grad_coef, float clip_value, const Clip& clip, int threads);
+  py::list run_cuda(float grad_coef, float clip_value, const Clip& clip, uintptr_t grad_scale, uintptr_t found_inf,
+                    uintptr_t stream);
+  bool skipped() const { return skipped_; }
   int launches() const;
 
   Plan& plan() { return plan_; }
@@ -83,7 +91,6 @@ class TensorPlan {
   bool same_special(const Tensor& tensor, PyObject* param_state, View* view);
   Order order_of(const Entry& entry) const;
   bool is_beside(const View& view, Storage storage, int64_t count) const;
-  void add_special(const Entry& entry, py::handle state, const std::vector<int>& formats, Tensor* tensor);
   bool same_place(const Operand& operand, const Entry& entry, const View& view) const;
   bool same_shape(const Entry& entry, const View& view) const;
   bool same_strides(const Entry& entry, const View& view) const;
@@ -93,7 +100,8 @@ class TensorPlan {
   std::vector<std::vector<py::object>> state_names_, scale_names_;  // of each rule
   py::object step_name_, params_name_, grad_name_, remainder_name_, key_name_;
   Plan plan_;
-  int device_;  // that tensors must be on
+  int device_;            // that tensors must be on
+  bool skipped_ = false;  // by the last step on the CPU
   std::vector<GroupRow> rows_;
   std::vector<Override> overrides_;
   // Gradients and the dictionaries of states, from refresh() to the end of run(): while the GIL is released another

@@ -8,10 +8,14 @@ compiler: str
 #: What the CUDA kernels were built with; empty if they were not.
 cuda: str
 cuda_on_host: bool
-#: name -> (number, count of states, names of the hyper-parameters)
-rules: dict[str, tuple[int, int, list[str]]]
+#: name -> (number, count of states, names of the hyper-parameters, bits of the states that are second moments)
+rules: dict[str, tuple[int, int, list[str], int]]
 #: The functor of each rule as it is spelled in C++.
 rule_types: dict[str, str]
+#: name -> number of a format
+formats: dict[str, int]
+#: Elements that share a scale.
+group: int
 
 def scalars(rule: str, hyper: Sequence[float], step: float, fresh: bool) -> list[float]: ...
 def available_isas() -> list[str]: ...
@@ -25,16 +29,49 @@ class Reader:
     @property
     def uses_exchange(self) -> bool: ...
 
+class Clip:
+    def __init__(
+        self,
+        total: int = 0,
+        grad_norm: int = 0,
+        clip_coef: int = 0,
+        skipped: int = 0,
+        max_norm: float = 0.0,
+        classes: int = 1,
+        inf: bool = False,
+        skip_nonfinite: bool = False,
+        measure: bool = False,
+    ) -> None: ...
+
 class Plan:
     def __init__(self, reader: Reader, state_names: Sequence[str], step_name: str, chunk: int, device: int) -> None: ...
-    def add(self, param: Any, state: Any, group: int, rule: int, fresh: bool, step_on_device: bool) -> None: ...
+    def add(
+        self,
+        param: Any,
+        state: Any,
+        group: int,
+        rule: int,
+        fresh: bool,
+        counts: bool,
+        step_on_device: bool,
+        formats: Sequence[int],
+        draws: bool,
+        place: tuple[int, int, int],
+    ) -> None: ...
     def defer(self, param: Any, group: int) -> None: ...
     def ignore(self, param: Any, group: int) -> None: ...
     def seal(self, state: dict[Any, Any]) -> None: ...
     def refresh(
         self, param_groups: list[Any], state: dict[Any, Any], inputs: dict[Any, Any], rows: list[Any]
     ) -> bool: ...
-    def run(self, grad_coef: float, skip: float, threads: int) -> list[Any]: ...
-    def run_cuda(self, grad_coef: float, grad_scale: int, found_inf: int, stream: int) -> list[Any]: ...
+    def set_norm_classes(self, classes: Sequence[int]) -> None: ...
+    def norm(self, clip: Clip, threads: int) -> None: ...
+    def norm_cuda(self, clip: Clip, stream: int) -> None: ...
+    def run(self, grad_coef: float, clip_value: float, clip: Clip, threads: int) -> list[Any]: ...
+    def run_cuda(
+        self, grad_coef: float, clip_value: float, clip: Clip, grad_scale: int, found_inf: int, stream: int
+    ) -> list[Any]: ...
+    @property
+    def skipped(self) -> bool: ...
     @property
     def launches(self) -> int: ...

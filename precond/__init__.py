@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch as torch  # first: the extension shares its OpenMP runtime
 
+from ._conversions import master_weights, to_torch_state_dict
 from ._groups import param_groups
 from ._optimizer import PrecisionWarning
+from ._settings import Settings
 from ._version import __version__
 from .adagrad import Adagrad, AdagradW
 from .adam import Adam, AdamW
@@ -24,6 +26,9 @@ __all__ = [
     "PrecisionWarning",
     "RMSprop",
     "RMSpropW",
+    "Settings",
     "__version__",
+    "master_weights",
     "param_groups",
+    "to_torch_state_dict",
 ]

@@ -52,4 +52,4 @@ def number(value: Any) -> float | Tensor:
 
 def arguments(of: dict[str, Any]) -> dict[str, Any]:
     """What a constructor was called with, from its ``locals()``: the defaults of its groups."""
-    return {name: value for name, value in of.items() if name not in ("self", "params", "backend", "__class__")}
+    return {name: value for name, value in of.items() if name not in ("self", "params", "settings", "__class__")}

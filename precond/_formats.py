@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _sharding, reference
-from ._sharding import local
+from ._sharding import like, local
 
 #: Elements that share a scale.
 GROUP = 64
@@ -25,7 +25,6 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg"}
 
 CODED = ("int8", "int4")
 WEIGHT_FORMATS = ("stochastic", "split24", "split32")
-_REMAINDER = {"split24": torch.int8, "split32": torch.int16}
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LEVELS = {"int8": 127, "uint8": 255, "int4": 7, "uint4": 15}
 
@@ -118,14 +117,19 @@ def fill(
 
 
 def new_remainder(p: Tensor, weight_format: str) -> Tensor:
-    """Zeros for what a parameter lacks of its master."""
-    dtype = _REMAINDER[weight_format]
-    return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False)
+    """Zeros for what a parameter lacks of its master: a byte each, or two, in a last dimension, since neither NCCL nor gloo
+    gathers integers of 16 bits.
+    """
+    plain = local(p)
+    if weight_format == "split24":
+        return like(p, torch.zeros(plain.shape, dtype=torch.int8, device=plain.device))
+    return like(p, torch.zeros(*plain.shape, 2, dtype=torch.int8, device=plain.device), torch.Size((*p.shape, 2)))
 
 
-def has_remainder(state: dict[str, Any], weight_format: str) -> bool:
+def has_remainder(state: dict[str, Any], weight_format: str, p: Tensor) -> bool:
     remainder = state.get("remainder")
-    return isinstance(remainder, Tensor) and remainder.dtype == _REMAINDER[weight_format]
+    shape = p.shape if weight_format == "split24" else (*p.shape, 2)
+    return isinstance(remainder, Tensor) and (remainder.dtype, remainder.shape) == (torch.int8, torch.Size(shape))
 
 
 # Random words, csrc/random.h.
@@ -187,12 +191,13 @@ def decode(stored: Tensor, beside: Tensor | None, form: str, shape: torch.Size) 
     if form.endswith(("split24", "split32")):
         assert beside is not None
         if form.startswith("bf16"):
-            shift = 8 if form.endswith("24") else 0
             high = stored.contiguous().view(torch.int16).int() << 16
-            return (high + (beside.int() << shift)).view(torch.float32)
-        parts = 2.0**8 if form.endswith("24") else 2.0**14
+            low = beside.int() << 8 if form.endswith("24") else _of_bytes(beside).int()
+            return (high + low).view(torch.float32)
         value = stored.float()
-        return value + beside.float() * (fp16_step(value) / parts)
+        if form.endswith("24"):
+            return value + beside.float() * (fp16_step(value) / 2**8)
+        return value + _of_bytes(beside).float() * (fp16_step(value) / 2**14)
     return stored.float()
 
 
@@ -206,7 +211,7 @@ def encode(values: Tensor, form: str, words: Tensor | None, operand: int) -> tup
         bits = torch.where(x.isnan(), 0x7FC00000, x.contiguous().view(torch.int32).long() & _M32)
         if form == "bf16_split32":
             high = (bits + 0x8000) >> 16
-            remainder = (bits - (high << 16)).to(torch.int16)
+            remainder = _bytes_of((bits - (high << 16)).to(torch.int16))
         else:
             master = (bits + (draw >> 8)) >> 8
             high = (master + 0x80) >> 8
@@ -219,7 +224,8 @@ def encode(values: Tensor, form: str, words: Tensor | None, operand: int) -> tup
         lacking = torch.where(value.isfinite(), x - value, 0.0)
         least = (draw >> (16 - kept)) / 2**kept
         whole = torch.floor(lacking / fp16_step(value) * parts + least)
-        return rounded, whole.clamp(max=largest).to(torch.int8 if largest == 127 else torch.int16)
+        whole = whole.clamp(max=largest)
+        return rounded, whole.to(torch.int8) if largest == 127 else _bytes_of(whole.to(torch.int16))
     if form == "bf16_stochastic":
         bits = x.contiguous().view(torch.int32).long() & _M32
         return _bf16_of(torch.where(x.isnan(), 0x7FC0, (bits + draw) >> 16)), None
@@ -228,6 +234,14 @@ def encode(values: Tensor, form: str, words: Tensor | None, operand: int) -> tup
         whole = torch.floor(x.abs() / step + (draw >> 3) / 2**13) * step
         return torch.where(x.isfinite(), torch.copysign(whole, x), x).half(), None
     return x, None
+
+
+def _bytes_of(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int8).view(*x.shape, 2) if x.dim() else x.view(1).view(torch.int8)
+
+
+def _of_bytes(x: Tensor) -> Tensor:
+    return x.view(torch.int16).view(x.shape[:-1])
 
 
 def _bf16_of(bits: Tensor) -> Tensor:
@@ -247,17 +261,21 @@ def _encode_codes(values: Tensor, form: str, draw: Tensor | int) -> tuple[Tensor
     n = x.numel()
     flat = torch.nn.functional.pad(x.reshape(-1), (0, -n % GROUP)).view(-1, GROUP)
     bits = flat.view(torch.int32) & 0x7FFFFFFF
-    scale = ((bits.amax(dim=1).long() + 0xFFFF) >> 16).clamp(min=0x0380)
+    scale = ((bits.amax(dim=1).long() + 0xFFEF) >> 16).clamp(min=0x0380)
     finite = scale < 0x7F80
     scale = torch.where(finite, scale, 0x7FC0)
     y = flat.abs() / _bf16_of(scale).float()[:, None]
     y = torch.where(finite[:, None], y, 0.0).reshape(-1)[:n]
-    part = draw.reshape(-1) if isinstance(draw, Tensor) else draw
-    whole = torch.floor((y if root else 2 * y / (1 + y)) * levels + part * (0.99993896484375 / 65536)).clamp(max=levels)
+    part = (draw.reshape(-1) if isinstance(draw, Tensor) else draw) / 65536
     if root:
-        codes = torch.maximum(whole, (y > 0).float()).to(torch.uint8)
+        # The mean of the second moment is exact, not that of its root: y^2 between the squares of two codes.
+        y = y * levels
+        below = torch.floor(y)
+        codes = below + (part * (2 * below + 1) < y**2 - below**2)
+        codes = torch.maximum(codes.clamp(max=levels), (y > 0).to(codes.dtype)).to(torch.uint8)
     else:
-        codes = torch.copysign(whole, x.reshape(-1)).to(torch.int8)
+        codes = torch.floor(2 * y / (1 + y) * levels + part).clamp(max=levels)
+        codes = torch.copysign(codes, x.reshape(-1)).to(torch.int8)
     if form.endswith("4"):
         halves = torch.nn.functional.pad(codes.view(torch.uint8) & 15, (0, n % 2)).view(-1, 2)
         return halves[:, 0] | halves[:, 1] << 4, _bf16_of(scale)
@@ -275,6 +293,7 @@ def update(
     step: int,
     fresh: bool,
     grad_coef: float,
+    clip_value: float,
 ) -> None:
     """The reference backend's step of a parameter with formats: decode, ``reference.update``, encode."""
     plain = local(p)
@@ -283,7 +302,7 @@ def update(
     wide = [values if layout.param != "fp32" else plain.clone()]
     wide += [values_of(state, name, form, p) for name, form in zip(names, layout.states, strict=True)]
     g = g.to_dense() if g.is_sparse else g
-    reference.update(rule, wide[0], g, wide[1:], hyper, step, fresh, grad_coef)
+    reference.update(rule, wide[0], g, wide[1:], hyper, step, fresh, grad_coef, clip_value)
     words = random_words(state["key"], step, layout.place, plain.shape, plain.device) if layout.draws else None
     stored, beside = encode(wide[0], layout.param, words, 0)
     plain.copy_(stored)

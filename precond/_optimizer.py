@@ -14,7 +14,9 @@ from torch.optim.optimizer import _get_capturable_supported_devices
 
 from . import _backend, _formats, reference
 from ._arguments import STATE_FORMATS, check_nonnegative, number
+from ._clipping import Report, home
 from ._plan import Control, Row, StepPlan, counter_dtype, is_counter
+from ._settings import DEFAULTS, LOST, Settings, own_settings
 from ._sharding import aligned_gradients, local
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -56,16 +58,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     _versions: dict[Tensor, tuple[int, int]]
     #: What a parameter is updated with where that is not its ``.grad``: a method that rotates gradients fills it for a step.
     _inputs: dict[Tensor, Tensor]
+    _report: Report | None
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, backend: str | None) -> None:
-        self._own = {"backend": _backend.check(backend)}
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, settings: Settings) -> None:
+        self._own = own_settings(type(self).__name__, settings)
         self._check_defaults(defaults)
         if defaults.get("fused") and defaults["differentiable"]:
             raise RuntimeError("`fused` does not support `differentiable`")
         if defaults.get("fused") and defaults["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if defaults["differentiable"] and self._own["backend"] not in (None, "reference"):
-            raise RuntimeError(f"differentiable=True needs backend=None or 'reference', got {backend!r}")
+            raise RuntimeError(f"differentiable=True needs backend=None or 'reference', got {self._own['backend']!r}")
         for name, default in self._group_options.items():
             if name in defaults and defaults[name] == default:
                 del defaults[name]
@@ -140,12 +143,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
         if found_inf is not None and not (by_device and _backend.on_device(found_inf)):
             if found_inf.item():
+                self._count_skip()
                 return
             found_inf = None
         grad_coef = 1.0
         if grad_scale is not None and not (by_device and _backend.on_device(grad_scale)):
             grad_coef, grad_scale = 1.0 / float(grad_scale), None
-        control = Control(grad_coef, grad_scale, found_inf)
+        clip_value = self._own["clip_grad_value"]
+        control = Control(grad_coef, grad_scale, found_inf, math.inf if clip_value is None else clip_value)
 
         rows = [self._checked_row(group) for group in self.param_groups]
         # DeepSpeed steps once per group with param_groups cut to it: one plan for each view of the groups.
@@ -246,7 +251,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if state.get(name) is None:
                 state.update(self._new_state(p, name, group))
         if weight_format in ("split24", "split32"):
-            if not _formats.has_remainder(state, weight_format):
+            if not _formats.has_remainder(state, weight_format, p):
                 state["remainder"] = _formats.new_remainder(p, weight_format)
         else:
             state.pop("remainder", None)  # a parameter that is updated without it is not what it belongs to
@@ -285,7 +290,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for i, q in enumerate(group["params"]):
                     self._stream_names[q] = group["param_names"][i] if "param_names" in group else str(position)
                     position += 1
-        named = f"{self._own.get('seed', 0)}:{self._stream_names[p]}"
+        named = f"{self._own['seed']}:{self._stream_names[p]}"
         return int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "little") >> 1
 
     def _drop_stale_remainders(self, split: Iterable[Tensor]) -> None:
@@ -365,6 +370,43 @@ class FusedOptimizer(torch.optim.Optimizer):
         valued = [local(state) for key, state in states.items() if key not in coded]
         return _backend.choose(self._own["backend"], [local(p), local(g), *valued])
 
+    # What the last step found.
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the last step's gradients: float32, on the device of the parameters. None before the first step and
+        without ``max_grad_norm``. The next step writes the same tensor.
+        """
+        return None if self._report is None or not self._report.measured else self._report.grad_norm
+
+    @property
+    def clip_coef(self) -> Tensor | None:
+        """What the last step multiplied its gradients with to clip them, at most 1; as ``grad_norm``."""
+        return None if self._report is None or not self._report.measured else self._report.clip_coef
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps changed nothing, because of a loss scaler or ``nonfinite="skip"``: int64, on the device of the
+        parameters. A copy counts from 0.
+        """
+        if self._report is None:
+            self._report = Report(home(self))
+        return self._report.skipped
+
+    @property
+    def norm_process_group(self) -> Any:
+        """The process group that the norms of flat shards are added up over; :class:`precond.Settings`."""
+        return self._own["norm_process_group"]
+
+    @norm_process_group.setter
+    def norm_process_group(self, group: Any) -> None:
+        self._own["norm_process_group"] = group
+        self._plans = {}
+
+    def _count_skip(self) -> None:
+        skipped = self.skipped_steps
+        skipped += 1
+
     # Being a torch optimizer: groups, pickling, checkpoints.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -375,12 +417,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep: torch's three dictionaries and our own settings."""
-        return {**super().__getstate__(), "_own": self._own}
+        lost = {} if self._own["norm_process_group"] is None else {"norm_process_group": LOST}
+        return {**super().__getstate__(), "_own": self._own | lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickled optimizer, or the groups and states of a checkpoint."""
         super().__setstate__(state)
-        self._own = self.__dict__.get("_own", {"backend": None})
+        self._own = {**DEFAULTS, **self.__dict__.get("_own", {})}
         for group in self.param_groups:
             group.setdefault("foreach", None)
             if "fused" not in self._group_options:
@@ -396,6 +439,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._stream_names = {}
         self._versions = {}
         self._warned = False
+        self._report = self.__dict__.get("_report")
         # GradScaler then leaves unscaling and skipping to the step. Only on request: Lightning refuses to clip otherwise.
         if self.defaults.get("fused"):
             self._step_supports_amp_scaling = True

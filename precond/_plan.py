@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _backend, _formats, reference
+from ._clipping import Clip, NormClasses, begin, norm_classes
 from ._sharding import local
 
 if TYPE_CHECKING:
@@ -31,11 +32,14 @@ class Row(NamedTuple):
 
 
 class Control(NamedTuple):
-    """What the whole step shares: a factor on all gradients, and a loss scaler's tensors where they are on a device."""
+    """What the whole step shares: a factor on all gradients, a loss scaler's tensors where they are on a device, and what a
+    gradient is clamped to.
+    """
 
     grad_coef: float
     grad_scale: Tensor | None
     found_inf: Tensor | None
+    clip_value: float
 
 
 def table_of(rows: list[Row], device: bool) -> list[tuple[int, float, tuple[float, ...], list[tuple[int, int, int]]]]:
@@ -161,9 +165,11 @@ class StepPlan:
         self.compiled: list[Compiled] = []
         self.has_wrappers = any(local(p) is not p for group in optimizer.param_groups for p in group["params"])
         fast = self._check(optimizer, rows)
+        wants_norm = optimizer._own["max_grad_norm"] is not None
+        self.norm_classes: NormClasses | None = norm_classes(optimizer) if wants_norm else None
         self.fresh: set[Tensor] = set()
         self.split: list[Tensor] = []
-        before = {p: dict(state) for p, state in optimizer.state.items()}
+        self.before = {p: dict(state) for p, state in optimizer.state.items()}
         try:
             for group, row in zip(optimizer.param_groups, rows, strict=True):
                 for p in group["params"]:
@@ -176,14 +182,23 @@ class StepPlan:
             for where in dict.fromkeys(fast.values()):
                 self._compile(optimizer, rows, fast, *where)
         except BaseException:
-            # A failed call leaves no state behind, or the next step would not be the first.
-            for p in list(optimizer.state):
-                if p not in before:
-                    del optimizer.state[p]
-                    continue
-                optimizer.state[p].clear()
-                optimizer.state[p].update(before[p])
+            self._forget(optimizer)
             raise
+
+    def _forget(self, optimizer: FusedOptimizer) -> None:
+        """Take back the states that were made for a step that failed or was skipped, or the next one would not be the first."""
+        for p in list(optimizer.state):
+            if p not in self.before:
+                del optimizer.state[p]
+                continue
+            optimizer.state[p].clear()
+            optimizer.state[p].update(self.before[p])
+
+    def executors(self) -> list[tuple[str, torch.device]]:
+        """The backends and devices that share the step."""
+        return [(backend, device) for backend, device, _ in self.compiled] + [
+            (slow.backend, local(slow.param).device) for slow in self.slow
+        ]
 
     def _check(self, optimizer: FusedOptimizer, rows: list[Row]) -> dict[Tensor, tuple[str, torch.device]]:
         """Check every parameter with a gradient before anything changes; return where compiled plans update them."""
@@ -236,6 +251,10 @@ class StepPlan:
                 else:
                     plan.ignore(p, index)
         plan.seal(optimizer.state)
+        if self.norm_classes is not None and len(self.norm_classes.groups) > 1:
+            of = self.norm_classes.of
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            plan.set_norm_classes([of[p] for p in params if fast.get(p) == (backend, device)])
         self.compiled.append(Compiled(backend, device, plan))
 
     def _add(self, plan: Any, optimizer: FusedOptimizer, p: Tensor, index: int, row: Row, on_device: bool) -> None:
@@ -261,18 +280,14 @@ class StepPlan:
             if not plan.refresh(optimizer.param_groups, optimizer.state, optimizer._inputs, table):
                 return False
 
-        backends = {backend for backend, _, _ in self.compiled} | {slow.backend for slow in self.slow}
-        if not backends <= {"cuda", "triton"}:
-            # Parameters that neither of them takes share the step: the host must know, and waits.
-            if control.found_inf is not None and control.found_inf.item():
-                return True
-            if control.grad_scale is not None:
-                control = Control(control.grad_coef / float(control.grad_scale), None, None)
-        elif control.found_inf is not None and any(self._counted_by_host(optimizer, slow) for slow in self.slow):
+        backends = {backend for backend, _ in self.executors()}
+        may_skip = control.found_inf is not None or optimizer._own["nonfinite"] == "skip"
+        if backends <= {"cuda", "triton"} and may_skip and any(self._counted_by_host(optimizer, s) for s in self.slow):
             # The host would have to wait before it counts. As the CUDA backend, rather than wait in silence: a scaler hands
             # over found_inf only where fused=True was asked for, and then a group without it is an oversight.
             raise RuntimeError(
-                "fused must be True in every group for a loss scaler's found_inf: step counters are on the host"
+                "fused must be True in every group for a loss scaler's found_inf and for nonfinite='skip': "
+                "step counters are on the host"
             )
 
         on_gpu = any(slow.backend == "triton" and slow.param.is_cuda for slow in self.slow)
@@ -280,24 +295,46 @@ class StepPlan:
             # A replay would upload its tables again, from memory that is somebody else's by then.
             raise RuntimeError("backend='triton' must not be captured into a graph")
 
+        try:
+            begun = begin(self, optimizer, control)
+        except BaseException:
+            self._undo(optimizer)
+            raise
+        if begun is None:
+            self._undo(optimizer)
+            return True
+        control, clip = begun
+
         updated: list[Tensor] = []
-        for backend, device, plan in self.compiled:
+        for i, (backend, device, plan) in enumerate(self.compiled):
+            if i > 0:
+                clip = clip.on(device)
             if backend == "cpu":
-                updated += plan.run(control.grad_coef, 0.0, torch.get_num_threads())
+                updated += plan.run(control.grad_coef, control.clip_value, clip.compiled(), torch.get_num_threads())
+                if plan.skipped:
+                    self._undo(optimizer)
+                    return True
             else:
                 scaler = [None if t is None else t.to(device) for t in (control.grad_scale, control.found_inf)]
                 stream = _backend.current_stream(device)
-                updated += plan.run_cuda(control.grad_coef, *(0 if t is None else t.data_ptr() for t in scaler), stream)
+                addresses = [0 if t is None else t.data_ptr() for t in scaler]
+                updated += plan.run_cuda(control.grad_coef, control.clip_value, clip.compiled(), *addresses, stream)
                 if _backend.is_side_stream(device, stream):
                     # The gradients' memory may belong to another stream: not to be reused before this one has read it.
                     for p in optimizer._given(device):
                         p.record_stream(torch.cuda.current_stream(device))
         torch.autograd.graph.increment_version(updated)
         if self.slow:
-            self._run_slow(optimizer, rows, control)
+            self._run_slow(optimizer, rows, control, clip)
         optimizer._note_versions(self.split)
         self.fresh.clear()
+        self.before.clear()
         return True
+
+    def _undo(self, optimizer: FusedOptimizer) -> None:
+        """Leave no trace of a step that changed nothing."""
+        if self.fresh:
+            self._forget(optimizer)
 
     def _holds(self, optimizer: FusedOptimizer, rows: list[Row], slow: Slow) -> bool:
         """True where a parameter that has a gradient is as it was checked."""
@@ -320,7 +357,7 @@ class StepPlan:
             and not optimizer._step_on_device(optimizer.param_groups[slow.group], slow.backend)
         )
 
-    def _run_slow(self, optimizer: FusedOptimizer, rows: list[Row], control: Control) -> None:
+    def _run_slow(self, optimizer: FusedOptimizer, rows: list[Row], control: Control, clip: Clip) -> None:
         for_triton = []
         for slow in self.slow:
             _, p, group, backend = slow
@@ -340,7 +377,7 @@ class StepPlan:
                 continue
             # Where autograd watches, a tensor lr stays one.
             numbers = hyper if torch.is_grad_enabled() else {name: float(value) for name, value in hyper.items()}
-            arguments = numbers, step, fresh, sign * control.grad_coef
+            arguments = numbers, step, fresh, sign * control.grad_coef, control.clip_value
             layout = optimizer._layout(p, optimizer.param_groups[group], rule)
             if not layout.plain:
                 _formats.update(rule, p, tensors[1], optimizer.state[p], optimizer._names(rule), layout, *arguments)
@@ -350,5 +387,8 @@ class StepPlan:
         if for_triton:
             from . import triton_kernels  # type: ignore[attr-defined]
 
-            triton_kernels.update([triton_kernels.Item(*item) for item in for_triton], *control)
+            if self.compiled:
+                clip = clip.on(for_triton[0][1].device)
+            given = triton_kernels.Clip(*clip[:-1])
+            triton_kernels.update([triton_kernels.Item(*item) for item in for_triton], *control, given)
             torch.autograd.graph.increment_version([item[1] for item in for_triton])

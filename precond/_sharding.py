@@ -34,7 +34,7 @@ def place_of(p: Tensor) -> tuple[int, int, int]:
         raise RuntimeError(
             f"a format below float32 must have placements Shard(0), Shard(1) or Replicate, got {p.placements}"
         )
-    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)  # type: ignore[attr-defined]
     if p.dim() < 2:
         return (offset[0] if offset else 0), 0, 0
     inner = math.prod(p.shape[2:])
@@ -51,36 +51,26 @@ def zeros_per_row(p: Tensor, per: int, dtype: torch.dtype) -> Tensor:
     if p.dim() < 2:
         return torch.zeros(-(-p.numel() // per), dtype=dtype, device=p.device)
     rows, row = p.shape[0], math.prod(p.shape[1:])
-    if not hasattr(p, "placements"):
-        return torch.zeros(rows, row // per, dtype=dtype, device=p.device)
-    from torch.distributed.tensor import DTensor
-
-    shape = torch.Size((rows, row // per))
     plain = local(p)
     local_rows, local_row = plain.shape[0], math.prod(plain.shape[1:])
-    for dim, placement in enumerate(p.placements):
-        if placement.is_shard(1) and (local_row % per or p.shape[1] % p.device_mesh.size(dim)):
+    for dim, placement in enumerate(getattr(p, "placements", ())):
+        if placement.is_shard(1) and (local_row % per or p.shape[1] % p.device_mesh.size(dim)):  # type: ignore[attr-defined]
             raise RuntimeError(
                 f"state_format with codes must have shards of rows of a multiple of {per} elements, got {local_row} of {row}"
             )
     zeros = torch.zeros(local_rows, local_row // per, dtype=dtype, device=plain.device)
-    return DTensor.from_local(zeros, p.device_mesh, p.placements, run_check=False, shape=shape, stride=(row // per, 1))
+    return like(p, zeros, torch.Size((rows, row // per)))
 
 
-def like(p: Tensor, plain: Tensor) -> Tensor:
-    """A local tensor of a parameter's local shape as a tensor placed as the parameter."""
+def like(p: Tensor, plain: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """A contiguous local tensor, placed as the parameter; ``shape`` of the whole where that is another."""
     if not hasattr(p, "placements"):
         return plain
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        plain,
-        p.device_mesh,
-        p.placements,
-        run_check=False,
-        shape=p.shape,
-        stride=torch.empty(p.shape, device="meta").stride(),
-    )
+    shape = p.shape if shape is None else shape
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(plain, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)  # type: ignore[attr-defined]
 
 
 def aligned_gradients(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
@@ -98,20 +88,28 @@ def aligned_gradients(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
     return aligned
 
 
-def reduce(square_sum: Tensor, tensors: Iterable[Tensor]) -> Tensor:
-    """Add up a sum of squares of local pieces over every mesh that ``tensors`` are sharded on.
-
-    Tensors that are not sharded are whole everywhere: nothing is added up for them.
-    """
+def shard_groups(tensor: Tensor) -> dict[str, Any] | None:
+    """The process groups that a DTensor's shards are spread over, by name; None for a plain tensor."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return None
     groups = {}
-    for tensor in tensors:
-        mesh = getattr(tensor, "device_mesh", None)
-        if mesh is None:
-            continue
-        for dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
-            if placement.is_shard():
-                group = mesh.get_group(dim)
-                groups[group.group_name] = group
-    for group in groups.values():
-        torch.distributed.all_reduce(square_sum, group=group)
-    return square_sum
+    for dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
+        if placement.is_shard() or type(placement).__name__ == "_StridedShard":
+            group = mesh.get_group(dim)
+            groups[group.group_name] = group
+        elif not placement.is_replicate():
+            raise RuntimeError(
+                f"a DTensor parameter must be placed by Shard or Replicate to have a norm, got {placement}"
+            )
+    return groups
+
+
+def reduce(part: Tensor, groups: Iterable[Any], inf: bool = False) -> Tensor:
+    """Add up a sum of squares, or find the largest magnitude, of local pieces over process groups, in place."""
+    for group in groups:
+        if inf:  # as bits, where NaN is the largest
+            torch.distributed.all_reduce(part.view(torch.int64), torch.distributed.ReduceOp.MAX, group=group)
+        else:
+            torch.distributed.all_reduce(part, group=group)
+    return part

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ._arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
 from ._optimizer import FusedOptimizer, ParamsT
 from ._plan import Row
+from ._settings import Settings
 
 
 class _SumOfSquares(FusedOptimizer):
@@ -25,8 +27,8 @@ class _SumOfSquares(FusedOptimizer):
             check_nonnegative(f"{name} value", name, defaults[name])
         check_nonnegative("epsilon value", "eps", defaults["eps"])
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, backend: str | None) -> None:
-        FusedOptimizer.__init__(self, params, defaults, backend=backend)
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, settings: Settings) -> None:
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
         # As torch: these states exist before the first step.
         for group in self.param_groups:
             for p in group["params"]:
@@ -63,8 +65,11 @@ class Adagrad(_SumOfSquares, torch.optim.Adagrad):
         maximize: ascend instead of descend (default False).
         differentiable: autograd sees the step, which runs on the reference backend (default False).
         fused: accepted; True also lets ``torch.amp.GradScaler`` leave unscaling to the step, and keeps counters on the GPU.
-        state_format: dtype of s: None is the parameter's, as in torch, or "fp32", "bf16", "fp16" or their torch dtypes.
-        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
+        state_format: of s: None is the parameter's dtype, as in torch; "fp32", "bf16", "fp16" or their torch
+            dtypes; "int8" or "int4": codes with a scale per 64 elements, where rows are a multiple of that (docs/formats.md).
+        weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
+            on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
+        **settings: ``backend``, ``max_grad_norm`` and others that every optimizer takes: :class:`precond.Settings`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -89,7 +94,6 @@ class Adagrad(_SumOfSquares, torch.optim.Adagrad):
 
     _name = "adagrad"
     _sparse_rules = frozenset({"adagrad"})
-    _group_options = {"state_format": None}
 
     def __init__(
         self,
@@ -105,10 +109,11 @@ class Adagrad(_SumOfSquares, torch.optim.Adagrad):
         differentiable: bool = False,
         fused: bool | None = None,
         state_format: str | None = None,
-        backend: str | None = None,
+        weight_format: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals())
-        _SumOfSquares.__init__(self, params, defaults, backend=backend)
+        _SumOfSquares.__init__(self, params, defaults, settings=settings)
 
 
 class AdagradW(_SumOfSquares):
@@ -125,7 +130,7 @@ class AdagradW(_SumOfSquares):
     as s^(1/4).
 
     Args:
-        params, lr, lr_decay, initial_accumulator_value, eps, foreach, maximize, differentiable, fused, state_format, backend:
+        params, lr, lr_decay, initial_accumulator_value, eps, foreach, maximize, differentiable, fused, state_format, settings:
             as for :class:`precond.Adagrad`.
         weight_decay: intrinsic L2, lambda >= 0 (default 1e-2, as for AdamW).
         l1_decay: intrinsic L1, lambda_1 >= 0 (default 0: the plain rule, bit for bit).
@@ -156,7 +161,7 @@ class AdagradW(_SumOfSquares):
     """
 
     _name = "adagradw"
-    _group_options = {"state_format": None, **L1_OPTIONS, "l1_cap": 10.0}
+    _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS, "l1_cap": 10.0}
 
     def __init__(
         self,
@@ -175,7 +180,8 @@ class AdagradW(_SumOfSquares):
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
         state_format: str | None = None,
-        backend: str | None = None,
+        weight_format: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals())
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, settings=settings)

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ._arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
 from ._optimizer import FusedOptimizer, ParamsT
 from ._plan import Row
+from ._settings import Settings
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -39,9 +41,11 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         differentiable: autograd sees the step, which runs on the reference backend (default False).
         fused: accepted; True also lets ``torch.amp.GradScaler`` leave unscaling to the step, and keeps counters on the GPU.
         decoupled_weight_decay: True makes this AdamW, as in torch (default False).
-        state_format: dtype of the moments: None is the parameter's, as in torch, or "fp32", "bf16", "fp16" or their torch
-            dtypes.
-        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
+        state_format: of the moments: None is the parameter's dtype, as in torch; "fp32", "bf16", "fp16" or their torch
+            dtypes; "int8" or "int4": codes with a scale per 64 elements, where rows are a multiple of that (docs/formats.md).
+        weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
+            on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
+        **settings: ``backend``, ``max_grad_norm`` and others that every optimizer takes: :class:`precond.Settings`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -67,7 +71,6 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 
     _second_moment = "exp_avg_sq"
     _counts_steps = True
-    _group_options = {"state_format": None}
 
     def __init__(
         self,
@@ -85,10 +88,11 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         state_format: str | None = None,
-        backend: str | None = None,
+        weight_format: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals())
-        FusedOptimizer.__init__(self, params, defaults, backend=backend)
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         lr, betas = defaults["lr"], defaults["betas"]
@@ -163,9 +167,11 @@ class AdamW(Adam, torch.optim.AdamW):
         l1_form: "proximal" (exact zeros; default) or "subgradient" (subtracts the threshold times the sign of p).
         l1_cap: c > 0, an upper bound of the threshold over lr (default 10). Coordinates that never had a gradient have no
             threshold.
-        state_format: dtype of the moments: None is the parameter's, as in torch, or "fp32", "bf16", "fp16" or their torch
-            dtypes.
-        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
+        state_format: of the moments: None is the parameter's dtype, as in torch; "fp32", "bf16", "fp16" or their torch
+            dtypes; "int8" or "int4": codes with a scale per 64 elements, where rows are a multiple of that (docs/formats.md).
+        weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
+            on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
+        **settings: ``backend``, ``max_grad_norm`` and others that every optimizer takes: :class:`precond.Settings`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -210,10 +216,11 @@ class AdamW(Adam, torch.optim.AdamW):
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
         state_format: str | None = None,
-        backend: str | None = None,
+        weight_format: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals()) | {"decoupled_weight_decay": True}
-        FusedOptimizer.__init__(self, params, defaults, backend=backend)
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

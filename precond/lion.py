@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ._arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
 from ._optimizer import FusedOptimizer, ParamsT
 from ._plan import Row
+from ._settings import Settings
 
 
 class Lion(FusedOptimizer):
@@ -35,8 +37,11 @@ class Lion(FusedOptimizer):
         l1_decay: lambda_1 >= 0, decoupled L1 with den = 1 (default 0: the plain rule, bit for bit). The steps have the size of
             lr whatever the gradient, so below 1 it shrinks no parameter that its gradient pushes steadily.
         l1_form: "proximal" (a soft threshold S, exact zeros; default) or "subgradient".
-        state_format: dtype of the momentum: None is the parameter's, or "fp32", "bf16", "fp16" or their torch dtypes.
-        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
+        state_format: of the momentum: None is the parameter's dtype, as in torch; "fp32", "bf16", "fp16" or their torch
+            dtypes; "int8" or "int4": codes with a scale per 64 elements, where rows are a multiple of that (docs/formats.md).
+        weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
+            on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
+        **settings: ``backend``, ``max_grad_norm`` and others that every optimizer takes: :class:`precond.Settings`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -56,7 +61,7 @@ class Lion(FusedOptimizer):
         [0.9, -1.9]
     """
 
-    _group_options = {"state_format": None, **L1_OPTIONS}
+    _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS}
 
     def __init__(
         self,
@@ -72,10 +77,11 @@ class Lion(FusedOptimizer):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         state_format: str | None = None,
-        backend: str | None = None,
+        weight_format: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals())
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, settings=settings)
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])

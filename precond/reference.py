@@ -8,6 +8,7 @@ A rule is a function ``(p, g, states, hyper, step, fresh) -> (p, states)`` of te
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -222,6 +223,11 @@ RULES: dict[str, Rule] = {
 }
 
 
+def clamped(g: Tensor, limit: float) -> Tensor:
+    """g between -limit and limit."""
+    return g if limit == math.inf else torch.clamp(g, -limit, limit)
+
+
 def update(
     rule: str,
     p: Tensor,
@@ -231,6 +237,7 @@ def update(
     step: int,
     fresh: bool,
     grad_coef: float,
+    clip_value: float = math.inf,
 ) -> None:
     """Run a rule on tensors of any dtype, layout and device, in place; computes in fp64 if one of them is, else fp32."""
     wide = (
@@ -239,7 +246,9 @@ def update(
     views = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (p, g, *states)]
     # Autograd keeps what a formula read, so where it watches that must not be the tensor that is written below.
     wide_p, wide_g, *wide_states = (t.to(wide, copy=torch.is_grad_enabled()) for t in views)
-    new_p, new_states = RULES[rule].update(wide_p, wide_g * grad_coef, tuple(wide_states), hyper, step, fresh)
+    new_p, new_states = RULES[rule].update(
+        wide_p, clamped(wide_g * grad_coef, clip_value), tuple(wide_states), hyper, step, fresh
+    )
     views[0].copy_(new_p)
     for state, new in zip(views[2:], new_states, strict=True):
         state.copy_(new)
@@ -258,14 +267,15 @@ def update_sparse(
     step: int,
     fresh: bool,
     grad_coef: float,
+    clip_value: float = math.inf,
 ) -> None:
     """The same for a sparse g. Without momentum a zero gradient changes nothing, so only the places in g are touched."""
     if "momentum_buffer" in RULES[rule].states or g.sparse_dim() == 0:
-        update(rule, p, g.to_dense(), states, hyper, step, fresh, grad_coef)
+        update(rule, p, g.to_dense(), states, hyper, step, fresh, grad_coef, clip_value)
         return
     g = g.coalesce()
     places = tuple(g.indices())
     touched = [t[places] for t in (p, *states)]
-    update(rule, touched[0], g.values(), touched[1:], hyper, step, fresh, grad_coef)
+    update(rule, touched[0], g.values(), touched[1:], hyper, step, fresh, grad_coef, clip_value)
     for t, new in zip((p, *states), touched, strict=True):
         t[places] = new

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ._arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
 from ._optimizer import FusedOptimizer, ParamsT
 from ._plan import Row
+from ._settings import Settings
 
 
 class _MeanOfSquares(FusedOptimizer):
@@ -70,9 +72,11 @@ class RMSprop(_MeanOfSquares, torch.optim.RMSprop):
         differentiable: autograd sees the step, which runs on the reference backend (default False).
         fused: accepted, though torch's has no such argument; True lets ``torch.amp.GradScaler`` leave unscaling to the step, and
             keeps counters on the GPU.
-        state_format: dtype of the states: None is the parameter's, as in torch, or "fp32", "bf16", "fp16" or their torch
-            dtypes.
-        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
+        state_format: of the states: None is the parameter's dtype, as in torch; "fp32", "bf16", "fp16" or their torch
+            dtypes; "int8" or "int4": codes with a scale per 64 elements, where rows are a multiple of that (docs/formats.md).
+        weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
+            on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
+        **settings: ``backend``, ``max_grad_norm`` and others that every optimizer takes: :class:`precond.Settings`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -97,7 +101,7 @@ class RMSprop(_MeanOfSquares, torch.optim.RMSprop):
     """
 
     _name = "rmsprop"
-    _group_options = {"fused": None, "state_format": None}
+    _group_options = {**FusedOptimizer._group_options, "fused": None}
 
     def __init__(
         self,
@@ -115,10 +119,11 @@ class RMSprop(_MeanOfSquares, torch.optim.RMSprop):
         *,
         fused: bool | None = None,
         state_format: str | None = None,
-        backend: str | None = None,
+        weight_format: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals())
-        FusedOptimizer.__init__(self, params, defaults, backend=backend)
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
 
 
 class RMSpropW(_MeanOfSquares):
@@ -133,7 +138,7 @@ class RMSpropW(_MeanOfSquares):
     and thresholds are large: warm l1_decay up.
 
     Args:
-        params, lr, alpha, eps, momentum, centered, capturable, foreach, maximize, differentiable, fused, state_format, backend:
+        params, lr, alpha, eps, momentum, centered, capturable, foreach, maximize, differentiable, fused, state_format, settings:
             as for :class:`precond.RMSprop`.
         weight_decay: intrinsic L2, lambda >= 0 (default 1e-2, as for AdamW).
         l1_decay: intrinsic L1, lambda_1 >= 0 (default 0: the plain rule, bit for bit).
@@ -165,7 +170,7 @@ class RMSpropW(_MeanOfSquares):
     """
 
     _name = "rmspropw"
-    _group_options = {"fused": None, "state_format": None, **L1_OPTIONS, "l1_cap": 10.0}
+    _group_options = {**FusedOptimizer._group_options, "fused": None, **L1_OPTIONS, "l1_cap": 10.0}
 
     def __init__(
         self,
@@ -186,7 +191,8 @@ class RMSpropW(_MeanOfSquares):
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
         state_format: str | None = None,
-        backend: str | None = None,
+        weight_format: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals())
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, settings=settings)

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ._arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
 from ._optimizer import FusedOptimizer, ParamsT
 from ._plan import Row
+from ._settings import Settings
 
 
 class _Momentum(FusedOptimizer):
@@ -58,8 +60,11 @@ class SGD(_Momentum, torch.optim.SGD):
         foreach: accepted and ignored: a step is always one pass.
         differentiable: autograd sees the step, which runs on the reference backend (default False).
         fused: accepted; True also lets ``torch.amp.GradScaler`` leave unscaling to the step.
-        state_format: dtype of the momentum buffer: None is the parameter's, or "fp32", "bf16", "fp16" or their torch dtypes.
-        backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
+        state_format: of the momentum buffer: None is the parameter's dtype, as in torch; "fp32", "bf16", "fp16" or their torch
+            dtypes; "int8" or "int4": codes with a scale per 64 elements, where rows are a multiple of that (docs/formats.md).
+        weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
+            on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
+        **settings: ``backend``, ``max_grad_norm`` and others that every optimizer takes: :class:`precond.Settings`.
 
     Raises:
         ValueError: a hyper-parameter is out of range.
@@ -84,7 +89,6 @@ class SGD(_Momentum, torch.optim.SGD):
 
     _name = "sgd"
     _sparse_rules = frozenset({"sgd", "sgd_momentum", "sgd_nesterov"})
-    _group_options = {"state_format": None}
 
     def __init__(
         self,
@@ -100,10 +104,11 @@ class SGD(_Momentum, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         state_format: str | None = None,
-        backend: str | None = None,
+        weight_format: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals())
-        FusedOptimizer.__init__(self, params, defaults, backend=backend)
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
 
 
 class SGDW(_Momentum):
@@ -119,7 +124,7 @@ class SGDW(_Momentum):
     ``SGD``, the same ``weight_decay`` pulls (1 - mu) times as strongly.
 
     Args:
-        params, lr, momentum, dampening, nesterov, maximize, foreach, differentiable, fused, state_format, backend: as for
+        params, lr, momentum, dampening, nesterov, maximize, foreach, differentiable, fused, state_format, settings: as for
             :class:`precond.SGD`.
         weight_decay: lambda >= 0, decoupled (default 1e-2, as for AdamW).
         l1_decay: lambda_1 >= 0, decoupled L1 (default 0: the plain rule, bit for bit).
@@ -145,7 +150,7 @@ class SGDW(_Momentum):
     """
 
     _name = "sgdw"
-    _group_options = {"state_format": None, **L1_OPTIONS}
+    _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS}
 
     def __init__(
         self,
@@ -163,7 +168,8 @@ class SGDW(_Momentum):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         state_format: str | None = None,
-        backend: str | None = None,
+        weight_format: str | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         defaults = arguments(locals())
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, settings=settings)

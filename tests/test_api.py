@@ -57,7 +57,8 @@ def test_the_signature_begins_with_torchs(row):
     ours = list(inspect.signature(row.cls.__init__).parameters.values())
     theirs = list(inspect.signature(row.peer.__init__).parameters.values())
     assert [(p.name, p.kind, p.default) for p in ours[: len(theirs)]] == [(p.name, p.kind, p.default) for p in theirs]
-    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
+    own = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    assert all(p.kind in own for p in ours[len(theirs) :])
 
 
 @drop_ins

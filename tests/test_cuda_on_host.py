@@ -65,6 +65,7 @@ def extension():
         ("test_checkpoints.py", ""),
         ("test_device_scalars.py", ""),
         ("test_formats_cuda.py", "not rule_and_format"),
+        ("test_clipping.py", ""),
     ],
 )
 def test_the_python_suites_pass_on_the_cuda_backend(extension, suite, select):

@@ -39,7 +39,7 @@ def param(*shape, **kwargs):
         (
             "AdamW",
             dict(state_format="fp8"),
-            "state_format must be None, 'fp32', 'bf16' or 'fp16' or its torch dtype, got 'fp8'",
+            "state_format must be None, 'fp32', 'bf16', 'fp16', 'int8' or its torch dtype, or 'int4', got 'fp8'",
         ),
         ("AdamW", dict(backend="gpu"), "backend must be None or one of cpu, cuda, triton, reference, got 'gpu'"),
         ("AdamW", dict(fused=True, foreach=True), "`fused` and `foreach` cannot be `True` together"),

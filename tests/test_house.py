@@ -51,7 +51,7 @@ def test_the_report_names_everything_and_verifies_a_step(tmp_path):
     assert "backend triton     one verified step" in run_module("precond", cwd=tmp_path, TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize("module", ["_groups", "adagrad", "adam", "lion", "rmsprop", "sgd"])
+@pytest.mark.parametrize("module", ["_groups", "_settings", "adagrad", "adam", "lion", "rmsprop", "sgd"])
 def test_examples_run(module):
     results = doctest.testmod(importlib.import_module(f"precond.{module}"))
     assert results.attempted > 0
@@ -81,9 +81,18 @@ def test_a_page_names_every_argument_that_torch_does_not_have(item):
     names = [item.__name__, item.__name__.removesuffix("W")]
     peer = next((getattr(torch.optim, name) for name in names if hasattr(torch.optim, name)), None)
     theirs = set() if peer is None else set(inspect.signature(peer).parameters)
-    missing = [name for name in inspect.signature(item).parameters if name not in theirs and f"`{name}`" not in page]
+    parameters = [str(p) if p.kind == p.VAR_KEYWORD else p.name for p in inspect.signature(item).parameters.values()]
+    parameters = [name.partition(":")[0] for name in parameters]
+    missing = [name for name in parameters if name not in theirs and f"`{name}`" not in page]
     assert not missing
     assert f"[`{item.__name__}`]({item.__name__.lower()}.md)" in (ROOT / "docs" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.source
+def test_a_page_names_every_setting():
+    page = (ROOT / "docs" / "clipping.md").read_text(encoding="utf-8")
+    assert not [name for name in precond.Settings.__annotations__ if f"| `{name}` |" not in page]
+    assert "](clipping.md)" in (ROOT / "docs" / "README.md").read_text("utf-8")
 
 
 @pytest.mark.source

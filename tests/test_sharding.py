@@ -47,14 +47,20 @@ def test_local_gives_plain_tensors_back():
     assert _sharding.local(tensor) is tensor
 
 
-def test_reduce_adds_over_the_meshes_of_sharded_tensors_only(mesh):
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+def test_a_norm_is_added_up_over_the_meshes_of_sharded_tensors_only(mesh):
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     values = torch.randn(4, 4)
     sharded, whole = (distribute_tensor(values, mesh, [placement]) for placement in (Shard(0), Replicate()))
-    total = values.square().sum()
-    for tensors in ([values], [whole], [sharded], [sharded, whole, values]):
-        assert torch.equal(_sharding.reduce(total.clone(), tensors), total)
+    assert _sharding.shard_groups(values) is None
+    assert _sharding.shard_groups(whole) == {}
+    groups = _sharding.shard_groups(sharded)
+    assert list(groups.values()) == [mesh.get_group(0)]
+    total = values.double().square().sum()
+    for inf in (False, True):
+        assert torch.equal(_sharding.reduce(total.clone(), groups.values(), inf), total)
+    with pytest.raises(RuntimeError, match="must be placed by Shard or Replicate to have a norm, got"):
+        _sharding.shard_groups(DTensor.from_local(values, mesh, [Partial()]))
 
 
 def test_a_gradient_placed_otherwise_is_placed_as_its_parameter(tmp_path):

@@ -164,7 +164,7 @@ def test_counters_of_parameters_without_elements_count_too():
 
 @rows
 def test_tables_are_made_again_only_where_an_address_or_a_shape_changed(row, monkeypatch):
-    from precond.triton_kernels import kernel
+    from precond.triton_kernels import kernel, tables
 
     made = []
     for name in ("address_table", "chunk_table"):
@@ -172,7 +172,7 @@ def test_tables_are_made_again_only_where_an_address_or_a_shape_changed(row, mon
         monkeypatch.setattr(
             kernel, name, lambda *args, real=real, name=name, **kw: made.append(name) or real(*args, **kw)
         )
-    kernel._tables.clear()
+    tables._tables.clear()
     values = random_values((40, 30))
     p, q = torch.nn.Parameter(values.to(DEVICE, copy=True)), torch.nn.Parameter(values.clone())
     a, b = row.cls([p], **row.kwargs, fused=True, backend="triton"), row.cls([q], **row.kwargs, backend="cpu")
@@ -228,11 +228,12 @@ from precond.triton_kernels import kernel, scalars
 targets = ("cuda", 90, 32), ("hip", "gfx942", 64)
 rules = {(rule.scalars, rule.decay): rule for rule in kernel.RULES.values()}.values()
 for target, rule, has_scaler in itertools.product(targets, rules, (False, True)):
-    types = ["*fp64", "*i64", "*fp32", "*fp32", "*fp32", "*fp32", "fp32", "i32"]
+    types = ["*fp64", "*i64", "*fp32", "*fp32", "*fp32", "*fp32", "fp32", "i32", "*fp64", "*fp32", "*fp32", "*i64", "fp32"]
     constants = dict(SCALARS=rule.scalars, DECAY=rule.decay, HYPERS=len(rule.hyper), JOB=kernel.JOB, ROW=scalars.ROW_FLOATS.value,
-                     BLOCK=kernel.PROLOGUE_BLOCK)
+                     BLOCK=kernel.PROLOGUE_BLOCK, INF=False, SKIP_NONFINITE=has_scaler)
     if not has_scaler:
-        constants |= dict(grad_scale_ptr=None, found_inf_ptr=None)
+        constants |= dict(grad_scale_ptr=None, found_inf_ptr=None, total_ptr=None, grad_norm_ptr=None, clip_coef_ptr=None,
+                          skipped_ptr=None)
     names = scalars.prologue.arg_names
     signature = dict(zip(names, types)) | dict.fromkeys(constants, "constexpr")
     source = ASTSource(scalars.prologue, {name: signature[name] for name in names}, constants)
@@ -244,12 +245,36 @@ for target, rule, has_scaler in itertools.product(targets, rules, (False, True))
 """
 
 
-def test_the_prologue_compiles_with_exact_operations():
+COMPILE_NORM = """
+import itertools
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from precond.triton_kernels import norms
+
+targets = ("cuda", 90, 32), ("hip", "gfx942", 64)
+kinds = ("fp32", False), ("fp32", True), ("bf16", False), ("fp16", False), (None, False), (None, True)
+for target, (name, inf) in itertools.product(targets, kinds):
+    constants = dict(INF=inf, BLOCK=norms.BLOCK, LANES=norms.LANES, LEVELS=10)
+    if name is None:
+        function, types = norms.fold_kernel, ["*fp64", "i32", "*fp64"]
+    else:
+        function, types = norms.norm_kernel, ["*i64", "*i64", "*fp64"]
+        constants |= dict(G=name, SLOT=norms.SLOTS)
+    signature = dict(zip(function.arg_names, types)) | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(function, {name: signature[name] for name in function.arg_names}, constants)
+    asm = triton.compile(source, target=GPUTarget(*target), options={"num_warps": norms.WARPS, "enable_fp_fusion": False}).asm
+    if "ptx" in asm:
+        assert ".ftz" not in asm["ptx"]
+        assert name is None or "ld.global.v" in asm["ptx"], name
+"""
+
+
+@pytest.mark.parametrize("program", [COMPILE_PROLOGUE, COMPILE_NORM], ids=["prologue", "norm"])
+def test_it_compiles_with_exact_operations(program):
     # A process of its own: Triton compiles only where its interpreter was never asked for.
     env = {**os.environ, "TRITON_INTERPRET": "0"}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE_PROLOGUE], env=env, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 

@@ -1,7 +1,10 @@
 """Formats: how one logical fp32 value lives in memory. One function to decode and one to encode, for csrc/formats.h."""
 
+import torch
 import triton
 import triton.language as tl
+
+FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @triton.jit

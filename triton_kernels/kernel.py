@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rules, scalars
-from .formats import address, decode, encode
+from .formats import FORMATS, address, decode, encode
+from .tables import storage_order, table
 
-FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BLOCK = 1024
 WARPS = 4
 # Tensors per program of the prologue, with one warp: a counter is then read before any thread writes it.
@@ -78,6 +78,32 @@ class Item(NamedTuple):
     sign: float
 
 
+class Clip(NamedTuple):
+    """What a step does with the norm of the gradients; csrc/norm.h. A tensor is None where there is nothing to read or write."""
+
+    total: Tensor | None
+    grad_norm: Tensor | None
+    clip_coef: Tensor | None
+    skipped: Tensor | None
+    max_norm: float
+    inf: bool
+    skip_nonfinite: bool
+
+    def to(self, device: torch.device) -> "Clip":
+        """With the total on a device."""
+        return self if self.total is None else self._replace(total=self.total.to(device))
+
+
+NO_CLIP = Clip(None, None, None, None, 0.0, False, False)
+
+
+@triton.jit
+def clamped(g, limit):
+    """g between -limit and limit; a NaN stays a NaN."""
+    g = tl.where(g > limit, limit, g)
+    return tl.where(g < -limit, -limit, g)
+
+
 @triton.jit
 def update_block(
     slots,
@@ -85,6 +111,7 @@ def update_block(
     mask,
     row,
     grad_coef,
+    clip_value,
     RULE: tl.constexpr,
     DECAY: tl.constexpr,
     STATES: tl.constexpr,
@@ -98,7 +125,7 @@ def update_block(
     """Load, rule, store. FULL: every offset is an element, and the addresses are aligned."""
     p_ptr = address(slots, P, FULL)
     p = decode(p_ptr, offsets, mask, P, FULL)
-    g = grad_coef * decode(address(slots + 1, G, FULL), offsets, mask, G, FULL)
+    g = clamped(grad_coef * decode(address(slots + 1, G, FULL), offsets, mask, G, FULL), clip_value)
     if STATES == 0:
         p = RULE(p, g, row, DECAY)
     elif STATES == 1:
@@ -134,6 +161,7 @@ def update_kernel(
     tensors_ptr,
     rows_ptr,
     control_ptr,
+    clip_value,
     RULE: tl.constexpr,
     DECAY: tl.constexpr,
     STATES: tl.constexpr,
@@ -162,25 +190,18 @@ def update_kernel(
     aligned = tl.where(skip, 0, tl.load(slots + 6))
     mask = offsets < numel
     if begin + BLOCK <= aligned:
-        update_block(slots, offsets, mask, row, grad_coef, RULE, DECAY, STATES, P, G, S0, S1, S2, True)
+        update_block(slots, offsets, mask, row, grad_coef, clip_value, RULE, DECAY, STATES, P, G, S0, S1, S2, True)
     else:
-        update_block(slots, offsets, mask, row, grad_coef, RULE, DECAY, STATES, P, G, S0, S1, S2, False)
-
-
-@functools.lru_cache(maxsize=4096)
-def storage_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
-    """The dimensions from the slowest to the fastest in memory, and whether the elements then fill one stretch of it."""
-    order = tuple(sorted(range(len(shape)), key=lambda d: -strides[d] if shape[d] > 1 else 0))
-    expected = 1
-    for d in reversed(order):
-        if shape[d] != 1 and strides[d] != expected:
-            return order, False
-        expected *= shape[d]
-    return order, True
+        update_block(slots, offsets, mask, row, grad_coef, clip_value, RULE, DECAY, STATES, P, G, S0, S1, S2, False)
 
 
 def update(
-    items: list[Item], grad_coef: float = 1.0, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    items: list[Item],
+    grad_coef: float = 1.0,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip_value: float = math.inf,
+    clip: Clip = NO_CLIP,
 ) -> None:
     """Update every item in place; items that share a rule, formats and a device share a launch.
 
@@ -194,25 +215,8 @@ def update(
         scaler = [None if t is None else t.to(device) for t in (grad_scale, found_inf)]
         # Triton launches on the current device.
         with torch.cuda.device_of(group[0].p):
-            launch(RULES[rule], device, formats, group, grad_coef, *scaler)
-
-
-# What the host last put into each table, and the table in device memory.
-_tables: dict[Hashable, tuple[list, Tensor]] = {}
-_TABLES_KEPT = 256
-
-
-def table(key: Hashable, values: list, make: Callable[[list], Tensor], device: torch.device) -> Tensor:
-    """A table made from these values, in device memory: the one of the last step if they are the same. Does not wait."""
-    kept = _tables.pop(key, None)
-    if kept is None or kept[0] != values:
-        with torch.device("cpu"):
-            host = make(values)
-        kept = values, host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-    while len(_tables) >= _TABLES_KEPT:
-        del _tables[next(iter(_tables))]
-    _tables[key] = kept
-    return kept[1]
+            launch(RULES[rule], device, formats, group, grad_coef, *scaler, clip_value, clip.to(device))
+        clip = clip._replace(grad_norm=None, clip_coef=None, skipped=None)  # the first launch has written them
 
 
 def address_table(values: list[int], width: int) -> Tensor:
@@ -254,6 +258,8 @@ def launch(
     grad_coef: float,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    clip_value: float,
+    clip: Clip,
 ) -> None:
     """One prologue and one update for tensors of one rule and one set of formats."""
     places, sizes, jobs, copies, alive = [], [], [], [], []
@@ -293,6 +299,9 @@ def launch(
         found_inf,
         grad_coef,
         len(items),
+        *clip[:5],
+        INF=clip.inf,
+        SKIP_NONFINITE=clip.skip_nonfinite,
         SCALARS=rule.scalars,
         DECAY=rule.decay,
         HYPERS=len(rule.hyper),
@@ -308,6 +317,7 @@ def launch(
         tensors,
         rows,
         control,
+        clip_value,
         RULE=rule.update,
         DECAY=rule.decay,
         STATES=rule.states,

@@ -149,6 +149,36 @@ def lion_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
 
 
 @triton.jit
+def finish(
+    total_ptr,
+    grad_norm_ptr,
+    clip_coef_ptr,
+    max_norm,
+    grad_coef,
+    skip,
+    INF: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr,
+):
+    """The last step of a norm: the gradient coefficient and the skip flag that it leaves."""
+    # In the interpreter an argument is Python's float.
+    max_norm = tl.full((), max_norm, tl.float32)
+    grad_coef = tl.full((), grad_coef, tl.float32)
+    root = tl.load(total_ptr)
+    if not INF:
+        root = tl.sqrt(root)
+    norm = (root * grad_coef.to(tl.float64)).to(tl.float32)
+    coef = tl.div_rn(max_norm, norm + 1e-6)
+    coef = tl.where((coef > 1.0) | (max_norm == float("inf")), 1.0, coef)
+    if SKIP_NONFINITE:
+        skip = tl.where(norm - norm == 0.0, skip, 1.0)
+    if grad_norm_ptr is not None:
+        tl.store(grad_norm_ptr, norm)
+    if clip_coef_ptr is not None:
+        tl.store(clip_coef_ptr, coef)
+    return grad_coef * coef, skip
+
+
+@triton.jit
 def prologue(
     hyper_ptr,
     jobs_ptr,
@@ -158,6 +188,13 @@ def prologue(
     found_inf_ptr,
     grad_coef,
     tensors,
+    total_ptr,
+    grad_norm_ptr,
+    clip_coef_ptr,
+    skipped_ptr,
+    max_norm,
+    INF: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr,
     SCALARS: tl.constexpr,
     DECAY: tl.constexpr,
     HYPERS: tl.constexpr,
@@ -168,12 +205,22 @@ def prologue(
     """Fill one row per tensor and what update_kernel reads at control_ptr; count the steps that are counted on the device.
 
     hyper_ptr: float64 [groups, HYPERS]; jobs_ptr: int64 [tensors, JOB]: group, sign, fresh, the address of a counter or 0,
-    and without one the number of this step; a loss scaler's pointers may be None.
+    and without one the number of this step; the pointers of a loss scaler, of a norm and of its results may be None.
     """
     tensor = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = tensor < tensors
     if grad_scale_ptr is not None:
         grad_coef = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(tl.float32) * grad_coef
+    skip = 0.0
+    if found_inf_ptr is not None:
+        skip = tl.load(found_inf_ptr)
+    if total_ptr is not None:
+        grad_coef, skip = finish(
+            total_ptr, grad_norm_ptr, clip_coef_ptr, max_norm, grad_coef, skip, INF, SKIP_NONFINITE
+        )
+    if skipped_ptr is not None:
+        first = tl.program_id(0) == 0
+        tl.store(skipped_ptr, tl.load(skipped_ptr) + 1, mask=first & (skip != 0.0))
     job = jobs_ptr + tensor * JOB
     group = tl.load(job, mask=mask, other=0)
     sign = tl.load(job + 1, mask=mask, other=1).to(tl.float32)
@@ -185,9 +232,7 @@ def prologue(
     counter_ptr = counter.to(tl.pointer_type(tl.float32))
     counts = mask & (counter != 0)
     step = tl.where(counts, tl.load(counter_ptr, mask=counts, other=0.0) + 1.0, step)
-    skip = 0.0
-    if found_inf_ptr is not None:
-        skip = tl.load(found_inf_ptr)
+    if (found_inf_ptr is not None) or (total_ptr is not None):
         counts = tl.where(skip == 0.0, counts, False)
     tl.store(counter_ptr, step, mask=counts)
     tl.store(control_ptr, skip)

@@ -355,6 +355,58 @@ void strided_weights_and_gradients_of_every_format() {
   }
 }
 
+void norms_and_clipped_steps_have_the_bits_of_the_cpu() {
+  const int rule = rule_number("adamw");
+  for (const Format format : {F, B, H}) {
+    for (int inf : {0, 1}) {
+      Plan gpu, cpu;
+      CudaPlan cuda(0);
+      std::vector<std::unique_ptr<Any>> ours, theirs;
+      for (size_t i = 0; i < kSizes.size(); ++i) {
+        for (auto* all : {&ours, &theirs}) {
+          all->push_back(make(rule, kSizes[i], F, format, {F}, int(i % 2), unsigned(i)));
+          Tensor& t = all->back()->tensor;
+          t.norm_class = int32_t(i % 2);
+          t.active = i != 3;
+          (all == &ours ? gpu : cpu).add(t);
+        }
+      }
+      Buffer<double> a(2), b(2);
+      Clip clip;
+      clip.inf = inf;
+      clip.classes = 2;
+      DeviceStep step;
+      step.clip = clip;
+      step.clip.total = a.data.get();
+      clip.total = b.data.get();
+      cuda.norm(gpu, {group_of(rule)}, step);
+      measure(cpu, clip, 2);
+      CHECK(std::memcmp(a.data.get(), b.data.get(), 16) == 0 && a.data[0] > 0.0 && a.data[1] > 0.0);
+
+      for (int64_t i = 0; i < gpu.size(); ++i) gpu.tensor(i).norm_class = cpu.tensor(i).norm_class = 0;
+      for (int k = 0; k < 2; ++k) {
+        float norm[2], coef[2];
+        int64_t skipped[2] = {0, 0};
+        step.clip.classes = clip.classes = 1;
+        step.clip.measure = 1;
+        step.clip.max_norm = clip.max_norm = 0.5f;
+        step.clip.grad_norm = norm, clip.grad_norm = norm + 1;
+        step.clip.clip_coef = coef, clip.clip_coef = coef + 1;
+        step.clip.skipped = skipped, clip.skipped = skipped + 1;
+        step.clip_value = 1e-3f;
+        cuda.run(&gpu, {group_of(rule)}, step);
+        CHECK(cuda.launches() == 5);
+        measure(cpu, clip, 1);
+        Control control{1.0f, 0.0f, 1e-3f};
+        finish(clip, &control);
+        cpu.run({group_of(rule)}, control, 1);
+        CHECK(norm[0] == norm[1] && coef[0] == coef[1] && coef[0] < 1.0f && skipped[0] == 0);
+      }
+      for (size_t i = 0; i < kSizes.size(); ++i) CHECK(same_memory(*ours[i], *theirs[i]));
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -366,5 +418,6 @@ int main() {
   RUN(scalars_on_the_device_have_the_bits_of_the_host);
   RUN(tables_follow_what_changes);
   RUN(strided_operands_go_through_the_general_kernel);
+  RUN(norms_and_clipped_steps_have_the_bits_of_the_cpu);
   std::puts("all passed");
 }

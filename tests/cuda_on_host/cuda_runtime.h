@@ -16,9 +16,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __shared__ static thread_local  // of the block that the worker runs
 #define __launch_bounds__(...)
-// The blocks of a host thread run one after the other.
-#define __shared__ static thread_local
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;

@@ -1,0 +1,616 @@
+"""Formats below float32: each rule in each of them, what they must keep, and that nothing of them is lost on the way."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import BACKEND, bits_equal, guarded, nasty_values, random_values
+from optimizers import BY_RULE, BY_STATES, CLASSES, OPTIMIZERS
+
+import precond
+from precond import _C, _formats, _plan
+
+rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+classes = pytest.mark.parametrize("row", CLASSES, ids=str)
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+WEIGHTS = (None, "stochastic", "split24", "split32")
+STATES = (None, "fp32", "bf16", "fp16", "int8", "int4")
+#: Every format at least once, and what is used most.
+MIXES = [
+    (BF16, "split24", "int8"),
+    (BF16, "stochastic", "int4"),
+    (BF16, "split32", "bf16"),
+    (F16, "stochastic", "fp16"),
+    (F16, "split24", "int8"),
+    (F16, "split32", "fp32"),
+    (F32, None, "int8"),
+]
+mixes = pytest.mark.parametrize(("dtype", "weight_format", "state_format"), MIXES)
+# Coded with full groups and with several chunks; too small, and of odd rows.
+SHAPES = [(64, 64), (33, 4, 32), (300, 192), (7,), (65, 63), ()]
+
+
+def make(row, dtype, weight_format, state_format, *, shapes=SHAPES, backend=BACKEND, seed=1, scale=1.0, **kwargs):
+    torch.manual_seed(seed)
+    params = [torch.nn.Parameter(random_values(shape, dtype, scale)) for shape in shapes]
+    formats = dict(weight_format=weight_format, state_format=state_format)
+    return params, row.cls(params, **{**row.kwargs, **formats, **kwargs}, backend=backend)
+
+
+def give_gradients(params, make_values=random_values):
+    for p in params:
+        p.grad = make_values(p.shape).to(p.dtype)
+
+
+def train(params, optimizer, steps=5, seed=2):
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        give_gradients(params)
+        optimizer.step()
+
+
+def everything(params, optimizer):
+    """Parameters and all tensors of their states."""
+    found = []
+    for p in params:
+        found.append(p.detach())
+        found += [t for _, t in sorted(optimizer.state[p].items()) if isinstance(t, torch.Tensor)]
+    return found
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        same = bits_equal(x, y) if x.is_floating_point() else torch.equal(x, y)
+        assert same
+        assert x.dtype == y.dtype
+
+
+def assert_close_codes(row, ours, theirs, p, q):
+    """The same draws, so nearly all codes agree; where rounding of the rule differs, a code may be its neighbour."""
+    for name, x in ours.items():
+        y = theirs[name]
+        if not isinstance(x, torch.Tensor):
+            assert x == y, name
+            continue
+        a, b = (x, y) if x.is_floating_point() else (x.int(), y.int())
+        if x.dtype == torch.uint8 and x.shape != p.shape:  # two to a byte
+            a, b = (torch.stack([t & 15, t >> 4]) for t in (a, b))
+        far = (a.float() - b.float()).abs()
+        if x.dtype == F32:
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), name
+        elif x.is_floating_point():
+            assert (far <= 0.01 * b.float().abs() + 1e-6).all(), name
+        elif name != "remainder":
+            assert ((far <= 1) | (far >= 14)).all(), name  # a signed half that crosses 0 wraps
+        # A few differ everywhere, and a remainder in its last bits.
+        allowed = 1.0 if x.dtype == F32 or x.shape[-1:] != p.shape[-1:] else 0.3 if name == "remainder" else 0.03
+        assert (far != 0).sum() <= max(1, allowed * far.numel()), name
+    eps = torch.finfo(p.dtype).eps
+    assert ((p - q).float().abs() <= 2 * eps * q.float().abs() + 1e-6).all()
+
+
+@rows
+@mixes
+def test_every_rule_and_format_matches_the_reference_text(row, dtype, weight_format, state_format):
+    """The reference backend is another text of every format, with the same draws; each step starts from the same state."""
+    params, optimizer = make(row, dtype, weight_format, state_format)
+    others, reference = make(row, dtype, weight_format, state_format, backend="reference")
+    for _ in range(3):
+        give_gradients(params)
+        for p, q in zip(params, others, strict=True):
+            q.grad = p.grad.clone()
+        optimizer.step()
+        reference.step()
+        for p, q in zip(params, others, strict=True):
+            if not row.steep:
+                assert_close_codes(row, optimizer.state[p], reference.state[q], p.detach(), q.detach())
+        with torch.no_grad():
+            for p, q in zip(params, others, strict=True):
+                q.copy_(p)
+        reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("weight_format", WEIGHTS)
+@pytest.mark.parametrize("state_format", STATES)
+def test_instruction_sets_and_threads_agree(dtype, weight_format, state_format, isa):
+    row = BY_RULE["adamw"]
+    expected = make(row, dtype, weight_format, state_format)
+    train(*expected)
+    _C.select_isa("baseline")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        other = make(row, dtype, weight_format, state_format)
+        train(*other)
+    finally:
+        torch.set_num_threads(before)
+    assert_same(everything(*other), everything(*expected))
+
+
+@pytest.mark.parametrize("row", BY_STATES, ids=str)
+@mixes
+@pytest.mark.parametrize("chunk", [256, 1 << 20])
+def test_chunks_agree(row, dtype, weight_format, state_format, chunk, monkeypatch):
+    expected = make(row, dtype, weight_format, state_format)
+    train(*expected)
+    monkeypatch.setattr(_plan, "_CHUNK", chunk)
+    other = make(row, dtype, weight_format, state_format)
+    train(*other)
+    assert_same(everything(*other), everything(*expected))
+
+
+@rows
+@mixes
+def test_this_backend_agrees_with_the_cpu(row, dtype, weight_format, state_format):
+    """The same thing twice for the cpu backend; for the CUDA sources and GPUs it is the promise."""
+    ours = make(row, dtype, weight_format, state_format)
+    cpu = make(row, dtype, weight_format, state_format, backend="cpu")
+    for pair in (ours, cpu):
+        train(*pair, steps=3)
+    assert_same(everything(*ours), everything(*cpu))
+
+
+@mixes
+def test_nan_infinities_and_denormals_agree_and_stay_in_their_group(dtype, weight_format, state_format, isa):
+    row = BY_RULE["adamw"]
+    results = []
+    for name in (isa, "baseline"):
+        _C.select_isa(name)
+        params, optimizer = make(row, dtype, weight_format, state_format, shapes=[(64, 128)])
+        for _ in range(4):
+            torch.manual_seed(4)
+            g = nasty_values(64 * 128).view(64, 128)
+            g[:32] = random_values((32, 128))
+            params[0].grad = g.to(dtype)
+            optimizer.step()
+        results.append(everything(params, optimizer))
+    assert_same(*results)
+    assert not params[0][:32].isnan().any()
+    assert params[0][32:].isnan().any()
+
+
+def test_an_infinite_mean_makes_its_group_nan_and_no_other():
+    p = torch.nn.Parameter(torch.zeros(64, 128))
+    optimizer = precond.Lion([p], lr=0.0, state_format="int8", backend=BACKEND)
+    p.grad = torch.ones(64, 128)
+    p.grad[3, 70] = torch.inf
+    optimizer.step()
+    scale = optimizer.state[p]["exp_avg_scale"]
+    assert scale.isnan().nonzero().tolist() == [[3, 1]]
+    values = _formats.values_of(optimizer.state[p], "exp_avg", "int8", p)
+    assert values[3, 64:].isnan().all()
+    assert values.isnan().sum() == 64
+
+
+@mixes
+def test_layouts_do_not_change_a_bit(dtype, weight_format, state_format):
+    """Elements are numbered by their indices, however they lie in memory."""
+    row = BY_RULE["adamw"]
+    torch.manual_seed(0)
+    values, gradients = random_values((64, 64, 2, 2), dtype), [random_values((64, 64, 2, 2), dtype) for _ in range(3)]
+    results = []
+    for layout, g_layout in (("contiguous", "contiguous"), ("channels_last", "contiguous"), ("contiguous", "transposed"),
+                             ("strided", "channels_last"), ("offset", "offset"), ("transposed", "transposed")):  # fmt: skip
+        buffer = guarded(values, layout)
+        p = buffer.tensor.requires_grad_()
+        optimizer = row.cls([p], **row.kwargs, weight_format=weight_format, state_format=state_format, backend=BACKEND)
+        for g in gradients:
+            p.grad = guarded(g, g_layout).tensor
+            optimizer.step()
+        buffer.check()
+        results.append(everything([p], optimizer))
+    for other in results[1:]:
+        assert_same([t.contiguous() for t in other], results[0])
+
+
+def test_streams_follow_names_not_positions():
+    torch.manual_seed(0)
+    values = {name: random_values((64, 64), BF16) for name in "abc"}
+    gradients = {name: random_values((64, 64), BF16) for name in "abc"}
+    results = []
+    for order in ("abc", "cab"):
+        params = {name: torch.nn.Parameter(values[name].clone()) for name in order}
+        optimizer = precond.AdamW(params.items(), weight_format="stochastic", state_format="int4", backend=BACKEND)
+        for name, p in params.items():
+            p.grad = gradients[name]
+        optimizer.step()
+        results.append({name: p.detach() for name, p in params.items()})
+    assert all(bits_equal(results[0][name], results[1][name]) for name in "abc")
+
+
+def test_equal_parameters_have_different_streams():
+    params = [torch.nn.Parameter(torch.ones(64, 64, dtype=BF16)) for _ in range(2)]
+    optimizer = precond.AdamW(params, lr=1e-3, weight_format="stochastic", backend=BACKEND)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert 0.2 < (params[0] != params[1]).float().mean() < 0.5  # a quarter of an ulp is due: 2 * 0.26 * 0.74
+
+
+@pytest.mark.parametrize("weight_format", WEIGHTS[1:])
+@pytest.mark.parametrize("state_format", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_zero_gradients_move_nothing_in_ten_thousand_steps(weight_format, state_format, dtype):
+    """Also where a coordinate had a gradient once, and its neighbours keep the scale of its group alive."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(random_values((64, 64), dtype))
+    start = p.detach().clone()
+    optimizer = precond.AdamW(
+        [p], lr=1e-3, weight_decay=0.0, weight_format=weight_format, state_format=state_format, backend=BACKEND
+    )
+    g = torch.zeros(64, 64, dtype=dtype)
+    g[:, ::7] = 1.0
+    g[:, 2::7] = 1e-3
+    p.grad = g
+    optimizer.step()
+    g[:, 2::7] = 0.0
+    once = None
+    for step in range(10_000):
+        optimizer.step()
+        if step == 2000:
+            once = p[:, 2::7].detach().clone()
+    never = torch.ones(64, dtype=torch.bool)
+    never[::7] = never[2::7] = False
+    assert torch.equal(p[:, never], start[:, never])
+    assert torch.equal(p[:, 2::7], once)
+    for name in ("exp_avg", "exp_avg_sq"):
+        values = _formats.values_of(
+            optimizer.state[p], name, _formats.code_format(name, state_format) if state_format != "fp32" else "fp32", p
+        )
+        assert (values[:, never] == 0).all()
+
+
+@pytest.mark.parametrize("weight_format", WEIGHTS)
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_decay_below_half_an_ulp_is_not_lost(weight_format, dtype):
+    """A thousand steps at lr * wd = 1e-4 take 1 to 0.905; rounded to nearest, bfloat16 stays where it was."""
+    p = torch.nn.Parameter(torch.ones(64, 64, dtype=dtype))
+    optimizer = precond.AdamW(
+        [p], lr=1e-3, weight_decay=0.1, weight_format=weight_format, state_format="fp32", backend=BACKEND
+    )
+    p.grad = torch.zeros_like(p)
+    for _ in range(1000):
+        optimizer.step()
+    model = torch.nn.Module()
+    model.p = p
+    mean = precond.master_weights(optimizer, model)["p"].mean().item()
+    if weight_format is None:
+        assert mean == 1.0
+    else:
+        assert mean == pytest.approx(0.9999**1000, rel=1e-3)
+
+
+@pytest.mark.parametrize("state_format", ["bf16", "fp16", "int8", "int4"])
+def test_second_moments_decay_as_they_should(state_format):
+    """From 1e-3 to 1.05e-4 in 2250 steps without gradient at beta2 = 0.999, beside one that stays and keeps the scale."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = precond.AdamW([p], lr=0.0, betas=(0.9, 0.999), state_format=state_format, backend=BACKEND)
+    g = torch.full((64, 64), 1.0)
+    p.grad = g
+    optimizer.step()
+    g[:, 1:] = 0.0
+    g[:, 0] = 1e-3**0.5
+    for _ in range(2250):
+        optimizer.step()
+    form = {"bf16": "bf16_stochastic", "fp16": "fp16_stochastic"}.get(state_format, "u" + state_format)
+    v = _formats.values_of(optimizer.state[p], "exp_avg_sq", form, p)
+    # Its mean is exact, but that no code falls below the first: with fifteen of them that shows.
+    assert v[:, 1:].mean().item() == pytest.approx(1e-3 * 0.999**2250, rel=0.3 if state_format == "int4" else 0.03)
+    assert v[:, 0].mean().item() == pytest.approx(1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("row", "name"), [(BY_RULE["adagrad"], "sum"), (BY_RULE["adamw_amsgrad"], "max_exp_avg_sq")], ids=str
+)
+@pytest.mark.parametrize("state_format", ["int8", "int4"])
+def test_what_stays_keeps_its_scale(row, name, state_format):
+    """A sum, and a largest second moment, without gradients: no scale creeps up, and the mean stays."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(64, 256))
+    optimizer = row.cls([p], **{**row.kwargs, "weight_decay": 0.0}, state_format=state_format, backend=BACKEND)
+    p.grad = random_values((64, 256))
+    optimizer.step()
+    form = _formats.code_format(name, state_format)
+    values = _formats.values_of(optimizer.state[p], name, form, p)
+    scale = optimizer.state[p][f"{name}_scale"].clone().float()
+    p.grad = torch.zeros_like(p)
+    for _ in range(2000):
+        optimizer.step()
+    now = optimizer.state[p][f"{name}_scale"].float()
+    # The largest of many roundings is a little more, and with fifteen codes that shows.
+    slack = 0.1 if state_format == "int4" else 0.02
+    assert (now <= scale).all()
+    assert (now >= 0.85 * scale).all()
+    assert _formats.values_of(optimizer.state[p], name, form, p).mean().item() == pytest.approx(
+        values.mean().item(), rel=slack
+    )
+
+
+@classes
+def test_split32_is_training_in_float32(row):
+    """bfloat16 parameters with 16 bits beside them take the steps of float32 ones, bit for bit."""
+    torch.manual_seed(0)
+    values = [random_values((40, 50)).bfloat16().float() for _ in range(3)]
+    wide = [torch.nn.Parameter(v.clone()) for v in values]
+    model = torch.nn.ParameterList([torch.nn.Parameter(v.bfloat16()) for v in values])
+    a = row.cls(wide, **row.kwargs, backend=BACKEND)
+    b = row.cls(model.parameters(), **row.kwargs, weight_format="split32", state_format="fp32", backend=BACKEND)
+    for _ in range(20):
+        for p, q in zip(wide, model, strict=True):
+            q.grad = random_values(q.shape, BF16)
+            p.grad = q.grad.float()
+        a.step()
+        b.step()
+    masters = precond.master_weights(b, model)
+    for p, (name, q) in zip(wide, model.named_parameters(), strict=True):
+        assert bits_equal(masters[name], p.detach())
+        assert torch.equal(q, masters[name].bfloat16())
+
+
+@classes
+@mixes
+def test_a_resumed_run_has_the_same_bits(row, dtype, weight_format, state_format):
+    params, optimizer = make(row, dtype, weight_format, state_format)
+    train(params, optimizer, 3)
+    saved = io.BytesIO()
+    torch.save({"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, saved)
+    train(params, optimizer, 3, seed=9)
+
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=True)
+    others, resumed = make(row, dtype, weight_format, state_format, seed=77)
+    with torch.no_grad():
+        for p, value in zip(others, loaded["params"], strict=True):
+            p.copy_(value)
+    resumed.load_state_dict(loaded["optimizer"])
+    train(others, resumed, 3, seed=9)
+    assert_same(everything(others, resumed), everything(params, optimizer))
+
+    copied, twin = copy.deepcopy((params, optimizer))
+    train(copied, twin, 2, seed=5)
+    train(params, optimizer, 2, seed=5)
+    assert_same(everything(copied, twin), everything(params, optimizer))
+
+
+@pytest.mark.parametrize("weight_format", ["split24", "split32"])
+def test_a_parameter_written_from_outside_drops_its_remainder(weight_format):
+    model = torch.nn.Linear(64, 64, bias=False, dtype=BF16)
+    optimizer = precond.AdamW(model.parameters(), lr=1e-3, weight_format=weight_format, backend=BACKEND)
+    for _ in range(2):
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+    assert optimizer.state[model.weight]["remainder"].count_nonzero() > 1000
+    fresh = torch.nn.Linear(64, 64, bias=False, dtype=BF16)
+    model.load_state_dict(fresh.state_dict())
+    assert bits_equal(precond.master_weights(optimizer, model)["weight"], fresh.weight.detach().float())
+    model.weight.grad = torch.zeros_like(model.weight)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(model.weight, fresh.weight)
+    assert optimizer.state[model.weight]["remainder"].count_nonzero() == 0
+
+
+def test_small_and_odd_tensors_keep_float32_states():
+    shapes = [(64, 64), (63, 64), (64, 63), (4096,), (1 << 20,), (128, 3, 8, 8), ()]
+    params = [torch.nn.Parameter(torch.zeros(shape, dtype=BF16)) for shape in shapes]
+    optimizer = precond.AdamW(params, state_format="int8", backend=BACKEND)
+    give_gradients(params)
+    optimizer.step()
+    assert ["exp_avg_scale" in optimizer.state[p] for p in params] == [True, False, False, False, True, True, False]
+    for p in params:
+        state = optimizer.state[p]
+        coded = "exp_avg_scale" in state
+        assert state["exp_avg"].dtype == (torch.int8 if coded else F32)
+        assert state["exp_avg_sq"].dtype == (torch.uint8 if coded else F32)
+        assert state["exp_avg"].shape == p.shape
+    assert optimizer.state[params[0]]["exp_avg_scale"].shape == (64, 1)
+    assert optimizer.state[params[4]]["exp_avg_scale"].shape == (1 << 14,)
+    assert optimizer.state[params[5]]["exp_avg_scale"].shape == (128, 3)
+
+
+def test_flat_buffers_take_codes_with_a_last_group_that_is_not_full(monkeypatch):
+    monkeypatch.setattr(_formats, "SMALLEST_CODED_FLAT", 1)
+    for n in (3, 63, 64, 65, 1000, 70_001):
+        for state_format in ("int8", "int4"):
+            pairs = [
+                make(BY_RULE["adamw"], BF16, "split24", state_format, shapes=[(n,)], backend=backend)
+                for backend in (BACKEND, "cpu", "reference")
+            ]
+            for pair in pairs:
+                train(*pair, steps=2)
+            assert_same(everything(*pairs[0]), everything(*pairs[1]))
+            (p,), optimizer = pairs[0]
+            (q,), other = pairs[2]
+            assert optimizer.state[p]["exp_avg_scale"].shape == (-(-n // 64),)
+            assert ((p - q).abs() <= 0.02 * q.abs() + 1e-3).all()
+            assert optimizer.state[p].keys() == other.state[q].keys()
+
+
+def test_formats_are_chosen_per_group_and_stand_there_only_if_asked_for():
+    a, b, c = (torch.nn.Parameter(torch.zeros(64, 64, dtype=BF16)) for _ in range(3))
+    optimizer = precond.AdamW(
+        [
+            {"params": [a], "state_format": "int8", "weight_format": "split24"},
+            {"params": [b], "weight_format": "stochastic"},
+            {"params": [c]},
+        ],
+        backend=BACKEND,
+    )
+    give_gradients([a, b, c])
+    optimizer.step()
+    assert sorted(optimizer.state[a]) == [
+        "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale", "key", "remainder", "step",
+    ]  # fmt: skip
+    assert sorted(optimizer.state[b]) == ["exp_avg", "exp_avg_sq", "key", "step"]
+    assert sorted(optimizer.state[c]) == ["exp_avg", "exp_avg_sq", "step"]
+    assert "weight_format" not in optimizer.param_groups[2]
+    with pytest.raises(ValueError, match="weight_format must be None or one of stochastic, split24, split32, got 'x'"):
+        precond.SGD([a], weight_format="x")
+    with pytest.raises(ValueError, match="state_format must be"):
+        precond.SGD([a], state_format="int2")
+
+
+@classes
+@pytest.mark.parametrize("state_format", ["int8", "int4", "bf16"])
+def test_states_go_to_torch_and_come_back(row, state_format):
+    params, optimizer = make(row, F32, None, state_format)
+    train(params, optimizer, 3)
+    plain = precond.to_torch_state_dict(optimizer)
+    own = {"state_format", "weight_format", "l1_decay", "l1_form", "l1_cap"}
+    assert not own & set().union(*(group.keys() for group in plain["param_groups"]))
+    for i, p in enumerate(params):
+        for name in optimizer._states(p, optimizer._row(optimizer.param_groups[0]).rule):
+            value = plain["state"][i][name]
+            assert value.dtype == F32
+            assert value.shape == p.shape
+            assert value.abs().sum() > 0 or p.numel() == 0
+    if row.peer is not None:
+        kwargs = {name: value for name, value in row.kwargs.items() if name not in own}
+        stock = row.peer([torch.nn.Parameter(p.detach().clone()) for p in params], **kwargs)
+        assert stock.state_dict()["param_groups"][0].keys() >= plain["param_groups"][0].keys() - {"fused"}
+        stock.load_state_dict(plain)
+        stock.step()
+    back = row.cls(params, **row.kwargs, state_format=state_format, backend=BACKEND)
+    back.load_state_dict(plain)
+    again = precond.to_torch_state_dict(back)
+    for i, p in enumerate(params):
+        kinds = [
+            {name: (t.dtype, t.shape) for name, t in of.state[p].items() if name not in ("key", "step")}
+            for of in (back, optimizer)
+        ]
+        assert kinds[0] == kinds[1]
+        for name, value in plain["state"][i].items():
+            # A scale found again may be a step of bfloat16 less, where nobody has the largest code.
+            error = (again["state"][i][name] - value).abs().max()
+            assert error <= {"int8": 0.03, "int4": 0.4, "bf16": 0.005}[state_format] * value.abs().max(), name
+    train(params, back, 1)
+
+
+def test_master_weights_are_the_parameters_where_nothing_is_split():
+    model = torch.nn.ModuleDict(
+        {"a": torch.nn.Linear(64, 64, dtype=BF16), "b": torch.nn.Linear(3, 3, dtype=torch.float64)}
+    )
+    optimizer = precond.AdamW(model.parameters(), weight_format="stochastic")
+    masters = precond.master_weights(optimizer, model)
+    assert masters.keys() == dict(model.named_parameters()).keys()
+    assert torch.equal(masters["a.weight"], model["a"].weight.float())
+    assert masters["b.weight"].dtype == torch.float64
+    with pytest.raises(TypeError, match="optimizer must be one of precond, got a AdamW"):
+        precond.master_weights(torch.optim.AdamW(model.parameters()), model)
+
+
+@mixes
+def test_a_step_that_overflows_changes_nothing(dtype, weight_format, state_format):
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for row in CLASSES:
+        params, optimizer = make(row, dtype, weight_format, state_format, fused=True, maximize=False)
+        train(params, optimizer, 2)
+        before = [t.clone() for t in everything(params, optimizer)]
+        scaler.scale(torch.ones(()))
+        give_gradients(params)
+        params[0].grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        assert_same(everything(params, optimizer), before)
+        give_gradients(params)
+        scaler.step(optimizer)
+        scaler.update()
+        assert not torch.equal(params[0], before[0])
+
+
+def test_a_scaled_step_is_the_plain_one_on_scaled_gradients():
+    results = []
+    for scale in (1.0, 1024.0):
+        params, optimizer = make(BY_RULE["adamw"], BF16, "split24", "int8", fused=True)
+        torch.manual_seed(3)
+        give_gradients(params)
+        for p in params:
+            p.grad *= scale
+        if scale != 1.0:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+        optimizer.step()
+        results.append(everything(params, optimizer))
+    assert_same(*results)
+
+
+def test_resident_bytes_per_parameter():
+    """Measured as what the process holds, not computed: bf16 parameters and gradients included."""
+    if BACKEND != "cpu":
+        pytest.skip("memory is measured once, on the CPU")
+    code = """
+import torch, precond, sys
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+rows = 1 << 16
+p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16)); p.grad = torch.ones_like(p)
+options = dict(weight_format=sys.argv[1], state_format=sys.argv[2])
+precond.AdamW([p], **options).step()
+before = resident()
+p = torch.nn.Parameter(torch.ones(rows, 1024, dtype=torch.bfloat16)); p.grad = torch.ones_like(p)
+optimizer = precond.AdamW([p], **options)
+optimizer.step()
+print((resident() - before) / p.numel())
+"""
+    for weight_format, state_format, target in (
+        ("split24", "int8", 7.13),
+        ("stochastic", "int8", 6.1),
+        ("stochastic", "int4", 5.1),
+    ):
+        run = subprocess.run(
+            [sys.executable, "-c", code, weight_format, state_format], capture_output=True, text=True, check=True
+        )
+        assert target - 0.2 < float(run.stdout) <= target
+
+
+@rows
+def test_python_and_the_kernels_mean_the_same_second_moments(row):
+    from precond import reference
+
+    squares = _C.rules[row.rule][3]
+    names = reference.RULES[row.rule].states
+    assert [bool(squares >> k & 1) for k in range(len(names))] == [name in _formats.SECOND_MOMENTS for name in names]
+    assert _C.group == _formats.GROUP
+
+
+def test_the_seed_and_nothing_else_changes_the_draws():
+    results = []
+    for seed in (0, 0, 1):
+        p = torch.nn.Parameter(torch.ones(64, 64, dtype=BF16))
+        optimizer = precond.AdamW([p], lr=1e-3, weight_format="stochastic", backend=BACKEND, seed=seed)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    with pytest.raises(TypeError, match="seed must be an integer, got 0.5"):
+        precond.AdamW([p], seed=0.5)
+
+
+@mixes
+def test_clipping_composes(dtype, weight_format, state_format):
+    """Clipping by norm inside the pass is torch's followed by the same step."""
+    results = []
+    for inside in (True, False):
+        kwargs = dict(max_grad_norm=1.0) if inside else {}
+        params, optimizer = make(
+            BY_RULE["adamw"], dtype, weight_format, state_format, shapes=[(64, 64), (9,)], **kwargs
+        )
+        torch.manual_seed(1)
+        give_gradients(params)
+        if not inside:
+            norm = sum(p.grad.double().square().sum() for p in params).sqrt().float()
+            optimizer.grad_scale = 1.0 / (1.0 / (norm + 1e-6))
+            optimizer.found_inf = torch.tensor(0.0)
+        optimizer.step()
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        assert torch.allclose(p.float(), q.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)

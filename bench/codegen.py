@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from precond import _C
+from precond import _C, _formats, reference
 
 from . import ROOT, timing
 
@@ -39,6 +40,13 @@ FORMATS = [
     ("fp16", "fp16", "fp16"),
     ("fp32", "fp32", "bf16"),
     ("bf16", "bf16", "fp32"),
+]
+# Of Triton: split weights, stochastic rounding, states with codes.
+STORAGE = [
+    ("bf16_split24", "bf16", "int8"),
+    ("bf16_stochastic", "bf16", "int4"),
+    ("fp16_split32", "fp16", "int8"),
+    ("fp32", "fp32", "int8"),
 ]
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CPP_FORMATS = {"Fp32": "fp32", "Bf16": "bf16", "Fp16": "fp16"}
@@ -193,18 +201,36 @@ def fixed_paths(arch: str) -> list[dict[str, object]]:
     return rows
 
 
+def machine_code(cubin: bytes, elements: int) -> dict[str, object]:
+    """Registers and special functions of a compiled Triton kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = cuobjdump("-res-usage", file.name), cuobjdump("-sass", file.name)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "special_per_element": len(re.findall(r"\bMUFU", code)) / elements,
+    }
+
+
 def triton_kernel(rule: str, formats: tuple[str, str, str], target: str) -> dict[str, object]:
     """Compile one Triton update kernel offline and count what matters."""
     from precond.triton_kernels import kernel, scalars
 
     spec = kernel.RULES[rule]
+    names, form = reference.RULES[rule].states, formats[2]
+    states = [_formats.code_format(name, form) if form in _formats.CODED else form for name in names]
+    s0, s1, s2 = (*states, "fp32", "fp32", "fp32")[:3]
     constants = {
         "RULE": spec.update,
         "DECAY": spec.decay,
         "STATES": spec.states,
         "P": formats[0],
         "G": formats[1],
-        **dict.fromkeys(("S0", "S1", "S2"), formats[2]),
+        "S0": s0,
+        "S1": s1,
+        "S2": s2,
         "ROW": scalars.ROW_FLOATS.value,
         "SLOT": kernel.SLOTS.value,
         "BLOCK": kernel.BLOCK,
@@ -216,10 +242,16 @@ def triton_kernel(rule: str, formats: tuple[str, str, str], target: str) -> dict
     options = {"num_warps": kernel.WARPS, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     row: dict[str, object] = {"rule": rule, "formats": "/".join(formats), "target": target}
+    if "cubin" in compiled.asm and formats in STORAGE:
+        per_thread = kernel.BLOCK // (32 * kernel.WARPS)
+        # The text stands there twice: for a full block, and for a part of another one.
+        row |= machine_code(compiled.asm["cubin"], per_thread + per_thread // kernel.PARTS)
     if "ptx" in compiled.asm:
         text = compiled.asm["ptx"]
         row["loads_128"] = len(re.findall(r"ld\.global\.v4\.b32", text))
         row["stores_128"] = len(re.findall(r"st\.global\.v4\.b32", text))
+        row["loads_64"] = len(re.findall(r"ld\.global\.v2\.b32", text))
+        row["stores_64"] = len(re.findall(r"st\.global\.v2\.b32", text))
         row["inexact"] = sorted(set(re.findall(r"\w+\.approx\S*|\S+\.ftz\S*|rsqrt\S*|mad\.\S*f32", text)))
         row["double"] = len(re.findall(r"\b(?:add|mul|fma|div|sqrt|cvt)\.\S*f64", text))
         row["local"] = len(re.findall(r"\b(?:ld|st)\.local", text))
@@ -242,6 +274,13 @@ def report(arch: str, targets: list[str], quick: bool) -> dict[str, object]:
         if not quick or row in BY_STATES or (formats == PLAIN and target == "sm_90")
     ]
     machine = MachineCode(_C.__file__, arch) if _C.cuda and not _C.cuda_on_host else None
+    cases += [
+        (row.rule, formats, target)
+        for row in (BY_STATES[2:3] if quick else BY_STATES)
+        for formats in STORAGE
+        for target in targets
+        if not quick or target in ("sm_90", "gfx942")
+    ]
     return {
         "environment": {"cuda": _C.cuda, "triton": triton.__version__, "commit": timing.commit()},
         "cuda": cuda_kernels(machine) if machine else [],

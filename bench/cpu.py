@@ -49,6 +49,8 @@ class Case:
     timed: str = "precond"
     #: Bytes per element of each contender, where times are compared per byte.
     per_byte: dict[str, int] | None = None
+    #: Dtypes of contenders whose parameters are not of ``dtype``.
+    dtypes: dict[str, torch.dtype] = dataclasses.field(default_factory=dict)
 
 
 def check_parity() -> None:
@@ -59,14 +61,19 @@ def check_parity() -> None:
     for row in tqdm(OPTIMIZERS, desc="parity", leave=False):
         for dtypes in DTYPES:
             run(row, [(5,), (70_001,), (33, 65)], *dtypes)
+    import test_formats
+
+    for formats in tqdm(test_formats.MIXES, desc="formats", leave=False):
+        test_formats.test_every_rule_and_format_matches_the_reference_text(test_formats.BY_RULE["adamw"], *formats)
 
 
-def parameters(case: Case) -> list[torch.nn.Parameter]:
+def parameters(case: Case, contender: str = "") -> list[torch.nn.Parameter]:
+    dtype = case.dtypes.get(contender, case.dtype)
     generator = torch.Generator().manual_seed(0)
     params = []
     for _ in range(case.count):
-        p = torch.nn.Parameter(torch.randn(case.shape, generator=generator).to(case.dtype))
-        p.grad = torch.randn(case.shape, generator=generator).to(case.dtype)
+        p = torch.nn.Parameter(torch.randn(case.shape, generator=generator).to(dtype))
+        p.grad = torch.randn(case.shape, generator=generator).to(dtype)
         params.append(p)
     return params
 
@@ -141,6 +148,29 @@ def cases() -> list[Case]:
             "torch clip, fused",
         ),
         rules_case(),
+        *format_cases(),
+    ]
+
+
+def format_cases() -> list[Case]:
+    """Formats on bfloat16 parameters, against torch's fused AdamW on float32 and on bfloat16 ones of the same number."""
+    stock = {"torch fused fp32": F32, "torch fused bf16": BF16}
+
+    def case(weight_format, state_format, bytes_per_element, targets):
+        contenders = {name: lambda params: torch.optim.AdamW(params, fused=True) for name in stock}
+        contenders["precond"] = lambda params: precond.AdamW(
+            params, weight_format=weight_format, state_format=state_format
+        )
+        limits = [("precond", (name,), limit) for name, limit in zip(stock, targets, strict=False)]
+        name = f"AdamW {weight_format} + {state_format}, 32M"
+        return Case(name, (32 * 1024, 1024), 1, BF16, contenders, limits, bytes_per_element, dtypes=stock)
+
+    # Without targets but for the first; the others are timed for the notes.
+    return [
+        case("split24", "int8", 12.25, (1.0, 1.3)),
+        case("stochastic", "int8", 10.06, ()),
+        case("stochastic", "int4", 8.13, ()),
+        case("split32", "fp32", 26, ()),
     ]
 
 
@@ -164,7 +194,7 @@ def copy_bandwidth() -> float:
 
 
 def run_case(case: Case, seconds: float, copy: float) -> dict[str, object]:
-    optimizers = {name: make(parameters(case)) for name, make in case.contenders.items()}
+    optimizers = {name: make(parameters(case, name)) for name, make in case.contenders.items()}
     times = timing.interleaved({name: opt.step for name, opt in optimizers.items()}, seconds)
     medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
     elements = case.count * torch.Size(case.shape).numel()

@@ -126,6 +126,25 @@ def new_remainder(p: Tensor, weight_format: str) -> Tensor:
     return like(p, torch.zeros(*plain.shape, 2, dtype=torch.int8, device=plain.device), torch.Size((*p.shape, 2)))
 
 
+def check(name: str, p: Tensor, state: dict[str, Any], names: tuple[str, ...], layout: Layout) -> None:
+    """Raise where codes, scales or a remainder are not what a layout says: a checkpoint can bring anything."""
+    n = local(p).numel()
+    expected = {}
+    if layout.param.endswith(("split24", "split32")):
+        expected["remainder"] = torch.int8, n if layout.param.endswith("24") else 2 * n
+    for key, form in zip(names, layout.states, strict=True):
+        if form in _LEVELS:
+            expected[key] = torch.int8 if form == "int8" else torch.uint8, n if form.endswith("8") else (n + 1) // 2
+            expected[f"{key}_scale"] = torch.bfloat16, -(-n // GROUP)
+    for key, (dtype, count) in expected.items():
+        t = local(state[key])
+        if (t.dtype, t.numel(), t.device) != (dtype, count, local(p).device) or not t.is_contiguous():
+            raise TypeError(
+                f"{key} of {name} must have {count} contiguous elements of {dtype} on {p.device}, "
+                f"got shape {tuple(t.shape)} with strides {t.stride()} of {t.dtype} on {t.device}"
+            )
+
+
 def has_remainder(state: dict[str, Any], weight_format: str, p: Tensor) -> bool:
     remainder = state.get("remainder")
     shape = p.shape if weight_format == "split24" else (*p.shape, 2)

@@ -179,6 +179,11 @@ class StepPlan:
                         self.fresh.add(p)
                     if p in optimizer.state and "remainder" in optimizer.state[p]:
                         self.split.append(p)
+            for slow in self.slow:
+                group, names = optimizer.param_groups[slow.group], optimizer._names(rows[slow.group].rule)
+                layout = optimizer._layout(slow.param, group, rows[slow.group].rule)
+                if not layout.plain:
+                    _formats.check(slow.name, slow.param, optimizer.state[slow.param], names, layout)
             for where in dict.fromkeys(fast.values()):
                 self._compile(optimizer, rows, fast, *where)
         except BaseException:
@@ -371,14 +376,18 @@ class StepPlan:
                 step = int(step.item())
             tensors = [local(t) for t in (p, g, *optimizer._states(p, rule).values())]
             fresh = p in self.fresh
+            layout = optimizer._layout(p, optimizer.param_groups[group], rule)
             if backend == "triton":
+                state = optimizer.state[p] if p in optimizer.state else {}
+                scales = [state.get(f"{name}_scale") for name in optimizer._names(rule)]
+                beside = [None if t is None else local(t) for t in (state.get("remainder"), None, *scales)]
                 p, g, *states = (torch.view_as_real(t) if t.is_complex() else t for t in tensors)
-                for_triton.append((rule, p, g, states, hyper, step, fresh, sign))
+                key = state["key"] if layout.draws else 0
+                for_triton.append((rule, p, g, states, hyper, step, fresh, sign, layout, beside, key))
                 continue
             # Where autograd watches, a tensor lr stays one.
             numbers = hyper if torch.is_grad_enabled() else {name: float(value) for name, value in hyper.items()}
             arguments = numbers, step, fresh, sign * control.grad_coef, control.clip_value
-            layout = optimizer._layout(p, optimizer.param_groups[group], rule)
             if not layout.plain:
                 _formats.update(rule, p, tensors[1], optimizer.state[p], optimizer._names(rule), layout, *arguments)
                 continue

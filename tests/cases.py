@@ -140,7 +140,7 @@ def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     nan_a, nan_b = torch.isnan(a), torch.isnan(b)
-    integer = {4: torch.int32, 2: torch.int16, 8: torch.int64}[a.element_size()]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     same = a.contiguous().view(integer) == b.contiguous().view(integer)
     return bool((same | (nan_a & nan_b)).all()) and torch.equal(nan_a, nan_b)
 

@@ -591,7 +591,7 @@ def test_the_seed_and_nothing_else_changes_the_draws():
         results.append(p.detach())
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
-    with pytest.raises(TypeError, match="seed must be an integer, got 0.5"):
+    with pytest.raises(TypeError, match=r"seed must be an integer, got 0\.5"):
         precond.AdamW([p], seed=0.5)
 
 

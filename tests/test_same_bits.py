@@ -236,7 +236,7 @@ def test_the_scalars_of_both_texts_are_the_same_bits(row):
         written = torch.full((scalars.ROW_FLOATS.value,), 7.0)
         scalars.prologue[(1,)](
             hyper,
-            torch.tensor([0, 1, step == 1, 0, step]),
+            torch.tensor([0, 1, step == 1, 0, step, 0]),
             written,
             torch.empty(2),
             None,

@@ -10,19 +10,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._formats import Layout
 from . import rules, scalars
-from .formats import FORMATS, address, decode, encode
+from .formats import BESIDE, FORMATS, block_at, draws, is_plain, load, operand, store
+from .random import draw_of, words_at
 from .tables import storage_order, table
 
 BLOCK = 1024
 WARPS = 4
+# Parts of a block that is not full or not aligned, where formats are not plain. A whole one, with a predicate and an address for
+# each element, takes 188 registers for sm_90 with a split weight and 8-bit states; in four parts the full block's 124 decide.
+PARTS = 4
 # Tensors per program of the prologue, with one warp: a counter is then read before any thread writes it.
 PROLOGUE_BLOCK = 32
 # Slots of a tensor in the address table: p, g, up to three states, the number of elements, and again that number if every
-# address is a multiple of 16 bytes, else 0.
-SLOTS = tl.constexpr(7)
-# Numbers of a tensor for the prologue: group, sign, fresh, the address of its counter, the number of this step.
-JOB = 5
+# address is a multiple of 16 bytes, else 0; then what lies beside p, g and the states, and where the elements are in the
+# unsharded tensor.
+OPERANDS = 5
+PLACE = tl.constexpr(BESIDE.value + OPERANDS)
+SLOTS = tl.constexpr(PLACE.value + 3)
+# Numbers of a tensor for the prologue: group, sign, fresh, the address of its counter, the number of this step, the key of its
+# random bits.
+JOB = 6
 
 
 class Rule(NamedTuple):
@@ -76,6 +85,9 @@ class Item(NamedTuple):
     step: int | Tensor  # the number of this step, or a counter on the device, which the launch advances
     fresh: bool
     sign: float
+    layout: Layout
+    beside: list[Tensor | None]  # of p, g and the states: remainders and scales
+    key: int  # of the random bits, where the layout draws
 
 
 class Clip(NamedTuple):
@@ -107,8 +119,7 @@ def clamped(g, limit):
 @triton.jit
 def update_block(
     slots,
-    offsets,
-    mask,
+    block,
     row,
     grad_coef,
     clip_value,
@@ -120,39 +131,48 @@ def update_block(
     S0: tl.constexpr,
     S1: tl.constexpr,
     S2: tl.constexpr,
+    BLOCK: tl.constexpr,
     FULL: tl.constexpr,
 ):
     """Load, rule, store. FULL: every offset is an element, and the addresses are aligned."""
-    p_ptr = address(slots, P, FULL)
-    p = decode(p_ptr, offsets, mask, P, FULL)
-    g = clamped(grad_coef * decode(address(slots + 1, G, FULL), offsets, mask, G, FULL), clip_value)
+    p_at = operand(slots, P, FULL)
+    p = load(p_at, block, P, BLOCK, FULL)
+    g = clamped(grad_coef * load(operand(slots + 1, G, FULL), block, G, BLOCK, FULL), clip_value)
+    word = 0
+    if draws(P, S0, S1, S2):
+        word = words_at(*scalars.seed_in(row), slots + PLACE, block[0], BLOCK)
     if STATES == 0:
         p = RULE(p, g, row, DECAY)
     elif STATES == 1:
-        s0_ptr = address(slots + 2, S0, FULL)
-        s0 = decode(s0_ptr, offsets, mask, S0, FULL)
+        s0_at = operand(slots + 2, S0, FULL)
+        s0 = load(s0_at, block, S0, BLOCK, FULL)
         p, s0 = RULE(p, g, s0, row, DECAY)
-        encode(s0_ptr, offsets, mask, s0, S0, FULL)
+        store(s0_at, block, s0, draw_of(word, 1), S0, BLOCK, FULL)
     elif STATES == 2:
-        s0_ptr = address(slots + 2, S0, FULL)
-        s1_ptr = address(slots + 3, S1, FULL)
-        s0 = decode(s0_ptr, offsets, mask, S0, FULL)
-        s1 = decode(s1_ptr, offsets, mask, S1, FULL)
+        s0_at = operand(slots + 2, S0, FULL)
+        s1_at = operand(slots + 3, S1, FULL)
+        s0 = load(s0_at, block, S0, BLOCK, FULL)
+        s1 = load(s1_at, block, S1, BLOCK, FULL)
         p, s0, s1 = RULE(p, g, s0, s1, row, DECAY)
-        encode(s0_ptr, offsets, mask, s0, S0, FULL)
-        encode(s1_ptr, offsets, mask, s1, S1, FULL)
+        store(s0_at, block, s0, draw_of(word, 1), S0, BLOCK, FULL)
+        store(s1_at, block, s1, draw_of(word, 2), S1, BLOCK, FULL)
     else:
-        s0_ptr = address(slots + 2, S0, FULL)
-        s1_ptr = address(slots + 3, S1, FULL)
-        s2_ptr = address(slots + 4, S2, FULL)
-        s0 = decode(s0_ptr, offsets, mask, S0, FULL)
-        s1 = decode(s1_ptr, offsets, mask, S1, FULL)
-        s2 = decode(s2_ptr, offsets, mask, S2, FULL)
+        s0_at = operand(slots + 2, S0, FULL)
+        s1_at = operand(slots + 3, S1, FULL)
+        s2_at = operand(slots + 4, S2, FULL)
+        s0 = load(s0_at, block, S0, BLOCK, FULL)
+        s1 = load(s1_at, block, S1, BLOCK, FULL)
+        s2 = load(s2_at, block, S2, BLOCK, FULL)
         p, s0, s1, s2 = RULE(p, g, s0, s1, s2, row, DECAY)
-        encode(s0_ptr, offsets, mask, s0, S0, FULL)
-        encode(s1_ptr, offsets, mask, s1, S1, FULL)
-        encode(s2_ptr, offsets, mask, s2, S2, FULL)
-    encode(p_ptr, offsets, mask, p, P, FULL)
+        store(s0_at, block, s0, draw_of(word, 1), S0, BLOCK, FULL)
+        store(s1_at, block, s1, draw_of(word, 2), S1, BLOCK, FULL)
+        store(s2_at, block, s2, draw_of(word, 3), S2, BLOCK, FULL)
+    store(p_at, block, p, draw_of(word, 0), P, BLOCK, FULL)
+
+
+@triton.constexpr_function
+def part_of(block, *names):
+    return block if all(is_plain(name) for name in names) else block // PARTS
 
 
 @triton.jit
@@ -180,7 +200,6 @@ def update_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks_ptr + 2 * chunk)
     begin = tl.multiple_of(tl.load(chunks_ptr + 2 * chunk + 1), BLOCK)
-    offsets = begin + tl.arange(0, BLOCK)
     slots = tensors_ptr + tensor * SLOT
     row = rows_ptr + tensor * ROW
     grad_coef = tl.load(control_ptr + 1 + tensor)
@@ -188,11 +207,20 @@ def update_kernel(
     skip = tl.load(control_ptr) != 0.0
     numel = tl.where(skip, 0, tl.load(slots + 5))
     aligned = tl.where(skip, 0, tl.load(slots + 6))
-    mask = offsets < numel
+    PART: tl.constexpr = part_of(BLOCK, P, S0, S1, S2)
+    block = block_at(begin, numel, BLOCK)
     if begin + BLOCK <= aligned:
-        update_block(slots, offsets, mask, row, grad_coef, clip_value, RULE, DECAY, STATES, P, G, S0, S1, S2, True)
+        update_block(slots, block, row, grad_coef, clip_value, RULE, DECAY, STATES, P, G, S0, S1, S2, BLOCK, True)
+    elif PART == BLOCK:
+        update_block(slots, block, row, grad_coef, clip_value, RULE, DECAY, STATES, P, G, S0, S1, S2, BLOCK, False)
     else:
-        update_block(slots, offsets, mask, row, grad_coef, clip_value, RULE, DECAY, STATES, P, G, S0, S1, S2, False)
+        for part in range(BLOCK // PART):
+            first = begin + part * PART
+            if first < numel:
+                part_block = block_at(first, numel, PART)
+                update_block(
+                    slots, part_block, row, grad_coef, clip_value, RULE, DECAY, STATES, P, G, S0, S1, S2, PART, False
+                )
 
 
 def update(
@@ -209,7 +237,7 @@ def update(
     """
     launches: dict[tuple[object, ...], list[Item]] = {}
     for item in items:
-        formats = [FORMATS[t.dtype] for t in (item.p, item.g, *item.states)]
+        formats = [item.layout.param, FORMATS[item.g.dtype], *item.layout.states]
         launches.setdefault((item.rule, item.p.device, *formats), []).append(item)
     for (rule, device, *formats), group in launches.items():
         scaler = [None if t is None else t.to(device) for t in (grad_scale, found_inf)]
@@ -219,15 +247,16 @@ def update(
         clip = clip._replace(grad_norm=None, clip_coef=None, skipped=None)  # the first launch has written them
 
 
-def address_table(values: list[int], width: int) -> Tensor:
-    """Per tensor SLOTS numbers, from its number of elements and its addresses."""
-    found = torch.tensor(values, dtype=torch.int64).view(-1, 1 + width)
-    numel, addresses = found[:, 0], found[:, 1:]
-    slots = torch.zeros(len(found), SLOTS.value, dtype=torch.int64)
-    slots[:, :width] = addresses
-    slots[:, 5] = numel
-    slots[:, 6] = numel * (addresses % 16 == 0).all(dim=1)
-    return slots
+def address_table(values: list[int]) -> Tensor:
+    """Per tensor SLOTS numbers, from its number of elements, its addresses and its place."""
+    found = torch.tensor(values, dtype=torch.int64).view(-1, SLOTS.value - 1)
+    numel, addresses, place = found.split([1, 2 * OPERANDS, 3], dim=1)
+    aligned = numel * (addresses % 16 == 0).all(dim=1, keepdim=True)
+    return torch.cat([addresses[:, :OPERANDS], numel, aligned, addresses[:, OPERANDS:], place], dim=1)
+
+
+def padded(addresses: list[int]) -> list[int]:
+    return addresses + [0] * (OPERANDS - len(addresses))
 
 
 def chunk_table(sizes: list[int]) -> Tensor:
@@ -268,10 +297,11 @@ def launch(
     for item in items:
         operands = [item.p, item.g, *item.states]
         strides = item.p.stride()
-        order, dense = storage_order(item.p.shape, strides)
+        order, dense = storage_order(item.p.shape, strides) if item.layout.plain else (None, False)
         if not dense or any(t.stride() != strides for t in operands):
-            # A layout that is not dense in p's order goes through a dense copy; the gradient's is not copied back.
-            views = [t.permute(order) for t in operands]
+            # A layout that is not dense in p's order goes through a dense copy; the gradient's is not copied back. Formats
+            # that number elements visit them row by row.
+            views = operands if order is None else [t.permute(order) for t in operands]
             operands = [t.contiguous() for t in views]
             alive.append(operands)
             written = [(views[k], operands[k]) for k in range(len(views)) if k != 1]
@@ -279,12 +309,14 @@ def launch(
         numel = item.p.numel()
         sizes.append(numel)
         places.append(numel)
-        places += [t.data_ptr() for t in operands]
+        places += padded([t.data_ptr() for t in operands])
+        places += padded([0 if t is None else t.data_ptr() for t in item.beside])
+        places += item.layout.place
         counter, step = (item.step.data_ptr(), 0) if isinstance(item.step, Tensor) else (0, item.step)
-        jobs += [group_of[id(item.hyper)], int(item.sign), int(item.fresh), counter, step]
+        jobs += [group_of[id(item.hyper)], int(item.sign), int(item.fresh), counter, step, item.key]
 
     key = (rule.update, rule.decay, device, *formats, len(items), places[1])
-    tensors = table(("tensors", *key), places, functools.partial(address_table, width=len(formats)), device)
+    tensors = table(("tensors", *key), places, address_table, device)
     chunks = table(("chunks", *key), sizes, chunk_table, device)
     jobs_table = table(("jobs", *key), jobs, functools.partial(torch.tensor, dtype=torch.int64), device)
     hyper = hyper_table(("hyper", *key), rule, list(hypers.values()), device)

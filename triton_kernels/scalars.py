@@ -6,7 +6,12 @@ The positions of a rule's fields in a row are named here, for the functions that
 import triton
 import triton.language as tl
 
+from .random import seed_of
+
 ROW_FLOATS = tl.constexpr(16)
+
+# Where a row keeps the seed of its tensor's random bits; rules have the floats before.
+SEED = tl.constexpr(ROW_FLOATS.value - 2)
 
 # A decay's, from where its rule puts it.
 WEIGHT_DECAY = tl.constexpr(0)
@@ -179,6 +184,26 @@ def finish(
 
 
 @triton.jit
+def seed_at(row):
+    """Not as floats: a bit pattern may be a signalling NaN."""
+    return (row + SEED).to(tl.pointer_type(tl.uint32), bitcast=True)
+
+
+@triton.jit
+def seed_in(row):
+    seed = seed_at(row)
+    return tl.load(seed), tl.load(seed + 1)
+
+
+@triton.jit
+def put_seed(key, step, row, mask):
+    a, b = seed_of(key, step.to(tl.int64))
+    seed = seed_at(row)
+    tl.store(seed, a, mask=mask)
+    tl.store(seed + 1, b, mask=mask)
+
+
+@triton.jit
 def prologue(
     hyper_ptr,
     jobs_ptr,
@@ -205,7 +230,8 @@ def prologue(
     """Fill one row per tensor and what update_kernel reads at control_ptr; count the steps that are counted on the device.
 
     hyper_ptr: float64 [groups, HYPERS]; jobs_ptr: int64 [tensors, JOB]: group, sign, fresh, the address of a counter or 0,
-    and without one the number of this step; the pointers of a loss scaler, of a norm and of its results may be None.
+    and without one the number of this step, the key of random bits; the pointers of a loss scaler, of a norm and of its results
+    may be None.
     """
     tensor = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = tensor < tensors
@@ -227,6 +253,7 @@ def prologue(
     fresh = tl.load(job + 2, mask=mask, other=0)
     counter = tl.load(job + 3, mask=mask, other=0)
     step = tl.load(job + 4, mask=mask, other=1).to(tl.float32)
+    key = tl.load(job + 5, mask=mask, other=0)
     tl.store(control_ptr + 1 + tensor, sign * grad_coef, mask=mask)
 
     counter_ptr = counter.to(tl.pointer_type(tl.float32))
@@ -236,4 +263,6 @@ def prologue(
         counts = tl.where(skip == 0.0, counts, False)
     tl.store(counter_ptr, step, mask=counts)
     tl.store(control_ptr, skip)
-    SCALARS(hyper_ptr + group * HYPERS, step, fresh, rows_ptr + tensor * ROW, mask, DECAY)
+    row = rows_ptr + tensor * ROW
+    SCALARS(hyper_ptr + group * HYPERS, step, fresh, row, mask, DECAY)
+    put_seed(key, step, row, mask)

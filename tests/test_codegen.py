@@ -21,7 +21,7 @@ pytestmark = [
 
 # Measured with nvcc 13.0 for sm_90 plus a few: 32 to 80. 80 leaves three blocks of 256 threads on a multiprocessor.
 MOST_REGISTERS = 80
-# Of the kernels for all other formats: 128 leave two blocks. Those of three states keep up to 24 bytes per thread in local
+# Of the kernels for all other formats: 128 leave two blocks. Those of three states keep up to 32 bytes per thread in local
 # memory: roots that the rule shares with the code of its last state.
 MOST_TILED_REGISTERS, MOST_STACK = 128, 32
 
@@ -89,7 +89,7 @@ def test_paths_of_adamw_take_few_special_functions(report):
     for row in rows:
         assert (row["stack"], row["local"]) == (0, 0), row["formats"]
         assert row["special_per_element"] <= 6, row["formats"]
-        assert row["instructions_per_element"] <= 230, row["formats"]
+        assert row["instructions_per_element"] <= 240, row["formats"]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])

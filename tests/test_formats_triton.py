@@ -116,6 +116,16 @@ def test_random_values_have_the_bits_of_the_cpu(row, formats):
 
 
 @main
+@pytest.mark.parametrize("clip", [{"clip_grad_value": 0.05}, {"max_grad_norm": 0.5}], ids=str)
+def test_clipped_gradients_have_the_bits_of_the_cpu(formats, clip):
+    row = BY_RULE["adamw"]
+    clipped = dataclasses.replace(row, kwargs=row.kwargs | clip)
+    found = train(clipped, formats, "triton", make=random_values)
+    assert_same(found, train(clipped, formats, "cpu", make=random_values))
+    assert not bits_equal(found[2, "p"], train(row, formats, "cpu", make=random_values)[2, "p"])
+
+
+@main
 def test_what_a_block_has_behind_the_last_element_changes_no_group(formats):
     """There a step is 0 / 0."""
     row = BY_RULE["rmspropw_momentum"]
@@ -207,6 +217,9 @@ def test_a_row_has_the_seed_of_its_key_and_step():
         None,
         1.0,
         len(cases),
+        *kernel.NO_CLIP[:5],
+        INF=False,
+        SKIP_NONFINITE=False,
         SCALARS=rule.scalars,
         DECAY=rule.decay,
         HYPERS=len(rule.hyper),

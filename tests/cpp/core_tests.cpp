@@ -285,6 +285,36 @@ void codes_keep_what_they_must() {
   }
 }
 
+// A tensor in one piece and in two, where the numbers of its elements pass 2^32 inside a tile: the same draws.
+void pieces_draw_as_the_whole() {
+  constexpr int64_t n = 1000, cut = 384, begin = (int64_t(1) << 32) - 700;
+  std::vector<uint16_t> values(n, 0x3f80), gradients(n, 0x3f80), whole = values, pieces = values;
+  const auto run = [&](std::vector<uint16_t>& p, int64_t from, int64_t count) {
+    Tensor t;
+    t.rule = rule_number("sgd");
+    t.numel = count;
+    t.p = {reinterpret_cast<char*>(p.data() + from), Format::bf16_stochastic};
+    t.g = {reinterpret_cast<char*>(gradients.data() + from), Format::bf16};
+    float step = 0.0f;
+    t.step = &step;
+    t.active = t.draws = true;
+    t.key = 5;
+    t.place = {begin + from, 0, 0};
+    Plan plan;
+    plan.add(t);
+    GroupRow group = group_of(t.rule);
+    group.hyper[0] = 1e-3;
+    plan.run({group}, Control{}, 1);
+  };
+  run(whole, 0, n);
+  run(pieces, 0, cut);
+  run(pieces, cut, n - cut);
+  CHECK(whole == pieces && whole != values);
+  int64_t up = 0;
+  for (uint16_t p : whole) up += p == 0x3f80;
+  CHECK(up > n / 2 && up < n);
+}
+
 void random_words_are_even() {
   // Bits, neighbours, steps and keys: every bit is set about half of the time, and no two streams agree.
   const Seed seeds[] = {seed_of(0, 1), seed_of(0, 2), seed_of(1, 1), seed_of(0x123456789abcdefu, 1)};
@@ -373,6 +403,7 @@ int main() {
   RUN(codes_keep_what_they_must<Int4>);
   RUN(codes_keep_what_they_must<Uint4>);
   RUN(random_words_are_even);
+  RUN(pieces_draw_as_the_whole);
   RUN(fp16_is_the_compilers);
   RUN(integer_powers_are_products);
   RUN(unknown_instruction_sets_are_refused);

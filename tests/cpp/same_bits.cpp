@@ -14,7 +14,21 @@ namespace {
 constexpr size_t kElements = 1543;  // three tiles, and a remainder for every vector length
 constexpr unsigned kDraws = 4, kSteps = 3;
 constexpr Format F = Format::fp32, B = Format::bf16, H = Format::fp16;
-constexpr Format kMixes[][3] = {{F, F, F}, {B, B, B}, {H, H, H}, {F, F, B}, {F, B, F}, {B, B, F}, {H, H, F}, {F, H, H}};
+constexpr Format kMixes[][3] = {{F, F, F},
+                                {B, B, B},
+                                {H, H, H},
+                                {F, F, B},
+                                {F, B, F},
+                                {B, B, F},
+                                {H, H, F},
+                                {F, H, H},
+                                {Format::bf16_split24, B, Format::int8},
+                                {Format::bf16_stochastic, B, Format::int4},
+                                {Format::bf16_split32, F, Format::bf16_stochastic},
+                                {Format::fp16_split32, H, Format::fp16_stochastic},
+                                {Format::fp16_split24, H, Format::int8},
+                                {Format::fp16_stochastic, H, Format::int4}};
+constexpr size_t kSpecialFrom = 8;  // mixes from here on draw
 
 // As torch.set_flush_denormal does.
 void flush_denormals(bool on) {
@@ -26,11 +40,12 @@ void flush_denormals(bool on) {
 }
 
 // One fp32, or two of 16 bits of which the first is any value at all.
-std::vector<uint32_t> random_operand(std::mt19937& random) {
+// tame: without infinities, NaN and large numbers, which would make all codes of a group NaN.
+std::vector<uint32_t> random_operand(std::mt19937& random, bool tame) {
   std::vector<uint32_t> words(kElements);
   for (uint32_t& word : words) {
     const uint32_t u = uint32_t(random()), sign = u & 0x80000000u, mantissa = u & 0x7fffffu;
-    const uint32_t kind = random() % 64;
+    const uint32_t any = random() % 64, kind = tame && any > 0 ? 63 : any;
     const uint32_t exponent = kind == 0 ? 0 : kind < 3 ? 255 : kind < 8 ? u >> 23 & 255 : 117 + (u >> 23) % 15;
     word = sign | exponent << 23 | (kind == 2 ? 0 : mantissa);
   }
@@ -45,7 +60,13 @@ void add_to_hash(uint64_t& hash, const std::vector<uint32_t>& words, Format form
   }
 }
 
-uint64_t hash_of(size_t rule, Format p_format, Format g_format, Format state_format) {
+// Second moments of a rule have codes of their own.
+Format format_of(const RuleInfo& info, size_t state, Format format) {
+  if ((info.squares >> state & 1) == 0) return format;
+  return format == Format::int8 ? Format::uint8 : format == Format::int4 ? Format::uint4 : format;
+}
+
+uint64_t hash_of(size_t rule, Format p_format, Format g_format, Format state_format, bool special) {
   const RuleInfo& info = rules()[rule];
   std::mt19937 random(0);
   uint64_t hash = 0xcbf29ce484222325u;
@@ -58,7 +79,9 @@ uint64_t hash_of(size_t rule, Format p_format, Format g_format, Format state_for
       const double value = std::ldexp(mantissa, -2 - int(random() % 145));
       group.hyper[k] = random() % 2 == 0 ? value : 1.0 - value;
     }
-    std::vector<uint32_t> p = random_operand(random), g;
+    std::vector<uint32_t> p = random_operand(random, special), g;
+    std::vector<uint32_t> remainder(kElements);
+    std::vector<std::vector<uint32_t>> scales(size_t(info.states), std::vector<uint32_t>(kElements / kGroup + 1));
     std::vector<std::vector<uint32_t>> states(size_t(info.states), std::vector<uint32_t>(kElements));
     float step = 0.0f;
     Tensor t;
@@ -67,16 +90,25 @@ uint64_t hash_of(size_t rule, Format p_format, Format g_format, Format state_for
     t.step = &step;
     t.active = t.fresh = true;
     t.p = {reinterpret_cast<char*>(p.data()), p_format};
-    for (size_t k = 0; k < states.size(); ++k) t.state[k] = {reinterpret_cast<char*>(states[k].data()), state_format};
+    t.p.beside = reinterpret_cast<char*>(remainder.data());
+    for (size_t k = 0; k < states.size(); ++k) {
+      t.state[k] = {reinterpret_cast<char*>(states[k].data()), format_of(info, k, state_format)};
+      t.state[k].beside = reinterpret_cast<char*>(scales[k].data());
+    }
+    t.draws = special;
+    t.key = random();
+    t.place = {int64_t(random()), 0, 0};
     Plan plan;
     plan.add(t);
     for (unsigned k = 0; k < kSteps; ++k) {
-      g = random_operand(random);
+      g = random_operand(random, special);
       plan.tensor(0).g = {reinterpret_cast<char*>(g.data()), g_format};
       plan.run({group}, Control{}, 1);
     }
     add_to_hash(hash, p, p_format);
+    add_to_hash(hash, remainder, Format::bf16);
     for (const auto& state : states) add_to_hash(hash, state, state_format);
+    for (const auto& scale : scales) add_to_hash(hash, scale, Format::bf16);
   }
   return hash;
 }
@@ -92,7 +124,7 @@ int main() {
         select_isa(isa);
         for (bool flush : {false, true}) {
           flush_denormals(flush);
-          const uint64_t hash = hash_of(rule, p, g, state);
+          const uint64_t hash = hash_of(rule, p, g, state, size_t(mix) >= kSpecialFrom);
           flush_denormals(false);
           std::printf("%s mix%d %s%s %016llx\n", rules()[rule].name, mix, isa.c_str(), flush ? "+flush" : "",
                       static_cast<unsigned long long>(hash));

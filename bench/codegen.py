@@ -50,6 +50,8 @@ STORAGE = [
 ]
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CPP_FORMATS = {"Fp32": "fp32", "Bf16": "bf16", "Fp16": "fp16"}
+# Elements of a thread in the kernels of formats that do not stand alone: kRun in csrc/cuda_formats.cuh.
+RUN = 8
 # Of an H200: bytes per second of a device copy, special-function operations per second (132 multiprocessors, 16 a clock).
 COPY, SPECIAL = 4.3e12, 3.6e12
 # Approximations, flushed denormals, and operations that the assembler may still fuse.
@@ -81,32 +83,56 @@ def sections(text: str, pattern: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def cuda_kernels(arch: str) -> list[dict[str, object]]:
-    """One row per CUDA update kernel in the extension; empty if it was built without CUDA."""
-    if not _C.cuda or _C.cuda_on_host:
-        return []
-    usage = dict(re.findall(r"Function (\S+):\s*\n\s*(.*)", cuobjdump("-res-usage", "-arch", arch, _C.__file__)))
-    sass = sections(cuobjdump("-sass", "-arch", arch, _C.__file__), r"Function : (\S+)")
-    ptx = sections(cuobjdump("-ptx", _C.__file__), r"\.entry (\w+)\(")
-    names = demangled(list(sass))
-    rule_of = {type_: rule for rule, type_ in _C.rule_types.items()}
+class MachineCode:
+    """The kernels of a compiled file: by their mangled names, what they are called, their SASS, their PTX and registers."""
+
+    def __init__(self, path: str | Path, arch: str) -> None:
+        self.sass = sections(cuobjdump("-sass", "-arch", arch, str(path)), r"Function : (\S+)")
+        self.names = demangled(list(self.sass))
+        self._ptx = sections(cuobjdump("-ptx", str(path)), r"\.entry (\w+)\(")
+        usage = cuobjdump("-res-usage", "-arch", arch, str(path))
+        self._usage = dict(re.findall(r"Function (\S+):\s*\n\s*(.*)", usage))
+
+    def counts(self, mangled: str) -> dict[str, object]:
+        """What every kernel is held to."""
+        code = self.sass[mangled]
+        return {
+            "registers": int(re.search(r"REG:(\d+)", self._usage[mangled])[1]),  # type: ignore[index]
+            "stack": int(re.search(r"STACK:(\d+)", self._usage[mangled])[1]),  # type: ignore[index]
+            "loads_128": len(re.findall(r"LDG\.E\.128", code)),
+            "stores_128": len(re.findall(r"STG\.E\.128", code)),
+            "local": len(re.findall(r"\b(LDL|STL)\b", code)),
+            "double": len(re.findall(r"\b(DADD|DMUL|DFMA|DSETP|F2F\.F64|F2F\.F32\.F64)", code)),
+            "inexact_ptx": sorted(set(INEXACT_PTX.findall(self._ptx.get(mangled, "")))),
+            "has_ptx": mangled in self._ptx,
+        }
+
+
+def rule_named(type_: str) -> str:
+    """The rule of a functor's type as it is demangled."""
+    plain = re.sub(r"precond::\w+::", "", type_).replace(" ", "")
+    return next(rule for rule, name in _C.rule_types.items() if name == plain)
+
+
+def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
+    """One row per kernel of formats that stand alone."""
     rows = []
-    for mangled, code in sass.items():
+    for mangled, code in machine.sass.items():
         found = re.search(
-            r"update_kernel<(.*), precond::\w+::(\w+), precond::\w+::(\w+), precond::\w+::(\w+)>\(", names[mangled]
+            r"update_kernel<(.*), precond::\w+::(\w+), precond::\w+::(\w+), precond::\w+::(\w+)>\(",
+            machine.names[mangled],
         )
         if found is None:
             continue
-        rule_type = re.sub(r"precond::\w+::", "", found[1]).replace(" ", "")
-        rule = rule_of[rule_type]
+        rule = rule_named(found[1])
         p, g, s = (CPP_FORMATS[f] for f in found.groups()[1:])
         states = _C.rules[rule][1]
         pack = 4 if (p, g, s) == PLAIN else 8
         packs = 2 if pack == 4 else 1
         # Copies of the rule in the code: the loop over packs, the single pack, the single element.
         copies = packs * pack + (pack if packs > 1 else 0) + 1
-        registers = int(re.search(r"REG:(\d+)", usage[mangled])[1])
-        threads = min(2048, 65536 // (registers * 256) * 256)
+        counts = machine.counts(mangled)
+        threads = min(2048, 65536 // (counts["registers"] * 256) * 256)  # type: ignore[operator]
         per_thread = packs * pack * (BYTES[p] + BYTES[g] + states * BYTES[s])
         special = len(re.findall(r"\bMUFU", code)) / copies
         moved = traffic(states, p, g, s)
@@ -114,20 +140,61 @@ def cuda_kernels(arch: str) -> list[dict[str, object]]:
             {
                 "rule": rule,
                 "formats": f"{p}/{g}/{s}",
-                "registers": registers,
-                "stack": int(re.search(r"STACK:(\d+)", usage[mangled])[1]),
-                "loads_128": len(re.findall(r"LDG\.E\.128", code)),
-                "stores_128": len(re.findall(r"STG\.E\.128", code)),
+                **counts,
                 # Packs in flight and the single one, p g and states each; a 4-byte operand of an 8-pack takes two accesses.
                 "wanted_loads_128": sum(pack * BYTES[f] // 16 for f in (p, g, *[s] * states)) * (packs + (packs > 1)),
                 "wanted_stores_128": sum(pack * BYTES[f] // 16 for f in (p, *[s] * states)) * (packs + (packs > 1)),
-                "local": len(re.findall(r"\b(LDL|STL)\b", code)),
-                "double": len(re.findall(r"\b(DADD|DMUL|DFMA|DSETP|F2F\.F64|F2F\.F32\.F64)", code)),
-                "inexact_ptx": sorted(set(INEXACT_PTX.findall(ptx.get(mangled, "")))),
-                "has_ptx": mangled in ptx,
                 "special_per_element": special,
                 "bytes_in_flight_per_sm": threads * per_thread,
                 "memory_ps": 1e12 * moved / COPY,
+                "special_ps": 1e12 * special / SPECIAL,
+            }
+        )
+    return rows
+
+
+def tiled_kernels(machine: MachineCode) -> list[dict[str, object]]:
+    """One row per kernel of the other formats, all of whose branches are in one piece of code."""
+    rows = []
+    for mangled, code in machine.sass.items():
+        found = re.search(r"update_tiled_kernel<(.*), precond::\w+::FormatsOfTensor>\(", machine.names[mangled])
+        if found is None:
+            continue
+        row: dict[str, object] = {"rule": rule_named(found[1]), **machine.counts(mangled)}
+        row["loads_64"] = len(re.findall(r"LDG\.E\.64", code))
+        row["stores_64"] = len(re.findall(r"STG\.E\.64", code))
+        rows.append(row)
+    return rows
+
+
+def fixed_paths(arch: str) -> list[dict[str, object]]:
+    """One row per path of bench/fixed_formats.cu: what AdamW takes where the formats are known and every run is full."""
+    directory = ROOT / "build" / "bench_codegen"
+    configure = [
+        "cmake", "-S", ROOT, "-B", directory, "-G", "Ninja", "-DPRECOND_PYTHON=OFF", "-DPRECOND_CUDA=ON",
+        "-DPRECOND_FIXED_FORMATS=ON", f"-DPRECOND_CUDA_ARCHS={arch.removeprefix('sm_')}",
+    ]  # fmt: skip
+    for command in (configure, ["cmake", "--build", directory, "--target", "fixed_formats"]):
+        subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+    (path,) = directory.glob("**/fixed_formats.cu.o")
+    machine = MachineCode(path, arch)
+    names = {number: name for name, number in _C.formats.items()}
+    rows = []
+    for mangled, code in machine.sass.items():
+        found = re.search(r"update_tiled_kernel<.*FixedFormats<(.*?)>\s*>\(", machine.names[mangled])
+        if found is None:
+            continue
+        formats = [names[int(number)] for number in re.findall(r"\)(\d+)", found[1])]
+        # With the code before the loop and that of the rare cases (denormals, cut rows), so above what an element takes.
+        special = len(re.findall(r"\bMUFU", code)) / RUN
+        instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)) / RUN
+        counts = machine.counts(mangled)
+        rows.append(
+            {
+                "formats": "/".join(formats),
+                **counts,
+                "special_per_element": special,
+                "instructions_per_element": instructions,
                 "special_ps": 1e12 * special / SPECIAL,
             }
         )
@@ -206,6 +273,7 @@ def report(arch: str, targets: list[str], quick: bool) -> dict[str, object]:
         for target in targets
         if not quick or row in BY_STATES or (formats == PLAIN and target == "sm_90")
     ]
+    machine = MachineCode(_C.__file__, arch) if _C.cuda and not _C.cuda_on_host else None
     cases += [
         (row.rule, formats, target)
         for row in (BY_STATES[2:3] if quick else BY_STATES)
@@ -215,7 +283,9 @@ def report(arch: str, targets: list[str], quick: bool) -> dict[str, object]:
     ]
     return {
         "environment": {"cuda": _C.cuda, "triton": triton.__version__, "commit": timing.commit()},
-        "cuda": cuda_kernels(arch),
+        "cuda": cuda_kernels(machine) if machine else [],
+        "cuda_tiled": tiled_kernels(machine) if machine else [],
+        "cuda_paths": fixed_paths(arch) if machine else [],
         "triton": [triton_kernel(*case) for case in tqdm(cases, desc="triton", leave=False)],
     }
 
@@ -249,6 +319,15 @@ def run(arguments: argparse.Namespace) -> None:
             f"| {row['rule']} | {row['formats']} | {row['registers']} | {row['bytes_in_flight_per_sm'] / 1024:.0f} | "
             f"{row['special_per_element']:.1f} | {bound} |"
         )
+    print(
+        "\n| rule, formats that do not stand alone | registers | bytes of stack | accesses to it |\n|---|---|---|---|"
+    )
+    for row in sorted(result["cuda_tiled"], key=lambda row: row["rule"]):
+        print(f"| {row['rule']} | {row['registers']} | {row['stack']} | {row['local']} |")
+    print("\n| AdamW, path | registers | special functions per element | instructions per element |\n|---|---|---|---|")
+    for row in result["cuda_paths"]:
+        special, instructions = row["special_per_element"], row["instructions_per_element"]
+        print(f"| {row['formats']} | {row['registers']} | <= {special:.1f} | <= {instructions:.0f} |")
     print(
         "\n| Triton rule | p/g/state | target | 128-bit loads | 128-bit stores | local memory |\n|---|---|---|---|---|---|"
     )

@@ -80,6 +80,25 @@ def cases(scale: float) -> list[Case]:
             del makers["torch fused"]
         return {contender: make for contender, make in makers.items() if not why_absent(contender)}
 
+    def stored(weight_format: str, state_format: str) -> dict[str, Make]:
+        """AdamW with formats of few bits; what torch needs for the same precision, and another library's."""
+
+        def own(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+            group = {"params": params, "weight_format": weight_format, "state_format": state_format}
+            return precond.AdamW([group], backend="cuda", betas=(0.9, 0.99))
+
+        def masters(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+            copies = [torch.nn.Parameter(p.detach().float()) for p in params]
+            for copy, p in zip(copies, params, strict=True):
+                copy.grad = None if p.grad is None else p.grad.float()
+            return torch.optim.AdamW(copies, fused=True)
+
+        makers: dict[str, Make] = {"torch fused fp32": masters, "precond cuda": own}
+        flash = peer("FlashOptim")
+        return {name: make for name, make in makers.items() if not why_absent(name)} | (
+            {} if flash is None else {"FlashOptim": flash}
+        )
+
     def clipped() -> dict[str, Make]:
         ours = adamw(max_grad_norm=1.0)
         return {"torch clip, fused": timing.ClippedTorch} | {k: v for k, v in ours.items() if k != "torch fused"}
@@ -88,6 +107,7 @@ def cases(scale: float) -> list[Case]:
     triton_target = ("precond triton", "precond cuda", 1.1)
     small = [("precond cuda", "torch fused", 0.2)]
     of_copy = [("precond cuda", "copy", 92)]
+    few_bits = [("precond cuda", "torch fused fp32", 1.0), ("precond cuda", "FlashOptim", 1.0)]
     ours = {name: make for name, make in adamw().items() if name == "precond cuda"}
     return [
         Case("AdamW fp32, one tensor", [(billion,)], F32, adamw(), 28,
@@ -107,6 +127,10 @@ def cases(scale: float) -> list[Case]:
         Case("AdamW fp32, 10,000 x 64", [(64,)] * 10_000, F32, adamw(), 28, small),
         Case("AdamW bf16, 20,000 mixed MoE tensors", moe_shapes(billion), BF16, adamw(), 14, []),
         Case("AdamW bf16, one tensor, against other libraries", [(billion,)], BF16, ours | peers(), 14, []),
+        # Two scales of 2 bytes for 64 elements, read and written: 1/8 byte.
+        Case("AdamW bf16 split24 with int8 states", [(billion,)], BF16, stored("split24", "int8"), 12.125, few_bits),
+        Case("AdamW bf16 stochastic with int8 states", [(billion,)], BF16, stored("stochastic", "int8"), 10.125, few_bits),
+        Case("AdamW bf16 stochastic with int4 states", [(billion,)], BF16, stored("stochastic", "int4"), 8.125, few_bits),
     ]  # fmt: skip
 
 
@@ -189,27 +213,32 @@ def interleaved(
 def check_parity(device: str) -> None:
     """Refuse to time a kernel that is wrong: every rule and dtype, bit for bit with the CPU backend."""
     from cases import bits_equal, random_values
-    from optimizers import OPTIMIZERS
+    from optimizers import BY_STATES, OPTIMIZERS
 
-    for row in OPTIMIZERS:
-        for dtype in (F32, BF16, F16):
-            values = [random_values((n,), dtype) for n in (5, 1025, 40_000)]
-            results = []
-            for backend in ("cpu", *(name for name in ("cuda", "triton") if not _backend.why_not(name))):
-                where = "cpu" if backend == "cpu" else device
-                params = [torch.nn.Parameter(v.to(where, copy=True)) for v in values]
-                optimizer = row.cls(params, **row.kwargs, backend=backend)
-                torch.manual_seed(1)
-                for _ in range(4):
-                    for p in params:
-                        p.grad = random_values(p.shape, dtype).to(where)
-                    optimizer.step()
-                results.append((backend, [p.detach().cpu() for p in params]))
-            for backend, tensors in results[1:]:
-                if not all(bits_equal(a, b) for a, b in zip(tensors, results[0][1], strict=True)):
-                    raise AssertionError(
-                        f"{row.rule} {dtype} on {backend} differs from the cpu backend: nothing is timed"
-                    )
+    plain = [(row, dtype, None, None) for row in OPTIMIZERS for dtype in (F32, BF16, F16)]
+    stored = [(row, BF16, *formats) for row in BY_STATES for formats in (("split24", "int8"), ("stochastic", "int4"))]
+    for row, dtype, weight_format, state_format in plain + stored:
+        values = [random_values(shape, dtype) for shape in ((5,), (1025,), (40_000,), (100, 640))]
+        results = []
+        for backend in ("cpu", *(name for name in ("cuda", "triton") if not _backend.why_not(name))):
+            if weight_format is not None and backend == "triton":
+                continue
+            where = "cpu" if backend == "cpu" else device
+            params = [torch.nn.Parameter(v.to(where, copy=True)) for v in values]
+            group = {"params": params, "weight_format": weight_format, "state_format": state_format}
+            optimizer = row.cls([group], **row.kwargs, backend=backend)
+            torch.manual_seed(1)
+            for _ in range(4):
+                for p in params:
+                    p.grad = random_values(p.shape, dtype).to(where)
+                optimizer.step()
+            results.append((backend, [p.detach().cpu() for p in params]))
+        for backend, tensors in results[1:]:
+            if not all(bits_equal(a, b) for a, b in zip(tensors, results[0][1], strict=True)):
+                raise AssertionError(
+                    f"{row.rule} {dtype} {weight_format} {state_format} on {backend} differs from the cpu backend: "
+                    "nothing is timed"
+                )
 
 
 def copy_bandwidth(clock: Clock, device: str, elements: int) -> float:
@@ -231,7 +260,7 @@ def run_case(case: Case, clock: Clock, device: str, rounds: int, copy: float) ->
     result: dict[str, object] = {"case": case.name, "elements": elements, "tensors": len(case.shapes), "contenders": {}}
     for name, values in times.items():
         ms = statistics.median(device_ms for device_ms, _ in values)
-        gbs = elements * case.bytes_per_element / ms / 1e6
+        gbs = elements * (28 if name == "torch fused fp32" else case.bytes_per_element) / ms / 1e6
         result["contenders"][name] = {  # type: ignore[index]
             "device_ms": ms,
             "host_ms": statistics.median(host_ms for _, host_ms in values),

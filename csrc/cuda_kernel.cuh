@@ -1,69 +1,25 @@
-// The CUDA update: one block per chunk, for all tensors that share a rule and formats; load, rule, store. Also compiled
-// as plain C++ by the tests, see tests/cuda_on_host.
+// The CUDA update of tensors whose formats stand alone: one block per chunk, for all tensors that share a rule and
+// formats; load, rule, store. And the prologue. Also compiled as plain C++ by the tests, see tests/cuda_on_host.
 #pragma once
-
-#include <cuda_runtime.h>
 
 #include <utility>
 
-#include "cuda_plan.h"
-#include "formats.h"
-#include "layout.h"
-#include "plan.h"
-#include "scalars.h"
+#include "cuda_tensors.cuh"
 
 namespace precond {
 inline namespace PRECOND_ISA {
 
-constexpr int kThreads = 256;
 // Asked of the compiler for the fast kernels: up to 80 registers. Left alone it stops at 64 and spills 8 bytes in a
 // few.
 constexpr int kBlocksPerSm = 3;
-// Elements of a block's chunk. A tensor's last chunk may be shorter.
-constexpr int64_t kBlockElements = 8192;
 // Packs that a thread loads before it uses the first. AdamW then has 128 bytes per thread in flight in fp32 and 64 in
 // bf16: 64 KB or more per multiprocessor, where about 23 KB fill the memory system. Two packs of 8 would spill.
 template <int V>
 constexpr int kPacksInFlight = V == 4 ? 2 : 1;
 
-// One tensor in device memory: p, g and states. Inactive ones have numel 0, so that the list of chunks need not change.
-struct DeviceTensor {
-  Operand operand[kMaxStates + 2];
-  int64_t numel;
-  int32_t row;
-  float sign;
-};
-
-struct DeviceChunk {
-  int64_t begin;
-  int32_t tensor;
-};
-
 // Elements per 16-byte access of the narrowest format among the operands.
 template <class... Formats>
 constexpr int kPackSize = ((sizeof(typename Formats::Stored) == 2) || ...) ? 8 : 4;
-
-// 128-bit accesses, spelled: where inline assembly is near (fp16), nvcc no longer sees that an address it read from
-// memory is a global one, and makes them generic.
-__device__ __forceinline__ uint4 load_128(const char* address) {
-#if defined(__CUDA_ARCH__)
-  uint4 word;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
-               : "l"(address));
-  return word;
-#else
-  return *reinterpret_cast<const uint4*>(address);
-#endif
-}
-__device__ __forceinline__ void store_128(char* address, const uint4& word) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word.x), "r"(word.y), "r"(word.z),
-               "r"(word.w));
-#else
-  *reinterpret_cast<uint4*>(address) = word;
-#endif
-}
 
 // V consecutive elements as they lie in memory, moved 16 bytes at a time.
 template <class Format, int V>
@@ -101,11 +57,6 @@ struct Pack {
     both = k % 2 ? (both & 0xffffu) | half << 16 : (both & 0xffff0000u) | half;
   }
 };
-
-template <class Format>
-__device__ __forceinline__ typename Format::Stored& element(const Operand& operand, int64_t i) {
-  return reinterpret_cast<typename Format::Stored*>(operand.data)[i];
-}
 
 // One element of dense operands.
 template <class Rule, class P, class G, class S, int... K>
@@ -146,26 +97,6 @@ __device__ __forceinline__ void update_packs(const Rule& rule, const DeviceTenso
   }
 }
 
-// The block's part of its tensor, or an empty one.
-struct Range {
-  int64_t begin, end;
-};
-__device__ __forceinline__ Range range_of(const DeviceChunk& chunk, const DeviceTensor& t) {
-  const int64_t limit = chunk.begin + kBlockElements;
-  return {chunk.begin, limit < t.numel ? limit : t.numel};
-}
-
-template <class Rule>
-__device__ __forceinline__ Rule rule_of(const DeviceTensor& t, const float* rows) {
-  // Float by float: a memcpy of the row itself becomes loads of single bytes.
-  float fields[sizeof(Rule) / sizeof(float)];
-#pragma unroll
-  for (size_t k = 0; k < sizeof(Rule) / sizeof(float); ++k) fields[k] = rows[int64_t(t.row) * kRowFloats + int64_t(k)];
-  Rule rule;
-  std::memcpy(&rule, fields, sizeof rule);
-  return rule;
-}
-
 template <class Rule, class P, class G, class S, int... K>
 __device__ __forceinline__ void update_range(const Rule& rule, const DeviceTensor& t, Incoming incoming, Range range,
                                              std::integer_sequence<int, K...> states) {
@@ -196,18 +127,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const DeviceTensor& t = tensors[chunk.tensor];
   update_range<Rule, P, G, S>(rule_of<Rule>(t, rows), t, {t.sign * control->grad_coef, control->clip_value},
                               range_of(chunk, t), std::make_integer_sequence<int, Rule::kStates>{});
-}
-
-// Where element i of the visiting order lies, in elements.
-__device__ __forceinline__ int64_t offset_of(const Operand& operand, const Strides* strides, int64_t i) {
-  if (operand.strides == kDense) return i;
-  const Strides& s = strides[operand.strides];
-  int64_t offset = 0;
-  for (int d = s.ndim - 1; d >= 0; --d) {
-    offset += i % s.size[d] * s.stride[d];
-    i /= s.size[d];
-  }
-  return offset;
 }
 
 __device__ __forceinline__ float value_at(const Operand& operand, int64_t offset) {
@@ -254,6 +173,8 @@ struct RowJob {
   float known_step;  // already advanced
   int32_t group;
   int32_t fresh;
+  int32_t draws;
+  uint64_t key;
 };
 struct DeviceGroup {
   int32_t rule;
@@ -292,6 +213,7 @@ __global__ void row_kernel(const RowJob* jobs, int32_t count, const DeviceGroup*
   if (group.rule == number++) fill_row<__VA_ARGS__>(group.hyper, step, job.fresh != 0, row);
   PRECOND_ALL_RULES(PRECOND_ROW)
 #undef PRECOND_ROW
+  if (job.draws) put_seed(seed_of(job.key, uint64_t(step)), row);
 }
 
 }  // namespace PRECOND_ISA

@@ -10,128 +10,15 @@
 #include <tuple>
 
 #include "cuda_kernel.cuh"
+#include "cuda_launch.h"
 #include "cuda_norm.cuh"
-#include "cuda_plan.h"
+#include "cuda_tables.h"
 
 namespace precond {
 namespace {
 
-void check(cudaError_t error, const char* call) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + call + ": " + cudaGetErrorString(error));
-}
-#define PRECOND_CUDA_CHECK(call) check(call, #call)
-
-#if defined(__CUDACC__)
-template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream, Args... args) {
-  kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), 0, stream>>>(args...);
-  check(cudaGetLastError(), "kernel launch");
-}
-#else
-using cuda_on_host::launch;
-#endif
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    PRECOND_CUDA_CHECK(cudaGetDevice(&before_));
-    if (device != before_) PRECOND_CUDA_CHECK(cudaSetDevice(device));
-  }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-
- private:
-  int before_ = 0;
-};
-
-// Pinned memory that uploads read from. A block is used again only after its copy has run; one that a graph captured
-// stays, since every replay reads it.
-class Staging {
- public:
-  ~Staging() {
-    for (Block& block : blocks_) {
-      cudaEventDestroy(block.done);
-      cudaFreeHost(block.data);
-    }
-  }
-  void copy(void* to, const void* from, size_t bytes, cudaStream_t stream, bool capturing) {
-    Block& block = find(bytes);
-    std::memcpy(block.data, from, bytes);
-    PRECOND_CUDA_CHECK(cudaMemcpyAsync(to, block.data, bytes, cudaMemcpyHostToDevice, stream));
-    if (capturing)
-      block.captured = true;
-    else
-      PRECOND_CUDA_CHECK(cudaEventRecord(block.done, stream));
-  }
-  // So that a capture, which may not allocate, finds a free block of this size.
-  void reserve(size_t bytes) { find(bytes); }
-
- private:
-  struct Block {
-    void* data;
-    size_t bytes;
-    cudaEvent_t done;
-    bool captured;
-  };
-  Block& find(size_t bytes) {
-    for (Block& block : blocks_)
-      if (!block.captured && block.bytes >= bytes && cudaEventQuery(block.done) == cudaSuccess) return block;
-    Block block{nullptr, bytes + bytes / 2 + 4096, nullptr, false};
-    PRECOND_CUDA_CHECK(cudaHostAlloc(&block.data, block.bytes, cudaHostAllocDefault));
-    PRECOND_CUDA_CHECK(cudaEventCreateWithFlags(&block.done, cudaEventDisableTiming));
-    blocks_.push_back(block);
-    return blocks_.back();
-  }
-  std::vector<Block> blocks_;
-};
-
-// A table in device memory and what the host last put there.
-template <class T>
-class Table {
- public:
-  ~Table() { cudaFree(device_); }
-  T* device() const { return device_; }
-  std::vector<T> host;
-
-  // Room for n elements that a kernel writes; the host then no longer knows the content.
-  T* room_for(size_t n) {
-    sent_.clear();
-    if (capacity_ >= n) return device_;
-    PRECOND_CUDA_CHECK(cudaFree(device_));  // waits for work that still reads it; only when a table grows
-    device_ = nullptr;
-    capacity_ = n + n / 2;
-    PRECOND_CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&device_), capacity_ * sizeof(T)));
-    return device_;
-  }
-
-  // `always`: the device's copy may be another one, because a captured graph writes it at each replay.
-  void upload(Staging* staging, cudaStream_t stream, bool capturing, bool always) {
-    const size_t bytes = host.size() * sizeof(T);
-    if (bytes == 0) return;
-    if (!always && sent_.size() == host.size() && std::memcmp(sent_.data(), host.data(), bytes) == 0) return;
-    room_for(host.size());
-    staging->copy(device_, host.data(), bytes, stream, capturing);
-    if (!capturing) staging->reserve(bytes);
-    sent_ = host;
-  }
-
- private:
-  T* device_ = nullptr;
-  size_t capacity_ = 0;
-  std::vector<T> sent_;
-};
-
-// Launchers by rule and formats of p, g and states. The last entry of a rule is the kernel for any layout and mix.
-struct LaunchArgs {
-  const DeviceTensor* tensors;
-  const DeviceChunk* chunks;
-  const Strides* strides;
-  const float* rows;
-  const Control* control;
-  int64_t blocks;
-  cudaStream_t stream;
-};
-using Launcher = void (*)(const LaunchArgs&);
-
+// Launchers by rule and formats of p, g and states. The last two of a rule take any layout and mix, and formats that do
+// not stand alone.
 template <class Rule, class P, class G, class S>
 void launch_update(const LaunchArgs& a) {
   launch(&update_kernel<Rule, P, G, S>, a.blocks, kThreads, a.stream, a.tensors, a.chunks, a.rows, a.control);
@@ -144,7 +31,7 @@ void launch_any(const LaunchArgs& a) {
 // A kernel for each three formats that training mixes: fp32 and one kind of 16 bits. None where a rule has no state
 // whose format could differ.
 using AllFormats = std::tuple<Fp32, Bf16, Fp16>;
-constexpr int kAny = kPlainFormats * kPlainFormats * kPlainFormats;
+constexpr int kAny = kPlainFormats * kPlainFormats * kPlainFormats, kTiled = kAny + 1;
 template <class Rule, int kP, int kG, int kS>
 constexpr Launcher fast_launcher() {
   constexpr int kBoth = (1 << kP | 1 << kG | 1 << kS) >> 1;
@@ -170,6 +57,9 @@ const int kStatesOf[] = {PRECOND_ALL_RULES(PRECOND_STATES)};
 // Which launcher takes a tensor.
 int launcher_of(const Tensor& t) {
   const int states = kStatesOf[t.rule];
+  bool plain = is_plain(t.p.format);
+  for (int k = 0; k < states; ++k) plain = plain && is_plain(t.state[k].format);
+  if (!plain) return kTiled;
   bool any = t.p.strides != kDense || t.g.strides != kDense;
   for (int k = 0; k < states; ++k) any = any || t.state[k].strides != kDense || t.state[k].format != t.state[0].format;
   if (any) return kAny;
@@ -272,7 +162,7 @@ void CudaPlan::Impl::cut(const Plan& plan) {
   for (int64_t i = 0; i < plan.size(); ++i) {
     const Tensor& t = plan.tensor(i);
     // One that never had a gradient has none to describe: it joins when it gets one.
-    wanted.push_back(t.g.data == nullptr && t.numel > 0 ? -1 : t.rule * (kAny + 1) + launcher_of(t));
+    wanted.push_back(t.g.data == nullptr && t.numel > 0 ? -1 : t.rule * (kTiled + 1) + launcher_of(t));
   }
   if (wanted == signature) return;
   signature = wanted;
@@ -286,7 +176,7 @@ void CudaPlan::Impl::cut(const Plan& plan) {
     for (const int32_t i : members)
       for (int64_t begin = 0; begin < plan.tensor(i).numel; begin += kBlockElements) chunks.host.push_back({begin, i});
     const int64_t count = int64_t(chunks.host.size()) - first;
-    if (count > 0) buckets.push_back({key / (kAny + 1), key % (kAny + 1), first, count});
+    if (count > 0) buckets.push_back({key / (kTiled + 1), key % (kTiled + 1), first, count});
   }
 }
 
@@ -300,6 +190,8 @@ void CudaPlan::Impl::describe(const Plan& plan, const std::vector<GroupRow>& gro
     d.operand[1] = t.g;
     for (int k = 0; k < kMaxStates; ++k) d.operand[2 + k] = t.state[k];
     d.numel = t.active ? t.numel : 0;
+    d.place = t.place;
+    d.draws = t.draws;
     d.row = row_per_tensor ? int32_t(i) : t.row;
     d.sign = group_rows[size_t(t.group)].sign;
   }
@@ -315,6 +207,8 @@ void CudaPlan::Impl::scalars_on_device(const Plan& plan, const std::vector<Group
     std::memset(static_cast<void*>(&job), 0, sizeof job);
     job.group = t.active ? t.group : -1;
     job.fresh = t.fresh;
+    job.draws = t.draws;
+    job.key = t.key;
     if (t.step != nullptr && t.step_on_device)
       job.step = t.step;
     else if (t.step != nullptr)
@@ -383,9 +277,10 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
     upload(my.rows);
   }
   for (const Impl::Bucket& bucket : my.buckets) {
-    kLaunchers[bucket.rule][size_t(bucket.launcher)]({my.tensors.device(), my.chunks.device() + bucket.first,
-                                                      my.strides.device(), my.rows.device(), my.control.device(),
-                                                      bucket.count, stream});
+    const Launcher launcher =
+        bucket.launcher == kTiled ? tiled_launcher(bucket.rule) : kLaunchers[bucket.rule][size_t(bucket.launcher)];
+    launcher({my.tensors.device(), my.chunks.device() + bucket.first, my.strides.device(), my.rows.device(),
+              my.control.device(), bucket.count, stream});
     ++my.launches;
   }
   my.was_captured = always;

@@ -44,7 +44,10 @@ PRECOND_INLINE constexpr bool is_root(Format format) { return format == Format::
 
 inline namespace PRECOND_ISA {
 
-// Calls f with the struct of a format. The only switch over formats.
+// Calls f with the struct of a format. The only switch over formats. On a device f may be for the device alone.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
 template <class F>
 PRECOND_INLINE decltype(auto) with_format(Format format, F&& f) {
   switch (format) {

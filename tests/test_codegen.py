@@ -21,6 +21,9 @@ pytestmark = [
 
 # Measured with nvcc 13.0 for sm_90 plus a few: 32 to 80. 80 leaves three blocks of 256 threads on a multiprocessor.
 MOST_REGISTERS = 80
+# Of the kernels for all other formats: 128 leave two blocks. Those of three states keep up to 32 bytes per thread in local
+# memory: roots that the rule shares with the code of its last state.
+MOST_TILED_REGISTERS, MOST_STACK = 128, 32
 
 
 # Of Triton's kernels with codes: 72 to 128 for sm_90, so that four programs of 128 threads share a multiprocessor. Special
@@ -59,6 +62,34 @@ def test_cuda_kernels_are_wide_exact_and_stay_in_registers(report):
         assert row["inexact_ptx"] == [], name
         assert row["special_per_element"] <= 6, name
         assert row["bytes_in_flight_per_sm"] >= 23 * 1024, name
+
+
+@pytest.mark.skipif(not _C.cuda, reason="the extension was built without CUDA: no nvcc")
+def test_cuda_kernels_of_all_formats_are_wide_and_exact_and_rarely_leave_registers(report):
+    rows = report["cuda_tiled"]
+    assert {row["rule"] for row in rows} == set(_C.rules)
+    for row in rows:
+        name, states = row["rule"], _C.rules[row["rule"]][1]
+        assert row["registers"] <= MOST_TILED_REGISTERS, name
+        assert row["stack"] <= (MOST_STACK if states > 2 else 0), name
+        assert row["double"] == 0, name
+        # fp32 moves by twice 128 bits and what has 16 by once; remainders and codes by 128 or 64.
+        assert row["loads_128"] >= 2 * (2 + states) + 1, name
+        assert row["stores_128"] >= 2 * (1 + states) + 1, name
+        assert row["loads_64"] >= 1 + states, name
+        assert row["stores_64"] >= 1 + states, name
+        assert row["has_ptx"], name
+        assert row["inexact_ptx"] == [], name
+
+
+@pytest.mark.skipif(not _C.cuda, reason="the extension was built without CUDA: no nvcc")
+def test_paths_of_adamw_take_few_special_functions(report):
+    rows = report["cuda_paths"]
+    assert len(rows) == 3
+    for row in rows:
+        assert (row["stack"], row["local"]) == (0, 0), row["formats"]
+        assert row["special_per_element"] <= 6, row["formats"]
+        assert row["instructions_per_element"] <= 240, row["formats"]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])

@@ -104,6 +104,64 @@ def test_a_captured_graph_replays_with_a_changing_lr():
     assert bits_equal(p.detach().cpu(), q.detach())
 
 
+# The whole product of rules and formats: tests/test_formats_cuda.py, which `make gpu` runs too. Here long enough for states to
+# live from their own codes, and in several chunks.
+@pytest.mark.parametrize("row", BY_STATES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("weight_format", "state_format"),
+    [("split24", "int8"), ("split32", "int8"), ("stochastic", "int4"), (None, "bf16")],
+)
+def test_the_bits_of_the_cpu_in_formats_of_few_bits(row, dtype, weight_format, state_format):
+    torch.manual_seed(9)
+    values = [random_values(shape, dtype) for shape in ((300, 640), (65, 64), (33, 129), (5,))]
+    grads = [[random_values(v.shape, dtype) for v in values] for _ in range(20)]
+    results = []
+    for backend, device in (("cuda", "cuda"), ("cpu", "cpu")):
+        params = [torch.nn.Parameter(v.to(device, copy=True)) for v in values]
+        group = {"params": params, "weight_format": weight_format, "state_format": state_format}
+        optimizer = row.cls([group], **row.kwargs, backend=backend)
+        for step in grads:
+            for p, g in zip(params, step, strict=True):
+                p.grad = g.to(device)
+            optimizer.step()
+        states = [v for p in params for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)]
+        results.append([t.detach().cpu() for t in (*params, *states)])
+    for ours, theirs in zip(*results, strict=True):
+        same = bits_equal(ours, theirs) if ours.is_floating_point() else torch.equal(ours, theirs)
+        assert same, (tuple(ours.shape), ours.dtype)
+
+
+def test_a_captured_graph_draws_anew_at_each_replay():
+    values, g = torch.randn(128, 640).bfloat16(), torch.randn(128, 640).bfloat16()
+    params = [torch.nn.Parameter(values.to(device, copy=True)) for device in ("cuda", "cpu")]
+    p, q = params
+    optimizers = []
+    for param, options in ((p, {"capturable": True, "backend": "cuda"}), (q, {"backend": "cpu"})):
+        group = {"params": [param], "weight_format": "stochastic", "state_format": "int8"}
+        optimizers.append(precond.AdamW([group], lr=1e-3, **options))
+        param.grad = g.to(param.device, copy=True)
+    optimizer, eager = optimizers
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for _ in range(5):
+        graph.replay()
+    for _ in range(8):
+        eager.step()
+    torch.cuda.synchronize()
+    assert optimizer.state[p]["step"].item() == 8
+    assert bits_equal(p.detach().cpu(), q.detach())
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[p][name].cpu(), eager.state[q][name])
+
+
 def test_capture_without_capturable_is_an_error():
     p = torch.nn.Parameter(torch.randn(10, device="cuda"))
     optimizer = precond.AdamW([p], backend="cuda")

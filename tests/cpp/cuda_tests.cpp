@@ -3,63 +3,12 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "any.h"
 #include "cuda_plan.h"
-#include "problem.h"
 
 namespace {
 
 const std::vector<int64_t> kSizes = {0, 1, 3, 4, 255, 1023, 1024, 1025, 8191, 8192, 8193, 20001};
-
-// One tensor of a rule in given formats; memory in bytes, so that formats and alignment are free.
-struct Any {
-  std::vector<Buffer<char>> buffers;
-  Tensor tensor;
-  float step = 0.0f;
-};
-
-std::unique_ptr<Any> make(int rule, int64_t n, Format p, Format g, std::vector<Format> states, int misalign,
-                          unsigned seed) {
-  auto any = std::make_unique<Any>();
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  const auto operand = [&](Format format, bool zero) {
-    const int64_t size = format == Format::fp32 ? 4 : 2;
-    any->buffers.emplace_back(n * size + misalign * size);
-    Operand o;
-    o.format = format;
-    o.data = any->buffers.back().address() + misalign * size;
-    for (int64_t i = 0; i < n; ++i) {
-      const float x = zero ? 0.0f : normal(random);
-      with_format(format, [&](auto as) {
-        const auto stored = as.stored(x);
-        std::memcpy(o.data + size * i, &stored, size_t(size));
-      });
-    }
-    return o;
-  };
-  Tensor& t = any->tensor;
-  t.rule = rule;
-  t.numel = n;
-  t.active = true;
-  t.fresh = true;
-  t.p = operand(p, false);
-  t.g = operand(g, false);
-  for (int k = 0; k < rules()[size_t(rule)].states; ++k) t.state[k] = operand(states[size_t(k) % states.size()], true);
-  t.step = &any->step;
-  return any;
-}
-
-bool same_memory(const Any& a, const Any& b) {
-  for (size_t i = 0; i < a.buffers.size(); ++i) {
-    const size_t offset = size_t(i == 0   ? a.tensor.p.data - a.buffers[i].data.get()
-                                 : i == 1 ? a.tensor.g.data - a.buffers[i].data.get()
-                                          : a.tensor.state[i - 2].data - a.buffers[i].data.get());
-    if (std::memcmp(a.buffers[i].data.get() + offset, b.buffers[i].data.get() + offset,
-                    size_t(a.buffers[i].size) - offset))
-      return false;
-  }
-  return true;
-}
 
 using Formats = std::vector<Format>;
 const Format F = Format::fp32, B = Format::bf16, H = Format::fp16;
@@ -95,6 +44,84 @@ void every_rule_and_format_has_the_bits_of_the_cpu() {
       }
     }
   }
+}
+
+// What a state gets where a format of few bits is asked for.
+std::vector<Format> coded_states(int rule, Format mean, Format square) {
+  std::vector<Format> states;
+  for (int k = 0; k < rules()[size_t(rule)].states; ++k)
+    states.push_back(rules()[size_t(rule)].squares >> k & 1 ? square : mean);
+  if (states.empty()) states = {Format::fp32};
+  return states;
+}
+
+// Around a run of a thread, a group, a row of threads' runs, a chunk.
+const std::vector<int64_t> kTiledSizes = {0, 1, 7, 8, 9, 63, 64, 65, 500, 2047, 2049, 8193};
+
+void every_rule_and_storage_format_has_the_bits_of_the_cpu() {
+  using P = Format;
+  const std::vector<Format> weights = {
+      P::bf16_split24,    P::fp32,         P::bf16,         P::fp16,        P::bf16_stochastic,
+      P::fp16_stochastic, P::bf16_split32, P::fp16_split24, P::fp16_split32};
+  const std::vector<std::pair<Format, Format>> states = {{P::int8, P::uint8},
+                                                         {P::fp32, P::fp32},
+                                                         {P::bf16, P::bf16_stochastic},
+                                                         {P::fp16, P::fp16_stochastic},
+                                                         {P::int4, P::uint4},
+                                                         {P::fp32, P::uint8},
+                                                         {P::int4, P::fp32}};
+  for (int rule = 0; rule < int(rules().size()); ++rule) {
+    for (const Format weight : weights) {
+      for (const auto& [mean, square] : states) {
+        // Every format of one with two of the others; the whole product is left to tests/test_formats_cuda.py.
+        if (weight != weights[0] && weight != weights[1] && mean != states[0].first) continue;
+        const std::vector<Format> formats = coded_states(rule, mean, square);
+        const int misalign = (int(weight) + int(mean)) % 2;
+        Plan cpu, gpu;
+        CudaPlan cuda(0);
+        std::vector<std::unique_ptr<Any>> ours, theirs;
+        bool tiled = false;
+        for (size_t i = 0; i < kTiledSizes.size(); ++i) {
+          const Format g = weight < P::bf16_stochastic || i % 2 == 0 ? F : B;
+          for (auto* side : {&ours, &theirs}) {
+            side->push_back(make(rule, kTiledSizes[i], weight, g, formats, misalign, unsigned(i)));
+            Tensor& t = side->back()->tensor;
+            // Cut out of a wider tensor, here and there.
+            if (i % 3 == 1) t.place = {int64_t(0xfffffff0), 0, 0};
+            if (i % 3 == 2) t.place = {7, is_coded(mean) || is_coded(square) ? kGroup : 13, 400};
+            tiled = tiled || t.draws;
+            (side == &ours ? gpu : cpu).add(t);
+          }
+        }
+        for (int step = 0; step < 5; ++step) {
+          cuda.run(&gpu, {group_of(rule)}, DeviceStep{});
+          cpu.run({group_of(rule)}, Control{}, 1);
+          if (tiled) CHECK(cuda.launches() == 1);
+        }
+        for (size_t i = 0; i < kTiledSizes.size(); ++i) CHECK(same_memory(*ours[i], *theirs[i]));
+      }
+    }
+  }
+}
+
+void seeds_on_the_device_are_those_of_the_host() {
+  const int rule = rule_number("adamw");
+  const auto build = [&] { return make(rule, 3000, Format::bf16_stochastic, B, {Format::int8, Format::uint8}, 0, 5); };
+  auto ours = build(), theirs = build();
+  ours->tensor.step_on_device = true;
+  Plan gpu, cpu;
+  gpu.add(ours->tensor);
+  cpu.add(theirs->tensor);
+  CudaPlan cuda(0);
+  for (int step = 0; step < 6; ++step) {
+    const float found_inf = step == 2 ? 1.0f : 0.0f;
+    DeviceStep device;
+    device.found_inf = &found_inf;
+    cuda.run(&gpu, {group_of(rule)}, device);
+    if (step != 2) cpu.run({group_of(rule)}, Control{}, 1);
+    CHECK(same_memory(*ours, *theirs));
+  }
+  CHECK(ours->step == 5.0f);
 }
 
 void scalars_on_the_device_have_the_bits_of_the_host() {
@@ -200,6 +227,55 @@ void strided_operands_go_through_the_general_kernel() {
   }
 }
 
+// p, g and plain states at every third element, codes and remainders dense.
+void strided_weights_and_gradients_of_every_format() {
+  const int64_t n = 2100;
+  const int rule = rule_number("adamw");
+  const int64_t shape[] = {7, 300}, strides[] = {3, 21};
+  Strides merged;
+  CHECK(make_strides(storage_order(shape, strides, 2), shape, strides, &merged));
+  for (const Format weight : {Format::fp32, Format::fp16_stochastic, Format::bf16_split24, Format::bf16_split32}) {
+    for (const Format mean : {Format::int8, Format::int4, Format::bf16}) {
+      const std::vector<Format> states = {mean, mean == Format::int4 ? Format::uint4 : Format::bf16_stochastic};
+      auto dense = make(rule, n, weight, B, states, 0, 4), other = make(rule, n, weight, B, states, 0, 4);
+      Plan cpu, gpu;
+      cpu.add(dense->tensor);
+      Tensor t = other->tensor;
+      std::vector<std::pair<Operand*, int64_t>> spread = {{&t.p, weight == Format::fp32 ? 4 : 2}, {&t.g, 2}};
+      if (mean == Format::bf16) spread.insert(spread.end(), {{&t.state[0], 2}, {&t.state[1], 2}});
+      std::vector<Buffer<char>> wide;
+      for (const auto& [o, size] : spread) {
+        wide.emplace_back(3 * n * size);
+        std::memset(wide.back().address(), 0x5a, size_t(3 * n * size));
+        for (int64_t i = 0; i < n; ++i)
+          std::memcpy(wide.back().address() + 3 * size * i, o->data + size * i, size_t(size));
+        o->data = wide.back().address();
+        o->strides = gpu.add_strides(merged);
+      }
+      gpu.add(t);
+      CudaPlan cuda(0);
+      for (int step = 0; step < 3; ++step) {
+        cuda.run(&gpu, {group_of(rule)}, DeviceStep{});
+        cpu.run({group_of(rule)}, Control{}, 1);
+      }
+      const Tensor& d = dense->tensor;
+      const Operand* const expected[] = {&d.p, &d.g, &d.state[0], &d.state[1]};
+      for (size_t k = 0; k < spread.size(); ++k) {
+        const int64_t size = spread[k].second;
+        for (int64_t i = 0; i < n; ++i) {
+          CHECK(std::memcmp(wide[k].address() + 3 * size * i, expected[k]->data + size * i, size_t(size)) == 0);
+          for (int64_t b = size; b < 3 * size; ++b) CHECK(wide[k].address()[3 * size * i + b] == 0x5a);
+        }
+      }
+      if (mean != Format::bf16) {
+        const int64_t bytes = mean == Format::int8 ? n : n / 2;
+        CHECK(std::memcmp(t.state[0].data, d.state[0].data, size_t(bytes)) == 0);
+        CHECK(std::memcmp(t.state[0].beside, d.state[0].beside, size_t((n + kGroup - 1) / kGroup * 2)) == 0);
+      }
+    }
+  }
+}
+
 void norms_and_clipped_steps_have_the_bits_of_the_cpu() {
   const int rule = rule_number("adamw");
   for (const Format format : {F, B, H}) {
@@ -257,6 +333,9 @@ void norms_and_clipped_steps_have_the_bits_of_the_cpu() {
 int main() {
 #define RUN(test) (test(), std::printf("passed %s\n", #test))
   RUN(every_rule_and_format_has_the_bits_of_the_cpu);
+  RUN(every_rule_and_storage_format_has_the_bits_of_the_cpu);
+  RUN(seeds_on_the_device_are_those_of_the_host);
+  RUN(strided_weights_and_gradients_of_every_format);
   RUN(scalars_on_the_device_have_the_bits_of_the_host);
   RUN(tables_follow_what_changes);
   RUN(strided_operands_go_through_the_general_kernel);

@@ -6,8 +6,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
+
+#include "block.h"
 
 #define __global__ inline
 #define __device__
@@ -19,11 +22,6 @@
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct Index3 {
-  unsigned x = 0, y = 0, z = 0;
-};
-inline thread_local Index3 threadIdx, blockIdx, blockDim;
-
 using cudaError_t = int;
 using cudaStream_t = struct Stream*;
 using cudaEvent_t = struct Event*;
@@ -58,20 +56,17 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
 
 namespace cuda_on_host {
 
-// Every thread of a block in turn. A kernel with barriers runs its phases for all threads in the first one: each_thread in
-// csrc/cuda_norm.cuh.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t, Args... args) {
   const char* wanted = std::getenv("CUDA_ON_HOST_THREADS");
   const int64_t workers = wanted == nullptr ? 1 : std::atoi(wanted);
-  const auto work = [=](int64_t first) {
+  static thread_local std::vector<std::unique_ptr<Block>> runners;  // kept: fibers are dear to ThreadSanitizer
+  while (int64_t(runners.size()) < workers) runners.push_back(std::make_unique<Block>());
+  const auto work = [=, own = runners.data()](int64_t first) {
     blockDim.x = unsigned(threads);
     for (int64_t block = first; block < blocks; block += workers) {
       blockIdx.x = unsigned(block);
-      for (int thread = 0; thread < threads; ++thread) {
-        threadIdx.x = unsigned(thread);
-        kernel(args...);
-      }
+      own[first]->run(threads, [&] { kernel(args...); });
     }
   };
   std::vector<std::thread> pool;

@@ -1,0 +1,146 @@
+"""Formats on the CUDA backend: the bits of the CPU for every rule, format of the parameter and format of its states. Run on the
+CUDA sources compiled for the CPU by test_cuda_on_host.py, and on a GPU by ``make gpu``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BACKEND, gradient, guarded, nasty_values, random_values
+from optimizers import BY_RULE, BY_STATES, OPTIMIZERS
+
+import precond
+from precond import _formats
+
+pytestmark = pytest.mark.skipif(BACKEND != "cuda", reason="is about the CUDA backend")
+rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+shapes = pytest.mark.parametrize("row", BY_STATES, ids=str)
+DEVICE = "cuda" if BACKEND == "cuda" and not precond._backend.cuda_on_host() else "cpu"
+
+WEIGHTS = [
+    (torch.float32, None),
+    *[(dtype, form) for dtype in (torch.bfloat16, torch.float16) for form in (None, *_formats.WEIGHT_FORMATS)],
+]
+STATES = [None, "bf16", "fp16", "int8", "int4"]
+# Flat buffers with tails, matrices of several chunks, rows that are no multiple of a group.
+SHAPES = [(4097,), (4160,), (70, 64), (5, 4, 256), (9, 1024), (33, 65), (7,)]
+
+
+def memory(t: torch.Tensor) -> torch.Tensor:
+    """A tensor's bits, with one payload for every NaN of a floating-point dtype."""
+    t = t.detach().cpu().contiguous()
+    if t.is_floating_point():
+        t = torch.where(t.isnan(), torch.full_like(t, torch.nan), t)
+    return t.view(-1).view(torch.uint8)
+
+
+def train(row, dtype, weight_format, state_format, backend, *, shapes=SHAPES, steps=5, change=None, make=random_values):
+    """Parameters and everything in their state after some steps."""
+    torch.manual_seed(3)
+    device = "cpu" if backend == "cpu" else DEVICE
+    values = [make(shape).to(dtype) for shape in shapes]
+    params = [torch.nn.Parameter(v.to(device, copy=True)) for v in values]
+    if change is not None:
+        params = [torch.nn.Parameter(change(p.detach())) for p in params]
+    group = {"params": params, "weight_format": weight_format, "state_format": state_format}
+    optimizer = row.cls([group], **row.kwargs, backend=backend)
+    for step in range(steps):
+        for p in params:
+            p.grad_dtype = None
+            g = make(tuple(p.shape)).to(torch.float32 if step % 2 else dtype).to(device)
+            p.grad = g if change is None else change(g)
+        optimizer.step()
+    found = {}
+    for i, p in enumerate(params):
+        found[f"{i}"] = memory(p)
+        found |= {f"{i} {k}": memory(v) for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
+    return found
+
+
+def assert_the_bits_of_the_cpu(*args, **kwargs):
+    ours, theirs = train(*args, BACKEND, **kwargs), train(*args, "cpu", **kwargs)
+    assert ours.keys() == theirs.keys()
+    for name, bits in ours.items():
+        assert torch.equal(bits, theirs[name]), name
+
+
+@pytest.fixture(autouse=True)
+def _small_buffers_take_codes(monkeypatch):
+    monkeypatch.setattr(_formats, "SMALLEST_CODED_FLAT", 4096)
+
+
+@shapes
+@pytest.mark.parametrize("state_format", STATES)
+@pytest.mark.parametrize(("dtype", "weight_format"), WEIGHTS)
+def test_every_format_has_the_bits_of_the_cpu(row, dtype, weight_format, state_format):
+    assert_the_bits_of_the_cpu(row, dtype, weight_format, state_format)
+
+
+@rows
+@pytest.mark.parametrize(("weight_format", "state_format"), [("split24", "int8"), ("stochastic", "int4")])
+def test_every_rule_has_the_bits_of_the_cpu(row, weight_format, state_format):
+    assert_the_bits_of_the_cpu(row, torch.bfloat16, weight_format, state_format)
+
+
+@pytest.mark.large
+@rows
+@pytest.mark.parametrize("state_format", STATES)
+@pytest.mark.parametrize(("dtype", "weight_format"), WEIGHTS)
+def test_every_rule_and_format_has_the_bits_of_the_cpu(row, dtype, weight_format, state_format):
+    assert_the_bits_of_the_cpu(row, dtype, weight_format, state_format)
+
+
+@shapes
+@pytest.mark.parametrize("state_format", ["int8", "int4", "bf16"])
+@pytest.mark.parametrize("weight_format", ["stochastic", "split24", "split32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nan_inf_and_denormals_have_the_bits_of_the_cpu(row, dtype, weight_format, state_format):
+    def make(shape):
+        return nasty_values(torch.Size(shape).numel()).view(shape)
+
+    assert_the_bits_of_the_cpu(row, dtype, weight_format, state_format, make=make)
+
+
+@shapes
+@pytest.mark.parametrize("layout", ["offset", "transposed", "strided"])
+@pytest.mark.parametrize(
+    ("weight_format", "state_format"), [("split24", "int8"), ("stochastic", "int4"), (None, "fp16")]
+)
+def test_every_layout_has_the_bits_of_the_cpu(row, layout, weight_format, state_format):
+    def change(t):
+        return guarded(t, layout).tensor if DEVICE == "cpu" else t
+
+    assert_the_bits_of_the_cpu(row, torch.bfloat16, weight_format, state_format, change=change)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "strided"])
+def test_a_gradient_of_any_layout_is_taken_and_left_alone(layout):
+    row, values, g = BY_RULE["adamw"], random_values((96, 64), torch.bfloat16), random_values((96, 64))
+    results = []
+    for backend in (BACKEND, "cpu"):
+        device = "cpu" if backend == "cpu" else DEVICE
+        p = torch.nn.Parameter(values.to(device, copy=True))
+        group = {"params": [p], "weight_format": "split24", "state_format": "int8"}
+        optimizer = row.cls([group], **row.kwargs, backend=backend)
+        p.grad_dtype = None
+        p.grad = gradient(g, layout, p).to(device)
+        version = p.grad._version
+        optimizer.step()
+        assert p.grad._version == version
+        results.append([memory(p), memory(optimizer.state[p]["exp_avg"])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_many_tensors_of_mixed_formats_take_one_launch_for_each_kernel():
+    params = [torch.nn.Parameter(random_values((64, 64)).bfloat16().to(DEVICE)) for _ in range(300)]
+    groups = [
+        {"params": params[:100], "weight_format": "split24", "state_format": "int8"},
+        {"params": params[100:200], "weight_format": "stochastic", "state_format": "int4"},
+        {"params": params[200:]},
+    ]
+    optimizer = precond.AdamW(groups, betas=(0.9, 0.99), backend=BACKEND)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    (plan,) = next(iter(optimizer._plans.values())).compiled
+    assert plan.plan.launches == 2

@@ -66,6 +66,11 @@ def extension():
         ("test_device_scalars.py", ""),
         ("test_formats_cuda.py", "not rule_and_format"),
         ("test_clipping.py", ""),
+        # Emulated blocks with barriers are slow: not ten thousand steps, not all rules once more.
+        (
+            "test_formats.py",
+            "not ten_thousand and not second_moments and not keeps_its and not rule_and_format and not isa",
+        ),
     ],
 )
 def test_the_python_suites_pass_on_the_cuda_backend(extension, suite, select):

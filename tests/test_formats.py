@@ -600,7 +600,7 @@ def test_clipping_composes(dtype, weight_format, state_format):
     """Clipping by norm inside the pass is torch's followed by the same step."""
     results = []
     for inside in (True, False):
-        kwargs = dict(max_grad_norm=1.0) if inside else {}
+        kwargs = dict(fused=True, **(dict(max_grad_norm=1.0) if inside else {}))
         params, optimizer = make(
             BY_RULE["adamw"], dtype, weight_format, state_format, shapes=[(64, 64), (9,)], **kwargs
         )

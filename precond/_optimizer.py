@@ -475,7 +475,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._rebuild()
 
     def _convert_states(self, group: dict[str, Any]) -> None:
-        """Bring loaded states into the format that a group asks for by name."""
+        """Bring states that exist, loaded or made under another option, into the format that a group asks for by name."""
         asked = group.get("state_format")
         if asked is None:
             return

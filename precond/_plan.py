@@ -155,12 +155,17 @@ class Compiled(NamedTuple):
     plan: Any
 
 
+def _formats_of(optimizer: FusedOptimizer) -> list[tuple[Any, Any]]:
+    return [(group.get("state_format"), group.get("weight_format")) for group in optimizer.param_groups]
+
+
 class StepPlan:
     """Everything that one optimizer's step updates, on every backend. Building it makes missing states."""
 
     def __init__(self, optimizer: FusedOptimizer, rows: list[Row]) -> None:
         self.new = True
         self.rules = [row.rule for row in rows]
+        self.formats = _formats_of(optimizer)
         self.slow: list[Slow] = []
         self.compiled: list[Compiled] = []
         self.has_wrappers = any(local(p) is not p for group in optimizer.param_groups for p in group["params"])
@@ -172,6 +177,7 @@ class StepPlan:
         self.before = {p: dict(state) for p, state in optimizer.state.items()}
         try:
             for group, row in zip(optimizer.param_groups, rows, strict=True):
+                optimizer._convert_states(group)
                 for p in group["params"]:
                     if optimizer._input_of(p) is None:
                         continue
@@ -273,7 +279,7 @@ class StepPlan:
 
     def run(self, optimizer: FusedOptimizer, rows: list[Row], control: Control) -> bool:
         """Update everything. False, and nothing changed, where the plan no longer holds."""
-        if self.rules != [row.rule for row in rows]:
+        if self.rules != [row.rule for row in rows] or self.formats != _formats_of(optimizer):
             return False
         # A plan that was built for this step has just made these checks.
         if not self.new and not all(self._holds(optimizer, rows, slow) for slow in self.slow):

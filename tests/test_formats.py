@@ -614,3 +614,30 @@ def test_clipping_composes(dtype, weight_format, state_format):
         results.append(params)
     for p, q in zip(*results, strict=True):
         assert torch.allclose(p.float(), q.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_formats_may_change_between_steps():
+    """A group's options are read at each step: states that exist are converted, remainders come and go."""
+    p = torch.nn.Parameter(random_values((64, 64), BF16))
+    optimizer = precond.AdamW([p], backend=BACKEND)
+    (group,) = optimizer.param_groups
+    p.grad = random_values((64, 64), BF16)
+    for weight_format, state_format, keys in (
+        (None, None, {"exp_avg", "exp_avg_sq", "step"}),
+        ("split24", "int8", {"exp_avg_scale", "exp_avg_sq_scale", "key", "remainder"}),
+        ("stochastic", "int4", {"exp_avg_scale", "exp_avg_sq_scale", "key"}),
+        ("split32", "fp32", {"remainder"}),
+    ):
+        group["weight_format"], group["state_format"] = weight_format, state_format
+        before = {name: t.clone() for name, t in precond.to_torch_state_dict(optimizer)["state"].get(0, {}).items()}
+        optimizer.step()
+        state = optimizer.state[p]
+        assert keys <= state.keys()
+        assert ("remainder" in state) == (weight_format in ("split24", "split32"))
+        assert ("exp_avg_scale" in state) == (state_format in ("int8", "int4"))
+        after = precond.to_torch_state_dict(optimizer)["state"][0]
+        if before:
+            # One more step with the same gradient: the mean goes a tenth of the way, give or take a code.
+            due = 0.9 * before["exp_avg"] + 0.1 * p.grad.float()
+            assert (after["exp_avg"] - due).abs().mean() < 0.3 * due.abs().mean()
+            assert after["step"] == before["step"] + 1

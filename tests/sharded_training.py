@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -74,8 +75,13 @@ def main(rank: int, ranks: int, folder: Path, weight_format: str, state_format: 
     found = everything(model, optimizer)
     if rank == 0:
         torch.save(found, folder / f"{save}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:8])
+    # Everything is written. On its way out an interpreter now and then aborts in a thread of gloo's ("terminate called
+    # without an active exception").
+    sys.stdout.flush()
+    os._exit(0)

@@ -247,6 +247,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             return False
         state = self.state[p]
         fresh = not self._states(p, rule)
+        if self._counts_steps:  # before the states, as in torch
+            self._make_counter(p, group)
         for name in names:
             if state.get(name) is None:
                 state.update(self._new_state(p, name, group))
@@ -258,11 +260,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._layout(p, group, rule).draws and not isinstance(state.get("key"), int):
             state["key"] = self._key(p)
         if self._counts(p):
-            step = state.get("step", 0.0)
-            device = p.device if p.device.type != "cpu" and self._step_on_device(group, "cuda") else torch.device("cpu")
-            if not is_counter(step, p, device):
-                state["step"] = torch.tensor(float(step), dtype=counter_dtype(p), device=device)
+            self._make_counter(p, group)
         return fresh
+
+    def _make_counter(self, p: Tensor, group: dict[str, Any]) -> None:
+        step = self.state[p].get("step", 0.0)
+        device = p.device if p.device.type != "cpu" and self._step_on_device(group, "cuda") else torch.device("cpu")
+        if not is_counter(step, p, device):
+            self.state[p]["step"] = torch.tensor(float(step), dtype=counter_dtype(p), device=device)
 
     def _new_state(self, p: Tensor, name: str, group: dict[str, Any]) -> dict[str, Tensor]:
         """A state with its initial value, and what lies beside it."""
@@ -469,19 +474,19 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if name in group:
                     tensor.data.fill_(float(group[name]))
                     group[name] = tensor
-        for group, own in zip(self.param_groups, own_options, strict=True):
+        for index, (group, own) in enumerate(zip(self.param_groups, own_options, strict=True)):
             group.update({name: value for name, value in own.items() if name not in group})
-            self._convert_states(group)
+            self._convert_states(group, index)
         self._rebuild()
 
-    def _convert_states(self, group: dict[str, Any]) -> None:
+    def _convert_states(self, group: dict[str, Any], index: int) -> None:
         """Bring states that exist, loaded or made under another option, into the format that a group asks for by name."""
         asked = group.get("state_format")
         if asked is None:
             return
         wanted = STATE_FORMATS[asked]
         rule = self._row(group).rule
-        for p in group["params"]:
+        for position, p in enumerate(group["params"]):
             if p not in self.state or p.is_complex():
                 continue
             state = self.state[p]
@@ -491,8 +496,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name, form in zip(self._states(p, rule), forms, strict=True):
                 if coded and form == _formats.code_format(name, str(wanted)):
                     continue
-                if not coded and f"{name}_scale" not in state and state[name].dtype == dtype:
+                alone = f"{name}_scale" not in state
+                # Of another shape: the step says so.
+                if alone and (state[name].shape != p.shape or (not coded and state[name].dtype == dtype)):
                     continue
+                layout = _formats.Layout("fp32", (form,), (0, 0, 0))
+                _formats.check(f"parameter {position} of group {index}", p, state, (name,), layout)
                 values = _formats.values_of(state, name, form, p)
                 state.pop(f"{name}_scale", None)
                 if coded:

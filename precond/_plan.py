@@ -176,8 +176,8 @@ class StepPlan:
         self.split: list[Tensor] = []
         self.before = {p: dict(state) for p, state in optimizer.state.items()}
         try:
-            for group, row in zip(optimizer.param_groups, rows, strict=True):
-                optimizer._convert_states(group)
+            for index, (group, row) in enumerate(zip(optimizer.param_groups, rows, strict=True)):
+                optimizer._convert_states(group, index)
                 for p in group["params"]:
                     if optimizer._input_of(p) is None:
                         continue

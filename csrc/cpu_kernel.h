@@ -140,6 +140,19 @@ __attribute__((noinline)) inline void clamp_tile(Incoming incoming, int64_t n, T
   for (int64_t i = 0; i < n; ++i) g[i] = incoming(g[i]);
 }
 
+// The next tile's lines: the hardware's prefetchers start anew in each stretch of a tile, and memory would rest while a
+// tile is decoded and encoded. 4M elements, ns each: split24 + int8 0.92 -> 0.86, split32 + fp32 1.38 -> 0.82.
+PRECOND_INLINE void prefetch_tile(const Operand& operand, int64_t begin, int64_t end) {
+  // Inlined, or GCC takes it for a function without effect and leaves it out.
+  const auto prefetch = [begin, end](const char* data, int64_t bits) __attribute__((always_inline)) {
+    const int64_t last = begin + kTile < end ? begin + kTile : end;
+    for (const char* line = data + begin * bits / 8; line < data + last * bits / 8; line += 64)
+      __builtin_prefetch(line, 1);
+  };
+  if (operand.strides == kDense) prefetch(operand.data, item_bits(operand.format));
+  if (has_remainder(operand.format)) prefetch(operand.beside, remainder_bits(operand.format));
+}
+
 // Through tiles of fp32, so that work grows as rules + formats, not as their product.
 template <class Rule, int... K>
 PRECOND_INLINE void update_tiled(const ChunkArgs& a, const Rule& rule, Incoming incoming,
@@ -161,6 +174,9 @@ PRECOND_INLINE void update_tiled(const ChunkArgs& a, const Rule& rule, Incoming 
     load(t.p, a.strides, begin, n, p);
     load(t.g, a.strides, begin, n, g);
     (load(t.state[K], a.strides, begin, n, s[K]), ...);
+    prefetch_tile(t.p, begin + n, end);
+    prefetch_tile(t.g, begin + n, end);
+    (prefetch_tile(t.state[K], begin + n, end), ...);
 
     if (clamps) clamp_tile(incoming, n, g);
     if (roots)

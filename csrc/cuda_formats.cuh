@@ -23,16 +23,6 @@ struct Items {
   const Strides* strides;  // null: dense
 };
 
-PRECOND_INLINE constexpr int item_bits(Format format) {
-  if (format == Format::fp32) return 32;
-  if (!is_coded(format)) return 16;
-  return format == Format::int8 || format == Format::uint8 ? 8 : 4;
-}
-PRECOND_INLINE constexpr int remainder_bits(Format format) {
-  if (!has_remainder(format)) return 0;
-  return format == Format::bf16_split24 || format == Format::fp16_split24 ? 8 : 16;
-}
-
 template <bool kWide>
 __device__ __forceinline__ Items items_of(char* data, int bits, int32_t stride, const Strides* strides) {
   const uint64_t bytes = bits == 32 ? 16 : uint64_t(bits);

@@ -13,8 +13,8 @@ struct Bf16Stochastic {
   PRECOND_INLINE static float value(Stored x) { return Bf16::value(x); }
   // On bits, which are the magnitude: what is cut off is the probability of a carry.
   PRECOND_INLINE static Stored stored(float x, uint32_t draw) {
-    const uint32_t rounded = (bits_of(x) + draw) >> 16;
-    return Stored(x != x ? 0x7fc0u : rounded);
+    const uint32_t u = x != x ? 0x7fc00000u : bits_of(x);
+    return Stored((u + draw) >> 16);
   }
 };
 

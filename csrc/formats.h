@@ -42,6 +42,17 @@ PRECOND_INLINE constexpr bool has_remainder(Format format) {
 // Takes square roots of second moments.
 PRECOND_INLINE constexpr bool is_root(Format format) { return format == Format::uint8 || format == Format::uint4; }
 
+// Bits of an element itself, and of what lies beside it.
+PRECOND_INLINE constexpr int item_bits(Format format) {
+  if (format == Format::fp32) return 32;
+  if (!is_coded(format)) return 16;
+  return format == Format::int8 || format == Format::uint8 ? 8 : 4;
+}
+PRECOND_INLINE constexpr int remainder_bits(Format format) {
+  if (!has_remainder(format)) return 0;
+  return format == Format::bf16_split24 || format == Format::fp16_split24 ? 8 : 16;
+}
+
 inline namespace PRECOND_ISA {
 
 // Calls f with the struct of a format. The only switch over formats. On a device f may be for the device alone.

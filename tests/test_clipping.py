@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 from cases import BACKEND, bits_equal, gradient, nasty_values, random_values
 from optimizers import BY_RULE, CLASSES
+from ranks import on_two_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import precond
@@ -563,27 +561,6 @@ def test_errors_say_what_was_expected(row, settings, error, message):
 
 
 # Processes.
-
-
-def on_two_ranks(code, tmp_path):
-    """Run code on two processes of one group; it sees `rank`, `dist` and what every test needs."""
-    start = f"""
-import copy, math, sys, torch, precond, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://{tmp_path}/pair", rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-torch.manual_seed(0)
-"""
-    command = [sys.executable, "-W", "ignore", "-c", start + code + "\ndist.destroy_process_group()\n"]
-    env = {
-        name: value for name, value in os.environ.items() if name not in ("PRECOND_BACKEND", "PRECOND_TEST_EXTENSION")
-    }
-    pair = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, env=env) for rank in range(2)]
-    for process in pair:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()[-2000:]
 
 
 @cpu_only

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cases import BACKEND
+from ranks import launch as run
 from sharded_training import everything, model_of, train
 
 import precond
@@ -18,18 +18,7 @@ pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="gloo ranks are CPU pro
 
 
 def launch(ranks: int, folder: Path, *arguments: str) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(ranks), str(folder), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    run([[sys.executable, str(SCRIPT), str(rank), str(ranks), str(folder), *arguments] for rank in range(ranks)])
 
 
 @pytest.mark.parametrize(

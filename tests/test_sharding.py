@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from cases import bits_equal
 from optimizers import OPTIMIZERS
+from ranks import on_two_ranks
 
 from precond import _sharding
 
@@ -65,16 +66,7 @@ def test_a_norm_is_added_up_over_the_meshes_of_sharded_tensors_only(mesh):
 
 def test_a_gradient_placed_otherwise_is_placed_as_its_parameter(tmp_path):
     """Two ranks; a partial sum is added up, another shard is exchanged, an asynchronous one is waited for."""
-    import subprocess
-    import sys
-
     code = """
-import sys, torch, precond, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
 w = torch.nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))
 x = distribute_tensor(torch.arange(12.0).view(4, 3), mesh, [Shard(0)])
 (x * w).sum().backward()
@@ -89,14 +81,5 @@ r = torch.nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Replicate()]))
 r.grad = DTensor.from_local(torch.ones(2), mesh, [Partial()]).redistribute(mesh, [Replicate()], async_op=True)
 precond.SGD([r], lr=1.0).step()
 assert r.to_local().tolist() == [-2.0, -2.0], r
-dist.destroy_process_group()
 """
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code, str(rank), f"{tmp_path}/pair"], stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    for process in pair:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()[-2000:]
+    on_two_ranks(code, tmp_path)

@@ -1,0 +1,50 @@
+"""Runs a test's code as the ranks of one gloo group, each a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+START = """
+import copy, math, os, sys, torch, precond, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+rank, ranks, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=ranks)
+mesh = init_device_mesh("cpu", (ranks,))
+torch.manual_seed(0)
+"""
+
+# On its way out an interpreter now and then aborts in a thread of gloo's ("terminate called without an active exception").
+END = """
+dist.barrier()
+dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def launch(commands: list[list[str]]) -> None:
+    """Run commands beside each other; fail with what they printed unless all return 0."""
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("PRECOND_BACKEND", "PRECOND_TEST_EXTENSION")
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
+    processes = [subprocess.Popen(command, **pipes) for command in commands]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    failed = [(p.returncode, output[-2000:]) for p, output in zip(processes, outputs, strict=True) if p.returncode]
+    assert not failed, "\n".join(f"exit code {code}\n{output}" for code, output in failed)
+
+
+def on_two_ranks(code: str, folder: Path) -> None:
+    """Run code on two ranks; it sees ``rank``, ``mesh``, ``dist`` and what every test needs."""
+    launch(
+        [[sys.executable, "-W", "ignore", "-c", START + code + END, str(r), "2", f"{folder}/store"] for r in range(2)]
+    )

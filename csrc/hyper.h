@@ -32,5 +32,27 @@ struct LionHyper {
   static constexpr const char* names[] = {"lr", "weight_decay", "l1_decay", "beta1", "beta2"};
 };
 
+struct DualHyper {
+  double lr, weight_decay, momentum, lookahead, scale, exponent, offset, slope;
+  static constexpr const char* names[] = {"lr",    "weight_decay", "momentum", "lookahead",
+                                          "scale", "exponent",     "offset",   "slope"};
+};
+
+struct AverageHyper {
+  double momentum, lookahead;
+  static constexpr const char* names[] = {"momentum", "lookahead"};
+};
+
+struct GaussNewtonHyper {
+  double lr, weight_decay, l1_decay, l1_cap, beta1, beta2, eps, scale, clip, corrected;
+  static constexpr const char* names[] = {"lr",    "weight_decay", "l1_decay", "l1_cap", "beta1",
+                                          "beta2", "eps",          "scale",    "clip",   "corrected"};
+};
+
+struct PerturbHyper {
+  double radius, scale, eps;
+  static constexpr const char* names[] = {"radius", "scale", "eps"};
+};
+
 }  // namespace PRECOND_ISA
 }  // namespace precond

@@ -5,6 +5,7 @@
 
 #include "decays.h"
 #include "hyper.h"
+#include "kernels.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {
@@ -178,11 +179,110 @@ struct Lion {
   }
 };
 
+// An average of gradients, and a point between it and the last one: 1 - momentum from it, or none.
+struct Averaging {
+  float one_minus_momentum, lookahead;
+  PRECOND_INLINE float operator()(float g, float& m) const {
+    m = fma(one_minus_momentum, g - m, m);
+    return fma(lookahead, g - m, m);
+  }
+};
+
+// Maddison et al., arXiv 1902.02257: the gradient of a convex function, per entry. Kernels: kernels.h.
+template <class Kernel, class Decay>
+struct Dual {
+  using Hyper = DualHyper;
+  static constexpr int kStates = 0, kSquares = 0;
+  float lr;
+  Kernel kernel;
+  Decay decay;
+
+  PRECOND_INLINE void operator()(float& p, float g) const { p = decay(p, lr, kernel(g), 1.0f, 1.0f); }
+};
+
+template <class Kernel, class Decay>
+struct DualMomentum {
+  using Hyper = DualHyper;
+  static constexpr int kStates = 1, kSquares = 0;
+  float lr;
+  Averaging average;
+  Kernel kernel;
+  Decay decay;
+
+  PRECOND_INLINE void operator()(float& p, float g, float& m) const {
+    p = decay(p, lr, kernel(average(g, m)), 1.0f, 1.0f);
+  }
+};
+
+// What a later pass maps as a whole: p is overwritten with it.
+struct Average {
+  using Hyper = AverageHyper;
+  static constexpr int kStates = 1, kSquares = 0;
+  Averaging average;
+
+  PRECOND_INLINE void operator()(float& p, float g, float& m) const { p = average(g, m); }
+};
+
+// Liu et al., arXiv 2510.13680: a mean of gradients over a curvature, or over its root. kOwn: the curvature is a mean
+// of squared gradients. Sophia (arXiv 2306.14342) is the first with a clip of 1.
+template <class Decay, bool kRoot, bool kOwn>
+struct GaussNewton {
+  using Hyper = GaussNewtonHyper;
+  static constexpr int kStates = 2, kSquares = 0b10;
+  float one_minus_beta1, beta2, one_minus_beta2, scale, eps, clip, step_size;
+  Decay decay;
+
+  PRECOND_INLINE void operator()(float& p, float g, float& m, float& h) const {
+    m = fma(one_minus_beta1, g - m, m);
+    if (kOwn) h = fma(one_minus_beta2 * g, g, beta2 * h);
+    const float damped = fma(scale, h < 0.0f ? 0.0f : h, eps);
+    const float den = kRoot ? sqrt(damped) : damped;
+    p = decay(p, step_size, clamped(m / den, clip), den, h);
+  }
+};
+template <class Decay>
+using GaussNewtonInverse = GaussNewton<Decay, false, false>;
+template <class Decay>
+using GaussNewtonRoot = GaussNewton<Decay, true, false>;
+template <class Decay>
+using GaussNewtonOwn = GaussNewton<Decay, false, true>;
+template <class Decay>
+using GaussNewtonOwnRoot = GaussNewton<Decay, true, true>;
+
+// The point where a two-gradient step takes the second one; the parameter waits in a state (METHODS A.2.3).
+struct Perturb {
+  using Hyper = PerturbHyper;
+  static constexpr int kStates = 1, kSquares = 0;
+  float radius;
+
+  PRECOND_INLINE void operator()(float& p, float g, float& backup) const {
+    backup = p;
+    p = fma(radius, g, p);
+  }
+};
+
+// The same along P P^T g = g / (sqrt(scale v) + eps).
+struct PerturbAdaptive {
+  using Hyper = PerturbHyper;
+  static constexpr int kStates = 2, kSquares = 0b10;
+  float radius, root_scale, eps;
+
+  PRECOND_INLINE void operator()(float& p, float g, float& backup, float& v) const {
+    backup = p;
+    p = fma(radius, g / fma(sqrt(v), root_scale, eps), p);
+  }
+};
+
 // A rule with each intrinsic decay: name + "", "_l1", "_l1_subgradient" + suffix.
 #define PRECOND_INTRINSIC(RULE, name, suffix, Template, Threshold) \
   RULE(name suffix, Template<L2>)                                  \
   RULE(name "_l1" suffix, Template<L1Proximal<Threshold>>)         \
   RULE(name "_l1_subgradient" suffix, Template<L1Subgradient<Threshold>>)
+
+// A kernel without a momentum and with one.
+#define PRECOND_DUAL(RULE, name, Kernel) \
+  RULE(name, Dual<Kernel, L2>)           \
+  RULE(name "_momentum", DualMomentum<Kernel, L2>)
 
 // Every rule and its name. The position is the rule's number in a plan.
 #if defined(PRECOND_FEW_RULES)
@@ -216,12 +316,25 @@ struct Lion {
   PRECOND_INTRINSIC(RULE, "rmspropw", "_centered", RMSpropCentered, AdaptiveThreshold)                  \
   PRECOND_INTRINSIC(RULE, "rmspropw", "_momentum", RMSpropMomentum, AdaptiveThreshold)                  \
   PRECOND_INTRINSIC(RULE, "rmspropw", "_centered_momentum", RMSpropCenteredMomentum, AdaptiveThreshold) \
-  PRECOND_INTRINSIC(RULE, "lion", "", Lion, PlainThreshold)
+  PRECOND_INTRINSIC(RULE, "lion", "", Lion, PlainThreshold)                                             \
+  PRECOND_DUAL(RULE, "dual_ratio", RatioKernel)                                                         \
+  PRECOND_DUAL(RULE, "dual_smoothed", SmoothedKernel)                                                   \
+  PRECOND_DUAL(RULE, "dual_clip", ClipKernel)                                                           \
+  PRECOND_DUAL(RULE, "dual_asinh", AsinhKernel)                                                         \
+  PRECOND_DUAL(RULE, "dual_log", LogKernel)                                                             \
+  PRECOND_DUAL(RULE, "dual_power", PowerKernel)                                                         \
+  RULE("average", Average)                                                                              \
+  PRECOND_INTRINSIC(RULE, "gauss_newton", "", GaussNewtonInverse, AdaptiveThreshold)                    \
+  PRECOND_INTRINSIC(RULE, "gauss_newton", "_root", GaussNewtonRoot, AdaptiveThreshold)                  \
+  PRECOND_INTRINSIC(RULE, "gauss_newton", "_own", GaussNewtonOwn, AdaptiveThreshold)                    \
+  PRECOND_INTRINSIC(RULE, "gauss_newton", "_own_root", GaussNewtonOwnRoot, AdaptiveThreshold)           \
+  RULE("perturb", Perturb)                                                                              \
+  RULE("perturb_adaptive", PerturbAdaptive)
 #endif
 
 constexpr int kMaxStates = 3;
 constexpr int kRowFloats = 16;
-constexpr int kMaxHyper = 8;
+constexpr int kMaxHyper = 10;
 
 }  // namespace PRECOND_ISA
 }  // namespace precond

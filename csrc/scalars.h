@@ -93,6 +93,63 @@ PRECOND_INLINE void set_scalars(Lion<Decay>& rule, const LionHyper& h, double, b
   set_scalars(rule.decay, h, h.lr);
 }
 
+PRECOND_INLINE void set_kernel(RatioKernel& kernel, const DualHyper& h) {
+  kernel.offset = float(h.offset);
+  kernel.slope = float(h.slope);
+}
+PRECOND_INLINE void set_kernel(SmoothedKernel& kernel, const DualHyper& h) {
+  kernel.scale_squared = float(h.scale * h.scale);
+}
+PRECOND_INLINE void set_kernel(PowerKernel& kernel, const DualHyper& h) {
+  kernel.scale = float(h.scale);
+  kernel.exponent = float(h.exponent);
+}
+template <class Kernel>
+PRECOND_INLINE void set_kernel(Kernel& kernel, const DualHyper& h) {
+  kernel.scale = float(h.scale);
+}
+template <class Hyper>
+PRECOND_INLINE void set_average(Averaging& average, const Hyper& h) {
+  average.one_minus_momentum = float(1.0 - h.momentum);
+  average.lookahead = float(h.lookahead);
+}
+template <class Kernel, class Decay>
+PRECOND_INLINE void set_scalars(Dual<Kernel, Decay>& rule, const DualHyper& h, double, bool) {
+  rule.lr = float(h.lr);
+  set_kernel(rule.kernel, h);
+  set_scalars(rule.decay, h, h.lr);
+}
+template <class Kernel, class Decay>
+PRECOND_INLINE void set_scalars(DualMomentum<Kernel, Decay>& rule, const DualHyper& h, double, bool) {
+  rule.lr = float(h.lr);
+  set_average(rule.average, h);
+  set_kernel(rule.kernel, h);
+  set_scalars(rule.decay, h, h.lr);
+}
+PRECOND_INLINE void set_scalars(Average& rule, const AverageHyper& h, double, bool) { set_average(rule.average, h); }
+
+// Where the mean of gradients is corrected for its start at 0, so is what bounds it; the curvature only where the rule
+// makes it.
+template <class Decay, bool kRoot, bool kOwn>
+PRECOND_INLINE void set_scalars(GaussNewton<Decay, kRoot, kOwn>& rule, const GaussNewtonHyper& h, double step, bool) {
+  const uint64_t t = uint64_t(step);
+  const double bias1 = h.corrected != 0.0 ? 1.0 - integer_power(h.beta1, t) : 1.0;
+  rule.one_minus_beta1 = float(1.0 - h.beta1);
+  rule.beta2 = float(h.beta2);
+  rule.one_minus_beta2 = float(1.0 - h.beta2);
+  rule.scale = float(kOwn ? h.scale / (1.0 - integer_power(h.beta2, t)) : h.scale);
+  rule.eps = float(h.eps);
+  rule.clip = float(h.clip * bias1);
+  rule.step_size = float(h.lr / bias1);
+  set_scalars(rule.decay, h, h.lr);
+}
+PRECOND_INLINE void set_scalars(Perturb& rule, const PerturbHyper& h, double, bool) { rule.radius = float(h.radius); }
+PRECOND_INLINE void set_scalars(PerturbAdaptive& rule, const PerturbHyper& h, double, bool) {
+  rule.radius = float(h.radius);
+  rule.root_scale = float(::sqrt(h.scale));
+  rule.eps = float(h.eps);
+}
+
 // Fills a row of the plan.
 template <class Rule>
 PRECOND_INLINE void fill_row(const double* hyper, double step, bool fresh, float* row) {

@@ -11,22 +11,31 @@ from ._settings import Settings
 from ._version import __version__
 from .adagrad import Adagrad, AdagradW
 from .adam import Adam, AdamW
+from .dual import DualDescent
+from .gauss_newton import GaussNewton, Sophia
 from .lion import Lion
+from .muon import Muon
 from .rmsprop import RMSprop, RMSpropW
 from .sgd import SGD, SGDW
+from .soap import SOAP
 
 __all__ = [
     "SGD",
     "SGDW",
+    "SOAP",
     "Adagrad",
     "AdagradW",
     "Adam",
     "AdamW",
+    "DualDescent",
+    "GaussNewton",
     "Lion",
+    "Muon",
     "PrecisionWarning",
     "RMSprop",
     "RMSpropW",
     "Settings",
+    "Sophia",
     "__version__",
     "master_weights",
     "param_groups",

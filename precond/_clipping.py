@@ -200,7 +200,7 @@ def _total(plan: StepPlan, optimizer: FusedOptimizer, inf: bool) -> Tensor:
     """The sum of squares, or the largest magnitude, of all gradients of all processes."""
     assert plan.norm_classes is not None
     groups = plan.norm_classes.groups
-    parts = list(_parts(plan, optimizer, inf))
+    parts = list(parts_of_norms(plan, optimizer, inf))
     first = parts[0] if parts else torch.zeros(len(groups), dtype=torch.float64)
     total = first.clone()
     for part in parts[1:]:
@@ -218,7 +218,7 @@ def combined(a: Tensor, b: Tensor, inf: bool) -> Tensor:
     return torch.maximum(a.view(torch.int64), b.view(torch.int64)).view(torch.float64) if inf else a + b
 
 
-def _parts(plan: StepPlan, optimizer: FusedOptimizer, inf: bool) -> Iterable[Tensor]:
+def parts_of_norms(plan: StepPlan, optimizer: FusedOptimizer, inf: bool) -> Iterable[Tensor]:
     """Per backend and device, a float64 number for each class."""
     assert plan.norm_classes is not None
     count = len(plan.norm_classes.groups)

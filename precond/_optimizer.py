@@ -152,7 +152,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         clip_value = self._own["clip_grad_value"]
         control = Control(grad_coef, grad_scale, found_inf, math.inf if clip_value is None else clip_value)
 
-        rows = [self._checked_row(group) for group in self.param_groups]
+        self._run_rows([self._checked_row(group) for group in self.param_groups], control)
+
+    def _run_rows(self, rows: list[Row], control: Control) -> None:
+        """Run each group's rule on its parameters, by the plan for these groups or a new one."""
         # DeepSpeed steps once per group with param_groups cut to it: one plan for each view of the groups.
         key = tuple(map(id, self.param_groups))
         plan = self._plans.get(key)
@@ -273,7 +276,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """A state with its initial value, and what lies beside it."""
         initial = self._initial(p, group)
         # A complex state has its parameter's dtype: a pair of other floats is no dtype of torch.
-        state_format = None if p.is_complex() else group.get("state_format")
+        state_format = None if p.is_complex() else self._format_of_state(name, group)
         dtype = p.dtype if state_format is None else STATE_FORMATS[state_format]
         if isinstance(dtype, str):
             if _formats.takes_codes(p):
@@ -286,6 +289,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._warn_precision(name, dtype, group)
         full = torch.full_like(p, initial, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         return {name: full}
+
+    def _format_of_state(self, name: str, group: dict[str, Any]) -> Any:
+        """What a group asks for a state to be stored in."""
+        return group.get("state_format")
 
     def _key(self, p: Tensor) -> int:
         """What names the stream of a parameter's random bits: from the seed and its name, or its position."""
@@ -457,7 +464,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         checkpoint has none.
         """
         own_options = [{k: g[k] for k in self._group_options if k in g} for g in self.param_groups]
-        tensor_options = [{k: v for k, v in g.items() if isinstance(v, Tensor)} for g in self.param_groups]
+        tensor_options = [
+            {k: v for k, v in g.items() if isinstance(v, Tensor) and v.numel() == 1} for g in self.param_groups
+        ]
         # What torch loads is what the user's hooks made of the dictionary; ours sees it last, and mends before theirs.
         final: dict[str, Any] = {}
         hooks = [
@@ -481,19 +490,18 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _convert_states(self, group: dict[str, Any], index: int) -> None:
         """Bring states that exist, loaded or made under another option, into the format that a group asks for by name."""
-        asked = group.get("state_format")
-        if asked is None:
+        if group.get("state_format") is None:
             return
-        wanted = STATE_FORMATS[asked]
         rule = self._row(group).rule
         for position, p in enumerate(group["params"]):
             if p not in self.state or p.is_complex():
                 continue
             state = self.state[p]
-            coded = isinstance(wanted, str) and _formats.takes_codes(p)
-            dtype = torch.float32 if isinstance(wanted, str) else wanted
             forms = self._layout(p, group, rule).states
             for name, form in zip(self._states(p, rule), forms, strict=True):
+                wanted = STATE_FORMATS[self._format_of_state(name, group)]
+                coded = isinstance(wanted, str) and _formats.takes_codes(p)
+                dtype = torch.float32 if isinstance(wanted, str) else wanted
                 if coded and form == _formats.code_format(name, str(wanted)):
                     continue
                 alone = f"{name}_scale" not in state

@@ -169,7 +169,7 @@ class StepPlan:
         self.slow: list[Slow] = []
         self.compiled: list[Compiled] = []
         self.has_wrappers = any(local(p) is not p for group in optimizer.param_groups for p in group["params"])
-        fast = self._check(optimizer, rows)
+        self.fast = fast = self._check(optimizer, rows)
         wants_norm = optimizer._own["max_grad_norm"] is not None
         self.norm_classes: NormClasses | None = norm_classes(optimizer) if wants_norm else None
         self.fresh: set[Tensor] = set()
@@ -192,6 +192,8 @@ class StepPlan:
                     _formats.check(slow.name, slow.param, optimizer.state[slow.param], names, layout)
             for where in dict.fromkeys(fast.values()):
                 self._compile(optimizer, rows, fast, *where)
+            if self.norm_classes is not None and len(self.norm_classes.groups) > 1:
+                self.set_norm_classes(optimizer, self.norm_classes)
         except BaseException:
             self._forget(optimizer)
             raise
@@ -247,7 +249,7 @@ class StepPlan:
         rules = _backend._C.rules
         plan = _backend._C.Plan(
             reader=_backend.reader(),
-            state_names={rules[row.rule][0]: reference.RULES[row.rule].states for row in rows},
+            state_names={rules[row.rule][0]: optimizer._names(row.rule) for row in rows},
             step_name="step",
             chunk=_CHUNK,
             device=-1 if backend == "cpu" else device.index or 0,
@@ -262,10 +264,6 @@ class StepPlan:
                 else:
                     plan.ignore(p, index)
         plan.seal(optimizer.state)
-        if self.norm_classes is not None and len(self.norm_classes.groups) > 1:
-            of = self.norm_classes.of
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            plan.set_norm_classes([of[p] for p in params if fast.get(p) == (backend, device)])
         self.compiled.append(Compiled(backend, device, plan))
 
     def _add(self, plan: Any, optimizer: FusedOptimizer, p: Tensor, index: int, row: Row, on_device: bool) -> None:
@@ -277,6 +275,21 @@ class StepPlan:
         state, counts = optimizer.state.get(p), optimizer._counts(p)
         plan.add(p, state, index, number, p in self.fresh, counts, on_device, formats, layout.draws, layout.place)
 
+    def set_norm_classes(self, optimizer: FusedOptimizer, classes: NormClasses) -> None:
+        """Have norms measured for each class of parameters."""
+        self.norm_classes = classes
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for backend, device, plan in self.compiled:
+            plan.set_norm_classes([classes.of[p] for p in params if self.fast.get(p) == (backend, device)])
+
+    def refresh(self, optimizer: FusedOptimizer, rows: list[Row]) -> bool:
+        """Bring the compiled plans up to this step. False where one no longer holds."""
+        for backend, _, plan in self.compiled:
+            table = table_of(rows, backend == "cuda")
+            if not plan.refresh(optimizer.param_groups, optimizer.state, optimizer._inputs, table):
+                return False
+        return True
+
     def run(self, optimizer: FusedOptimizer, rows: list[Row], control: Control) -> bool:
         """Update everything. False, and nothing changed, where the plan no longer holds."""
         if self.rules != [row.rule for row in rows] or self.formats != _formats_of(optimizer):
@@ -286,10 +299,8 @@ class StepPlan:
             return False
         self.new = False
         optimizer._drop_stale_remainders(self.split)
-        for backend, _, plan in self.compiled:
-            table = table_of(rows, backend == "cuda")
-            if not plan.refresh(optimizer.param_groups, optimizer.state, optimizer._inputs, table):
-                return False
+        if not self.refresh(optimizer, rows):
+            return False
 
         backends = {backend for backend, _ in self.executors()}
         may_skip = control.found_inf is not None or optimizer._own["nonfinite"] == "skip"

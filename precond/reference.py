@@ -169,6 +169,98 @@ def lion(
     return decayed(p, lr * u, lr, hyper, decay), (m,)
 
 
+# Dual space preconditioning: p -= lr grad K(u), K convex and a function of magnitudes (Maddison et al., arXiv 1902.02257).
+
+#: Of each kernel what it makes of a magnitude r >= 0: h'(r) for K = h(|g|), of an entry, a norm or a singular value.
+KERNELS: dict[str, Callable[[Tensor, Hyper], Tensor]] = {
+    "identity": lambda r, hyper: r,
+    "normalize": lambda r, hyper: torch.sign(r),
+    "smoothed": lambda r, hyper: r / torch.sqrt(r * r + hyper["scale"] ** 2),
+    "adam": lambda r, hyper: r / (r + hyper["scale"]),
+    "clip": lambda r, hyper: torch.clamp(r, max=hyper["scale"]),
+    "rational": lambda r, hyper: r / (1 + r / hyper["scale"]),
+    "asinh": lambda r, hyper: hyper["scale"] * torch.asinh(r / hyper["scale"]),
+    "log": lambda r, hyper: hyper["scale"] * torch.log1p(r / hyper["scale"]),
+    "power": lambda r, hyper: hyper["scale"] * (r / hyper["scale"]) ** hyper["exponent"],
+}
+
+
+def ratio(r: Tensor, hyper: Hyper) -> Tensor:
+    """r / (offset + slope r), 0 at 0: identity (1, 0), normalize (0, 1), adam (scale, 1) and rational (1, 1 / scale)."""
+    return torch.where(r == 0, r, r / (hyper["offset"] + hyper["slope"] * r))
+
+
+def dual(
+    p: Tensor,
+    g: Tensor,
+    states: States,
+    hyper: Hyper,
+    step: int,
+    fresh: bool,
+    *,
+    decay: str,
+    kernel: Callable[[Tensor, Hyper], Tensor],
+) -> tuple[Tensor, States]:
+    """m = mu m + (1 - mu) g; u = m + lookahead (g - m), or g without a momentum; p -= lr (h'(|u|) sign(u) + wd p)."""
+    lr = hyper["lr"]
+    (new_states, u) = ((), g) if not states else averaged(g, states, hyper)
+    return decayed(p, lr * torch.sign(u) * kernel(u.abs(), hyper), lr, hyper, decay), new_states
+
+
+def averaged(g: Tensor, states: States, hyper: Hyper) -> tuple[States, Tensor]:
+    """An average of gradients, m = mu m + (1 - mu) g, and a point between it and the gradient, m + lookahead (g - m)."""
+    m = hyper["momentum"] * states[0] + (1 - hyper["momentum"]) * g
+    return (m,), m + hyper["lookahead"] * (g - m)
+
+
+def average(p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool) -> tuple[Tensor, States]:
+    """Overwrites p with the direction of a momentum: what Muon and DualDescent map as a whole."""
+    new_states, u = averaged(g, states, hyper)
+    return u, new_states
+
+
+# Diagonal Gauss-Newton (Liu et al., arXiv 2510.13680; METHODS C).
+
+
+def gauss_newton(
+    p: Tensor,
+    g: Tensor,
+    states: States,
+    hyper: Hyper,
+    step: int,
+    fresh: bool,
+    *,
+    decay: str,
+    root: bool,
+    own: bool = False,
+) -> tuple[Tensor, States]:
+    """den = scale h + eps, or its root; p -= lr (clamp(m_hat / den, -clip, clip) + wd p). own: h is a mean of g^2."""
+    m, h = states
+    lr, scale = hyper["lr"], hyper["scale"]
+    m = hyper["beta1"] * m + (1 - hyper["beta1"]) * g
+    if own:
+        h = hyper["beta2"] * h + (1 - hyper["beta2"]) * g * g
+        scale = scale / (1 - hyper["beta2"] ** step)
+    den = scale * torch.clamp(h, min=0) + hyper["eps"]
+    den = den.sqrt() if root else den
+    m_hat = m / (1 - hyper["beta1"] ** step) if hyper["corrected"] else m
+    u = torch.clamp(m_hat / den, -hyper["clip"], hyper["clip"])
+    return decayed(p, lr * u, lr, hyper, decay, den, h), (m, h)
+
+
+# Perturbations of a two-gradient step: the parameter goes to a state, to be copied back.
+
+
+def perturb(
+    p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool, *, adaptive: bool
+) -> tuple[Tensor, States]:
+    """p + radius P P^T g, with P P^T = 1 / (sqrt(scale v) + eps), or without v the identity."""
+    if not adaptive:
+        return p + hyper["radius"] * g, (p,)
+    den = (hyper["scale"] * states[1]).sqrt() + hyper["eps"]
+    return p + hyper["radius"] * g / den, (p, states[1])
+
+
 def intrinsic(
     name: str, update: Callable[..., Any], states: tuple[str, ...], suffix: str = "", **options: Any
 ) -> dict[str, Rule]:
@@ -188,6 +280,9 @@ _MOMENTUM = ("momentum_buffer",)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _AMSGRAD = (*_MOMENTS, "max_exp_avg_sq")
 _SQUARE = ("square_avg",)
+_CURVATURE = ("exp_avg", "curvature")
+#: Kernels with a rule of their own; the others are one ratio.
+_ENTRYWISE = ("smoothed", "clip", "asinh", "log", "power")
 
 RULES: dict[str, Rule] = {
     "sgd": coupled(sgd, ()),
@@ -220,6 +315,18 @@ RULES: dict[str, Rule] = {
         momentum=True,
     ),
     **intrinsic("lion", lion, ("exp_avg",)),
+    **{
+        f"dual_{name}{suffix}": Rule(functools.partial(dual, decay="l2", kernel=kernel), states)
+        for name, kernel in (("ratio", ratio), *((name, KERNELS[name]) for name in _ENTRYWISE))
+        for suffix, states in (("", ()), ("_momentum", _MOMENTUM))
+    },
+    "average": Rule(average, _MOMENTUM),
+    **intrinsic("gauss_newton", gauss_newton, _CURVATURE, root=False),
+    **intrinsic("gauss_newton", gauss_newton, _CURVATURE, "_root", root=True),
+    **intrinsic("gauss_newton", gauss_newton, _CURVATURE, "_own", root=False, own=True),
+    **intrinsic("gauss_newton", gauss_newton, _CURVATURE, "_own_root", root=True, own=True),
+    "perturb": Rule(functools.partial(perturb, adaptive=False), ("backup",)),
+    "perturb_adaptive": Rule(functools.partial(perturb, adaptive=True), ("backup", "exp_avg_sq")),
 }
 
 

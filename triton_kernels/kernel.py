@@ -13,6 +13,7 @@ from torch import Tensor
 from .._formats import Layout
 from . import rules, scalars
 from .formats import BESIDE, FORMATS, block_at, draws, is_plain, load, operand, store
+from .kernels import clamped
 from .random import draw_of, words_at
 from .tables import storage_order, table
 
@@ -35,16 +36,19 @@ JOB = 6
 
 
 class Rule(NamedTuple):
-    """A rule's functions, its decay and the number of its states."""
+    """A rule's functions, its decay, the number of its states, and what else tells it from rules of the same functions."""
 
     update: triton.JITFunction
     decay: str
     scalars: triton.JITFunction
     hyper: tuple[str, ...]
     states: int
+    option: str = ""
 
 
-def with_decays(name: str, coupled: str | None, update, scalar_function, hyper, states: int, suffix: str = "") -> dict:
+def with_decays(
+    name: str, coupled: str | None, update, scalar_function, hyper, states: int, suffix: str = "", option: str = ""
+) -> dict:
     """A rule with each intrinsic decay and, under the name ``coupled``, with the penalty in the gradient."""
     names = {
         f"{name}{suffix}": "l2",
@@ -53,12 +57,14 @@ def with_decays(name: str, coupled: str | None, update, scalar_function, hyper, 
     }
     if coupled is not None:
         names[coupled + suffix] = "coupled"
-    return {rule: Rule(update, decay, scalar_function, hyper, states) for rule, decay in names.items()}
+    return {rule: Rule(update, decay, scalar_function, hyper, states, option) for rule, decay in names.items()}
 
 
 _SGD = scalars.sgd_momentum_scalars, scalars.SGD_HYPER
 _ADAM = scalars.adam_scalars, scalars.ADAM_HYPER
 _RMSPROP = scalars.rmsprop_scalars, scalars.RMSPROP_HYPER
+_GAUSS_NEWTON = rules.gauss_newton, scalars.gauss_newton_scalars, scalars.GAUSS_NEWTON_HYPER
+_KERNELS = ("ratio", "smoothed", "clip", "asinh", "log", "power")
 RULES = {
     **with_decays("sgdw", "sgd", rules.sgd, scalars.sgd_scalars, scalars.SGD_HYPER, 0),
     **with_decays("sgdw", "sgd", rules.sgd_momentum, *_SGD, 1, "_momentum"),
@@ -71,6 +77,20 @@ RULES = {
     **with_decays("rmspropw", "rmsprop", rules.rmsprop_momentum, *_RMSPROP, 2, "_momentum"),
     **with_decays("rmspropw", "rmsprop", rules.rmsprop_centered_momentum, *_RMSPROP, 3, "_centered_momentum"),
     **with_decays("lion", None, rules.lion, scalars.lion_scalars, scalars.LION_HYPER, 1),
+    **{f"dual_{name}": Rule(rules.dual, "l2", scalars.dual_scalars, scalars.DUAL_HYPER, 0, name) for name in _KERNELS},
+    **{
+        f"dual_{name}_momentum": Rule(
+            rules.dual_momentum, "l2", scalars.dual_momentum_scalars, scalars.DUAL_HYPER, 1, name
+        )
+        for name in _KERNELS
+    },
+    "average": Rule(rules.average, "", scalars.average_scalars, scalars.AVERAGE_HYPER, 1),
+    **with_decays("gauss_newton", None, *_GAUSS_NEWTON, 2),
+    **with_decays("gauss_newton", None, *_GAUSS_NEWTON, 2, "_root", "root"),
+    **with_decays("gauss_newton", None, *_GAUSS_NEWTON, 2, "_own", "own"),
+    **with_decays("gauss_newton", None, *_GAUSS_NEWTON, 2, "_own_root", "own_root"),
+    "perturb": Rule(rules.perturb, "", scalars.perturb_scalars, scalars.PERTURB_HYPER, 1),
+    "perturb_adaptive": Rule(rules.perturb_adaptive, "", scalars.perturb_adaptive_scalars, scalars.PERTURB_HYPER, 2),
 }
 
 
@@ -110,13 +130,6 @@ NO_CLIP = Clip(None, None, None, None, 0.0, False, False)
 
 
 @triton.jit
-def clamped(g, limit):
-    """g between -limit and limit; a NaN stays a NaN."""
-    g = tl.where(g > limit, limit, g)
-    return tl.where(g < -limit, -limit, g)
-
-
-@triton.jit
 def update_block(
     slots,
     block,
@@ -125,6 +138,7 @@ def update_block(
     clip_value,
     RULE: tl.constexpr,
     DECAY: tl.constexpr,
+    OPTION: tl.constexpr,
     STATES: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -142,18 +156,18 @@ def update_block(
     if draws(P, S0, S1, S2):
         word = words_at(*scalars.seed_in(row), slots + PLACE, block[0], BLOCK)
     if STATES == 0:
-        p = RULE(p, g, row, DECAY)
+        p = RULE(p, g, row, DECAY, OPTION)
     elif STATES == 1:
         s0_at = operand(slots + 2, S0, FULL)
         s0 = load(s0_at, block, S0, BLOCK, FULL)
-        p, s0 = RULE(p, g, s0, row, DECAY)
+        p, s0 = RULE(p, g, s0, row, DECAY, OPTION)
         store(s0_at, block, s0, draw_of(word, 1), S0, BLOCK, FULL)
     elif STATES == 2:
         s0_at = operand(slots + 2, S0, FULL)
         s1_at = operand(slots + 3, S1, FULL)
         s0 = load(s0_at, block, S0, BLOCK, FULL)
         s1 = load(s1_at, block, S1, BLOCK, FULL)
-        p, s0, s1 = RULE(p, g, s0, s1, row, DECAY)
+        p, s0, s1 = RULE(p, g, s0, s1, row, DECAY, OPTION)
         store(s0_at, block, s0, draw_of(word, 1), S0, BLOCK, FULL)
         store(s1_at, block, s1, draw_of(word, 2), S1, BLOCK, FULL)
     else:
@@ -163,7 +177,7 @@ def update_block(
         s0 = load(s0_at, block, S0, BLOCK, FULL)
         s1 = load(s1_at, block, S1, BLOCK, FULL)
         s2 = load(s2_at, block, S2, BLOCK, FULL)
-        p, s0, s1, s2 = RULE(p, g, s0, s1, s2, row, DECAY)
+        p, s0, s1, s2 = RULE(p, g, s0, s1, s2, row, DECAY, OPTION)
         store(s0_at, block, s0, draw_of(word, 1), S0, BLOCK, FULL)
         store(s1_at, block, s1, draw_of(word, 2), S1, BLOCK, FULL)
         store(s2_at, block, s2, draw_of(word, 3), S2, BLOCK, FULL)
@@ -184,6 +198,7 @@ def update_kernel(
     clip_value,
     RULE: tl.constexpr,
     DECAY: tl.constexpr,
+    OPTION: tl.constexpr,
     STATES: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -210,16 +225,35 @@ def update_kernel(
     PART: tl.constexpr = part_of(BLOCK, P, S0, S1, S2)
     block = block_at(begin, numel, BLOCK)
     if begin + BLOCK <= aligned:
-        update_block(slots, block, row, grad_coef, clip_value, RULE, DECAY, STATES, P, G, S0, S1, S2, BLOCK, True)
+        update_block(
+            slots, block, row, grad_coef, clip_value, RULE, DECAY, OPTION, STATES, P, G, S0, S1, S2, BLOCK, True
+        )
     elif PART == BLOCK:
-        update_block(slots, block, row, grad_coef, clip_value, RULE, DECAY, STATES, P, G, S0, S1, S2, BLOCK, False)
+        update_block(
+            slots, block, row, grad_coef, clip_value, RULE, DECAY, OPTION, STATES, P, G, S0, S1, S2, BLOCK, False
+        )
     else:
         for part in range(BLOCK // PART):
             first = begin + part * PART
             if first < numel:
                 part_block = block_at(first, numel, PART)
                 update_block(
-                    slots, part_block, row, grad_coef, clip_value, RULE, DECAY, STATES, P, G, S0, S1, S2, PART, False
+                    slots,
+                    part_block,
+                    row,
+                    grad_coef,
+                    clip_value,
+                    RULE,
+                    DECAY,
+                    OPTION,
+                    STATES,
+                    P,
+                    G,
+                    S0,
+                    S1,
+                    S2,
+                    PART,
+                    False,
                 )
 
 
@@ -315,7 +349,7 @@ def launch(
         counter, step = (item.step.data_ptr(), 0) if isinstance(item.step, Tensor) else (0, item.step)
         jobs += [group_of[id(item.hyper)], int(item.sign), int(item.fresh), counter, step, item.key]
 
-    key = (rule.update, rule.decay, device, *formats, len(items), places[1])
+    key = (rule.update, rule.decay, rule.option, device, *formats, len(items), places[1])
     tensors = table(("tensors", *key), places, address_table, device)
     chunks = table(("chunks", *key), sizes, chunk_table, device)
     jobs_table = table(("jobs", *key), jobs, functools.partial(torch.tensor, dtype=torch.int64), device)
@@ -336,6 +370,7 @@ def launch(
         SKIP_NONFINITE=clip.skip_nonfinite,
         SCALARS=rule.scalars,
         DECAY=rule.decay,
+        OPTION=rule.option,
         HYPERS=len(rule.hyper),
         JOB=JOB,
         ROW=scalars.ROW_FLOATS.value,
@@ -352,6 +387,7 @@ def launch(
         clip_value,
         RULE=rule.update,
         DECAY=rule.decay,
+        OPTION=rule.option,
         STATES=rule.states,
         P=formats[0],
         G=formats[1],

@@ -1,12 +1,14 @@
 """The rules of csrc/decays.h and csrc/rules.h, line for line. ``row`` points at the scalars of one step (scalars.py).
 
 DECAY is "coupled", "l2", "l1_proximal" or "l1_subgradient", for the structs of csrc/decays.h; a rule where den = 1 passes None
-for den and v.
+for den and v. OPTION is what tells rules of one text apart: a kernel of kernels.py, or "", "root", "own" and "own_root" for the
+curvature of gauss_newton.
 """
 
 import triton
 import triton.language as tl
 
+from . import kernels
 from . import scalars as field
 
 
@@ -65,7 +67,7 @@ def decayed(p, rate, direction, den, v, row, DECAY: tl.constexpr):
 
 
 @triton.jit
-def sgd(p, g, row, DECAY: tl.constexpr):
+def sgd(p, g, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(row + field.SGD_LR)
     decay = row + field.SGD_DECAY
     return decayed(p, lr, gradient(p, g, decay, DECAY), None, None, decay, DECAY)
@@ -81,14 +83,14 @@ def sgd_update_buffer(p, g, buf, row, DECAY: tl.constexpr):
 
 
 @triton.jit
-def sgd_momentum(p, g, buf, row, DECAY: tl.constexpr):
+def sgd_momentum(p, g, buf, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(row + field.SGD_LR)
     _, buf = sgd_update_buffer(p, g, buf, row, DECAY)
     return decayed(p, lr, buf, None, None, row + field.SGD_MOMENTUM_DECAY, DECAY), buf
 
 
 @triton.jit
-def sgd_nesterov(p, g, buf, row, DECAY: tl.constexpr):
+def sgd_nesterov(p, g, buf, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(row + field.SGD_LR)
     momentum = tl.load(row + field.SGD_MOMENTUM)
     d, buf = sgd_update_buffer(p, g, buf, row, DECAY)
@@ -116,20 +118,20 @@ def adam_stepped(p, m, v, row, DECAY: tl.constexpr):
 
 
 @triton.jit
-def adam(p, g, m, v, row, DECAY: tl.constexpr):
+def adam(p, g, m, v, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
     m, v = adam_update_moments(p, g, m, v, row, DECAY)
     return adam_stepped(p, m, v, row, DECAY), m, v
 
 
 @triton.jit
-def adam_amsgrad(p, g, m, v, v_max, row, DECAY: tl.constexpr):
+def adam_amsgrad(p, g, m, v, v_max, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
     m, v = adam_update_moments(p, g, m, v, row, DECAY)
     v_max = maximum(v_max, v)
     return adam_stepped(p, m, v_max, row, DECAY), m, v, v_max
 
 
 @triton.jit
-def adagrad(p, g, s, row, DECAY: tl.constexpr):
+def adagrad(p, g, s, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(row + field.ADAGRAD_LR)
     eps = tl.load(row + field.ADAGRAD_EPS)
     decay = row + field.ADAGRAD_DECAY
@@ -160,7 +162,7 @@ def rmsprop_centered_den(d, v, mean, row):
 
 
 @triton.jit
-def rmsprop(p, g, v, row, DECAY: tl.constexpr):
+def rmsprop(p, g, v, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(row + field.RMSPROP_LR)
     decay = row + field.RMSPROP_DECAY
     d = gradient(p, g, decay, DECAY)
@@ -170,7 +172,7 @@ def rmsprop(p, g, v, row, DECAY: tl.constexpr):
 
 
 @triton.jit
-def rmsprop_centered(p, g, v, mean, row, DECAY: tl.constexpr):
+def rmsprop_centered(p, g, v, mean, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(row + field.RMSPROP_LR)
     decay = row + field.RMSPROP_DECAY
     d = gradient(p, g, decay, DECAY)
@@ -180,7 +182,7 @@ def rmsprop_centered(p, g, v, mean, row, DECAY: tl.constexpr):
 
 
 @triton.jit
-def rmsprop_momentum(p, g, v, buf, row, DECAY: tl.constexpr):
+def rmsprop_momentum(p, g, v, buf, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(row + field.RMSPROP_LR)
     momentum = tl.load(row + field.RMSPROP_MOMENTUM)
     decay = row + field.RMSPROP_DECAY
@@ -192,7 +194,7 @@ def rmsprop_momentum(p, g, v, buf, row, DECAY: tl.constexpr):
 
 
 @triton.jit
-def rmsprop_centered_momentum(p, g, v, buf, mean, row, DECAY: tl.constexpr):
+def rmsprop_centered_momentum(p, g, v, buf, mean, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(row + field.RMSPROP_LR)
     momentum = tl.load(row + field.RMSPROP_MOMENTUM)
     decay = row + field.RMSPROP_DECAY
@@ -204,7 +206,7 @@ def rmsprop_centered_momentum(p, g, v, buf, mean, row, DECAY: tl.constexpr):
 
 
 @triton.jit
-def lion(p, g, m, row, DECAY: tl.constexpr):
+def lion(p, g, m, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(row + field.LION_LR)
     one_minus_beta1 = tl.load(row + field.LION_ONE_MINUS_BETA1)
     one_minus_beta2 = tl.load(row + field.LION_ONE_MINUS_BETA2)
@@ -213,3 +215,62 @@ def lion(p, g, m, row, DECAY: tl.constexpr):
     c = tl.fma(one_minus_beta1, d - m, m)
     m = tl.fma(one_minus_beta2, d - m, m)
     return decayed(p, lr, sign(c), None, None, decay, DECAY), m
+
+
+@triton.jit
+def dual(p, g, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
+    lr = tl.load(row + field.DUAL_LR)
+    kernel = row + field.DUAL_KERNEL
+    decay = kernel + field.kernel_floats(OPTION)
+    return decayed(p, lr, kernels.mapped(g, kernel, OPTION), None, None, decay, DECAY)
+
+
+@triton.jit
+def averaging(g, m, row):
+    one_minus_momentum = tl.load(row + field.ONE_MINUS_MOMENTUM)
+    lookahead = tl.load(row + field.LOOKAHEAD)
+    m = tl.fma(one_minus_momentum, g - m, m)
+    return tl.fma(lookahead, g - m, m), m
+
+
+@triton.jit
+def dual_momentum(p, g, m, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
+    lr = tl.load(row + field.DUAL_LR)
+    kernel = row + field.DUAL_MOMENTUM_KERNEL
+    decay = kernel + field.kernel_floats(OPTION)
+    u, m = averaging(g, m, row + field.DUAL_AVERAGE)
+    return decayed(p, lr, kernels.mapped(u, kernel, OPTION), None, None, decay, DECAY), m
+
+
+@triton.jit
+def average(p, g, m, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
+    return averaging(g, m, row)
+
+
+@triton.jit
+def gauss_newton(p, g, m, h, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
+    one_minus_beta1 = tl.load(row + field.GN_ONE_MINUS_BETA1)
+    scale = tl.load(row + field.GN_SCALE)
+    eps = tl.load(row + field.GN_EPS)
+    clip = tl.load(row + field.GN_CLIP)
+    step_size = tl.load(row + field.GN_STEP_SIZE)
+    m = tl.fma(one_minus_beta1, g - m, m)
+    if field.is_own(OPTION):
+        one_minus_beta2 = tl.load(row + field.GN_ONE_MINUS_BETA2)
+        h = tl.fma(one_minus_beta2 * g, g, tl.load(row + field.GN_BETA2) * h)
+    den = tl.fma(scale, tl.where(h < 0.0, 0.0, h), eps)
+    if field.is_root(OPTION):
+        den = tl.sqrt_rn(den)
+    u = kernels.clamped(tl.div_rn(m, den), clip)
+    return decayed(p, step_size, u, den, h, row + field.GN_DECAY, DECAY), m, h
+
+
+@triton.jit
+def perturb(p, g, backup, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
+    return tl.fma(tl.load(row + field.RADIUS), g, p), p
+
+
+@triton.jit
+def perturb_adaptive(p, g, backup, v, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
+    den = tl.fma(tl.sqrt_rn(v), tl.load(row + field.ROOT_SCALE), tl.load(row + field.PERTURB_EPS))
+    return tl.fma(tl.load(row + field.RADIUS), tl.div_rn(g, den), p), p, v

@@ -49,12 +49,47 @@ LION_ONE_MINUS_BETA1 = tl.constexpr(1)
 LION_ONE_MINUS_BETA2 = tl.constexpr(2)
 LION_DECAY = tl.constexpr(3)
 
+DUAL_LR = tl.constexpr(0)
+DUAL_KERNEL = tl.constexpr(1)
+DUAL_AVERAGE = tl.constexpr(1)
+DUAL_MOMENTUM_KERNEL = tl.constexpr(3)
+ONE_MINUS_MOMENTUM = tl.constexpr(0)
+LOOKAHEAD = tl.constexpr(1)
+
+GN_ONE_MINUS_BETA1 = tl.constexpr(0)
+GN_BETA2 = tl.constexpr(1)
+GN_ONE_MINUS_BETA2 = tl.constexpr(2)
+GN_SCALE = tl.constexpr(3)
+GN_EPS = tl.constexpr(4)
+GN_CLIP = tl.constexpr(5)
+GN_STEP_SIZE = tl.constexpr(6)
+GN_DECAY = tl.constexpr(7)
+
+RADIUS = tl.constexpr(0)
+ROOT_SCALE = tl.constexpr(1)
+PERTURB_EPS = tl.constexpr(2)
+
 # The order of a group's hyper-parameters, as csrc/hyper.h.
 SGD_HYPER = ("lr", "weight_decay", "l1_decay", "momentum", "dampening")
 ADAM_HYPER = ("lr", "weight_decay", "l1_decay", "l1_cap", "beta1", "beta2", "eps")
 ADAGRAD_HYPER = ("lr", "weight_decay", "l1_decay", "l1_cap", "lr_decay", "eps")
 RMSPROP_HYPER = ("lr", "weight_decay", "l1_decay", "l1_cap", "alpha", "eps", "momentum")
 LION_HYPER = ("lr", "weight_decay", "l1_decay", "beta1", "beta2")
+DUAL_HYPER = ("lr", "weight_decay", "momentum", "lookahead", "scale", "exponent", "offset", "slope")
+AVERAGE_HYPER = ("momentum", "lookahead")
+GAUSS_NEWTON_HYPER = (
+    "lr",
+    "weight_decay",
+    "l1_decay",
+    "l1_cap",
+    "beta1",
+    "beta2",
+    "eps",
+    "scale",
+    "clip",
+    "corrected",
+)
+PERTURB_HYPER = ("radius", "scale", "eps")
 
 # A float32 counter cannot pass 2^24.
 _STEP_BITS = tl.constexpr(25)
@@ -83,14 +118,14 @@ def decay_scalars(hyper, lr, row, mask, DECAY: tl.constexpr, CAPPED: tl.constexp
 
 
 @triton.jit
-def sgd_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
+def sgd_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(hyper + 0, mask=mask)
     tl.store(row + SGD_LR, lr.to(tl.float32), mask=mask)
     decay_scalars(hyper, lr, row + SGD_DECAY, mask, DECAY, False)
 
 
 @triton.jit
-def sgd_momentum_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
+def sgd_momentum_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(hyper + 0, mask=mask)
     momentum = tl.load(hyper + 3, mask=mask)
     dampening = tl.load(hyper + 4, mask=mask)
@@ -102,7 +137,7 @@ def sgd_momentum_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
 
 
 @triton.jit
-def adam_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
+def adam_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(hyper + 0, mask=mask)
     beta1 = tl.load(hyper + 4, mask=mask)
     beta2 = tl.load(hyper + 5, mask=mask)
@@ -119,7 +154,7 @@ def adam_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
 
 
 @triton.jit
-def adagrad_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
+def adagrad_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr_decay = tl.load(hyper + 4, mask=mask)
     eps = tl.load(hyper + 5, mask=mask)
     lr = tl.load(hyper + 0, mask=mask) / (1.0 + (step.to(tl.float64) - 1.0) * lr_decay)
@@ -129,7 +164,7 @@ def adagrad_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
 
 
 @triton.jit
-def rmsprop_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
+def rmsprop_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(hyper + 0, mask=mask)
     alpha = tl.load(hyper + 4, mask=mask)
     eps = tl.load(hyper + 5, mask=mask)
@@ -143,7 +178,7 @@ def rmsprop_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
 
 
 @triton.jit
-def lion_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
+def lion_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(hyper + 0, mask=mask)
     beta1 = tl.load(hyper + 3, mask=mask)
     beta2 = tl.load(hyper + 4, mask=mask)
@@ -151,6 +186,96 @@ def lion_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr):
     tl.store(row + LION_ONE_MINUS_BETA1, (1.0 - beta1).to(tl.float32), mask=mask)
     tl.store(row + LION_ONE_MINUS_BETA2, (1.0 - beta2).to(tl.float32), mask=mask)
     decay_scalars(hyper, lr, row + LION_DECAY, mask, DECAY, False)
+
+
+@triton.constexpr_function
+def is_own(option):
+    return option in ("own", "own_root")
+
+
+@triton.constexpr_function
+def is_root(option):
+    return option in ("root", "own_root")
+
+
+@triton.constexpr_function
+def kernel_floats(kernel):
+    """How many numbers of a row a kernel has."""
+    return 2 if kernel in ("ratio", "power") else 1
+
+
+@triton.jit
+def kernel_scalars(hyper, at, mask, KERNEL: tl.constexpr):
+    scale = tl.load(hyper + 4, mask=mask)
+    if KERNEL == "ratio":
+        tl.store(at, tl.load(hyper + 6, mask=mask).to(tl.float32), mask=mask)
+        tl.store(at + 1, tl.load(hyper + 7, mask=mask).to(tl.float32), mask=mask)
+    elif KERNEL == "smoothed":
+        tl.store(at, (scale * scale).to(tl.float32), mask=mask)
+    else:
+        tl.store(at, scale.to(tl.float32), mask=mask)
+        if KERNEL == "power":
+            tl.store(at + 1, tl.load(hyper + 5, mask=mask).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def dual_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr, OPTION: tl.constexpr):
+    lr = tl.load(hyper + 0, mask=mask)
+    tl.store(row + DUAL_LR, lr.to(tl.float32), mask=mask)
+    kernel_scalars(hyper, row + DUAL_KERNEL, mask, OPTION)
+    decay_scalars(hyper, lr, row + DUAL_KERNEL + kernel_floats(OPTION), mask, DECAY, False)
+
+
+@triton.jit
+def averaging_scalars(momentum, lookahead, at, mask):
+    tl.store(at + ONE_MINUS_MOMENTUM, (1.0 - momentum).to(tl.float32), mask=mask)
+    tl.store(at + LOOKAHEAD, lookahead.to(tl.float32), mask=mask)
+
+
+@triton.jit
+def dual_momentum_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr, OPTION: tl.constexpr):
+    lr = tl.load(hyper + 0, mask=mask)
+    tl.store(row + DUAL_LR, lr.to(tl.float32), mask=mask)
+    averaging_scalars(tl.load(hyper + 2, mask=mask), tl.load(hyper + 3, mask=mask), row + DUAL_AVERAGE, mask)
+    kernel_scalars(hyper, row + DUAL_MOMENTUM_KERNEL, mask, OPTION)
+    decay_scalars(hyper, lr, row + DUAL_MOMENTUM_KERNEL + kernel_floats(OPTION), mask, DECAY, False)
+
+
+@triton.jit
+def average_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr, OPTION: tl.constexpr):
+    averaging_scalars(tl.load(hyper, mask=mask), tl.load(hyper + 1, mask=mask), row, mask)
+
+
+@triton.jit
+def gauss_newton_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr, OPTION: tl.constexpr):
+    lr = tl.load(hyper + 0, mask=mask)
+    beta1 = tl.load(hyper + 4, mask=mask)
+    beta2 = tl.load(hyper + 5, mask=mask)
+    scale = tl.load(hyper + 7, mask=mask)
+    t = step.to(tl.int64)
+    bias1 = tl.where(tl.load(hyper + 9, mask=mask) != 0.0, 1.0 - integer_power(beta1, t), 1.0)
+    if is_own(OPTION):
+        scale = scale / (1.0 - integer_power(beta2, t))
+    tl.store(row + GN_ONE_MINUS_BETA1, (1.0 - beta1).to(tl.float32), mask=mask)
+    tl.store(row + GN_BETA2, beta2.to(tl.float32), mask=mask)
+    tl.store(row + GN_ONE_MINUS_BETA2, (1.0 - beta2).to(tl.float32), mask=mask)
+    tl.store(row + GN_SCALE, scale.to(tl.float32), mask=mask)
+    tl.store(row + GN_EPS, tl.load(hyper + 6, mask=mask).to(tl.float32), mask=mask)
+    tl.store(row + GN_CLIP, (tl.load(hyper + 8, mask=mask) * bias1).to(tl.float32), mask=mask)
+    tl.store(row + GN_STEP_SIZE, (lr / bias1).to(tl.float32), mask=mask)
+    decay_scalars(hyper, lr, row + GN_DECAY, mask, DECAY, True)
+
+
+@triton.jit
+def perturb_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr, OPTION: tl.constexpr):
+    tl.store(row + RADIUS, tl.load(hyper, mask=mask).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def perturb_adaptive_scalars(hyper, step, fresh, row, mask, DECAY: tl.constexpr, OPTION: tl.constexpr):
+    perturb_scalars(hyper, step, fresh, row, mask, DECAY, OPTION)
+    tl.store(row + ROOT_SCALE, tl.sqrt(tl.load(hyper + 1, mask=mask)).to(tl.float32), mask=mask)
+    tl.store(row + PERTURB_EPS, tl.load(hyper + 2, mask=mask).to(tl.float32), mask=mask)
 
 
 @triton.jit
@@ -222,6 +347,7 @@ def prologue(
     SKIP_NONFINITE: tl.constexpr,
     SCALARS: tl.constexpr,
     DECAY: tl.constexpr,
+    OPTION: tl.constexpr,
     HYPERS: tl.constexpr,
     JOB: tl.constexpr,
     ROW: tl.constexpr,
@@ -264,5 +390,5 @@ def prologue(
     tl.store(counter_ptr, step, mask=counts)
     tl.store(control_ptr, skip)
     row = rows_ptr + tensor * ROW
-    SCALARS(hyper_ptr + group * HYPERS, step, fresh, row, mask, DECAY)
+    SCALARS(hyper_ptr + group * HYPERS, step, fresh, row, mask, DECAY, OPTION)
     put_seed(key, step, row, mask)

@@ -1,0 +1,164 @@
+"""Steps of several passes: one rule over tensors that some optimizer has, with hyper-parameters per tensor, by the same kernels,
+formats and backends. For methods that have a matrix product or a norm between two passes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._clipping import NormClasses, combined, parts_of_norms
+from ._optimizer import FusedOptimizer
+from ._plan import Control, Row, StepPlan
+from ._settings import DEFAULTS
+from ._sharding import aligned_gradients, reduce, shard_groups
+
+_NO_CONTROL = Control(1.0, None, None, math.inf)
+
+
+class Job(NamedTuple):
+    """A tensor that a pass updates in place: with what, its states, the hyper-parameters of its rule, the sign of what it is
+    updated with, and the format of a weight.
+    """
+
+    p: Tensor
+    g: Tensor
+    state: dict[str, Any]
+    hyper: dict[str, float | Tensor]
+    sign: float = 1.0
+    weight_format: str | None = None
+
+
+class Pass(FusedOptimizer):
+    """An optimizer in form alone: it has a group for each tensor of the last call, and its states are dictionaries of the
+    caller's, which hold everything but ``step`` already. Not copied or saved: its owner makes another.
+    """
+
+    def __init__(self, rule: str, names: tuple[str, ...], backend: str | None, counts: bool) -> None:
+        self._rule, self._rule_names, self._counts_steps = rule, names, counts  # type: ignore[misc]
+        self._own = {**DEFAULTS, "backend": backend}
+        self.defaults = {"differentiable": False}
+        self.param_groups, self.state = [], {}  # type: ignore[assignment]
+        self._rebuild()
+
+    def run(self, jobs: list[Job]) -> None:
+        """Update every job's tensor in one region."""
+        if jobs:
+            self._take(jobs)
+            self._run_rows(self._rows(jobs), _NO_CONTROL)
+            self._inputs = {}
+
+    def squared_norms(self, jobs: list[Job]) -> Tensor:
+        """The sum of squares of each job's ``g``, over all processes that have a piece of it: float64, on the first one's
+        device, in the order of csrc/norm.h.
+        """
+        self._take(jobs)
+        rows, key = self._rows(jobs), tuple(map(id, self.param_groups))
+        plan = self._plans.get(key) or StepPlan(self, rows)
+        if not plan.refresh(self, rows):
+            plan = StepPlan(self, rows)
+            if not plan.refresh(self, rows):
+                raise RuntimeError("a tensor changed while its norm was measured")
+        plan.set_norm_classes(self, NormClasses({job.p: i for i, job in enumerate(jobs)}, [()] * len(jobs)))
+        first, *others = parts_of_norms(plan, self, inf=False)
+        for part in others:
+            first = combined(first, part.to(first.device), inf=False)
+        for i, job in enumerate(jobs):
+            reduce(first[i : i + 1], (shard_groups(job.p) or {}).values())
+        plan.new = False
+        self._keep(key, plan)
+        return first
+
+    def _take(self, jobs: list[Job]) -> None:
+        if len(jobs) != len(self.param_groups) or any(
+            group["params"][0] is not job.p for group, job in zip(self.param_groups, jobs, strict=True)
+        ):
+            self.param_groups = [{"params": [job.p]} for job in jobs]
+            self._plans = {}
+        for group, job in zip(self.param_groups, jobs, strict=True):
+            group["weight_format"] = job.weight_format
+        self.state = {job.p: job.state for job in jobs}  # type: ignore[assignment]
+        self._inputs = {job.p: job.g for job in jobs}
+
+    def _rows(self, jobs: list[Job]) -> list[Row]:
+        return [Row(self._rule, job.sign, job.hyper) for job in jobs]
+
+    def _names(self, rule: str) -> tuple[str, ...]:
+        return self._rule_names
+
+    def _asks_for_states_only(self, plan: StepPlan, rows: list[Row]) -> bool:
+        return False
+
+
+class MultiPass(FusedOptimizer):
+    """A method whose step, or that of some groups, has several passes. It takes gradients as they are: a ``GradScaler`` unscales
+    them before the step, and clipping is torch's.
+    """
+
+    #: Why the settings that need one pass are refused.
+    _why_not_one_pass: ClassVar[str]
+    _passes: dict[str, Pass]
+    #: Tensors that a pass writes and the next one reads, by parameter: memory that no checkpoint has.
+    _buffers: dict[Tensor, Tensor]
+
+    def _rebuild(self) -> None:
+        super()._rebuild()
+        self._passes, self._buffers = {}, {}
+
+    def _buffer(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        if p not in self._buffers or self._buffers[p].dtype != dtype or self._buffers[p].shape != p.shape:
+            self._buffers[p] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+        return self._buffers[p]
+
+    def _job(
+        self,
+        p: Tensor,
+        target: Tensor,
+        g: Tensor,
+        names: tuple[str, ...],
+        hyper: dict[str, float | Tensor],
+        sign: float = 1.0,
+        weight_format: str | None = None,
+    ) -> Job:
+        """A job with the states of these names that a parameter has, and what random bits need. Each pass that draws counts a
+        step of the parameter, so that no two draw alike.
+        """
+        state = self.state[p] if p in self.state else {}
+        names = (*names, "key", "step") if "key" in state else names
+        return Job(target, g, {name: state[name] for name in names if name in state}, hyper, sign, weight_format)
+
+    def _pass(self, rule: str, names: tuple[str, ...] = (), counts: bool = False) -> Pass:
+        if rule not in self._passes:
+            self._passes[rule] = Pass(rule, names, self._own["backend"], counts)
+        return self._passes[rule]
+
+    def _gradients(self, group: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
+        """Name, parameter and gradient of each parameter that has one, checked; raise for settings that need one pass."""
+        for name in ("max_grad_norm", "clip_grad_value"):
+            if self._own[name] is not None:
+                raise RuntimeError(
+                    f"{name} must be None {self._why_not_one_pass}, got {self._own[name]}: "
+                    "call torch.nn.utils.clip_grad_norm_ or clip_grad_value_ before the step"
+                )
+        for name in ("fused", "differentiable", "capturable"):
+            if group.get(name):
+                raise RuntimeError(f"{name} must be False {self._why_not_one_pass}")
+        index = next(i for i, other in enumerate(self.param_groups) if other is group)
+        aligned = aligned_gradients([group])
+        found = []
+        row = Row("sgdw", 1.0, {})
+        for position, p in enumerate(group["params"]):
+            if p.grad is None:
+                continue
+            name = f"parameter {position} of group {index}"
+            self._backend_of(name, p, row)
+            found.append((name, p, aligned.get(p, p.grad)))
+        return found
+
+
+def plain_step(lr: float | Tensor, weight_decay: float | Tensor) -> dict[str, float | Tensor]:
+    """Hyper-parameters of the rule "sgdw" for a tensor."""
+    return {"lr": lr, "weight_decay": weight_decay, "l1_decay": 0.0, "momentum": 0.0, "dampening": 0.0}

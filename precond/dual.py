@@ -1,0 +1,223 @@
+"""Dual space preconditioning: DualDescent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from . import reference
+from ._arguments import arguments, check_lr, check_nonnegative
+from ._optimizer import ParamsT
+from ._pass import Job, MultiPass, plain_step
+from ._plan import Row
+from ._settings import Settings
+from ._sharding import local
+
+GRANULARITIES = ("global", "tensor", "unit", "entry", "spectral")
+#: Kernels that are one ratio of magnitudes: offset and slope of its denominator, from the scale.
+_RATIOS: dict[str, Callable[[float], tuple[float, float]]] = {
+    "identity": lambda scale: (1.0, 0.0),
+    "normalize": lambda scale: (0.0, 1.0),
+    "adam": lambda scale: (scale, 1.0),
+    "rational": lambda scale: (1.0, 1.0 / scale),
+}
+
+
+class DualDescent(MultiPass):
+    r"""Dual space preconditioning: the gradient goes through the gradient of a convex function K of magnitudes.
+
+    .. math::
+        m_t = \mu m_{t-1} + (1-\mu) g_t, \qquad p_t = p_{t-1} - \gamma\,(\nabla K(m_t) + \lambda p_{t-1}), \qquad
+        \nabla K(m) = h'(|m|)\,\frac{m}{|m|}
+
+    where |m| is what ``granularity`` says: a norm, an entry or a singular value. h'(r) by ``kernel``, c being ``scale``:
+
+    ==========  ==============================  =====================================================
+    identity    r                               gradient descent
+    normalize   1                               normalised descent; per entry the sign; spectral: U V^T
+    smoothed    r / sqrt(r^2 + c^2)             the same, smooth at 0
+    adam        r / (r + c)                     per entry Adam without its means, c its eps
+    clip        min(r, c)                       clipping by norm, by value, of singular values
+    rational    r / (1 + r / c)                 bounded by c
+    asinh       c asinh(r / c)                  grows like a logarithm
+    log         c log(1 + r / c)                the same
+    power       c (r / c)^exponent              K is a power of a norm, with q - 1 = exponent
+    ==========  ==============================  =====================================================
+
+    With "entry" a step is one pass, momentum included. "global" and "tensor" measure norms first, without a host sync; "unit"
+    divides a copy of the gradient; "spectral" has a singular value decomposition per matrix.
+
+    Args:
+        params: parameters, named parameters or groups, as for any torch optimizer. All options may differ between groups;
+            "global" takes the norm over all groups that say so with the same kernel.
+        lr: learning rate gamma >= 0, a float or a tensor of one element (default 1e-3).
+        kernel: one of the table (default "clip").
+        granularity: "global" (default): one norm of all parameters; "tensor": one per parameter; "unit": one per output unit,
+            dimension 0; "entry"; "spectral": singular values of a matrix, of dimension 0 by all others.
+        scale: c > 0 (default 1).
+        exponent: > 0, at most 16, of "power" alone (default 0.5).
+        momentum: mu in [0, 1) of the mean of gradients that is mapped (default 0: no state).
+        nesterov: map m + (1 - mu)(g - m) instead, as Muon does (default False).
+        weight_decay: lambda >= 0, decoupled (default 0).
+        maximize: ascend instead of descend (default False).
+        foreach: accepted and ignored.
+        differentiable: with "entry", autograd sees the step, which runs on the reference backend (default False).
+        fused: with "entry", True lets ``torch.amp.GradScaler`` leave unscaling to the step.
+        state_format, weight_format: as for :class:`precond.AdamW`, of the momentum and of 16-bit parameters.
+        **settings: ``backend``, with "entry" also ``max_grad_norm`` and the others: :class:`precond.Settings`.
+
+    Raises:
+        ValueError: an argument is out of range or not one of its names.
+        RuntimeError: at the step, for a sparse gradient, a sharded parameter where a whole matrix or row is needed, or a setting
+            that needs one pass.
+
+    State: ``momentum_buffer`` where there is a momentum.
+
+    Source: Maddison, Paulin, Teh and Doucet, arXiv 1902.02257; Ghane, Akhtiamov and Hassibi, arXiv 2603.10485. The kernels and
+    their derivations: METHODS B.2; momentum and defaults are this project's.
+
+    Example:
+        >>> import torch, precond
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> opt = precond.DualDescent([w], lr=1.0, kernel="clip", granularity="tensor")
+        >>> w.grad = torch.tensor([30.0, 40.0])
+        >>> opt.step()
+        >>> [round(x, 4) for x in w.tolist()]
+        [2.4, 3.2]
+    """
+
+    _why_not_one_pass = "unless granularity is 'entry'"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        kernel: str = "clip",
+        granularity: str = "global",
+        scale: float = 1.0,
+        exponent: float = 0.5,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_format: str | None = None,
+        weight_format: str | None = None,
+        **settings: Unpack[Settings],
+    ) -> None:
+        defaults = arguments(locals())
+        super().__init__(params, defaults, settings=settings)
+
+    def _check_defaults(self, defaults: dict[str, Any]) -> None:
+        check_lr(defaults["lr"])
+        check_nonnegative("weight_decay value", "weight_decay", defaults["weight_decay"])
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["kernel"] not in reference.KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(reference.KERNELS)}, got {group['kernel']!r}")
+        if group["granularity"] not in GRANULARITIES:
+            raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {group['granularity']!r}")
+        if not 0.0 < group["scale"] < math.inf:
+            raise ValueError(f"scale must be > 0 and finite, got {group['scale']}")
+        if not 0.0 < group["exponent"] <= 16.0:
+            raise ValueError(f"exponent must be in (0, 16], got {group['exponent']}")
+        if not 0.0 <= group["momentum"] < 1.0:
+            raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
+        if group["nesterov"] and group["momentum"] == 0.0:
+            raise ValueError("nesterov needs a momentum > 0, got 0")
+
+    def _row(self, group: dict[str, Any]) -> Row:
+        hyper = self._hyper(group, "momentum", "scale", "exponent")
+        hyper["lookahead"] = 1.0 - float(group["momentum"]) if group["nesterov"] else 0.0
+        name = group["kernel"]
+        hyper["offset"], hyper["slope"] = _RATIOS[name](group["scale"]) if name in _RATIOS else (0.0, 0.0)
+        name = "ratio" if name in _RATIOS else name
+        suffix = "" if group["momentum"] == 0.0 else "_momentum"
+        return Row(f"dual_{name}{suffix}", -1.0 if group["maximize"] else 1.0, hyper)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _update(self) -> None:
+        groups = self.param_groups
+        entrywise = [group for group in groups if group["granularity"] == "entry"]
+        if len(entrywise) == len(groups):
+            return super()._update()
+        rows = [self._checked_row(group) for group in groups]
+        if entrywise:
+            self.param_groups = entrywise
+            try:
+                super()._update()
+            finally:
+                self.param_groups = groups
+        whole = [(group, row) for group, row in zip(groups, rows, strict=True) if group["granularity"] != "entry"]
+        found = [(group, row, *item) for group, row in whole for item in self._gradients(group)]
+        for group, row, _, p, _ in found:
+            self._init_state(p, group, row.rule)
+        directions = self._averaged([(row, p, g) for _, row, _, p, g in found])
+        jobs = []
+        for (group, row, name, p, _), u in zip(found, directions, strict=True):
+            if group["granularity"] in ("unit", "spectral"):
+                u = mapped(name, u, group)
+            step = plain_step(row.hyper["lr"], row.hyper["weight_decay"])
+            jobs.append(self._job(p, p, u, ("remainder",), step, row.sign, group.get("weight_format")))
+        self._scale_by_norms([group for group, *_ in found], jobs)
+        self._pass("sgdw").run(jobs)
+        return None
+
+    def _averaged(self, found: list[tuple[Row, Tensor, Tensor]]) -> list[Tensor]:
+        """What is mapped: gradients, or points near their means."""
+        jobs = []
+        for row, p, g in found:
+            if row.rule.endswith("_momentum"):
+                names = ("momentum_buffer", "momentum_buffer_scale")
+                jobs.append(self._job(p, self._buffer(p, p.dtype), g, names, row.hyper))
+        self._pass("average", ("momentum_buffer",)).run(jobs)
+        means = iter(jobs)
+        return [next(means).p if row.rule.endswith("_momentum") else g for row, _, g in found]
+
+    def _scale_by_norms(self, groups: list[dict[str, Any]], jobs: list[Job]) -> None:
+        """Turn the steps of tensors that share a norm, or have one each, into steps along K's gradient, on their device."""
+        of = [i for i, group in enumerate(groups) if group["granularity"] in ("global", "tensor")]
+        if not of:
+            return
+        squares = self._pass("sgdw").squared_norms([jobs[i] for i in of])
+        shared = [k for k, i in enumerate(of) if groups[i]["granularity"] == "global"]
+        if shared:
+            squares[shared] = squares[shared].sum()
+        for i, square in zip(of, squares, strict=True):
+            coef = coefficients(square.sqrt(), groups[i])
+            hyper = jobs[i].hyper
+            hyper["lr"], hyper["weight_decay"] = hyper["lr"] * coef, hyper["weight_decay"] / coef
+
+
+def coefficients(r: Tensor, group: dict[str, Any]) -> Tensor:
+    """h'(r) / r: what a vector of length r is multiplied with; 1 at 0."""
+    scaled: Tensor = reference.KERNELS[group["kernel"]](r, group) / r
+    return torch.where(r == 0, torch.ones_like(r), scaled)
+
+
+def mapped(name: str, u: Tensor, group: dict[str, Any]) -> Tensor:
+    """K's gradient of norms of rows, or of singular values."""
+    spectral = group["granularity"] == "spectral"
+    for placement in getattr(u, "placements", ()):
+        if not placement.is_replicate() and (spectral or not placement.is_shard(0)):
+            needed = "Replicate" if spectral else "Shard(0) or Replicate"
+            raise RuntimeError(f"{name} must have placements {needed} for {group['granularity']!r}, got {placement}")
+    u = local(u)
+    rows = u.reshape(u.shape[0] if u.dim() > 0 else 1, -1)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if not spectral:
+        r = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return (rows * coefficients(r, group)).view(u.shape)
+    left, s, right = torch.linalg.svd(rows, full_matrices=False)
+    # What rounding leaves of a zero has a direction of its own making.
+    s = torch.where(s > s.amax() * max(rows.shape) * torch.finfo(s.dtype).eps, s, 0.0)
+    return ((left * reference.KERNELS[group["kernel"]](s, group)) @ right).view(u.shape)

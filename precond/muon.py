@@ -1,0 +1,166 @@
+"""Muon: spectral descent on the momentum of a matrix."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ._arguments import arguments
+from ._kronecker import check_whole
+from ._optimizer import FusedOptimizer, ParamsT
+from ._pass import MultiPass, plain_step
+from ._plan import Row
+from ._settings import Settings
+
+
+class Muon(MultiPass, torch.optim.Muon):
+    r"""Muon, a drop-in for :class:`torch.optim.Muon`: two fused passes around a Newton-Schulz iteration.
+
+    .. math::
+        m_t = \mu m_{t-1} + (1-\mu)\,g_t, \qquad u_t = m_t + (1-\mu)(g_t - m_t), \qquad
+        p_t = p_{t-1} - \gamma\lambda\,p_{t-1} - \gamma\,s\,\mathrm{NS}(u_t)
+
+    NS takes the singular values of u to about 1 (Uniform(0.5, 1.5)); s is sqrt(max(1, rows / columns)). It is
+    ``DualDescent(kernel="normalize", granularity="spectral")`` by matrix products, which matrices of one shape share. Averaging and
+    the step, with decay, are one pass each over all matrices, and no number is read by the host.
+
+    Args:
+        params: matrices, named or in groups, as for any torch optimizer. Everything else (biases, norms, embeddings, the output
+            layer) belongs to another optimizer: ``precond.param_groups``.
+        lr: learning rate gamma >= 0, a float or a tensor of one element (default 1e-3).
+        weight_decay: lambda >= 0, decoupled, not scaled by s (default 0.1).
+        momentum: mu in [0, 1) (default 0.95).
+        nesterov: False takes u = m (default True).
+        ns_coefficients: of the quintic iteration (default (3.4445, -4.775, 2.0315)).
+        eps: bounds the norm that the iteration starts with from below (default 1e-7).
+        ns_steps: of the iteration, below 100 (default 5). It runs in bfloat16.
+        adjust_lr_fn: None or "original": s as above; "match_rms_adamw": s = 0.2 sqrt(max(rows, columns)).
+        maximize: ascend instead of descend (default False).
+        state_format, weight_format: as for :class:`precond.AdamW`, of the momentum and of 16-bit parameters.
+        **settings: ``backend`` and ``seed``: :class:`precond.Settings`.
+
+    Raises:
+        ValueError: an argument is out of range, or a parameter is not a matrix.
+        RuntimeError: at the step, for a sparse or complex gradient, a sharded parameter, or clipping, which torch has functions for.
+
+    State: ``momentum_buffer``, as torch.
+
+    Source: Jordan et al. 2024 as torch.optim.Muon defines it; "match_rms_adamw": Liu et al., arXiv 2502.16982.
+
+    Example:
+        >>> import torch, precond
+        >>> w = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> opt = precond.Muon([w], lr=0.1)
+        >>> w.grad = torch.tensor([[100.0, 0.0], [0.0, 1.0]])
+        >>> opt.step()
+        >>> [round(x, 1) for x in w.diagonal().tolist()]
+        [-0.1, -0.1]
+    """
+
+    _why_not_one_pass = "for Muon"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        maximize: bool = False,
+        state_format: str | None = None,
+        weight_format: str | None = None,
+        **settings: Unpack[Settings],
+    ) -> None:
+        defaults = arguments(locals()) | {"differentiable": False}
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
+
+    def _check_defaults(self, defaults: dict[str, Any]) -> None:
+        lr = defaults["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements")
+        for name, what in (("lr", "Learning rate"), ("momentum", "momentum"), ("weight_decay", "weight decay")):
+            if not defaults[name] >= 0.0:
+                raise ValueError(f"{what} should be >= 0 but is: {defaults[name]}")
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
+            raise ValueError(f"Adjust learning rate function {group['adjust_lr_fn']} is not supported")
+        if not 0 <= group["ns_steps"] < 100:
+            raise ValueError(f"ns_steps must be below 100, got {group['ns_steps']}")
+        if len(group["ns_coefficients"]) != 3:
+            raise ValueError(f"ns_coefficients must be three numbers, got {group['ns_coefficients']!r}")
+        if not group["momentum"] < 1.0:
+            raise ValueError(f"momentum must be < 1, got {group['momentum']}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of matrices."""
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if p.ndim != 2:
+                del self.param_groups[-1]
+                raise ValueError(f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()}")
+
+    def _row(self, group: dict[str, Any]) -> Row:
+        hyper = self._hyper(group, "momentum")
+        hyper["lookahead"] = 1.0 - float(group["momentum"]) if group["nesterov"] else 0.0
+        return Row("average", -1.0 if group.get("maximize") else 1.0, hyper)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _update(self) -> None:
+        rows = [self._checked_row(group) for group in self.param_groups]
+        found = [
+            (group, row, name, p, g)
+            for group, row in zip(self.param_groups, rows, strict=True)
+            for name, p, g in self._gradients(group)
+        ]
+        means = []
+        for group, row, name, p, g in found:
+            if p.is_complex():
+                raise RuntimeError("Muon does not support complex parameters")
+            check_whole(name, p)
+            self._init_state(p, group, "average")
+            names = ("momentum_buffer", "momentum_buffer_scale")
+            means.append(self._job(p, self._buffer(p, torch.bfloat16), g, names, row.hyper, row.sign))
+        self._pass("average", ("momentum_buffer",)).run(means)
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for i, (group, _, _, p, _) in enumerate(found):
+            alike.setdefault((id(group), p.shape, p.device), []).append(i)
+        steps = []
+        for indices in alike.values():
+            group = found[indices[0]][0]
+            stack = torch.stack([means[i].p for i in indices])
+            for i, direction in zip(indices, newton_schulz(stack, group), strict=True):
+                _, row, _, p, _ = found[i]
+                scale = _scale(group["adjust_lr_fn"], p.shape)
+                step = plain_step(row.hyper["lr"] * scale, row.hyper["weight_decay"] / scale)
+                steps.append(self._job(p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
+        self._pass("sgdw").run(steps)
+
+
+def _scale(adjust_lr_fn: str | None, shape: torch.Size) -> float:
+    rows, columns = shape
+    return (
+        0.2 * math.sqrt(max(rows, columns)) if adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1, rows / columns))
+    )
+
+
+def newton_schulz(u: Tensor, group: dict[str, Any]) -> Tensor:
+    """The odd polynomial of a batch of matrices that takes singular values to about 1: X = a X + (b A + c A^2) X, A = X X^T."""
+    a, b, c = group["ns_coefficients"]
+    tall = u.shape[-2] > u.shape[-1]
+    x = u.mT if tall else u
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

@@ -55,8 +55,8 @@ class FOP(Wrapper):
     Raises:
         TypeError: ``base`` is no optimizer.
         ValueError: an argument is out of range, or a group of ``base`` has no ``lr``.
-        RuntimeError: at the step, for a sparse or complex gradient, or for a parameter that is sharded, unless
-            ``mode="diagonal"`` and ``normalize=None``.
+        RuntimeError: at the step, for a sparse or complex gradient, for a parameter that is sharded, unless
+            ``mode="diagonal"`` and ``normalize=None``, or for an M of another shape, loaded from another mode.
 
     State: in ``own[p]``, ``preconditioner`` (M; float32, or float64 where gradients are) and ``previous_grad``; in a
     checkpoint ``fop_`` stands before their names. The arguments are not part of it.
@@ -125,8 +125,14 @@ class FOP(Wrapper):
             return tuple(range(2, p.dim()))
         return (0,) if self.mode == "output" else (1,)
 
+    def _shape(self, p: Tensor) -> torch.Size:
+        """The shape of M."""
+        dims = self._mixed(p)
+        r = math.prod(p.shape[dim] for dim in dims)
+        return torch.Size((r, r)) if dims else p.shape
+
     def _check(self, p: Tensor, grad: Tensor) -> None:
-        """Raise for a gradient that this class has no rule for."""
+        """Raise for a gradient that this class has no rule for, and for an M that is none of this mode."""
         if grad.layout != torch.strided or grad.is_complex():
             raise RuntimeError(f"FOP takes dense real gradients, got layout {grad.layout} and dtype {grad.dtype}")
         cut = [
@@ -139,6 +145,11 @@ class FOP(Wrapper):
                 "a sharded parameter must have mode='diagonal' and normalize=None, "
                 f"got {self.mode!r} and {sorted(self.normalize)} for shape {tuple(p.shape)}"
             )
+        if p in self.own and (shape := self.own[p]["preconditioner"].shape) != self._shape(p):
+            raise RuntimeError(
+                f"M must have shape {tuple(self._shape(p))} with mode={self.mode!r}, "
+                f"got {tuple(shape)}, of a checkpoint with another mode"
+            )
 
     def _preconditioned(self, p: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
         """P g, after M has learnt from g and the gradient before; g itself where there was none."""
@@ -146,8 +157,10 @@ class FOP(Wrapper):
         if p not in self.own:
             if self.hyper_lr and p.numel():
                 dtype = torch.promote_types(grad.dtype, torch.float32)
-                r = math.prod(p.shape[dim] for dim in dims)
-                M = torch.eye(r, dtype=dtype, device=grad.device) if dims else torch.ones_like(grad, dtype=dtype)
+                if dims:
+                    M = torch.eye(self._shape(p)[0], dtype=dtype, device=grad.device)
+                else:
+                    M = torch.ones_like(grad, dtype=dtype)
                 self.own[p] = {"preconditioner": M, "previous_grad": grad.clone()}
             return grad
         own = self.own[p]
@@ -162,12 +175,11 @@ class FOP(Wrapper):
             new = M + rate * ((A + A.T) @ M)
         else:
             new = M + 2.0 * rate * G * last * M
-        sound: bool | Tensor = True
         if "matrix" in self.normalize:
-            norm = torch.linalg.vector_norm(new)
-            new, sound = new * (math.sqrt(len(M) if dims else M.numel()) / norm), norm.isfinite()
+            new = new * (math.sqrt(len(M) if dims else M.numel()) / torch.linalg.vector_norm(new))
+        # An M that is not finite has a norm of NaN; one whose Frobenius norm overflowed is 0, which no update leaves.
         norm = _norm_bound(new) if dims else new.abs()
-        M.copy_(torch.where(sound & (norm > 0.0) & (norm <= self.max_norm), new, M))
+        M.copy_(torch.where((norm > 0.0) & (norm <= self.max_norm), new, M))
         previous.copy_(g)
         U = (M @ M.T) @ G if dims else M * M * G
         if "step" in self.normalize:

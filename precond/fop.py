@@ -184,7 +184,7 @@ class FOP(Wrapper):
         U = (M @ M.T) @ G if dims else M * M * G
         if "step" in self.normalize:
             before, after = torch.linalg.vector_norm(G), torch.linalg.vector_norm(U)
-            U = U * torch.where(after > 0.0, before / after, 1.0)
+            U = U * torch.where(after > 0.0, before / after, torch.ones_like(after))
         return like(p, torch.empty_like(g).copy_(_tensor(U, dims, g.shape)))
 
 

@@ -48,9 +48,9 @@ class FOP(Wrapper):
         normalize: None (default), one name or several. "step": U has the norm of G. "matrix": after every change M is scaled
             to the Frobenius norm of I. "hypergradient": ``A / (norm(G_t) * norm(G_{t-1}))``, without gamma, so that neither
             loss scale nor lr matter to M.
-        max_norm: > 1, a limit to the spectral norm of M: a change beyond it, or to something not finite, is not made; of an
-            elementwise M, element by element (default 10.0: steps grow at most to 100 times). The norm is overestimated by at
-            most a factor :math:`r^{1/32}`: 1.07 for 9 rows, 1.3 for 4096.
+        max_norm: > 1 and finite, a limit to the spectral norm of M: a change beyond it, or to something not finite, is not
+            made; of an elementwise M, element by element (default 10.0: steps grow at most to 100 times). The norm is
+            overestimated by at most a factor :math:`r^{1/32}`: 1.07 for 9 rows, 1.3 for 4096.
 
     Raises:
         TypeError: ``base`` is no optimizer.
@@ -95,8 +95,8 @@ class FOP(Wrapper):
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         if unknown := [name for name in names if name not in NORMALIZATIONS]:
             raise ValueError(f"normalize must be None or of {NORMALIZATIONS}, got {unknown[0]!r}")
-        if not max_norm > 1.0:
-            raise ValueError(f"max_norm must be > 1, the norm of the first M, got {max_norm}")
+        if not 1.0 < max_norm < math.inf:
+            raise ValueError(f"max_norm must be finite and > 1, the norm of the first M, got {max_norm}")
         if any("lr" not in group for group in base.param_groups):
             raise ValueError(f"base must have an lr in each of its groups, got {type(base).__name__}")
         self.hyper_lr, self.mode, self.normalize, self.max_norm = hyper_lr, mode, frozenset(names), max_norm
@@ -177,7 +177,7 @@ class FOP(Wrapper):
             new = M + 2.0 * rate * G * last * M
         if "matrix" in self.normalize:
             new = new * (math.sqrt(len(M) if dims else M.numel()) / torch.linalg.vector_norm(new))
-        # An M that is not finite has a norm of NaN; one whose Frobenius norm overflowed is 0, which no update leaves.
+        # Neither NaN nor infinity nor 0 comes through: 0 is what an overflowed Frobenius norm makes, and no update leaves it.
         norm = _norm_bound(new) if dims else new.abs()
         M.copy_(torch.where((norm > 0.0) & (norm <= self.max_norm), new, M))
         previous.copy_(g)

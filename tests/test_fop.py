@@ -544,8 +544,9 @@ for mode, normalize in (("output", None), ("diagonal", "step")):
         (dict(mode="rows"), "mode must be one of .*'spatial'.*, got 'rows'"),
         (dict(normalize="norm"), "normalize must be None or of .*'hypergradient'.*, got 'norm'"),
         (dict(normalize=["step", "rows"]), "got 'rows'"),
-        (dict(max_norm=1.0), "max_norm must be > 1, .* got 1.0"),
-        (dict(max_norm=math.nan), "max_norm must be > 1"),
+        (dict(max_norm=1.0), "max_norm must be finite and > 1, .* got 1.0"),
+        (dict(max_norm=math.nan), "max_norm must be finite"),
+        (dict(max_norm=math.inf), "max_norm must be finite"),
     ],
 )
 def test_arguments_are_checked(arguments, message):

@@ -12,6 +12,7 @@ from ._version import __version__
 from .adagrad import Adagrad, AdagradW
 from .adam import Adam, AdamW
 from .dual import DualDescent
+from .fop import FOP
 from .gauss_newton import GaussNewton, Sophia
 from .lion import Lion
 from .muon import Muon
@@ -20,6 +21,7 @@ from .sgd import SGD, SGDW
 from .soap import SOAP
 
 __all__ = [
+    "FOP",
     "SGD",
     "SGDW",
     "SOAP",

@@ -11,11 +11,13 @@ from ._settings import Settings
 from ._version import __version__
 from .adagrad import Adagrad, AdagradW
 from .adam import Adam, AdamW
+from .bnp import BNP
 from .lion import Lion
 from .rmsprop import RMSprop, RMSpropW
 from .sgd import SGD, SGDW
 
 __all__ = [
+    "BNP",
     "SGD",
     "SGDW",
     "Adagrad",

@@ -33,10 +33,9 @@ _COUPLED = (
 
 @dataclasses.dataclass
 class _Layer:
-    """Where a weight is used: its bias, if its gradients can be centred with it, and its input channels."""
+    """What belongs to a weight: the bias that centres its gradients, if there is one, and its input channels."""
 
     bias: Tensor | None
-    groups: int
     channels: int
 
 
@@ -159,8 +158,7 @@ class BNP(Wrapper):
                 )
             if self.compose == "direction" and weight.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"compose='direction' needs float32 or float64 weights, got {weight.dtype}")
-            groups = int(getattr(layer, "groups", 1))
-            new = _Layer(bias if bias in ours else None, groups, groups * weight.shape[1])
+            new = _Layer(bias if bias in ours else None, int(getattr(layer, "groups", 1)) * weight.shape[1])
             known = found.setdefault(weight, new)
             if known.channels != new.channels:
                 raise ValueError(
@@ -169,6 +167,7 @@ class BNP(Wrapper):
                 )
             if known.bias is not new.bias:
                 known.bias = None
+        # Nor does a bias of several weights centre any.
         users = [layer.bias for layer in found.values() if layer.bias is not None]
         for known in found.values():
             if known.bias is not None and sum(known.bias is other for other in users) > 1:
@@ -218,8 +217,7 @@ class BNP(Wrapper):
         pending = self._pending.get(weight)
         if x.numel() == 0 or (recomputed and pending is not None and not pending.recomputed):
             return
-        spatial = weight.dim() - 2
-        dim = x.dim() - 1 - spatial
+        dim = x.dim() + 1 - weight.dim()
         count, mean, squares = moments(x.detach(), dim, statistics_dtype(weight))
         inputs = Inputs(output.numel() // weight.shape[0], count, mean, squares, recomputed)
         if pending is None:
@@ -296,7 +294,7 @@ class BNP(Wrapper):
             var = own["var"]
             bias = layer.bias if layer.bias is not None and layer.bias.grad is not None else None
             s2 = var + self.eps1 * var.max() + self.eps2
-            q2 = max(weight[0].numel() / own["rows"], 1.0)
+            q2 = max(math.prod(weight.shape[1:]) / own["rows"], 1.0)
             yield Coordinates(weight, bias, own["mean"], s2, q2)
 
     def _step_in_z(self, layers: list[Coordinates]) -> None:

@@ -5,8 +5,8 @@
 namespace precond {
 inline namespace PRECOND_ISA {
 
-// Partial sums, by the column modulo kBnpLanes, then added by halves: one order everywhere. 64 hide the latency of an
-// fma.
+// Partial sums, by the column modulo kBnpLanes, then added by halves: one order everywhere. So many hide the latency of
+// a fused multiply-add: a row costs what copying it does.
 constexpr int kBnpLanes = 64;
 
 // g - mean * bias_grad, divided by q2 s2, and its product with the mean added to `sum`.

@@ -1,4 +1,6 @@
-"""Batch normalisation preconditioning: METHODS A.3 and F.5 in float64, the kernel, and being an optimizer around another."""
+"""Batch normalisation preconditioning: METHODS A.3 and F.5 in float64, the kernel, and being an optimizer around another. One
+file, because the same layers and inputs serve all of it.
+"""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from ._version import __version__
 from .adagrad import Adagrad, AdagradW
 from .adam import Adam, AdamW
 from .bases import interpolate_basis
+from .bnp import BNP
 from .dual import DualDescent
 from .fop import FOP
 from .gauss_newton import GaussNewton, Sophia
@@ -37,6 +38,7 @@ else:
 
 
 __all__ = [
+    "BNP",
     "FOP",
     "SGD",
     "SGDW",

@@ -53,7 +53,20 @@ def test_the_report_names_everything_and_verifies_a_step(tmp_path):
 
 @pytest.mark.parametrize(
     "module",
-    ["_groups", "_settings", "adagrad", "adam", "bases", "curvature", "diagnostics", "fop", "lion", "rmsprop", "sgd"],
+    [
+        "_groups",
+        "_settings",
+        "adagrad",
+        "adam",
+        "bases",
+        "bnp",
+        "curvature",
+        "diagnostics",
+        "fop",
+        "lion",
+        "rmsprop",
+        "sgd",
+    ],
 )
 def test_examples_run(module):
     results = doctest.testmod(importlib.import_module(f"precond.{module}"))

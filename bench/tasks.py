@@ -66,7 +66,10 @@ class Networks:
 def contenders() -> dict[str, tuple[Callable[[list[Any]], torch.optim.Optimizer], list[dict[str, float]]]]:
     """Each with its grid: learning rates, and for Gauss-Newton a damping beside, which the others do not have."""
     lrs = [2.0**i for i in (-10, -8, -6, -4, -2)]
-    damped = [dict(lr=lr, eps=eps) for lr in (2.0**-7, 2.0**-5, 2.0**-3) for eps in (1e-4, 1e-2)]
+    damped = {
+        -1.0: [dict(lr=2.0**i, eps=eps) for i in (-9, -7, -5) for eps in (1e-2, 1e-1)],
+        -0.5: [dict(lr=2.0**i, eps=eps) for i in (-8, -6, -4) for eps in (1e-4, 1e-2)],
+    }
     betas = (0.9, 0.99)
 
     def gauss_newton(power: float, basis: str):
@@ -80,10 +83,10 @@ def contenders() -> dict[str, tuple[Callable[[list[Any]], torch.optim.Optimizer]
         "SGD": (lambda groups: precond.SGD(groups, momentum=0.9), [dict(lr=2.0**i) for i in (-8, -6, -4, -2, 0)]),
         "Adam, identity": (lambda groups: precond.Adam(groups, betas=betas), plain),
         "Adam, Kronecker": (adam, plain),
-        "GN^-1, identity": (gauss_newton(-1.0, "identity"), damped),
-        "GN^-1, Kronecker": (gauss_newton(-1.0, "kronecker"), damped),
-        "GN^-1/2, identity": (gauss_newton(-0.5, "identity"), damped),
-        "GN^-1/2, Kronecker": (gauss_newton(-0.5, "kronecker"), damped),
+        "GN^-1, identity": (gauss_newton(-1.0, "identity"), damped[-1.0]),
+        "GN^-1, Kronecker": (gauss_newton(-1.0, "kronecker"), damped[-1.0]),
+        "GN^-1/2, identity": (gauss_newton(-0.5, "identity"), damped[-0.5]),
+        "GN^-1/2, Kronecker": (gauss_newton(-0.5, "kronecker"), damped[-0.5]),
     }
 
 

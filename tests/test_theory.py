@@ -614,4 +614,11 @@ def test_a_row_outside_of_its_tolerance_is_seen(expected, measured, rule, within
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.instances import Row
 
-    assert Row("table", "name", expected, measured, **rule).within is within
+    row = Row("table", "name", expected, measured, **rule)
+    assert row.within is within
+    assert row.fails == (within is False)
+    if row.fails and math.isfinite(measured):
+        row.known = measured
+        assert not row.fails
+        row.known = 2 * measured
+        assert row.fails

@@ -241,11 +241,12 @@ def gauss_newton(
     if own:
         h = hyper["beta2"] * h + (1 - hyper["beta2"]) * g * g
         scale = scale / (1 - hyper["beta2"] ** step)
-    den = scale * torch.clamp(h, min=0) + hyper["eps"]
+    seen = torch.clamp(h, min=0)  # an estimate of a Hessian's diagonal may be negative
+    den = scale * seen + hyper["eps"]
     den = den.sqrt() if root else den
     m_hat = m / (1 - hyper["beta1"] ** step) if hyper["corrected"] else m
     u = torch.clamp(m_hat / den, -hyper["clip"], hyper["clip"])
-    return decayed(p, lr * u, lr, hyper, decay, den, h), (m, h)
+    return decayed(p, lr * u, lr, hyper, decay, den, seen), (m, h)
 
 
 # Perturbations of a two-gradient step: the parameter goes to a state, to be copied back.

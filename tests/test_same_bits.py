@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import BACKEND, bits_equal, gradient, guarded, nasty_values, random_values
-from optimizers import BY_RULE, BY_STATES, OPTIMIZERS
+from optimizers import ALL_RULES, BY_RULE, BY_STATES
 
 from precond import _C, _plan
 
-rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+rows = pytest.mark.parametrize("row", ALL_RULES, ids=str)
 # For what depends on where operands lie and not on what a rule does with them.
 shapes = pytest.mark.parametrize("row", BY_STATES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -220,7 +220,7 @@ def test_triton_takes_states_of_different_formats():
     assert_same(results[:3], results[3:])
 
 
-@pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("row", ALL_RULES, ids=str)
 def test_the_scalars_of_both_texts_are_the_same_bits(row):
     from precond.triton_kernels import kernel, scalars
 

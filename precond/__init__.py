@@ -11,6 +11,7 @@ from ._settings import Settings
 from ._version import __version__
 from .adagrad import Adagrad, AdagradW
 from .adam import Adam, AdamW
+from .bnp import BNP
 from .dual import DualDescent
 from .fop import FOP
 from .gauss_newton import GaussNewton, Sophia
@@ -21,6 +22,7 @@ from .sgd import SGD, SGDW
 from .soap import SOAP
 
 __all__ = [
+    "BNP",
     "FOP",
     "SGD",
     "SGDW",

@@ -99,7 +99,7 @@ def hessian_operator(
 
     Raises:
         TypeError: loss is no scalar, or a preconditioner of another kind.
-        ValueError: a preconditioner that does not fit, or is not finite.
+        ValueError: complex parameters, or a preconditioner that does not fit or is not finite.
         ImportError: scipy is missing: ``pip install 'precond[diagnostics]'``.
 
     Source: Ye, arXiv 2410.00232; METHODS A.1.
@@ -114,6 +114,8 @@ def hessian_operator(
     """
     scipy_linalg = need("scipy.sparse.linalg", "a Hessian operator")
     params = list(params)
+    if any(p.is_complex() for p in params):
+        raise ValueError("params must be real, got complex ones")
     if callable(loss):
         with torch.enable_grad():
             loss = loss()
@@ -178,7 +180,7 @@ def preconditioner_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
         optimizer: Adam, Adagrad, RMSprop or SGD of torch or precond, or one of precond's with a W; with any ``state_format``.
 
     Returns:
-        P, in float32 or wider, for every parameter that has been stepped; for SGD for all.
+        P, in float32 or wider, for every real parameter that has been stepped; for SGD for all parameters.
 
     Raises:
         TypeError: another optimizer: Lion's sign is not a P, and one that mixes coordinates needs a pair of functions.
@@ -215,7 +217,7 @@ def preconditioner_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     found = {}
     for i, (group, p) in enumerate(grouped):
         state = optimizer.state.get(p, {}) if decoded is None else decoded.get(i, {})
-        if float(state.get("step", 0)) > 0:
+        if float(state.get("step", 0)) > 0 and not p.is_complex():
             found[p] = den_of(group, state).pow(-0.5).to(_at_least_single(p))
     return found
 

@@ -109,6 +109,8 @@ def test_wrong_preconditioners_raise():
     for bad in ("P", [1.0, 2.0], (lambda v: v,)):
         with pytest.raises(TypeError, match="must be None, an optimizer, a mapping or sequence of tensors"):
             diagnostics.hessian_operator(loss, params, bad)
+    with pytest.raises(ValueError, match="params must be real"):
+        diagnostics.hessian_operator(loss, [torch.ones(2, dtype=torch.complex64)])
     with pytest.raises(TypeError, match="loss must be a scalar tensor"):
         diagnostics.hessian_operator(params[0], params)
 

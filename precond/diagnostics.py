@@ -1,6 +1,7 @@
 """What a preconditioner does to a loss: spectra and condition numbers of P^T H P, and of a layer's inputs however normalised.
 
-For experiments, not for training loops. scipy and matplotlib are imported when a function needs them.
+For experiments, not for training loops. scipy and matplotlib are imported when a function needs them. One file, since every
+function but the last four is about one object, an operator; half of it is docstrings.
 """
 
 from __future__ import annotations
@@ -112,14 +113,46 @@ def hessian_operator(
         >>> [round(x, 5) for x in diagnostics.dense(operator).flatten().tolist()]
         [2.0, 0.0, 0.0, 1.0]
     """
-    scipy_linalg = need("scipy.sparse.linalg", "a Hessian operator")
     params = list(params)
-    if any(p.is_complex() for p in params):
-        raise ValueError("params must be real, got complex ones")
     if callable(loss):
         with torch.enable_grad():
             loss = loss()
-    times = curvature.hessian_of(loss, params)
+    return _operator(lambda: curvature.hessian_of(loss, params), params, preconditioner)
+
+
+def gauss_newton_operator(
+    outputs: Tensor,
+    loss_fn: Callable[[Tensor], Tensor],
+    params: Iterable[Tensor],
+    preconditioner: Preconditioner = None,
+) -> Any:
+    """P^T G P as an operator, with G the Gauss-Newton matrix: positive semidefinite where the Hessian of a network is not.
+
+    Args:
+        outputs, loss_fn: as for :func:`precond.curvature.gauss_newton_product`.
+        params, preconditioner: as for :func:`hessian_operator`.
+
+    Returns, raises: as :func:`hessian_operator`.
+
+    Source: Schraudolph 2002; METHODS A.1 and C.1.
+
+    Example:
+        >>> import torch
+        >>> from precond import diagnostics
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> operator = diagnostics.gauss_newton_operator(w**2, lambda z: z.square().sum() / 2, [w])
+        >>> diagnostics.dense(operator).tolist()
+        [[4.0, 0.0], [0.0, 16.0]]
+    """
+    params = list(params)
+    return _operator(lambda: curvature.gauss_newton_of(outputs, loss_fn, params), params, preconditioner)
+
+
+def _operator(product: Callable[[], curvature.Product], params: list[Tensor], preconditioner: Preconditioner) -> Any:
+    scipy_linalg = need("scipy.sparse.linalg", "an operator")
+    if any(p.is_complex() for p in params):
+        raise ValueError("params must be real, got complex ones")
+    times = product()
     into, out_of = _maps(preconditioner, params)
     sizes = [p.numel() for p in params]
 

@@ -71,6 +71,23 @@ def test_an_operator_of_a_network_is_its_hessian():
     torch.testing.assert_close(diagnostics.dense(operator), torch.cat(rows), rtol=0, atol=1e-14)
 
 
+def test_an_operator_of_gauss_newton_is_semidefinite_where_the_hessian_is_not():
+    """Least squares with f = w^2: the Hessian is J^T J + diag(2 (f - y)), far from the targets negative."""
+    w = torch.tensor([0.5, 1.0, 2.0], dtype=F64, requires_grad=True)
+    y, p = torch.tensor([9.0, 9.0, 9.0], dtype=F64), torch.tensor([1.0, 2.0, 0.5], dtype=F64)
+    f = w**2
+
+    def loss_fn(z):
+        return (z - y).square().sum() / 2
+
+    gauss_newton = diagnostics.dense(diagnostics.gauss_newton_operator(f, loss_fn, [w], [p]))
+    torch.testing.assert_close(gauss_newton, (4 * w.detach() ** 2 * p**2).diag(), rtol=0, atol=1e-14)
+    operator = diagnostics.hessian_operator(loss_fn(f), [w], [p])
+    expected = (p**2 * (4 * w**2 + 2 * (f - y))).detach().diag()
+    torch.testing.assert_close(diagnostics.dense(operator), expected, rtol=0, atol=1e-14)
+    assert diagnostics.condition_number(operator) == math.inf
+
+
 def mapped(params, p):
     """A full matrix P, and its transpose, as functions of lists."""
 
@@ -449,7 +466,7 @@ def test_densities_are_drawn(tmp_path):
 def test_what_is_missing_is_named(monkeypatch):
     _, params, loss = quadratic(torch.ones(12, dtype=F64))
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
-    with pytest.raises(ImportError, match=r"a Hessian operator needs scipy: pip install 'precond\[diagnostics\]'"):
+    with pytest.raises(ImportError, match=r"an operator needs scipy: pip install 'precond\[diagnostics\]'"):
         diagnostics.hessian_operator(loss, params)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"a plot needs matplotlib: pip install 'precond\[diagnostics\]'"):

@@ -255,11 +255,12 @@ def gauss_newton(
 def perturb(
     p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool, *, adaptive: bool
 ) -> tuple[Tensor, States]:
-    """p + radius P P^T g, with P P^T = 1 / (sqrt(scale v) + eps), or without v the identity."""
+    """p + radius P P^T g, with P P^T = 1 / (sqrt(scale v) + eps), 0 where v is; or without a v the identity."""
     if not adaptive:
-        return p + hyper["radius"] * g, (p,)
+        return p + hyper["radius"] * g, (p.clone(),)
     den = (hyper["scale"] * states[1]).sqrt() + hyper["eps"]
-    return p + hyper["radius"] * g / den, (p, states[1])
+    moved = p + hyper["radius"] * g / den
+    return torch.where(states[1] > 0, moved, p), (p.clone(), states[1])
 
 
 def intrinsic(

@@ -110,6 +110,9 @@ class SOAP(MultiPass):
         if group.get("state_format") in ("int8", torch.int8, "int4"):
             raise ValueError(f"state_format must not have codes for SOAP, got {group['state_format']!r}")
 
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
+        raise TypeError("base must have no basis, got a SOAP")
+
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group, "eps")
         hyper["beta1"], hyper["beta2"] = map(number, group["betas"])

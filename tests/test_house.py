@@ -65,6 +65,7 @@ def test_the_report_names_everything_and_verifies_a_step(tmp_path):
         "dual",
         "fop",
         "gauss_newton",
+        "gradient_regularizer",
         "lion",
         "muon",
         "rmsprop",

@@ -87,11 +87,11 @@ def test_it_descends_on_the_penalty_in_z():
     torch.manual_seed(1)
     w = torch.nn.Parameter(torch.randn(5, dtype=F64))
     loss_of = lambda: (w**4).sum() / 4 + w.prod()  # noqa: E731
-    errors = []
+    first, errors = torch.randn(5, dtype=F64), []
     for radius in (1e-2, 1e-4, 1e-6):
         v = torch.nn.Parameter(w.detach().clone())
         base = precond.AdamW([v], lr=0.0)
-        v.grad = torch.randn(5, dtype=F64)
+        v.grad = first.clone()
         base.step()
         den = den_of(base, v)
         loss_v = lambda v=v: (v**4).sum() / 4 + v.prod()  # noqa: E731

@@ -51,7 +51,10 @@ def test_the_report_names_everything_and_verifies_a_step(tmp_path):
     assert "backend triton     one verified step" in run_module("precond", cwd=tmp_path, TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize("module", ["_groups", "_settings", "adagrad", "adam", "fop", "lion", "rmsprop", "sgd"])
+MODULES = "_groups _settings adagrad adam dual fop gauss_newton lion muon rmsprop sgd soap".split()
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_examples_run(module):
     results = doctest.testmod(importlib.import_module(f"precond.{module}"))
     assert results.attempted > 0

@@ -184,9 +184,12 @@ class DualDescent(MultiPass):
         if not of:
             return
         squares = self._pass("sgdw").squared_norms([jobs[i] for i in of])
-        shared = [k for k, i in enumerate(of) if groups[i]["granularity"] == "global"]
-        if shared:
-            squares[shared] = squares[shared].sum()
+        shared: dict[str, list[int]] = {}
+        for k, i in enumerate(of):
+            if groups[i]["granularity"] == "global":
+                shared.setdefault(groups[i]["kernel"], []).append(k)
+        for alike in shared.values():
+            squares[alike] = squares[alike].sum()
         for i, square in zip(of, squares, strict=True):
             coef = coefficients(square.sqrt(), groups[i])
             hyper = jobs[i].hyper

@@ -76,9 +76,9 @@ def check_resumes(make, shapes=SHAPES, dtype=F32, at=4, steps=9, curvature=None)
                 assert same(ours[name], value) if isinstance(value, torch.Tensor) else ours[name] == value, name
 
 
-def check_is_an_optimizer(make, dtype=F32, curvature=None):
+def check_is_an_optimizer(make, dtype=F32, curvature=None, shapes=(*SHAPES, (0, 3), (0,))):
     """Closures, None and empty gradients, gradients left alone, versions, hooks, zero_grad, late groups."""
-    params = params_of((*SHAPES, (0, 3), (0,)), dtype)
+    params = params_of(shapes, dtype)
     idle = torch.nn.Parameter(torch.ones(2, 2, dtype=dtype))
     optimizer = make([*params, idle])
     fired = []

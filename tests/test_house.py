@@ -51,7 +51,8 @@ def test_the_report_names_everything_and_verifies_a_step(tmp_path):
     assert "backend triton     one verified step" in run_module("precond", cwd=tmp_path, TRITON_INTERPRET="1")
 
 
-MODULES = "_groups _settings adagrad adam dual fop gauss_newton lion muon rmsprop sgd soap".split()
+MODULES = ["_groups", "_settings", "adagrad", "adam", "dual", "fop", "gauss_newton", "lion", "muon", "rmsprop", "sgd"]
+MODULES += ["soap"]
 
 
 @pytest.mark.parametrize("module", MODULES)

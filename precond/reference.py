@@ -175,7 +175,7 @@ def lion(
 KERNELS: dict[str, Callable[[Tensor, Hyper], Tensor]] = {
     "identity": lambda r, hyper: r,
     "normalize": lambda r, hyper: torch.sign(r),
-    "smoothed": lambda r, hyper: r / torch.sqrt(r * r + hyper["scale"] ** 2),
+    "smoothed": lambda r, hyper: r / torch.hypot(r, torch.full_like(r, float(hyper["scale"]))),
     "adam": lambda r, hyper: r / (r + hyper["scale"]),
     "clip": lambda r, hyper: torch.clamp(r, max=hyper["scale"]),
     "rational": lambda r, hyper: r / (1 + r / hyper["scale"]),
@@ -245,7 +245,7 @@ def gauss_newton(
     den = scale * seen + hyper["eps"]
     den = den.sqrt() if root else den
     m_hat = m / (1 - hyper["beta1"] ** step) if hyper["corrected"] else m
-    u = torch.clamp(m_hat / den, -hyper["clip"], hyper["clip"])
+    u = clamped(m_hat / den, float(hyper["clip"]))
     return decayed(p, lr * u, lr, hyper, decay, den, seen), (m, h)
 
 

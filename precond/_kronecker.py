@@ -106,9 +106,9 @@ class Kronecker:
             out[block] = turn(m[block], self.state.get(f"basis_left_{k}"), self.state.get(f"basis_right_{k}"))
         return out
 
-    def mean_square_norm(self) -> Tensor:
-        """The running mean of the gradient's squared Frobenius norm, from the factors' traces."""
+    def mean_square(self) -> Tensor:
+        """The running mean of the squares of all entries of the gradient, from the factors' traces."""
         traces = [self.state[f"factor_{side}"].diagonal().sum() for side, _, left in self._sides() if left]
         if not traces:
             traces = [self.state[f"factor_{side}"].diagonal().sum() for side, _, left in self._sides()]
-        return torch.stack(traces).sum()
+        return torch.stack(traces).sum() / (self.shape[0] * self.shape[1])

@@ -82,7 +82,6 @@ class GaussNewton(MultiPass):
     _counts_steps = True
     _second_moment = "curvature"
     _why_not_one_pass = "with a basis"
-    _second_moment = "curvature"
     _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS, "l1_cap": 10.0}
     #: False: a mean that starts at 0 and is not corrected for it.
     _corrected = True
@@ -145,10 +144,6 @@ class GaussNewton(MultiPass):
 
     def _rotates(self, group: dict[str, Any]) -> bool:
         return not (isinstance(group["basis"], str) and group["basis"] == "identity")
-
-    def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
-        smoothing: float = group["betas"][1]
-        return smoothing
 
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group, "eps")

@@ -39,13 +39,13 @@ class GradientRegularizer(Wrapper):
         RuntimeError: a step without a closure, a sparse gradient.
 
     ``step(closure)`` evaluates the closure twice and returns its first value: layers that draw random numbers draw again, and
-    running statistics see both points. The first step of each parameter, and coordinates that never had a gradient, have no P yet:
-    there p is not moved. ``.grad`` is afterwards the combination. Clipping and other settings of base apply to it.
+    running statistics see both points. The first step of each parameter, and coordinates that never had a gradient, have no P
+    yet: there p is not moved. ``.grad`` is afterwards the combination. Clipping and other settings of base apply to it.
 
     State: none; a copy of the parameters during the step.
 
-    Source: Ye, arXiv 2410.00232, whose first version's abstract names the method; the two-gradient form, what feeds base's moments
-    and the defaults are this project's (METHODS A.2.3).
+    Source: Ye, arXiv 2410.00232, whose first version's abstract names the method; the two-gradient form, what feeds base's
+    moments and the defaults are this project's (METHODS A.2.3).
 
     Example:
         >>> import torch, precond
@@ -84,7 +84,7 @@ class GradientRegularizer(Wrapper):
         """What deepcopy and pickle keep."""
         return {name: value for name, value in super().__getstate__().items() if name not in ("_passes", "_backups")}
 
-    def step(self, closure: Callable[[], T] | None = None) -> T:  # type: ignore[override]
+    def step(self, closure: Callable[[], T] | None = None) -> T:
         """Evaluate the closure here and at p + r u, and step on the combination of both gradients."""
         if closure is None:
             raise RuntimeError("GradientRegularizer.step needs a closure that evaluates the loss and its gradients")

@@ -19,6 +19,7 @@ from .bnp import BNP
 from .dual import DualDescent
 from .fop import FOP
 from .gauss_newton import GaussNewton, Sophia
+from .gradient_regularizer import GradientRegularizer
 from .lion import Lion
 from .muon import Muon
 from .rmsprop import RMSprop, RMSpropW
@@ -49,6 +50,7 @@ __all__ = [
     "AdamW",
     "DualDescent",
     "GaussNewton",
+    "GradientRegularizer",
     "Lion",
     "Muon",
     "PrecisionWarning",

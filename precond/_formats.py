@@ -21,7 +21,7 @@ SMALLEST_CODED = 4096
 SMALLEST_CODED_FLAT = 1 << 20
 
 #: States that are a mean or a sum of squares.
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg"})
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg", "curvature"})
 
 CODED = ("int8", "int4")
 WEIGHT_FORMATS = ("stochastic", "split24", "split32")

@@ -21,8 +21,10 @@ def is_matrix(p: Tensor) -> bool:
     return p.dim() > 1 and p.numel() > max(p.shape[0], 1)
 
 
-def check_whole(name: str, p: Tensor) -> None:
-    """Raise for a parameter that a mesh has cut."""
+def check_matrix(name: str, p: Tensor) -> None:
+    """Raise for a parameter that has no basis here: complex, or cut by a mesh."""
+    if p.is_complex():
+        raise RuntimeError(f"{name} must be real to have a basis, got {p.dtype}")
     for placement in getattr(p, "placements", ()):
         if not placement.is_replicate():
             raise RuntimeError(f"{name} must be whole or replicated to have a basis, got placement {placement}")
@@ -54,7 +56,7 @@ class Kronecker:
         """Factors become means of G G^T and G^T G with weight 1 - beta for this one."""
         for side, block, left in self._sides():
             part = g[block]
-            square = part @ part.mT.conj() if left else part.mT.conj() @ part
+            square = part @ part.mT if left else part.mT @ part
             factor = self.state.get(f"factor_{side}")
             if factor is None:
                 self.state[f"factor_{side}"] = square * (1 - beta)
@@ -68,23 +70,23 @@ class Kronecker:
         found = [as_matrix(self.state[name]) if name in self.state else None for name in (mean, square)]
         for side, block, left in self._sides():
             turn, order = self._refresh_side(side)
-            if turn is None:
-                continue
             m, v = (t if t is None else t[block] for t in found)
             if m is not None:
                 m.copy_(turn.mT @ m.to(turn.dtype) if left else m.to(turn.dtype) @ turn)
-            if v is not None:
+            if v is not None and order is not None:
                 v.copy_(v[order] if left else v[:, order])
         for name, t in zip((mean, square), found, strict=True):
             if t is not None:
                 self.state[name].copy_(t.view(self.state[name].shape))  # itself, unless it lies in another order
 
-    def _refresh_side(self, side: str) -> tuple[Tensor | None, Tensor]:
-        """A side's next basis: what turns coordinates in the last one into coordinates in it, and the order of its columns."""
+    def _refresh_side(self, side: str) -> tuple[Tensor, Tensor | None]:
+        """A side's next basis: what turns coordinates in the last one, at first the identity, into coordinates in it, and the
+        order of its columns.
+        """
         factor, before = self.state[f"factor_{side}"], self.state.get(f"basis_{side}")
         if before is None:
             self.state[f"basis_{side}"] = bases.eigenbasis(factor)
-            return None, factor
+            return self.state[f"basis_{side}"], None
         self.state[f"basis_{side}"], order = bases.refreshed(before, factor)
         return before.mT @ self.state[f"basis_{side}"], order
 

@@ -100,13 +100,27 @@ class MultiPass(FusedOptimizer):
 
     #: Why the settings that need one pass are refused.
     _why_not_one_pass: ClassVar[str]
-    _passes: dict[str, Pass]
+    _passes: dict[tuple[str, int], Pass]
     #: Tensors that a pass writes and the next one reads, by parameter: memory that no checkpoint has.
     _buffers: dict[Tensor, Tensor]
+    #: Copies of step counters, for a pass that draws after the one that counts.
+    _counters: dict[Tensor, Tensor]
 
     def _rebuild(self) -> None:
         super()._rebuild()
-        self._passes, self._buffers = {}, {}
+        self._passes, self._buffers, self._counters = {}, {}, {}
+
+    def _step_in_one_pass(self, groups: list[dict[str, Any]]) -> None:
+        """The one-pass step of some of the groups."""
+        everything = self.param_groups
+        for p in (p for group in everything for p in group["params"]):
+            if p not in self._stream_names:
+                self._key(p)  # by its place among all
+        self.param_groups = groups
+        try:
+            FusedOptimizer._update(self)
+        finally:
+            self.param_groups = everything
 
     def _buffer(self, p: Tensor, dtype: torch.dtype) -> Tensor:
         if p not in self._buffers or self._buffers[p].dtype != dtype or self._buffers[p].shape != p.shape:
@@ -124,16 +138,23 @@ class MultiPass(FusedOptimizer):
         weight_format: str | None = None,
     ) -> Job:
         """A job with the states of these names that a parameter has, and what random bits need. Each pass that draws counts a
-        step of the parameter, so that no two draw alike.
+        step of the parameter, so that no two draw alike; where the method counts them itself, a later pass has a copy to count.
         """
         state = self.state[p] if p in self.state else {}
-        names = (*names, "key", "step") if "key" in state else names
-        return Job(target, g, {name: state[name] for name in names if name in state}, hyper, sign, weight_format)
+        given = {name: state[name] for name in names if name in state}
+        if "key" in state:
+            given["key"] = state["key"]
+            if self._counts_steps and "step" not in names:
+                given["step"] = self._counters.setdefault(p, state["step"].clone()).copy_(state["step"])
+            else:
+                given["step"] = state["step"]
+        return Job(target, g, given, hyper, sign, weight_format)
 
-    def _pass(self, rule: str, names: tuple[str, ...] = (), counts: bool = False) -> Pass:
-        if rule not in self._passes:
-            self._passes[rule] = Pass(rule, names, self._own["backend"], counts)
-        return self._passes[rule]
+    def _pass(self, rule: str, names: tuple[str, ...] = (), *, of: int = 0, counts: bool = False) -> Pass:
+        """The pass of a rule, for those who call it once per group: of a group."""
+        if (rule, of) not in self._passes:
+            self._passes[rule, of] = Pass(rule, names, self._own["backend"], counts)
+        return self._passes[rule, of]
 
     def _gradients(self, group: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
         """Name, parameter and gradient of each parameter that has one, checked; raise for settings that need one pass."""
@@ -144,7 +165,9 @@ class MultiPass(FusedOptimizer):
                     "call torch.nn.utils.clip_grad_norm_ or clip_grad_value_ before the step"
                 )
         for name in ("fused", "differentiable", "capturable"):
-            if group.get(name):
+            if group.get(name) or self.defaults.get(
+                name
+            ):  # by its default a GradScaler leaves all gradients as they are
                 raise RuntimeError(f"{name} must be False {self._why_not_one_pass}")
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
         aligned = aligned_gradients([group])

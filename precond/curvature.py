@@ -4,7 +4,7 @@ Kronecker basis. A training loop calls them every few steps; none of them touche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def batch_size_of(outputs: Tensor) -> int:
 
 def gauss_newton_bartlett(
     outputs: Tensor,
-    params: Sequence[Tensor],
+    params: Iterable[Tensor],
     *,
     loss: str = "cross_entropy",
     bases: Sequence[Basis] | None = None,
@@ -115,7 +115,7 @@ def gauss_newton_bartlett(
         An h of each parameter's shape and dtype, float32 for halves, whose squares underflow.
 
     Raises:
-        ValueError: another loss, no sample, draws < 1, or bases that do not fit.
+        ValueError: another loss, no sample, draws < 1, complex parameters, or bases that do not fit.
 
     Source: Sophia's public code (Liu et al., arXiv 2305.14342), whose factor B stands in its step; rotated: METHODS C.2.
 
@@ -142,7 +142,7 @@ def gauss_newton_bartlett(
 
 def hutchinson(
     loss: Tensor | Callable[[Tensor], Tensor],
-    params: Sequence[Tensor],
+    params: Iterable[Tensor],
     *,
     product: str = "hessian",
     outputs: Tensor | None = None,
@@ -174,7 +174,7 @@ def hutchinson(
         An h of each parameter's shape and dtype, float32 for halves. The graph is kept.
 
     Raises:
-        ValueError: another product or probe, draws < 1, or bases that do not fit.
+        ValueError: another product or probe, draws < 1, complex parameters, or bases that do not fit.
         TypeError: a loss that is not what the product takes.
         RuntimeError: an operation of the model has no second derivative in torch (fused attention).
 
@@ -206,18 +206,19 @@ def hutchinson(
     return [h / draws for h in total]
 
 
-def hessian_product(loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+def hessian_product(loss: Tensor, params: Iterable[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
     """H u, by differentiating the gradient along u.
 
     Args:
         loss: a scalar with its graph, which is kept.
-        params: tensors that require a gradient.
+        params: tensors that require a gradient, real.
         vectors: u, a tensor of the shape of each parameter.
 
     Returns:
         A tensor per parameter.
 
     Raises:
+        ValueError: complex parameters, or vectors of other shapes.
         TypeError: loss is no scalar tensor.
         RuntimeError: an operation has no second derivative in torch (fused attention).
 
@@ -230,11 +231,11 @@ def hessian_product(loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Te
         >>> curvature.hessian_product(w[0] ** 2 * w[1], [w], [torch.tensor([1.0, 0.0])])[0].tolist()
         [4.0, 2.0]
     """
-    return hessian_of(loss, list(params))(vectors)
+    return hessian_of(loss, _real(params))(vectors)
 
 
 def gauss_newton_product(
-    outputs: Tensor, loss_fn: Callable[[Tensor], Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor]
+    outputs: Tensor, loss_fn: Callable[[Tensor], Tensor], params: Iterable[Tensor], vectors: Sequence[Tensor]
 ) -> list[Tensor]:
     r"""G u = J^T (d^2 loss / d outputs^2) J u: positive semidefinite wherever the loss is convex in the outputs.
 
@@ -243,13 +244,14 @@ def gauss_newton_product(
     Args:
         outputs: what the model gives, of any shape, with its graph, which is kept.
         loss_fn: outputs -> a scalar; called once, on a detached copy.
-        params: tensors that require a gradient.
+        params: tensors that require a gradient, real.
         vectors: u, a tensor of the shape of each parameter.
 
     Returns:
         A tensor per parameter.
 
     Raises:
+        ValueError: complex parameters, or vectors of other shapes.
         TypeError: outputs are no tensor with a graph, or loss_fn does not give a scalar.
         RuntimeError: an operation has no second derivative in torch (fused attention).
 
@@ -263,7 +265,7 @@ def gauss_newton_product(
         >>> curvature.gauss_newton_product(f, lambda z: (z**2).sum(), [w], [torch.ones(2)])[0].tolist()
         [8.0, 32.0]
     """
-    return gauss_newton_of(outputs, loss_fn, list(params))(vectors)
+    return gauss_newton_of(outputs, loss_fn, _real(params))(vectors)
 
 
 def hessian_of(loss: object, params: list[Tensor]) -> Product:
@@ -318,18 +320,23 @@ def _described(value: object) -> str:
 
 
 def _checked(
-    params: Sequence[Tensor], bases: Sequence[Basis] | None, draws: int
+    params: Iterable[Tensor], bases: Sequence[Basis] | None, draws: int
 ) -> tuple[list[Tensor], Sequence[Basis]]:
-    params = list(params)
+    params = _real(params)
     spread = [None] * len(params) if bases is None else bases
     if len(spread) != len(params):
         raise ValueError(f"bases must be one per parameter, {len(params)}, got {len(spread)}")
     if draws < 1:
         raise ValueError(f"draws must be >= 1, got {draws}")
+    return params, spread
+
+
+def _real(params: Iterable[Tensor]) -> list[Tensor]:
+    params = list(params)
     for p in params:
         if p.is_complex():
             raise ValueError(f"params must be real, got one of {p.dtype}")
-    return params, spread
+    return params
 
 
 def _check_loss(loss: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +58,7 @@ class DualDescent(MultiPass):
         kernel: one of the table (default "clip").
         granularity: "global" (default): one norm of all parameters; "tensor": one per parameter; "unit": one per output unit,
             dimension 0; "entry"; "spectral": singular values of a matrix, of dimension 0 by all others.
-        scale: c > 0 (default 1).
+        scale: c in [1e-18, 1e18] (default 1).
         exponent: > 0, at most 16, of "power" alone (default 0.5).
         momentum: mu in [0, 1) of the mean of gradients that is mapped (default 0: no state).
         nesterov: map m + (1 - mu)(g - m) instead, as Muon does (default False).
@@ -126,8 +125,8 @@ class DualDescent(MultiPass):
             raise ValueError(f"kernel must be one of {', '.join(reference.KERNELS)}, got {group['kernel']!r}")
         if group["granularity"] not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {group['granularity']!r}")
-        if not 0.0 < group["scale"] < math.inf:
-            raise ValueError(f"scale must be > 0 and finite, got {group['scale']}")
+        if not 1e-18 <= group["scale"] <= 1e18:  # its square is a float32
+            raise ValueError(f"scale must be in [1e-18, 1e18], got {group['scale']}")
         if not 0.0 < group["exponent"] <= 16.0:
             raise ValueError(f"exponent must be in (0, 16], got {group['exponent']}")
         if not 0.0 <= group["momentum"] < 1.0:
@@ -151,14 +150,10 @@ class DualDescent(MultiPass):
         if len(entrywise) == len(groups):
             return super()._update()
         rows = [self._checked_row(group) for group in groups]
-        if entrywise:
-            self.param_groups = entrywise
-            try:
-                super()._update()
-            finally:
-                self.param_groups = groups
         whole = [(group, row) for group, row in zip(groups, rows, strict=True) if group["granularity"] != "entry"]
         found = [(group, row, *item) for group, row in whole for item in self._gradients(group)]
+        if entrywise:
+            self._step_in_one_pass(entrywise)
         for group, row, _, p, _ in found:
             self._init_state(p, group, row.rule)
         directions = self._averaged([(row, p, g) for _, row, _, p, g in found])
@@ -189,9 +184,12 @@ class DualDescent(MultiPass):
         if not of:
             return
         squares = self._pass("sgdw").squared_norms([jobs[i] for i in of])
-        shared = [k for k, i in enumerate(of) if groups[i]["granularity"] == "global"]
-        if shared:
-            squares[shared] = squares[shared].sum()
+        shared: dict[str, list[int]] = {}
+        for k, i in enumerate(of):
+            if groups[i]["granularity"] == "global":
+                shared.setdefault(groups[i]["kernel"], []).append(k)
+        for alike in shared.values():
+            squares[alike] = squares[alike].sum()
         for i, square in zip(of, squares, strict=True):
             coef = coefficients(square.sqrt(), groups[i])
             hyper = jobs[i].hyper
@@ -199,9 +197,9 @@ class DualDescent(MultiPass):
 
 
 def coefficients(r: Tensor, group: dict[str, Any]) -> Tensor:
-    """h'(r) / r: what a vector of length r is multiplied with; 1 at 0."""
-    scaled: Tensor = reference.KERNELS[group["kernel"]](r, group) / r
-    return torch.where(r == 0, torch.ones_like(r), scaled)
+    """h'(r) / r: what a vector of length r is multiplied with; 1 at 0, and below what float32 holds that of its smallest."""
+    held = r.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(r == 0, torch.ones_like(r), reference.KERNELS[group["kernel"]](held, group) / held)
 
 
 def mapped(name: str, u: Tensor, group: dict[str, Any]) -> Tensor:
@@ -212,12 +210,17 @@ def mapped(name: str, u: Tensor, group: dict[str, Any]) -> Tensor:
             needed = "Replicate" if spectral else "Shard(0) or Replicate"
             raise RuntimeError(f"{name} must have placements {needed} for {group['granularity']!r}, got {placement}")
     u = local(u)
+    if u.numel() == 0:
+        return u
     rows = u.reshape(u.shape[0] if u.dim() > 0 else 1, -1)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if not spectral:
-        r = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        return (rows * coefficients(r, group)).view(u.shape)
+        # In float64 no square is lost.
+        wide = torch.promote_types(rows.dtype, torch.float64)
+        r = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide)
+        return (rows * coefficients(r, group)).to(rows.dtype).view(u.shape)
     left, s, right = torch.linalg.svd(rows, full_matrices=False)
     # What rounding leaves of a zero has a direction of its own making.
     s = torch.where(s > s.amax() * max(rows.shape) * torch.finfo(s.dtype).eps, s, 0.0)
-    return ((left * reference.KERNELS[group["kernel"]](s, group)) @ right).view(u.shape)
+    found: Tensor = (left * reference.KERNELS[group["kernel"]](s, group)) @ right
+    return found.view(u.shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
-from ._kronecker import Kronecker, as_matrix, check_whole, is_matrix
+from ._kronecker import Kronecker, as_matrix, check_matrix, is_matrix
 from ._optimizer import FusedOptimizer, ParamsT
 from ._pass import MultiPass, plain_step
 from ._plan import Row
@@ -29,9 +29,9 @@ class GaussNewton(MultiPass):
         p_t = p_{t-1} - \gamma\,(U u + \lambda\, p_{t-1})
 
     h is a running mean of the diagonal of U^T G U, G the Gauss-Newton matrix: estimated now and then by the training loop, which
-    then calls :meth:`update_curvature`, or with ``curvature="gradient"`` of squared gradients at every step, which is Adam with its
-    eps inside the root for the power -1/2. Without a basis a step is one pass; with one, a matrix is rotated before the pass and the
-    result after it.
+    then calls :meth:`update_curvature`, or with ``curvature="gradient"`` of squared gradients at every step, which is Adam with
+    its eps inside the root for the power -1/2. A negative h counts as 0. Without a basis a step is one pass; with one, a matrix
+    is rotated before the pass and the result after it.
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. All options may differ between groups.
@@ -39,11 +39,12 @@ class GaussNewton(MultiPass):
         betas: of the mean of gradients and of that of the curvature, each in [0, 1) (default (0.9, 0.99)).
         eps: >= 0, added to the curvature before the power (default 1e-8).
         power: -1 or -0.5 (default -1).
-        clip: c > 0, bounds every coordinate of u, so that those without curvature descend by their sign (default None: unbounded).
+        clip: c > 0, bounds every coordinate of u, so that those without curvature descend by their sign (default None: none).
         curvature: "gnb" (default): ``update_curvature`` squares a gradient that was taken on labels sampled from the model;
             "hutchinson": it is given estimates; "gradient": squares of the gradients themselves.
-        basis: "identity" (default); "kronecker": eigenvectors of means of G G^T and G^T G per matrix, of what feeds the curvature;
-            an orthogonal matrix (n, n): every parameter must have n elements; a pair (m, m), (n, n): U = L (x) R, for matrices.
+        basis: "identity" (default); "kronecker": eigenvectors of means of G G^T and G^T G per matrix, of the gradients that feed
+            the curvature, with "hutchinson" of each step's; an orthogonal matrix (n, n): every parameter must have n elements; a
+            pair (m, m), (n, n): U = L (x) R, for matrices.
         basis_beta: of the means behind "kronecker", in [0, 1) (default None: betas[1]).
         basis_frequency: the basis is refreshed after so many steps or updates (default 10).
         max_size: larger matrices are cut into blocks with a basis each (default 8192).
@@ -53,8 +54,8 @@ class GaussNewton(MultiPass):
         differentiable: without a basis, autograd sees the step, which runs on the reference backend (default False).
         fused: without a basis, True lets ``torch.amp.GradScaler`` leave unscaling to the step.
         l1_decay, l1_form, l1_cap: intrinsic L1 in the coordinates of the basis, as for :class:`precond.AdamW`.
-        state_format: as for :class:`precond.AdamW`, not "int8" or "int4" with a basis; curvature that ``update_curvature`` feeds
-            is float32 where codes are asked for.
+        state_format: as for :class:`precond.AdamW`, not "int8" or "int4" with a basis; curvature that ``update_curvature``
+            feeds is float32 where codes are asked for.
         weight_format: as for :class:`precond.AdamW`.
         **settings: ``backend``, without a basis also ``max_grad_norm`` and the others: :class:`precond.Settings`.
 
@@ -64,8 +65,8 @@ class GaussNewton(MultiPass):
 
     State: ``step``, ``exp_avg`` and ``curvature`` (in the basis), ``curvature_step``; ``factor_...`` and ``basis_...`` of blocks.
 
-    Source: Liu et al., arXiv 2510.13680 (idea and estimators; order, damping and defaults are this project's, METHODS C.2). Vectors
-    have no Kronecker basis here.
+    Source: Liu et al., arXiv 2510.13680 (idea and estimators; order, damping and defaults are this project's, METHODS C.2).
+    Vectors have no Kronecker basis here.
 
     Example:
         >>> import torch, precond
@@ -79,6 +80,7 @@ class GaussNewton(MultiPass):
     """
 
     _counts_steps = True
+    _second_moment = "curvature"
     _why_not_one_pass = "with a basis"
     _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS, "l1_cap": 10.0}
     #: False: a mean that starts at 0 and is not corrected for it.
@@ -130,7 +132,7 @@ class GaussNewton(MultiPass):
         if isinstance(group["basis"], str):
             if group["basis"] not in ("identity", "kronecker"):
                 raise ValueError(f"basis must be 'identity', 'kronecker' or matrices, got {group['basis']!r}")
-        elif isinstance(group["basis"], tuple | list) and len(group["basis"]) != 2:
+        elif not isinstance(group["basis"], Tensor) and len(group["basis"]) != 2:
             raise ValueError(f"basis must be a matrix or a pair of them, got {len(group['basis'])}")
         if group["basis_beta"] is not None and not 0.0 <= group["basis_beta"] < 1.0:
             raise ValueError(f"basis_beta must be None or in [0, 1), got {group['basis_beta']}")
@@ -151,63 +153,85 @@ class GaussNewton(MultiPass):
         suffix = ("_own" if group["curvature"] == "gradient" else "") + ("_root" if group["power"] == -0.5 else "")
         return Row(self._decayed("gauss_newton", group, suffix), -1.0 if group["maximize"] else 1.0, hyper)
 
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
+        if self._rotates(group):
+            raise TypeError("base must have no basis, got a GaussNewton that rotates")
+        hyper = self._row(group).hyper
+        scale = float(hyper["scale"])
+        if group["curvature"] == "gradient":
+            scale /= 1.0 - float(hyper["beta2"]) ** float(self.state[p]["step"])
+        den = self._values(p, group, "curvature").clamp(min=0) * scale + float(hyper["eps"])
+        return (den if group["power"] == -0.5 else den * den), 1.0, 0.0
+
     def _format_of_state(self, name: str, group: dict[str, Any]) -> Any:
         asked = super()._format_of_state(name, group)
         # A mean that moves every few steps by a hundredth is not for a few bits.
         coded = name == "curvature" and group["curvature"] != "gradient" and asked in ("int8", torch.int8, "int4")
         return "fp32" if coded else asked
 
+    def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
+        return number(group["betas"][1])
+
+    def _init_state(self, p: Tensor, group: dict[str, Any], rule: str) -> bool:
+        fresh = super()._init_state(p, group, rule)
+        if group["curvature"] != "gradient":
+            self.state[p].setdefault("curvature_step", 0)
+        return fresh
+
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
         groups = self.param_groups
         for group in groups:
-            if group["curvature"] != "gradient" and group["clip"] is None:
+            moves = isinstance(group["lr"], Tensor) or group["lr"] != 0.0
+            if group["curvature"] != "gradient" and group["clip"] is None and moves:
                 for p in group["params"]:
-                    if p.grad is not None and "curvature_step" not in self.state.get(p, {}):
+                    if p.grad is not None and not self.state.get(p, {}).get("curvature_step"):
                         raise RuntimeError("update_curvature must be called before the first step, or clip be given")
         straight = [group for group in groups if not self._rotates(group)]
         if len(straight) == len(groups):
             return super()._update()
         rows = [self._checked_row(group) for group in groups]
+        work = [
+            [(p, g, self._basis(name, p, group)) for name, p, g in self._gradients(group)]
+            if self._rotates(group)
+            else []
+            for group in groups
+        ]
         if straight:
-            self.param_groups = straight
-            try:
-                super()._update()
-            finally:
-                self.param_groups = groups
-        for group, row in zip(groups, rows, strict=True):
-            if self._rotates(group):
-                self._rotated_step(group, row)
+            self._step_in_one_pass(straight)
+        for index, (group, row) in enumerate(zip(groups, rows, strict=True)):
+            self._rotated_step(index, group, row, work[index])
         return None
 
-    def _rotated_step(self, group: dict[str, Any], row: Row) -> None:
+    def _rotated_step(
+        self, index: int, group: dict[str, Any], row: Row, work: list[tuple[Tensor, Tensor, Rotation]]
+    ) -> None:
         """Rotate gradients, run the rule on a buffer in the basis, rotate back, and let a plain step take the result."""
-        found = self._gradients(group)
-        has_l1 = row.hyper["l1_decay"] != 0.0
+        has_l1 = float(group.get("l1_decay", 0.0)) != 0.0
         inner = row.hyper if has_l1 else {**row.hyper, "lr": 1.0, "weight_decay": 0.0}
         jobs, before = [], []
-        for name, p, g in found:
-            basis = self._basis(name, p, group)
+        for p, g, basis in work:
             if group["curvature"] != "gnb":
-                self._feed(basis, g, group, "basis_step")
+                self._feed(basis, g, group)
             self._init_state(p, group, row.rule)
             buffer = self._buffer(p, torch.promote_types(p.dtype, torch.float32))
             buffer.copy_(basis.rotate(p, buffer.dtype)) if has_l1 else buffer.zero_()
             before.append(buffer.clone() if has_l1 else None)
             names = ("exp_avg", "curvature", "step")
             jobs.append(self._job(p, buffer, basis.rotate(g, buffer.dtype), names, inner, row.sign))
-        self._pass(row.rule, ("exp_avg", "curvature"), counts=True).run(jobs)
+        self._pass(row.rule, ("exp_avg", "curvature"), of=index, counts=True).run(jobs)
         last = []
-        for (name, p, _), job, start in zip(found, jobs, before, strict=True):
-            moved = -job.p if start is None else start - job.p
-            direction = self._basis(name, p, group).rotate_back(moved)
+        for (p, _, basis), job, start in zip(work, jobs, before, strict=True):
+            direction = basis.rotate_back(-job.p if start is None else start - job.p)
             step = plain_step(1.0, 0.0) if has_l1 else plain_step(row.hyper["lr"], row.hyper["weight_decay"])
             last.append(self._job(p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
-        self._pass("sgdw").run(last)
+        self._pass("sgdw", of=index).run(last)
 
     def _basis(self, name: str, p: Tensor, group: dict[str, Any]) -> Rotation:
-        check_whole(name, p)
         given = group["basis"]
+        if isinstance(given, str) and not is_matrix(p):
+            return Rotation(p)
+        check_matrix(name, p)
         if isinstance(given, Tensor):
             if given.shape != (p.numel(), p.numel()):
                 raise RuntimeError(
@@ -222,21 +246,19 @@ class GaussNewton(MultiPass):
                     f"got {tuple(given[0].shape)} and {tuple(given[1].shape)}"
                 )
             return Rotation(p, pair=(given[0], given[1]))
-        if not is_matrix(p):
-            return Rotation(p)
         return Rotation(p, kronecker=Kronecker(p.shape, self.state[p], group["max_size"]))
 
-    def _feed(self, basis: Rotation, g: Tensor, group: dict[str, Any], counter: str) -> None:
+    def _feed(self, basis: Rotation, g: Tensor, group: dict[str, Any]) -> None:
         """Update the factors of a Kronecker basis by a gradient, and the basis where it is due."""
         if basis.kronecker is None:
             return
         beta = group["betas"][1] if group["basis_beta"] is None else group["basis_beta"]
         state = basis.kronecker.state
         basis.kronecker.update_factors(basis.matrix(g, torch.float32), float(beta))
-        count = state.get(counter, 0)
+        count = state.get("basis_step", 0)
         if count % group["basis_frequency"] == 0:
             basis.kronecker.refresh("exp_avg", "curvature")
-        state[counter] = count + 1
+        state["basis_step"] = count + 1
 
     @torch.no_grad()
     def update_curvature(self, batch_size: float = 1.0, estimates: Sequence[Tensor | None] | None = None) -> None:
@@ -248,10 +270,12 @@ class GaussNewton(MultiPass):
             batch_size: B, the number of samples behind the present ``.grad``: the gradient of their mean loss on labels that were
                 drawn from the model (default 1). :mod:`precond.curvature` draws them.
             estimates: instead of gradients, of every parameter in the order of the groups: estimates of its diagonal, in the
-                coordinates of its basis, or None for one that has none.
+                coordinates of its basis, or None for one that has none. A Kronecker basis is there after the first step.
 
         Raises:
-            RuntimeError: with curvature="gradient", which has nothing to fold; an estimate of another shape.
+            RuntimeError: with curvature="gradient", which has nothing to fold; "hutchinson" without estimates; an estimate of
+                another shape, or in a basis that is not there yet.
+            ValueError: not one estimate per parameter.
 
         Source: Liu et al., arXiv 2306.14342 (the estimator); the correction, which makes h a mean from the first on, is this
         project's.
@@ -265,10 +289,14 @@ class GaussNewton(MultiPass):
             >>> opt.state[w]["curvature"].tolist()
             [8.0, 32.0]
         """
-        position = 0
+        position, count = 0, sum(len(group["params"]) for group in self.param_groups)
+        if estimates is not None and len(estimates) != count:
+            raise ValueError(f"estimates must be one per parameter, {count}, got {len(estimates)}")
         for group in self.param_groups:
             if group["curvature"] == "gradient":
                 raise RuntimeError("curvature must be 'gnb' or 'hutchinson' for update_curvature, got 'gradient'")
+            if group["curvature"] == "hutchinson" and estimates is None:
+                raise RuntimeError("estimates must be given with curvature='hutchinson', got None")
             row = self._checked_row(group)
             for index, p in enumerate(group["params"]):
                 given = p.grad if estimates is None else estimates[position]
@@ -282,16 +310,20 @@ class GaussNewton(MultiPass):
                 state = self.state[p]
                 if self._rotates(group):
                     basis = self._basis(f"parameter {index}", p, group)
-                    if group["curvature"] == "gnb":
-                        self._feed(basis, given, group, "basis_step")
                     if estimates is None:
+                        self._feed(basis, given, group)
                         given = basis.rotate(given, torch.promote_types(p.dtype, torch.float32))
+                    elif basis.kronecker is not None and not basis.kronecker.ready:
+                        raise RuntimeError(
+                            f"a step must come before estimates of parameter {index}: it makes their basis"
+                        )
                 self._init_state(p, group, row.rule)
                 h = state["curvature"]
-                new = given.to(h.dtype) if estimates is not None else given.to(h.dtype).square() * batch_size
+                wide = torch.promote_types(h.dtype, torch.float32)
+                new = given.to(wide) if estimates is not None else given.to(wide).square() * batch_size
                 count = state["curvature_step"] = state.get("curvature_step", 0) + 1
                 beta2 = float(group["betas"][1])
-                h.lerp_(new, (1 - beta2) / (1 - beta2**count) if self._corrected else 1 - beta2)
+                h.copy_(torch.lerp(h.to(wide), new, (1 - beta2) / (1 - beta2**count) if self._corrected else 1 - beta2))
 
 
 class Rotation:
@@ -369,7 +401,7 @@ class Sophia(GaussNewton):
         >>> w.grad = torch.tensor([1.0, -0.1])
         >>> opt.step()
         >>> [round(x, 4) for x in w.tolist()]
-        [0.9125, -1.9912]
+        [0.9125, -1.9913]
     """
 
     _corrected = False

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ._arguments import arguments
-from ._kronecker import check_whole
+from ._kronecker import check_matrix
 from ._optimizer import FusedOptimizer, ParamsT
 from ._pass import MultiPass, plain_step
 from ._plan import Row
 from ._settings import Settings
 
+#: torch's, from 2.9 on.
+_TorchMuon: Final[Any] = getattr(torch.optim, "Muon", torch.optim.Optimizer)
 
-class Muon(MultiPass, torch.optim.Muon):
+
+class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
     r"""Muon, a drop-in for :class:`torch.optim.Muon`: two fused passes around a Newton-Schulz iteration.
 
     .. math::
@@ -25,8 +28,8 @@ class Muon(MultiPass, torch.optim.Muon):
         p_t = p_{t-1} - \gamma\lambda\,p_{t-1} - \gamma\,s\,\mathrm{NS}(u_t)
 
     NS takes the singular values of u to about 1 (Uniform(0.5, 1.5)); s is sqrt(max(1, rows / columns)). It is
-    ``DualDescent(kernel="normalize", granularity="spectral")`` by matrix products, which matrices of one shape share. Averaging and
-    the step, with decay, are one pass each over all matrices, and no number is read by the host.
+    ``DualDescent(kernel="normalize", granularity="spectral")`` by matrix products, which matrices of one shape share. Averaging
+    and the step, with decay, are one pass each over all matrices, and no number is read by the host.
 
     Args:
         params: matrices, named or in groups, as for any torch optimizer. Everything else (biases, norms, embeddings, the output
@@ -45,7 +48,7 @@ class Muon(MultiPass, torch.optim.Muon):
 
     Raises:
         ValueError: an argument is out of range, or a parameter is not a matrix.
-        RuntimeError: at the step, for a sparse or complex gradient, a sharded parameter, or clipping, which torch has functions for.
+        RuntimeError: at the step, for a sparse or complex gradient, a sharded parameter, or clipping: torch has functions for it.
 
     State: ``momentum_buffer``, as torch.
 
@@ -96,9 +99,11 @@ class Muon(MultiPass, torch.optim.Muon):
         if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
             raise ValueError(f"Adjust learning rate function {group['adjust_lr_fn']} is not supported")
         if not 0 <= group["ns_steps"] < 100:
-            raise ValueError(f"ns_steps must be below 100, got {group['ns_steps']}")
+            raise ValueError(
+                f"Number of steps must be less than 100 for computational efficiency, got ns_steps={group['ns_steps']}"
+            )
         if len(group["ns_coefficients"]) != 3:
-            raise ValueError(f"ns_coefficients must be three numbers, got {group['ns_coefficients']!r}")
+            raise ValueError(f"Coefficients must be a tuple of exactly 3 values, got {group['ns_coefficients']!r}")
         if not group["momentum"] < 1.0:
             raise ValueError(f"momentum must be < 1, got {group['momentum']}")
 
@@ -122,12 +127,13 @@ class Muon(MultiPass, torch.optim.Muon):
             (group, row, name, p, g)
             for group, row in zip(self.param_groups, rows, strict=True)
             for name, p, g in self._gradients(group)
+            if p.numel() > 0
         ]
         means = []
         for group, row, name, p, g in found:
             if p.is_complex():
                 raise RuntimeError("Muon does not support complex parameters")
-            check_whole(name, p)
+            check_matrix(name, p)
             self._init_state(p, group, "average")
             names = ("momentum_buffer", "momentum_buffer_scale")
             means.append(self._job(p, self._buffer(p, torch.bfloat16), g, names, row.hyper, row.sign))

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
-from ._kronecker import Kronecker, as_matrix, check_whole, is_matrix
+from ._kronecker import Kronecker, as_matrix, check_matrix, is_matrix
 from ._optimizer import FusedOptimizer, ParamsT
 from ._pass import MultiPass, plain_step
 from ._plan import Row
@@ -24,13 +24,13 @@ class SOAP(MultiPass):
         W = (1-\gamma\lambda)\Big(W - \gamma\frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\,
         Q_L \frac{m}{\sqrt{v} + \epsilon + \epsilon_r\,\mathrm{rms}(G)} Q_R^T\Big)
 
-    The first step only builds the bases. Every ``precondition_frequency`` steps they take a step of QR, after the update; m is then
-    expressed in the new basis and v is not, but for the order of its columns. Rotations are matrix products, Adam and the step are
-    one fused pass each.
+    The first step of a matrix only builds its bases. Every ``precondition_frequency`` steps they take a step of QR, after the
+    update; m is then expressed in the new basis and v is not, but for the order of its columns. Rotations are matrix products,
+    Adam and the step are one fused pass each.
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. A tensor of more dimensions is a matrix of
-            dimension 0 by all others; vectors get Adam. float64 and complex parameters run on the reference backend.
+            dimension 0 by all others; vectors get Adam from the first step on. float64 runs on the reference backend.
         lr: learning rate gamma >= 0, a float or a tensor of one element (default 3e-3).
         betas: of the moments, each in [0, 1) (default (0.95, 0.95)).
         shampoo_beta: of the means behind the bases, in [0, 1); None or -1: betas[1] (default None).
@@ -43,14 +43,15 @@ class SOAP(MultiPass):
         precondition_frequency: steps between refreshes of the bases (default 10).
         max_precond_dim: matrices with a longer side are cut into blocks, each with bases of its own (default 10000).
         maximize: ascend instead of descend (default False).
-        l1_decay, l1_form, l1_cap: intrinsic L1 with P = Q diag(den^-1/2), so in the eigenbasis: as for :class:`precond.AdamW`.
+        l1_decay, l1_form, l1_cap: intrinsic L1 with P = Q diag(den^-1/2), so in the eigenbasis: as for :class:`precond.AdamW`,
+            whose order the weight decay then has.
         state_format: as for :class:`precond.AdamW`, but for "int8" and "int4".
         weight_format: as for :class:`precond.AdamW`.
         **settings: ``backend`` and ``seed``: :class:`precond.Settings`.
 
     Raises:
         ValueError: an argument is out of range.
-        RuntimeError: at the step, for a sparse gradient, a sharded matrix, or clipping, which torch has functions for.
+        RuntimeError: at the step, for a sparse gradient, a sharded or complex matrix, or clipping: torch has functions for it.
 
     State: ``step``, ``exp_avg``, ``exp_avg_sq`` (in the basis), ``basis_step``; ``factor_...`` and ``basis_...`` of blocks.
 
@@ -112,6 +113,9 @@ class SOAP(MultiPass):
         if group.get("state_format") in ("int8", torch.int8, "int4"):
             raise ValueError(f"state_format must not have codes for SOAP, got {group['state_format']!r}")
 
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
+        raise TypeError("base must have no basis, got a SOAP")
+
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group, "eps")
         hyper["beta1"], hyper["beta2"] = map(number, group["betas"])
@@ -119,16 +123,20 @@ class SOAP(MultiPass):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
-        for group, row in zip(
-            self.param_groups, [self._checked_row(group) for group in self.param_groups], strict=True
-        ):
-            self._step_group(group, row)
+        rows = [self._checked_row(group) for group in self.param_groups]
+        work = [
+            [(p, g, self._bases_of(name, p, group)) for name, p, g in self._gradients(group)]
+            for group in self.param_groups
+        ]
+        for index, (group, row) in enumerate(zip(self.param_groups, rows, strict=True)):
+            self._step_group(index, group, row, work[index])
 
-    def _step_group(self, group: dict[str, Any], row: Row) -> None:
+    def _step_group(
+        self, index: int, group: dict[str, Any], row: Row, work: list[tuple[Tensor, Tensor, Kronecker | None]]
+    ) -> None:
         found, jobs, before, turns = [], [], [], []
-        has_l1 = row.hyper["l1_decay"] != 0.0
-        for name, p, g in self._gradients(group):
-            turn = self._bases_of(name, p, group)
+        has_l1 = float(group.get("l1_decay", 0.0)) != 0.0
+        for p, g, turn in work:
             wide = torch.promote_types(p.dtype, torch.float32)
             if turn is not None and not turn.ready:
                 turn.update_factors(as_matrix(g.to(wide)), self._factor_beta(group))
@@ -148,7 +156,7 @@ class SOAP(MultiPass):
             jobs.append(self._job(p, buffer, _rotated(g.to(wide), turn), names, hyper, row.sign))
             found.append((p, g))
             turns.append(turn)
-        self._pass(row.rule, ("exp_avg", "exp_avg_sq"), counts=True).run(jobs)
+        self._pass(row.rule, ("exp_avg", "exp_avg_sq"), of=index, counts=True).run(jobs)
         lr, decay = row.hyper["lr"], row.hyper["weight_decay"]
         steps = []
         for (p, _), job, start, turn in zip(found, jobs, before, turns, strict=True):
@@ -157,7 +165,7 @@ class SOAP(MultiPass):
             kept = 1.0 - lr * decay
             step = plain_step(1.0, 0.0) if has_l1 else plain_step(lr * kept, decay / kept)
             steps.append(self._job(p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
-        self._pass("sgdw").run(steps)
+        self._pass("sgdw", of=index).run(steps)
         for (p, g), turn in zip(found, turns, strict=True):
             if turn is None:
                 continue
@@ -170,7 +178,7 @@ class SOAP(MultiPass):
     def _bases_of(self, name: str, p: Tensor, group: dict[str, Any]) -> Kronecker | None:
         if not is_matrix(p):
             return None
-        check_whole(name, p)
+        check_matrix(name, p)
         return Kronecker(p.shape, self.state[p], group["max_precond_dim"])
 
     def _factor_beta(self, group: dict[str, Any]) -> float:

@@ -207,6 +207,16 @@ def test_a_graph_is_kept_on_request():
     assert all(p.grad is None for p in params)
 
 
+def test_parameters_come_as_a_model_gives_them():
+    model = torch.nn.Linear(4, 3)
+    h = curvature.gauss_newton_bartlett(model(torch.randn(5, 4)), model.parameters())
+    assert [t.shape for t in h] == [p.shape for p in model.parameters()]
+    loss = model(torch.randn(5, 4)).square().sum()
+    assert curvature.hutchinson(loss, model.parameters(), draws=2)[1].shape == (3,)
+    image = curvature.hessian_product(loss, model.parameters(), [torch.zeros(3, 4), torch.ones(3)])
+    torch.testing.assert_close(image[1], torch.full((3,), 10.0))
+
+
 def test_estimates_work_where_autograd_is_off():
     params, outputs = small_net()
     f = outputs(*params)

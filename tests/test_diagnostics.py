@@ -71,6 +71,23 @@ def test_an_operator_of_a_network_is_its_hessian():
     torch.testing.assert_close(diagnostics.dense(operator), torch.cat(rows), rtol=0, atol=1e-14)
 
 
+def test_an_operator_of_gauss_newton_is_semidefinite_where_the_hessian_is_not():
+    """Least squares with f = w^2: the Hessian is J^T J + diag(2 (f - y)), far from the targets negative."""
+    w = torch.tensor([0.5, 1.0, 2.0], dtype=F64, requires_grad=True)
+    y, p = torch.tensor([9.0, 9.0, 9.0], dtype=F64), torch.tensor([1.0, 2.0, 0.5], dtype=F64)
+    f = w**2
+
+    def loss_fn(z):
+        return (z - y).square().sum() / 2
+
+    gauss_newton = diagnostics.dense(diagnostics.gauss_newton_operator(f, loss_fn, [w], [p]))
+    torch.testing.assert_close(gauss_newton, (4 * w.detach() ** 2 * p**2).diag(), rtol=0, atol=1e-14)
+    operator = diagnostics.hessian_operator(loss_fn(f), [w], [p])
+    expected = (p**2 * (4 * w**2 + 2 * (f - y))).detach().diag()
+    torch.testing.assert_close(diagnostics.dense(operator), expected, rtol=0, atol=1e-14)
+    assert diagnostics.condition_number(operator) == math.inf
+
+
 def mapped(params, p):
     """A full matrix P, and its transpose, as functions of lists."""
 
@@ -109,6 +126,8 @@ def test_wrong_preconditioners_raise():
     for bad in ("P", [1.0, 2.0], (lambda v: v,)):
         with pytest.raises(TypeError, match="must be None, an optimizer, a mapping or sequence of tensors"):
             diagnostics.hessian_operator(loss, params, bad)
+    with pytest.raises(ValueError, match="params must be real"):
+        diagnostics.hessian_operator(loss, [torch.ones(2, dtype=torch.complex64)])
     with pytest.raises(TypeError, match="loss must be a scalar tensor"):
         diagnostics.hessian_operator(params[0], params)
 
@@ -216,7 +235,8 @@ def test_optimizers_without_a_diagonal_preconditioner_raise():
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("n", [12, 300])
-def test_extreme_eigenvalues_are_right_to_1e_8(n, k):
+def test_extreme_eigenvalues_are_right_to_1e_8(n, k, monkeypatch):
+    monkeypatch.setattr(diagnostics, "_SMALL", 64)
     values = torch.linspace(0.5, 100, n, dtype=F64)
     _, params, loss = quadratic(values)
     smallest, largest = diagnostics.extreme_eigenvalues(diagnostics.hessian_operator(loss, params), k)
@@ -225,10 +245,20 @@ def test_extreme_eigenvalues_are_right_to_1e_8(n, k):
 
 
 def test_a_large_operator_is_never_made_dense(monkeypatch):
-    _, params, loss = quadratic(torch.logspace(0, 3, 200, dtype=F64))
+    _, params, loss = quadratic(torch.linspace(1, 1000, 1200, dtype=F64))
     monkeypatch.setattr(diagnostics, "dense", None)
     kappa = diagnostics.condition_number(diagnostics.hessian_operator(loss, params))
     assert kappa == pytest.approx(1000, rel=1e-8)
+
+
+def test_an_iteration_that_does_not_converge_is_replaced_or_raises(monkeypatch):
+    monkeypatch.setattr(diagnostics, "_SMALL", 64)
+    _, params, loss = quadratic(torch.logspace(0, 6, 300, dtype=F64))
+    operator = diagnostics.hessian_operator(loss, params)
+    assert diagnostics.condition_number(operator) == pytest.approx(1e6, rel=1e-8)
+    monkeypatch.setattr(diagnostics, "_DENSE", 299)
+    with pytest.raises(RuntimeError, match="No convergence"):
+        diagnostics.condition_number(operator)
 
 
 def test_condition_numbers_of_semidefinite_and_indefinite_losses():
@@ -436,7 +466,7 @@ def test_densities_are_drawn(tmp_path):
 def test_what_is_missing_is_named(monkeypatch):
     _, params, loss = quadratic(torch.ones(12, dtype=F64))
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
-    with pytest.raises(ImportError, match=r"a Hessian operator needs scipy: pip install 'precond\[diagnostics\]'"):
+    with pytest.raises(ImportError, match=r"an operator needs scipy: pip install 'precond\[diagnostics\]'"):
         diagnostics.hessian_operator(loss, params)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"a plot needs matplotlib: pip install 'precond\[diagnostics\]'"):

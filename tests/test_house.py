@@ -51,23 +51,10 @@ def test_the_report_names_everything_and_verifies_a_step(tmp_path):
     assert "backend triton     one verified step" in run_module("precond", cwd=tmp_path, TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "_groups",
-        "_settings",
-        "adagrad",
-        "adam",
-        "bases",
-        "bnp",
-        "curvature",
-        "diagnostics",
-        "fop",
-        "lion",
-        "rmsprop",
-        "sgd",
-    ],
-)
+EXAMPLES = sorted(path.stem for path in Path(precond.__file__).parent.glob("*.py") if ">>> " in path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
 def test_examples_run(module):
     results = doctest.testmod(importlib.import_module(f"precond.{module}"))
     assert results.attempted > 0

@@ -123,8 +123,15 @@ class SOAP(MultiPass):
             [(p, g, self._bases_of(name, p, group)) for name, p, g in self._gradients(group)]
             for group in self.param_groups
         ]
+        only_states = self._only_makes_states(rows, {p: g for items in work for p, g, _ in items})
         for index, (group, row) in enumerate(zip(self.param_groups, rows, strict=True)):
-            self._step_group(index, group, row, work[index])
+            if not only_states:
+                self._step_group(index, group, row, work[index])
+                continue
+            for p, g, turn in work[index]:
+                self._init_state(p, group, row.rule)
+                if turn is not None:
+                    turn.make_states(as_matrix(g.to(torch.promote_types(p.dtype, torch.float32))))
 
     def _step_group(
         self, index: int, group: dict[str, Any], row: Row, work: list[tuple[Tensor, Tensor, Kronecker | None]]

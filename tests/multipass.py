@@ -76,6 +76,36 @@ def check_resumes(make, shapes=SHAPES, dtype=F32, at=4, steps=9, curvature=None)
                 assert same(ours[name], value) if isinstance(value, torch.Tensor) else ours[name] == value, name
 
 
+def check_states_may_be_made_first(make, feed=None, biases=True):
+    """pytorch#164929: the zero step of torch.distributed.checkpoint changes nothing, and what it makes can be loaded into."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    def start():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=biases), torch.nn.Linear(5, 3, bias=biases)).double()
+        params = list(net.parameters())
+        return net, params, make(params)
+
+    (net, params, touched), (_, others, straight) = start(), start()
+    saved = get_optimizer_state_dict(net, touched)
+    for state in saved["state"].values():
+        assert state.get("step", torch.zeros(())) == 0
+    train(params, touched, 0, 4, feed)
+    train(others, straight, 0, 4, feed)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    # Into a new process' optimizer.
+    again, copies, resumed = start()
+    for p, q in zip(copies, params, strict=True):
+        p.data.copy_(q)
+    template = get_optimizer_state_dict(again, resumed)
+    found = get_optimizer_state_dict(net, touched)
+    assert {k: v.keys() for k, v in template["state"].items()} == {k: v.keys() for k, v in found["state"].items()}
+    set_optimizer_state_dict(again, resumed, found)
+    train(copies, resumed, 4, 8, feed)
+    train(params, touched, 4, 8, feed)
+    assert all(torch.equal(p, q) for p, q in zip(copies, params, strict=True))
+
+
 def check_is_an_optimizer(make, dtype=F32, curvature=None, shapes=(*SHAPES, (0, 3), (0,))):
     """Closures, None and empty gradients, gradients left alone, versions, hooks, zero_grad, late groups."""
     params = params_of(shapes, dtype)

@@ -11,7 +11,7 @@ from cases import BACKEND, bits_equal
 from multipass import BF16, F32, F64, assert_close, give, params_of
 
 import precond
-from precond import bases
+from precond import _formats, bases, reference
 
 KRONECKER = ((4, 6), (5,), (3, 2, 2, 2), ())
 
@@ -579,3 +579,26 @@ def test_sophia_resumes_and_is_an_optimizer():
 def test_sophias_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         precond.Sophia(params_of(((2, 2),)), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(basis="kronecker"),
+        dict(basis="kronecker", curvature="gradient"),
+        dict(curvature="gradient", power=-0.5),
+    ],
+    ids=str,
+)
+def test_states_may_be_made_before_the_first_step(options):
+    feed = None if options.get("curvature") == "gradient" else check_curvature
+    multipass.check_states_may_be_made_first(lambda ps: precond.GaussNewton(ps, **options), feed)
+
+
+def test_python_and_the_kernels_mean_the_same_second_moments():
+    """For every rule, of which tests/test_formats.py looks at the family's."""
+    for name, (_, count, _, squares) in precond._C.rules.items():
+        states = reference.RULES[name].states
+        assert len(states) == count
+        assert [bool(squares >> k & 1) for k in range(count)] == [s in _formats.SECOND_MOMENTS for s in states], name

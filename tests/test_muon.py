@@ -319,3 +319,7 @@ def test_a_scaler_unscales_before_the_step():
         scaler.update()
         b.step()
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_states_may_be_made_before_the_first_step():
+    multipass.check_states_may_be_made_first(precond.Muon, biases=False)

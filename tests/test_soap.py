@@ -433,3 +433,7 @@ def test_what_it_does_not_take_is_said_before_anything_moves():
         precond.SOAP([c]).step()
     with pytest.raises(TypeError, match="unexpected keyword argument 'fused'"):
         precond.SOAP(params, fused=True)
+
+
+def test_states_may_be_made_before_the_first_step():
+    multipass.check_states_may_be_made_first(lambda ps: precond.SOAP(ps, precondition_frequency=2))

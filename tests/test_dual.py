@@ -365,7 +365,7 @@ def test_a_resumed_run_has_the_same_bits(dtype, options):
 def test_no_two_draws_of_a_mixed_optimizer_are_alike():
     """Two groups, one of a single pass: parameters of one shape, moved alike, are rounded by bits of their own."""
     params = [torch.nn.Parameter(torch.ones(4096, dtype=BF16)) for _ in range(2)]
-    groups = [{"params": params[:1], "granularity": "entry"}, {"params": params[1:], "granularity": "unit"}]
+    groups = [{"params": params[:1], "granularity": "unit"}, {"params": params[1:], "granularity": "entry"}]
     optimizer = precond.DualDescent(groups, lr=1e-3, kernel="identity", weight_format="stochastic")
     for p in params:
         p.grad = torch.ones_like(p)

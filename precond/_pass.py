@@ -129,7 +129,8 @@ class MultiPass(FusedOptimizer):
         return not any(self.state.get(p) or bool(local(g).any()) for p, g in gradients.items())
 
     def _buffer(self, p: Tensor, dtype: torch.dtype) -> Tensor:
-        if p not in self._buffers or self._buffers[p].dtype != dtype or self._buffers[p].shape != p.shape:
+        made = self._buffers.get(p)
+        if made is None or (made.dtype, made.shape, made.device) != (dtype, p.shape, p.device):
             self._buffers[p] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
         return self._buffers[p]
 

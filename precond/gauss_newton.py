@@ -304,6 +304,8 @@ class GaussNewton(MultiPass):
                     raise RuntimeError(
                         f"an estimate must have shape {tuple(p.shape)} for parameter {index}, got {tuple(given.shape)}"
                     )
+                if p.is_complex():
+                    raise RuntimeError(f"parameter {index} must be real for update_curvature, got {p.dtype}")
                 state = self.state[p]
                 if self._rotates(group):
                     basis = self._basis(f"parameter {index}", p, group)

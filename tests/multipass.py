@@ -7,7 +7,7 @@ import io
 import pickle
 
 import torch
-from cases import bits_equal
+from cases import BACKEND, bits_equal
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 SHAPES = ((4, 6), (7, 3), (5,), (3, 2, 2, 2), (1, 4), ())
@@ -74,6 +74,17 @@ def check_resumes(make, shapes=SHAPES, dtype=F32, at=4, steps=9, curvature=None)
             assert ours.keys() == theirs.keys()
             for name, value in theirs.items():
                 assert same(ours[name], value) if isinstance(value, torch.Tensor) else ours[name] == value, name
+
+
+def check_backends(make, curvature=None, shapes=SHAPES):
+    """The kernels' bits on every backend that has them, and the reference text's values."""
+    runs = {}
+    for backend in (BACKEND, "triton", "reference"):
+        runs[backend] = params_of(shapes)
+        train(runs[backend], make(runs[backend], backend), 0, 5, curvature)
+    for p, q, r in zip(*runs.values(), strict=True):
+        assert bits_equal(p.detach(), q.detach())
+        torch.testing.assert_close(p, r, rtol=1e-4, atol=1e-5)
 
 
 def check_states_may_be_made_first(make, feed=None, biases=True):

@@ -589,3 +589,10 @@ def test_over_parameterised_models_end_at_the_nearest_solution_but_for_entries(g
     assert residual.norm() < 1e-9 * y.norm()
     far = (w.detach() - nearest).norm() / (nearest.norm())
     assert (far > 0.02) if granularity == "entry" else (far < 1e-9)
+
+
+@granularities
+def test_every_backend_takes_the_same_steps(granularity, triton_interpreter):
+    multipass.check_backends(
+        lambda ps, b: precond.DualDescent(ps, lr=0.1, kernel="log", granularity=granularity, momentum=0.5, backend=b)
+    )

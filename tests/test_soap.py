@@ -437,3 +437,7 @@ def test_what_it_does_not_take_is_said_before_anything_moves():
 
 def test_states_may_be_made_before_the_first_step():
     multipass.check_states_may_be_made_first(lambda ps: precond.SOAP(ps, precondition_frequency=2))
+
+
+def test_every_backend_takes_the_same_steps(triton_interpreter):
+    multipass.check_backends(lambda ps, b: precond.SOAP(ps, eps=1e-3, precondition_frequency=2, backend=b))

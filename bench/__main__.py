@@ -13,6 +13,7 @@ COMMANDS = {
     "codegen": "machine code of the GPU kernels, without a GPU",
     "errors": "worst errors of every rule against float64, in ulp",
     "quality": "training quality of the formats against float32, over seeds; an hour or more",
+    "theory": "the tables of the theory, expected against measured, and the papers' tasks at small size",
     "demo": "train a small GPT with torch's AdamW and with ours",
 }
 

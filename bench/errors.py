@@ -9,7 +9,7 @@ import argparse
 import warnings
 
 import torch
-from optimizers import OPTIMIZERS
+from optimizers import ALL_RULES
 from test_parity import DTYPES
 from test_parity import run as worst_error
 from tqdm import tqdm
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     warnings.simplefilter("ignore", precond.PrecisionWarning)
     print("| rule | worst error of p and states, ulp | |\n|---|---|---|")
-    for row in tqdm(OPTIMIZERS, desc="rules", leave=False):
+    for row in tqdm(ALL_RULES, desc="rules", leave=False):
         worst = 0.0
         for seed in range(arguments.seeds):
             torch.manual_seed(seed)

@@ -7,19 +7,22 @@
 
 namespace precond {
 
-// Names of the namespaces that cpu_isa.cpp was compiled in; CMakeLists.txt lists the same ones.
+// Names of the namespaces that cpu_isa.cpp and cpu_bnp.cpp were compiled in; CMakeLists.txt lists the same ones.
 namespace baseline {
 extern const UpdateChunk kUpdateTable[];
 extern const NormOfBlock kNormOfBlock;
+extern const BnpRow kBnpRow;
 }  // namespace baseline
 #if defined(PRECOND_X86_ISAS)
 namespace avx2 {
 extern const UpdateChunk kUpdateTable[];
 extern const NormOfBlock kNormOfBlock;
+extern const BnpRow kBnpRow;
 }  // namespace avx2
 namespace avx512 {
 extern const UpdateChunk kUpdateTable[];
 extern const NormOfBlock kNormOfBlock;
+extern const BnpRow kBnpRow;
 }  // namespace avx512
 #endif
 
@@ -30,18 +33,19 @@ struct Isa {
   bool available;
   const UpdateChunk* table;
   NormOfBlock norm;
+  BnpRow bnp;
 };
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> list = [] {
-    std::vector<Isa> l{{"baseline", true, baseline::kUpdateTable, baseline::kNormOfBlock}};
+    std::vector<Isa> l{{"baseline", true, baseline::kUpdateTable, baseline::kNormOfBlock, baseline::kBnpRow}};
 #if defined(PRECOND_X86_ISAS)
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    l.push_back({"avx2", has_avx2, avx2::kUpdateTable, avx2::kNormOfBlock});
-    l.push_back({"avx512", has_avx512, avx512::kUpdateTable, avx512::kNormOfBlock});
+    l.push_back({"avx2", has_avx2, avx2::kUpdateTable, avx2::kNormOfBlock, avx2::kBnpRow});
+    l.push_back({"avx512", has_avx512, avx512::kUpdateTable, avx512::kNormOfBlock, avx512::kBnpRow});
 #endif
     return l;
   }();
@@ -85,6 +89,11 @@ const UpdateChunk* update_table() {
 NormOfBlock norm_function() {
   if (g_selected == nullptr) select_isa("");
   return g_selected->norm;
+}
+
+BnpRow bnp_function() {
+  if (g_selected == nullptr) select_isa("");
+  return g_selected->bnp;
 }
 
 const std::vector<RuleInfo>& rules() {

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "bnp.h"
 #include "cpu_kernel.h"
 #include "cpu_norm.h"
 
@@ -16,6 +17,7 @@ void select_isa(const std::string& name);
 std::string selected_isa();
 const UpdateChunk* update_table();
 NormOfBlock norm_function();
+BnpRow bnp_function();
 
 struct RuleInfo {
   const char* name;

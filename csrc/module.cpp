@@ -49,6 +49,16 @@ Clip clip(uintptr_t total, uintptr_t grad_norm, uintptr_t clip_coef, uintptr_t s
   return c;
 }
 
+// The transform of BNP, from the addresses of torch's tensors.
+void bnp(uintptr_t weight_grad, uintptr_t bias_grad, uintptr_t mean, uintptr_t scale, uintptr_t weight_out,
+         uintptr_t bias_out, int64_t rows, int64_t length, int64_t rows_per_group, float inv_q2, int threads) {
+  precondition(
+      {reinterpret_cast<const float*>(weight_grad), reinterpret_cast<const float*>(bias_grad),
+       reinterpret_cast<const float*>(mean), reinterpret_cast<const float*>(scale),
+       reinterpret_cast<float*>(weight_out), reinterpret_cast<float*>(bias_out), rows, length, rows_per_group, inv_q2},
+      threads);
+}
+
 int openmp_threads() {
 #if defined(_OPENMP)
   return omp_get_max_threads();
@@ -95,6 +105,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_isa", &select_isa, py::arg("name"));
   m.def("selected_isa", &selected_isa);
   m.def("openmp_threads", &openmp_threads);
+  m.def("bnp", &bnp, py::arg("weight_grad"), py::arg("bias_grad"), py::arg("mean"), py::arg("scale"),
+        py::arg("weight_out"), py::arg("bias_out"), py::arg("rows"), py::arg("length"), py::arg("rows_per_group"),
+        py::arg("inv_q2"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   py::class_<Reader>(m, "Reader")
       .def(py::init<py::tuple, py::object, bool>(), py::arg("tensor_types"), py::arg("local"), py::arg("use_exchange"))

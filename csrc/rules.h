@@ -261,7 +261,8 @@ struct Perturb {
   }
 };
 
-// The same along P P^T g = g / (sqrt(scale v) + eps).
+// The same along P P^T g = g / (sqrt(scale v) + eps). A coordinate that never had a gradient (v == 0) stays: eps alone
+// would divide its first one.
 struct PerturbAdaptive {
   using Hyper = PerturbHyper;
   static constexpr int kStates = 2, kSquares = 0b10;
@@ -269,7 +270,8 @@ struct PerturbAdaptive {
 
   PRECOND_INLINE void operator()(float& p, float g, float& backup, float& v) const {
     backup = p;
-    p = fma(radius, g / fma(sqrt(v), root_scale, eps), p);
+    const float moved = fma(radius, g / fma(sqrt(v), root_scale, eps), p);
+    p = v > 0.0f ? moved : p;
   }
 };
 

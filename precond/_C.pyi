@@ -22,6 +22,19 @@ def available_isas() -> list[str]: ...
 def select_isa(name: str) -> None: ...
 def selected_isa() -> str: ...
 def openmp_threads() -> int: ...
+def bnp(
+    weight_grad: int,
+    bias_grad: int,
+    mean: int,
+    scale: int,
+    weight_out: int,
+    bias_out: int,
+    rows: int,
+    length: int,
+    rows_per_group: int,
+    inv_q2: float,
+    threads: int,
+) -> None: ...
 def why_no_cuda() -> str: ...
 
 class Reader:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 import torch as torch  # first: the extension shares its OpenMP runtime
 
 from ._conversions import master_weights, to_torch_state_dict
@@ -11,16 +14,32 @@ from ._settings import Settings
 from ._version import __version__
 from .adagrad import Adagrad, AdagradW
 from .adam import Adam, AdamW
+from .bases import interpolate_basis
+from .bnp import BNP
 from .dual import DualDescent
 from .fop import FOP
 from .gauss_newton import GaussNewton, Sophia
+from .gradient_regularizer import GradientRegularizer
 from .lion import Lion
 from .muon import Muon
 from .rmsprop import RMSprop, RMSpropW
 from .sgd import SGD, SGDW
 from .soap import SOAP
 
+if TYPE_CHECKING:
+    from . import curvature as curvature
+    from . import diagnostics as diagnostics
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Modules that training alone does not need, imported when they are first used."""
+        if name in ("curvature", "diagnostics"):
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
+    "BNP",
     "FOP",
     "SGD",
     "SGDW",
@@ -31,6 +50,7 @@ __all__ = [
     "AdamW",
     "DualDescent",
     "GaussNewton",
+    "GradientRegularizer",
     "Lion",
     "Muon",
     "PrecisionWarning",
@@ -39,6 +59,7 @@ __all__ = [
     "Settings",
     "Sophia",
     "__version__",
+    "interpolate_basis",
     "master_weights",
     "param_groups",
     "to_torch_state_dict",

@@ -294,6 +294,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What a group asks for a state to be stored in."""
         return group.get("state_format")
 
+    def _values(self, p: Tensor, group: dict[str, Any], name: str) -> Tensor:
+        """What a state stands for, as plain numbers of the local tensor."""
+        state, rule = self.state[p], self._row(group).rule
+        if f"{name}_scale" not in state:
+            return local(state[name])
+        form = self._layout(p, group, rule).states[self._names(rule).index(name)]
+        return _formats.values_of(state, name, form, p)
+
     def _key(self, p: Tensor) -> int:
         """What names the stream of a parameter's random bits: from the seed and its name, or its position."""
         if p not in self._stream_names:
@@ -321,6 +329,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _initial(self, p: Tensor, group: dict[str, Any]) -> complex:
         """What a new state is filled with."""
         return 0.0
+
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
+        """P P^T = 1 / (sqrt(scale v) + eps) as the last step left it: v, or the name of its state, scale and eps; v is None where
+        P is the identity, as for every rule without a second moment.
+        """
+        return None, 1.0, 0.0
 
     def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
         """How much of the second moment a step keeps."""

@@ -42,6 +42,9 @@ class _SumOfSquares(FusedOptimizer):
         value = group["initial_accumulator_value"]
         return complex(value, value) if p.is_complex() else value
 
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
+        return "sum", 1.0, float(group["eps"])
+
     def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
         return 1.0
 

@@ -128,6 +128,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         hyper["beta1"], hyper["beta2"] = map(number, group["betas"])
         return Row(rule, -1.0 if group["maximize"] else 1.0, hyper)
 
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
+        name = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
+        return name, 1.0 / (1.0 - float(group["betas"][1]) ** float(self.state[p]["step"])), float(group["eps"])
+
     def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
         beta2: float | Tensor = group["betas"][1]
         return beta2

@@ -80,8 +80,8 @@ class GaussNewton(MultiPass):
     """
 
     _counts_steps = True
-    _why_not_one_pass = "with a basis"
     _second_moment = "curvature"
+    _why_not_one_pass = "with a basis"
     _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS, "l1_cap": 10.0}
     #: False: a mean that starts at 0 and is not corrected for it.
     _corrected = True
@@ -152,6 +152,16 @@ class GaussNewton(MultiPass):
         hyper["clip"] = math.inf if group["clip"] is None else float(group["clip"])
         suffix = ("_own" if group["curvature"] == "gradient" else "") + ("_root" if group["power"] == -0.5 else "")
         return Row(self._decayed("gauss_newton", group, suffix), -1.0 if group["maximize"] else 1.0, hyper)
+
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
+        if self._rotates(group):
+            raise TypeError("base must have no basis, got a GaussNewton that rotates")
+        hyper = self._row(group).hyper
+        scale = float(hyper["scale"])
+        if group["curvature"] == "gradient":
+            scale /= 1.0 - float(hyper["beta2"]) ** float(self.state[p]["step"])
+        den = self._values(p, group, "curvature").clamp(min=0) * scale + float(hyper["eps"])
+        return (den if group["power"] == -0.5 else den * den), 1.0, 0.0
 
     def _format_of_state(self, name: str, group: dict[str, Any]) -> Any:
         asked = super()._format_of_state(name, group)

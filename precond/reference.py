@@ -241,11 +241,12 @@ def gauss_newton(
     if own:
         h = hyper["beta2"] * h + (1 - hyper["beta2"]) * g * g
         scale = scale / (1 - hyper["beta2"] ** step)
-    den = scale * torch.clamp(h, min=0) + hyper["eps"]
+    seen = torch.clamp(h, min=0)  # an estimate of a Hessian's diagonal may be negative
+    den = scale * seen + hyper["eps"]
     den = den.sqrt() if root else den
     m_hat = m / (1 - hyper["beta1"] ** step) if hyper["corrected"] else m
     u = clamped(m_hat / den, float(hyper["clip"]))
-    return decayed(p, lr * u, lr, hyper, decay, den, h), (m, h)
+    return decayed(p, lr * u, lr, hyper, decay, den, seen), (m, h)
 
 
 # Perturbations of a two-gradient step: the parameter goes to a state, to be copied back.
@@ -254,11 +255,12 @@ def gauss_newton(
 def perturb(
     p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool, *, adaptive: bool
 ) -> tuple[Tensor, States]:
-    """p + radius P P^T g, with P P^T = 1 / (sqrt(scale v) + eps), or without v the identity."""
+    """p + radius P P^T g, with P P^T = 1 / (sqrt(scale v) + eps), 0 where v is; or without a v the identity."""
     if not adaptive:
-        return p + hyper["radius"] * g, (p,)
+        return p + hyper["radius"] * g, (p.clone(),)
     den = (hyper["scale"] * states[1]).sqrt() + hyper["eps"]
-    return p + hyper["radius"] * g / den, (p, states[1])
+    moved = p + hyper["radius"] * g / den
+    return torch.where(states[1] > 0, moved, p), (p.clone(), states[1])
 
 
 def intrinsic(

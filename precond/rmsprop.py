@@ -39,6 +39,12 @@ class _MeanOfSquares(FusedOptimizer):
         hyper = self._hyper(group, "alpha", "eps", "momentum")
         return Row(self._decayed(self._name, group, suffix), -1.0 if group["maximize"] else 1.0, hyper)
 
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
+        if not group["centered"]:
+            return "square_avg", 1.0, float(group["eps"])
+        square, mean = (self._values(p, group, name) for name in ("square_avg", "grad_avg"))
+        return (square - mean * mean).clamp_(min=0), 1.0, float(group["eps"])
+
     def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
         alpha: float = group["alpha"]
         return alpha

@@ -107,7 +107,8 @@ class Snapshot:
         plain = {**hyper, "l1_decay": 0.0}
         q, _ = rule(self.p, g, self.states, plain, step, fresh)
         zero = torch.zeros_like(self.p)
-        coupled = hyper["weight_decay"] if rule.keywords["decay"] == "coupled" else 0.0
+        decay = getattr(rule, "keywords", {}).get("decay")
+        coupled = hyper["weight_decay"] if decay == "coupled" else 0.0
         scale_g = g.abs() + coupled * self.p.abs()
         steps, scales = rule(zero, scale_g, tuple(s.abs() for s in self.states), plain, step, fresh)
         scale_p = self.p.abs() + steps.abs() + (q - exact_p).abs()

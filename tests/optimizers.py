@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 import precond
+from precond._optimizer import FusedOptimizer
+from precond._plan import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,75 @@ OPTIMIZERS = [
     ),
     *intrinsic("lion", precond.Lion, dict(lr=0.05, weight_decay=0.1), (2.0, 2.0), steep=True, l1_decay=0.6),
 ]
-BY_RULE = {row.rule: row for row in OPTIMIZERS}
+
+
+class Curved(precond.GaussNewton):
+    """With a curvature that nobody estimated, so that a step may come first."""
+
+    def __init__(self, params, **kwargs) -> None:
+        super().__init__(params, **kwargs)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._init_state(p, group, self._row(group).rule)
+                # An estimate of a Hessian's diagonal may be negative, a mean of squares not.
+                lowest = 0.0 if group["curvature"] == "gradient" else -0.1
+                values = torch.linspace(lowest, 2.0, p.numel(), device=p.device).view(p.shape)
+                h = self.state[p]["curvature"]
+                h.copy_(torch.complex(values, values) if h.is_complex() else values)
+                self.state[p]["curvature_step"] = 1
+
+
+class Alone(FusedOptimizer):
+    """A rule of which some method has a pass."""
+
+    def __init__(self, params, rule, numbers, lr=0.1, weight_decay=0.0, maximize=False, state_format=None, **settings):
+        defaults = dict(rule=rule, numbers=numbers, lr=lr, weight_decay=weight_decay, maximize=maximize)
+        defaults |= dict(state_format=state_format, foreach=None, differentiable=False, fused=None)
+        super().__init__(params, defaults, settings=settings)
+
+    def _check_defaults(self, defaults) -> None:
+        pass
+
+    def _row(self, group) -> Row:
+        return Row(group["rule"], -1.0 if group["maximize"] else 1.0, {"lr": group["lr"], **group["numbers"]})
+
+
+_DUAL = dict(lr=0.1, granularity="entry", weight_decay=0.03, scale=0.3)
+_AVERAGED = dict(momentum=0.9, nesterov=True, maximize=True)
+_KERNELS = {"ratio": ("adam", 3.0), "smoothed": ("smoothed", 3.0), "clip": ("clip", 3.0), "asinh": ("asinh", 6.0)}
+_KERNELS |= {"log": ("log", 6.0), "power": ("power", 6.0)}
+_GN = dict(lr=0.05, betas=(0.9, 0.95), eps=1e-3, clip=2.0, weight_decay=0.1)
+#: Rules of methods beyond the family; the same loops and formats run them, so fewer tests do.
+BEYOND = [
+    *(
+        Optimizer(f"dual_{name}{suffix}", precond.DualDescent, _DUAL | dict(kernel=kernel) | options, None, ulps)
+        for name, (kernel, error) in _KERNELS.items()
+        for suffix, options, ulps in (("", {}, (error,)), ("_momentum", _AVERAGED, (error + 1.0, 3.0)))
+    ),
+    Optimizer("average", Alone, dict(rule="average", numbers=dict(momentum=0.9, lookahead=0.1)), None, (3.0, 3.0)),
+    *intrinsic("gauss_newton", Curved, _GN, (8.0, 2.0, 2.0), "", True, l1_decay=0.6),
+    *intrinsic("gauss_newton", Curved, _GN | dict(power=-0.5), (8.0, 2.0, 2.0), "_root", True, l1_decay=0.6),
+    *intrinsic("gauss_newton", Curved, _GN | dict(curvature="gradient"), (8.0, 2.0, 2.0), "_own", True, l1_decay=0.6),
+    *intrinsic(
+        "gauss_newton",
+        Curved,
+        _GN | dict(curvature="gradient", power=-0.5),
+        (8.0, 2.0, 2.0),
+        "_own_root",
+        True,
+        l1_decay=0.6,
+    ),
+    Optimizer("perturb", Alone, dict(rule="perturb", numbers=dict(radius=0.05, scale=1.0, eps=0.0)), None, (2.0, 0.0)),
+    Optimizer(
+        "perturb_adaptive",
+        Alone,
+        dict(rule="perturb_adaptive", numbers=dict(radius=0.05, scale=1.2, eps=1e-3)),
+        None,
+        (4.0, 0.0, 0.0),
+    ),
+]
+ALL_RULES = [*OPTIMIZERS, *BEYOND]
+BY_RULE = {row.rule: row for row in ALL_RULES}
 WITH_PEER = [row for row in OPTIMIZERS if row.peer is not None]
 #: One row per class, for what does not depend on the rule.
 CLASSES = [

@@ -51,11 +51,10 @@ def test_the_report_names_everything_and_verifies_a_step(tmp_path):
     assert "backend triton     one verified step" in run_module("precond", cwd=tmp_path, TRITON_INTERPRET="1")
 
 
-MODULES = ["_groups", "_settings", "adagrad", "adam", "dual", "fop", "gauss_newton", "lion", "muon", "rmsprop", "sgd"]
-MODULES += ["soap"]
+EXAMPLES = sorted(path.stem for path in Path(precond.__file__).parent.glob("*.py") if ">>> " in path.read_text("utf-8"))
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", EXAMPLES)
 def test_examples_run(module):
     results = doctest.testmod(importlib.import_module(f"precond.{module}"))
     assert results.attempted > 0

@@ -7,12 +7,12 @@ import torch
 from cases import BACKEND, CHUNK_SIZES, GRADIENT_LAYOUTS, LAYOUTS, SIZES, Snapshot, gradient, guarded, random_values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from optimizers import BY_STATES, OPTIMIZERS
+from optimizers import ALL_RULES, BY_STATES
 
 import precond
 from precond._formats import SECOND_MOMENTS
 
-rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+rows = pytest.mark.parametrize("row", ALL_RULES, ids=str)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Parameter, gradient, state.
 DTYPES = [(F32, F32, None), (BF16, BF16, None), (BF16, F32, None), (F32, BF16, None), (BF16, BF16, "fp32"),
@@ -70,7 +70,7 @@ def test_every_layout_matches_the_reference(row, p_dtype, p_layout, g_layout):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 @given(
-    row=st.sampled_from(OPTIMIZERS),
+    row=st.sampled_from(ALL_RULES),
     sizes=st.lists(st.integers(0, 2000), min_size=1, max_size=6),
     lr=st.floats(0, 1),
     weight_decay=st.floats(0, 1),
@@ -94,7 +94,7 @@ def test_any_hyper_parameters_match_the_reference(row, sizes, lr, weight_decay, 
 )
 def test_any_adamw_parameters_match_the_reference(beta1, beta2, eps, l1_decay, l1_cap, seed):
     torch.manual_seed(seed)
-    row = next(row for row in OPTIMIZERS if row.rule == "adamw_l1")
+    row = next(row for row in ALL_RULES if row.rule == "adamw_l1")
     run(row, [(700,)], F32, F32, None, betas=(beta1, beta2), eps=eps, l1_decay=l1_decay, l1_cap=l1_cap)
 
 

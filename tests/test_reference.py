@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from optimizers import OPTIMIZERS, WITH_PEER
+from optimizers import ALL_RULES, WITH_PEER
 
 from precond import _C, reference
 
@@ -22,7 +22,7 @@ def hyper_of(**values):
 def test_the_three_texts_have_the_same_rules():
     from precond import triton_kernels
 
-    assert set(reference.RULES) == set(_C.rules) == set(triton_kernels.RULES) == {row.rule for row in OPTIMIZERS}
+    assert set(reference.RULES) == set(_C.rules) == set(triton_kernels.RULES) == {row.rule for row in ALL_RULES}
     assert {name: states for name, (_, states, _, _) in _C.rules.items()} == {
         name: len(rule.states) for name, rule in reference.RULES.items()
     }

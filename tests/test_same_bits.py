@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import BACKEND, bits_equal, gradient, guarded, nasty_values, random_values
-from optimizers import BY_RULE, BY_STATES, OPTIMIZERS
+from optimizers import ALL_RULES, BY_RULE, BY_STATES
 
 from precond import _C, _plan
 
-rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+rows = pytest.mark.parametrize("row", ALL_RULES, ids=str)
 # For what depends on where operands lie and not on what a rule does with them.
 shapes = pytest.mark.parametrize("row", BY_STATES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -143,7 +143,7 @@ def test_flushing_denormals_outside_does_not_change_the_update(row):
     assert_same(step(True), expected)
 
 
-@rows
+@pytest.mark.parametrize("row", BY_STATES if BACKEND == "cpu" else ALL_RULES, ids=str)
 @dtypes
 @pytest.mark.parametrize("make", [random_values, nasty_values])
 def test_this_backend_agrees_with_the_cpu(row, dtype, make):
@@ -154,17 +154,16 @@ def test_this_backend_agrees_with_the_cpu(row, dtype, make):
 TRITON_SIZES = [1, 64, 300, 1023, 1025]
 
 
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
 @triton_bits
-@rows
 @pytest.mark.parametrize(
-    ("dtype", "g_dtype"),
-    [
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float32, torch.bfloat16),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float16),
-    ],
+    ("row", "dtype", "g_dtype"),
+    [(row, F32, F32) for row in ALL_RULES]
+    # How operands are stored does not depend on the rule.
+    + [(row, *pair) for row in BY_STATES for pair in [(BF16, BF16), (F32, BF16), (BF16, F32), (F16, F16)]],
+    ids=str,
 )
 @pytest.mark.parametrize("make", [random_values, nasty_values])
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy's, in the interpreter
@@ -220,7 +219,7 @@ def test_triton_takes_states_of_different_formats():
     assert_same(results[:3], results[3:])
 
 
-@pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("row", ALL_RULES, ids=str)
 def test_the_scalars_of_both_texts_are_the_same_bits(row):
     from precond.triton_kernels import kernel, scalars
 
@@ -248,6 +247,7 @@ def test_the_scalars_of_both_texts_are_the_same_bits(row):
             SKIP_NONFINITE=False,
             SCALARS=rule.scalars,
             DECAY=rule.decay,
+            OPTION=rule.option,
             HYPERS=len(rule.hyper),
             JOB=kernel.JOB,
             ROW=scalars.ROW_FLOATS.value,

@@ -273,4 +273,5 @@ def perturb(p, g, backup, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
 @triton.jit
 def perturb_adaptive(p, g, backup, v, row, DECAY: tl.constexpr, OPTION: tl.constexpr):
     den = tl.fma(tl.sqrt_rn(v), tl.load(row + field.ROOT_SCALE), tl.load(row + field.PERTURB_EPS))
-    return tl.fma(tl.load(row + field.RADIUS), tl.div_rn(g, den), p), p, v
+    moved = tl.fma(tl.load(row + field.RADIUS), tl.div_rn(g, den), p)
+    return tl.where(v > 0.0, moved, p), p, v

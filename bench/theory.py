@@ -1,0 +1,92 @@
+"""The tables of METHODS, expected against measured, and with --tasks the papers' own tasks at small size.
+
+Without --tasks about 3 minutes on 2 cores; the tasks alone about 15. Fails where a row is out of its tolerance. Writes JSON,
+and one PNG for each paper into the folder of its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import ROOT, timing
+from .instances import QUICK, TABLES, Row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}: seconds")
+    parser.add_argument("--only", nargs="+", choices=list(TABLES), help="only these tables")
+    parser.add_argument(
+        "--tasks", action="store_true", help="the papers' tasks instead of the tables; about 15 minutes"
+    )
+    parser.add_argument("--no-plots", action="store_true", help="draw nothing")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all")
+    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "theory.json", help="what is kept")
+
+
+def number(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.0f}" if float(value).is_integer() and 10 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
+def table(rows: list[Row]) -> str:
+    lines = [("table", "", "expected", "measured", "tolerance", "within")]
+    lines += [
+        (
+            r.table,
+            r.name,
+            number(r.expected),
+            number(r.measured),
+            r.rule,
+            {None: "", True: "yes", False: "NO"}[r.within],
+        )
+        for r in rows
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(6)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
+    path = arguments.json
+    report = json.loads(path.read_text()) if path.exists() else {}
+    now = {"environment": timing.environment(), "date": time.strftime("%Y-%m-%d")}
+    started, failed = time.perf_counter(), []
+    if arguments.tasks:
+        from . import tasks
+
+        report["tasks"] = tasks.run() | now | {"seconds": round(time.perf_counter() - started)}
+        print(tasks.text(report["tasks"]))
+    else:
+        names = arguments.only or (QUICK if arguments.quick else list(TABLES))
+        rows, figures, seconds = [], {}, {}
+        with tqdm(names, desc="tables", mininterval=0.5) as bar:
+            for name in bar:
+                bar.set_postfix_str(name)
+                before = time.perf_counter()
+                for row in TABLES[name](figures):
+                    rows.append(row)
+                    bar.set_postfix_str(f"{name}: {len(rows)} rows", refresh=False)
+                seconds[name] = round(time.perf_counter() - before, 1)
+        print(table(rows))
+        failed = [row for row in rows if row.within is False]
+        print(f"\n{len(rows)} rows, {len(failed)} out of tolerance, {sum(seconds.values()):.0f} s")
+        kept = [dataclasses.asdict(row) | {"within": row.within} for row in rows]
+        report |= now | {"rows": kept, "figures": figures, "seconds": seconds}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    if not arguments.no_plots:
+        from . import theory_plots
+
+        theory_plots.draw(report, path.with_suffix(""))
+    if failed:
+        raise SystemExit(1)

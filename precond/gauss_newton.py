@@ -277,7 +277,8 @@ class GaussNewton(MultiPass):
             batch_size: B, the number of samples behind the present ``.grad``: the gradient of their mean loss on labels that were
                 drawn from the model (default 1). :mod:`precond.curvature` draws them.
             estimates: instead of gradients, of every parameter in the order of the groups: estimates of its diagonal, in the
-                coordinates of its basis, or None for one that has none. A Kronecker basis is there after the first step.
+                coordinates of its basis, or None for one that has none. A Kronecker basis is there after the first step, with
+                "gnb" after the first update from gradients.
 
         Raises:
             RuntimeError: with curvature="gradient", which has nothing to fold; "hutchinson" without estimates; an estimate of
@@ -323,8 +324,9 @@ class GaussNewton(MultiPass):
                         self._feed(basis, given, group)
                         given = basis.rotate(given, torch.promote_types(p.dtype, torch.float32))
                     elif basis.kronecker is not None and not basis.kronecker.ready:
+                        first = "an update from gradients" if group["curvature"] == "gnb" else "a step"
                         raise RuntimeError(
-                            f"a step must come before estimates of parameter {index}: it makes their basis"
+                            f"{first} must come before estimates of parameter {index}, to make their basis"
                         )
                 self._init_state(p, group, row.rule)
                 h = state["curvature"]

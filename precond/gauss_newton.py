@@ -225,7 +225,8 @@ class GaussNewton(MultiPass):
             buffer.copy_(basis.rotate(p, buffer.dtype)) if has_l1 else buffer.zero_()
             before.append(buffer.clone() if has_l1 else None)
             names = ("exp_avg", "curvature", "step")
-            jobs.append(self._job(p, buffer, basis.rotate(g, buffer.dtype), names, inner, row.sign))
+            rotated, asked = basis.rotate(g, buffer.dtype), group.get("state_format")
+            jobs.append(self._job(p, buffer, rotated, names, inner, row.sign, state_format=asked))
         self._pass(row.rule, ("exp_avg", "curvature"), of=index, counts=True).run(jobs)
         last = []
         for (p, _, basis), job, start in zip(work, jobs, before, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
-from ._kronecker import Kronecker, as_matrix, check_matrix, is_matrix
+from ._kronecker import Kronecker, Rotation, check_matrix, is_matrix
 from ._optimizer import FusedOptimizer, ParamsT
 from ._pass import MultiPass, plain_step
 from ._plan import Row
@@ -336,44 +336,6 @@ class GaussNewton(MultiPass):
                 count = state["curvature_step"] = state.get("curvature_step", 0) + 1
                 beta2 = float(group["betas"][1])
                 h.copy_(torch.lerp(h.to(wide), new, (1 - beta2) / (1 - beta2**count) if self._corrected else 1 - beta2))
-
-
-class Rotation:
-    """A parameter's coordinates in its basis, whichever that is."""
-
-    def __init__(
-        self,
-        p: Tensor,
-        flat: Tensor | None = None,
-        pair: tuple[Tensor, Tensor] | None = None,
-        kronecker: Kronecker | None = None,
-    ) -> None:
-        self.shape, self.flat, self.pair, self.kronecker = p.shape, flat, pair, kronecker
-
-    def matrix(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Dimension 0 by all others, in a dtype at least as wide."""
-        return as_matrix(t.detach().to(torch.promote_types(t.dtype, dtype)))
-
-    def rotate(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """U^T t."""
-        return self._turned(t.detach().to(dtype), back=False)
-
-    def rotate_back(self, t: Tensor) -> Tensor:
-        """U t."""
-        return self._turned(t, back=True)
-
-    def _turned(self, t: Tensor, back: bool) -> Tensor:
-        if self.flat is not None:
-            u = self.flat.to(t)
-            return ((u if back else u.mT) @ t.reshape(-1)).view(self.shape)
-        if self.pair is not None:
-            left, right = (u.to(t) for u in self.pair)
-            m = t.reshape(left.shape[0], -1)
-            return (left @ m @ right.mT if back else left.mT @ m @ right).view(self.shape)
-        if self.kronecker is None or not self.kronecker.ready:
-            return t
-        turn = self.kronecker.rotate_back if back else self.kronecker.rotate
-        return turn(as_matrix(t)).view(self.shape)
 
 
 class Sophia(GaussNewton):

@@ -32,6 +32,7 @@ test: build
 test-all: build
 	python -m pytest
 	python -m pytest -q bench --benchmark-enable
+	python -m bench theory
 
 lint: build
 	ruff check .

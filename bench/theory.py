@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -45,7 +47,7 @@ def table(rows: list[Row]) -> str:
             number(r.expected),
             number(r.measured),
             r.rule,
-            {None: "", True: "yes", False: "NO"}[r.within],
+            r.verdict,
         )
         for r in rows
     ]
@@ -53,6 +55,15 @@ def table(rows: list[Row]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def finite(value: Any) -> Any:
+    """The same without infinities and NaN, which JSON does not have: None."""
+    if isinstance(value, dict):
+        return {key: finite(of) for key, of in value.items()}
+    if isinstance(value, list):
+        return [finite(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -78,15 +89,20 @@ def run(arguments: argparse.Namespace) -> None:
                     bar.set_postfix_str(f"{name}: {len(rows)} rows", refresh=False)
                 seconds[name] = round(time.perf_counter() - before, 1)
         print(table(rows))
-        failed = [row for row in rows if row.within is False]
-        print(f"\n{len(rows)} rows, {len(failed)} out of tolerance, {sum(seconds.values()):.0f} s")
+        failed = [row for row in rows if row.fails]
+        off = [row for row in rows if row.within is False]
+        known, total = len(off) - len(failed), sum(seconds.values())
+        print(f"\n{len(rows)} rows, {len(off)} out of tolerance, {known} of them known, {total:.0f} s")
+        for row in off:
+            if row.reason:
+                print(f"{row.table}, {row.name}: {row.reason}")
         kept = [dataclasses.asdict(row) | {"within": row.within} for row in rows]
         report |= now | {"rows": kept, "figures": figures, "seconds": seconds}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(finite(report), indent=1) + "\n")
     if not arguments.no_plots:
         from . import theory_plots
 
-        theory_plots.draw(report, path.with_suffix(""))
+        theory_plots.draw(finite(report), path.with_suffix(""))
     if failed:
         raise SystemExit(1)

@@ -5,7 +5,12 @@ in test_bases.py and F.13 in test_fop.py.
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ import precond
 from precond import reference
 
 F64 = torch.float64
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def generator(seed):
@@ -562,3 +568,57 @@ def test_f14_weights_do_not_drift_where_the_gradient_is_rounding_error(frequency
 
     assert end() <= 2.5
     assert end(relative_eps=0.0) >= 5.0
+
+
+# python -m bench theory.
+
+
+@pytest.mark.source
+@pytest.mark.filterwarnings("ignore")
+def test_the_tables_of_seconds_are_within_their_tolerances(tmp_path):
+    path = tmp_path / "theory.json"
+    result = subprocess.run(
+        [sys.executable, "-m", "bench", "theory", "--quick", "--json", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(path.read_text())
+    assert len(report["rows"]) > 30
+    assert all(row["within"] is not False for row in report["rows"])
+    assert report["environment"]["commit"]
+    for name in ("ye", "liu", "moskovitz"):
+        assert (tmp_path / "theory" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.source
+@pytest.mark.parametrize(
+    ("expected", "measured", "rule", "within"),
+    [
+        (1.0, 1.04, dict(tolerance=0.05), True),
+        (1.0, 1.06, dict(tolerance=0.05), False),
+        (1.0, 0.4, dict(factor=2.0), False),
+        (1.0, 1.9, dict(factor=2.0), True),
+        (1.0, 2.1, dict(factor=2.0), False),
+        ("small", 1e-9, dict(at_most=1e-8), True),
+        ("small", 1e-7, dict(at_most=1e-8), False),
+        ("large", 0.5, dict(at_least=1.0), False),
+        ("small", math.nan, dict(at_most=1e-8), False),
+        ("anything", 1e9, {}, None),
+    ],
+)
+def test_a_row_outside_of_its_tolerance_is_seen(expected, measured, rule, within, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.instances import Row
+
+    row = Row("table", "name", expected, measured, **rule)
+    assert row.within is within
+    assert row.fails == (within is False)
+    if row.fails and math.isfinite(measured):
+        row.known = measured
+        assert not row.fails
+        row.known = 2 * measured
+        assert row.fails

@@ -1,5 +1,5 @@
-"""A parameter in a basis: a matrix in a Kronecker eigenbasis, its blocks, their factors and bases all in its state, or anything in
-a basis that is given. Called by SOAP and GaussNewton.
+"""A parameter in a basis: a matrix in a Kronecker eigenbasis, its blocks, their factors and bases all in its state, or anything
+in a basis that is given. Called by SOAP and GaussNewton.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 from optimizers import Optimizer
 
 from precond import reference
+from precond._formats import SECOND_MOMENTS
 
 #: The compiled backend under test; tests/test_cuda_on_host.py runs the suites again with another one.
 BACKEND = os.environ.get("PRECOND_BACKEND", "cpu")
@@ -110,7 +111,12 @@ class Snapshot:
         decay = getattr(rule, "keywords", {}).get("decay")
         coupled = hyper["weight_decay"] if decay == "coupled" else 0.0
         scale_g = g.abs() + coupled * self.p.abs()
-        steps, scales = rule(zero, scale_g, tuple(s.abs() for s in self.states), plain, step, fresh)
+        # A negative second moment, an estimate of a curvature, counts as none.
+        names = reference.RULES[row.rule].states
+        sizes = [
+            s.clamp(min=0) if name in SECOND_MOMENTS else s.abs() for name, s in zip(names, self.states, strict=True)
+        ]
+        steps, scales = rule(zero, scale_g, tuple(sizes), plain, step, fresh)
         scale_p = self.p.abs() + steps.abs() + (q - exact_p).abs()
         slack = [torch.zeros_like(self.p) for _ in row.ulps]
         if row.steep:

@@ -155,14 +155,14 @@ BEYOND = [
         for suffix, options, ulps in (("", {}, (error,)), ("_momentum", _AVERAGED, (error + 1.0, 3.0)))
     ),
     Optimizer("average", Alone, dict(rule="average", numbers=dict(momentum=0.9, lookahead=0.1)), None, (3.0, 3.0)),
-    *intrinsic("gauss_newton", Curved, _GN, (12.0, 2.0, 2.0), "", True, l1_decay=0.6),
-    *intrinsic("gauss_newton", Curved, _GN | dict(power=-0.5), (12.0, 2.0, 2.0), "_root", True, l1_decay=0.6),
-    *intrinsic("gauss_newton", Curved, _GN | dict(curvature="gradient"), (12.0, 2.0, 2.0), "_own", True, l1_decay=0.6),
+    *intrinsic("gauss_newton", Curved, _GN, (5.0, 2.0, 2.0), "", True, l1_decay=0.6),
+    *intrinsic("gauss_newton", Curved, _GN | dict(power=-0.5), (5.0, 2.0, 2.0), "_root", True, l1_decay=0.6),
+    *intrinsic("gauss_newton", Curved, _GN | dict(curvature="gradient"), (5.0, 2.0, 2.0), "_own", True, l1_decay=0.6),
     *intrinsic(
         "gauss_newton",
         Curved,
         _GN | dict(curvature="gradient", power=-0.5),
-        (12.0, 2.0, 2.0),
+        (5.0, 2.0, 2.0),
         "_own_root",
         True,
         l1_decay=0.6,

@@ -79,25 +79,29 @@ def run(arguments: argparse.Namespace) -> None:
         print(tasks.text(report["tasks"]))
     else:
         names = arguments.only or (QUICK if arguments.quick else list(TABLES))
-        rows, figures, seconds = [], {}, {}
+        rows: list[Row] = []
+        kept, figures, seconds = (report.setdefault(key, {}) for key in ("tables", "figures", "seconds"))
         with tqdm(names, desc="tables", mininterval=0.5) as bar:
             for name in bar:
                 bar.set_postfix_str(name)
-                before = time.perf_counter()
-                for row in TABLES[name](figures):
-                    rows.append(row)
-                    bar.set_postfix_str(f"{name}: {len(rows)} rows", refresh=False)
+                before, drawn = time.perf_counter(), {}
+                found = []
+                for row in TABLES[name](drawn):
+                    found.append(row)
+                    bar.set_postfix_str(f"{name}: {len(found)} rows", refresh=False)
+                rows += found
+                figures |= drawn
                 seconds[name] = round(time.perf_counter() - before, 1)
+                kept[name] = [dataclasses.asdict(row) | {"within": row.within} for row in found]
         print(table(rows))
         failed = [row for row in rows if row.fails]
         off = [row for row in rows if row.within is False]
-        known, total = len(off) - len(failed), sum(seconds.values())
+        known, total = len(off) - len(failed), sum(seconds[name] for name in names)
         print(f"\n{len(rows)} rows, {len(off)} out of tolerance, {known} of them known, {total:.0f} s")
         for row in off:
             if row.reason:
                 print(f"{row.table}, {row.name}: {row.reason}")
-        kept = [dataclasses.asdict(row) | {"within": row.within} for row in rows]
-        report |= now | {"rows": kept, "figures": figures, "seconds": seconds}
+        report |= now
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(finite(report), indent=1) + "\n")
     if not arguments.no_plots:

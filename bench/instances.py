@@ -96,12 +96,12 @@ def powers(first: int, last: int) -> list[float]:
 class Interpolation:
     """min |X W - Y|^2 / 2 with n = 20 < d = 50: METHODS B.4, with its random numbers."""
 
-    def __init__(self, columns: int = 4, start: float = 0.1) -> None:
+    def __init__(self, columns: int = 4) -> None:
+        """With one column, from 0."""
         draw = generator(0)
-        self.X, W0, truth = (
-            torch.randn(s, generator=draw, dtype=F64) for s in ((20, 50), (50, columns), (50, columns))
-        )
-        self.W0 = start * W0
+        self.X = torch.randn(20, 50, generator=draw, dtype=F64)
+        self.W0 = torch.zeros(50, 1, dtype=F64) if columns == 1 else 0.1 * torch.randn(50, 4, generator=draw, dtype=F64)
+        truth = torch.randn(50, columns, generator=draw, dtype=F64)
         self.Y = self.X @ truth
         self.W_gd = self.W0 + torch.linalg.pinv(self.X) @ (self.Y - self.X @ self.W0)
         self.s1 = torch.linalg.matrix_norm(self.X, 2).item()
@@ -196,15 +196,11 @@ def dual_bias(figures: dict[str, Any]) -> Iterator[Row]:
         if elsewhere is not None:
             spread = (ends[0.02] - ends[1.8]).norm().item() / problem.distance
             yield Row(table, f"{name}: spread between eta 0.02 and 1.8", elsewhere[2], spread, factor=1.2)
-    yield from thresholds(problem)
-    yield from adam_bias(figures)
-    yield from spectral_momentum(problem)
-    yield from soap_bias(problem)
 
 
-def thresholds(problem: Interpolation) -> Iterator[Row]:
+def thresholds(figures: dict[str, Any]) -> Iterator[Row]:
     """eta M s1^2 = 2 divides what converges from what does not."""
-    table = "B.3 largest rate"
+    table, problem = "B.3 largest rate", Interpolation()
     for granularity, stalls in (("entry", {2.05: 3.5e-3, 2.2: 7.6e-3}), ("tensor", {2.05: 8.8e-4, 2.2: 1.8e-3})):
         for eta in (1.0, 1.9, 1.99, *stalls):
 
@@ -256,8 +252,8 @@ def adam_bias(figures: dict[str, Any]) -> Iterator[Row]:
     figures["adam_delta"] = dict(zip(map(str, lrs), deltas, strict=True))
 
 
-def spectral_momentum(problem: Interpolation) -> Iterator[Row]:
-    table = "B.4 Muon"
+def spectral_momentum(figures: dict[str, Any]) -> Iterator[Row]:
+    table, problem = "B.4 Muon", Interpolation()
 
     def exact(params):
         return precond.DualDescent(params, 0.3, "normalize", "spectral", momentum=0.95, nesterov=True)
@@ -275,8 +271,8 @@ def spectral_momentum(problem: Interpolation) -> Iterator[Row]:
     yield Row(table, "Newton-Schulz, bf16: delta", "3e-8 in fp64", problem.delta(W), at_most=0.05)
 
 
-def soap_bias(problem: Interpolation) -> Iterator[Row]:
-    table = "B.4 SOAP"
+def soap_bias(figures: dict[str, Any]) -> Iterator[Row]:
+    table, problem = "B.4 SOAP", Interpolation()
     for dtype, eps, expected in ((F64, 1e-8, 0.11), (torch.float32, 1e-8, 0.28), (torch.float32, 1e-15, math.inf)):
 
         def make(params, eps=eps):
@@ -726,7 +722,11 @@ Table = Callable[[dict[str, Any]], Iterator[Row]]
 TABLES: dict[str, Table] = {
     "A.2.2": l1_fixed_points,
     "A.3.6": bnp_conditioning,
+    "B.3": thresholds,
     "B.4": dual_bias,
+    "B.4 Adam": adam_bias,
+    "B.4 Muon": spectral_momentum,
+    "B.4 SOAP": soap_bias,
     "C.3.1": block_covariance,
     "C.3.2": logistic,
     "C.3.4": quadrants,

@@ -1,6 +1,6 @@
 """The tables of METHODS, expected against measured, and with --tasks the papers' own tasks at small size.
 
-Without --tasks about 3 minutes on 2 cores; the tasks alone about 15. Fails where a row is out of its tolerance. Writes JSON,
+Without --tasks about 3 minutes on 2 cores; the tasks alone about 10. Fails where a row is out of its tolerance. Writes JSON,
 and one PNG for each paper into the folder of its name.
 """
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}: seconds")
     parser.add_argument("--only", nargs="+", choices=list(TABLES), help="only these tables")
     parser.add_argument(
-        "--tasks", action="store_true", help="the papers' tasks instead of the tables; about 15 minutes"
+        "--tasks", action="store_true", help="the papers' tasks instead of the tables; about 10 minutes"
     )
     parser.add_argument("--no-plots", action="store_true", help="draw nothing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all")

@@ -49,8 +49,14 @@ class Kronecker:
 
     @property
     def ready(self) -> bool:
-        """True once there are bases."""
-        return all(f"basis_{side}" in self.state for side, _, _ in self._sides())
+        """True once a gradient has made the bases."""
+        return bool(self.state.get("basis_step", 0) > 0)
+
+    def make_states(self, like: Tensor) -> None:
+        """States for a checkpoint to be loaded into; the first gradient makes them anew."""
+        self.update_factors(torch.zeros_like(like), 0.0)
+        self.refresh("", "")
+        self.state["basis_step"] = 0
 
     def update_factors(self, g: Tensor, beta: float) -> None:
         """Factors become means of G G^T and G^T G with weight 1 - beta for this one."""
@@ -84,7 +90,7 @@ class Kronecker:
         order of its columns.
         """
         factor, before = self.state[f"factor_{side}"], self.state.get(f"basis_{side}")
-        if before is None:
+        if before is None or not self.ready:
             self.state[f"basis_{side}"] = bases.eigenbasis(factor)
             return self.state[f"basis_{side}"], None
         self.state[f"basis_{side}"], order = bases.refreshed(before, factor)
@@ -106,9 +112,9 @@ class Kronecker:
             out[block] = turn(m[block], self.state.get(f"basis_left_{k}"), self.state.get(f"basis_right_{k}"))
         return out
 
-    def mean_square(self) -> Tensor:
-        """The running mean of the squares of all entries of the gradient, from the factors' traces."""
+    def mean_square_norm(self) -> Tensor:
+        """The running mean of the gradient's squared Frobenius norm, from the factors' traces."""
         traces = [self.state[f"factor_{side}"].diagonal().sum() for side, _, left in self._sides() if left]
         if not traces:
             traces = [self.state[f"factor_{side}"].diagonal().sum() for side, _, left in self._sides()]
-        return torch.stack(traces).sum() / (self.shape[0] * self.shape[1])
+        return torch.stack(traces).sum()

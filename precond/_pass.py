@@ -14,7 +14,7 @@ from ._clipping import NormClasses, combined, parts_of_norms
 from ._optimizer import FusedOptimizer
 from ._plan import Control, Row, StepPlan
 from ._settings import DEFAULTS
-from ._sharding import aligned_gradients, reduce, shard_groups
+from ._sharding import aligned_gradients, local, reduce, shard_groups
 
 _NO_CONTROL = Control(1.0, None, None, math.inf)
 
@@ -122,8 +122,15 @@ class MultiPass(FusedOptimizer):
         finally:
             self.param_groups = everything
 
+    def _only_makes_states(self, rows: list[Row], gradients: dict[Tensor, Tensor]) -> bool:
+        """What ``_asks_for_states_only`` says of a plan."""
+        if any(isinstance(row.hyper["lr"], Tensor) or row.hyper["lr"] != 0.0 for row in rows):
+            return False
+        return not any(self.state.get(p) or bool(local(g).any()) for p, g in gradients.items())
+
     def _buffer(self, p: Tensor, dtype: torch.dtype) -> Tensor:
-        if p not in self._buffers or self._buffers[p].dtype != dtype or self._buffers[p].shape != p.shape:
+        made = self._buffers.get(p)
+        if made is None or (made.dtype, made.shape, made.device) != (dtype, p.shape, p.device):
             self._buffers[p] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
         return self._buffers[p]
 

@@ -199,8 +199,15 @@ class GaussNewton(MultiPass):
         ]
         if straight:
             self._step_in_one_pass(straight)
+        only_states = self._only_makes_states(rows, {p: g for items in work for p, g, _ in items})
         for index, (group, row) in enumerate(zip(groups, rows, strict=True)):
-            self._rotated_step(index, group, row, work[index])
+            if not only_states:
+                self._rotated_step(index, group, row, work[index])
+                continue
+            for p, g, basis in work[index]:
+                self._init_state(p, group, row.rule)
+                if basis.kronecker is not None:
+                    basis.kronecker.make_states(basis.matrix(g, torch.float32))
         return None
 
     def _rotated_step(
@@ -307,6 +314,8 @@ class GaussNewton(MultiPass):
                     raise RuntimeError(
                         f"an estimate must have shape {tuple(p.shape)} for parameter {index}, got {tuple(given.shape)}"
                     )
+                if p.is_complex():
+                    raise RuntimeError(f"parameter {index} must be real for update_curvature, got {p.dtype}")
                 state = self.state[p]
                 if self._rotates(group):
                     basis = self._basis(f"parameter {index}", p, group)

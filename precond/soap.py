@@ -22,7 +22,7 @@ class SOAP(MultiPass):
     .. math::
         G' = Q_L^T G\, Q_R, \qquad m = \beta_1 m + (1-\beta_1) G', \quad v = \beta_2 v + (1-\beta_2) G'^2, \qquad
         W = (1-\gamma\lambda)\Big(W - \gamma\frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\,
-        Q_L \frac{m}{\sqrt{v} + \epsilon + \epsilon_r\,\mathrm{rms}(G)} Q_R^T\Big)
+        Q_L \frac{m}{\sqrt{v} + \epsilon + \epsilon_r\,\lVert G \rVert} Q_R^T\Big)
 
     The first step of a matrix only builds its bases. Every ``precondition_frequency`` steps they take a step of QR, after the
     update; m is then expressed in the new basis and v is not, but for the order of its columns. Rotations are matrix products,
@@ -35,10 +35,10 @@ class SOAP(MultiPass):
         betas: of the moments, each in [0, 1) (default (0.95, 0.95)).
         shampoo_beta: of the means behind the bases, in [0, 1); None or -1: betas[1] (default None).
         eps: >= 0, as published: beside the root before its correction (default 1e-8).
-        relative_eps: >= 0, times the running rms of the gradient's entries (default 1e-4). A gradient of deficient rank leaves
-            coordinates with nothing but rounding errors in them, which a tiny eps alone divides by themselves: weights drift
-            there. 1e-4 stands above float32's (at 1e-6 they drift to 6 times their size in 800 steps of rank 5 of 50), 1e-2
-            above bfloat16's.
+        relative_eps: >= 0, times the gradient's Frobenius norm (rms over steps; default 3e-6). A gradient of deficient rank
+            leaves coordinates with nothing but rounding errors in them, which a tiny eps alone divides by themselves: weights
+            drift there. The errors of rotations in float32 grow with that norm: at 3e-6 weights drift by a quarter of what a
+            gradient of rank 1 moves them, at 1e-4 of its entries' rms by 2.5 times as much for 512 x 512. 0 for float64.
         weight_decay: lambda >= 0, decoupled (default 0.01).
         precondition_frequency: steps between refreshes of the bases (default 10).
         max_precond_dim: matrices with a longer side are cut into blocks, each with bases of its own (default 10000).
@@ -84,7 +84,7 @@ class SOAP(MultiPass):
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
         *,
-        relative_eps: float = 1e-4,
+        relative_eps: float = 3e-6,
         maximize: bool = False,
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
@@ -128,8 +128,15 @@ class SOAP(MultiPass):
             [(p, g, self._bases_of(name, p, group)) for name, p, g in self._gradients(group)]
             for group in self.param_groups
         ]
+        only_states = self._only_makes_states(rows, {p: g for items in work for p, g, _ in items})
         for index, (group, row) in enumerate(zip(self.param_groups, rows, strict=True)):
-            self._step_group(index, group, row, work[index])
+            if not only_states:
+                self._step_group(index, group, row, work[index])
+                continue
+            for p, g, turn in work[index]:
+                self._init_state(p, group, row.rule)
+                if turn is not None:
+                    turn.make_states(as_matrix(g.to(torch.promote_types(p.dtype, torch.float32))))
 
     def _step_group(
         self, index: int, group: dict[str, Any], row: Row, work: list[tuple[Tensor, Tensor, Kronecker | None]]
@@ -191,7 +198,7 @@ class SOAP(MultiPass):
         """The rule's eps stands beside the corrected root: so published eps, and the relative one, are divided as the root is."""
         eps: float | Tensor = group["eps"]
         if turn is not None and group["relative_eps"] > 0.0:
-            eps = turn.mean_square().double().sqrt() * group["relative_eps"] + eps
+            eps = turn.mean_square_norm().double().sqrt() * group["relative_eps"] + eps
         step = float(self.state[p]["step"]) + 1.0
         eps = eps / (1.0 - float(group["betas"][1]) ** step) ** 0.5
         plain = {} if has_l1 else {"lr": 1.0, "weight_decay": 0.0}

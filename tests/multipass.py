@@ -7,7 +7,7 @@ import io
 import pickle
 
 import torch
-from cases import bits_equal
+from cases import BACKEND, bits_equal
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 SHAPES = ((4, 6), (7, 3), (5,), (3, 2, 2, 2), (1, 4), ())
@@ -74,6 +74,47 @@ def check_resumes(make, shapes=SHAPES, dtype=F32, at=4, steps=9, curvature=None)
             assert ours.keys() == theirs.keys()
             for name, value in theirs.items():
                 assert same(ours[name], value) if isinstance(value, torch.Tensor) else ours[name] == value, name
+
+
+def check_backends(make, curvature=None, shapes=SHAPES):
+    """The kernels' bits on every backend that has them, and the reference text's values."""
+    runs = {}
+    for backend in (BACKEND, "triton", "reference"):
+        runs[backend] = params_of(shapes)
+        train(runs[backend], make(runs[backend], backend), 0, 5, curvature)
+    for p, q, r in zip(*runs.values(), strict=True):
+        assert bits_equal(p.detach(), q.detach())
+        torch.testing.assert_close(p, r, rtol=1e-4, atol=1e-5)
+
+
+def check_states_may_be_made_first(make, feed=None, biases=True):
+    """pytorch#164929: the zero step of torch.distributed.checkpoint changes nothing, and what it makes can be loaded into."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    def start():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=biases), torch.nn.Linear(5, 3, bias=biases)).double()
+        params = list(net.parameters())
+        return net, params, make(params)
+
+    (net, params, touched), (_, others, straight) = start(), start()
+    saved = get_optimizer_state_dict(net, touched)
+    for state in saved["state"].values():
+        assert state.get("step", torch.zeros(())) == 0
+    train(params, touched, 0, 4, feed)
+    train(others, straight, 0, 4, feed)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    # Into a new process' optimizer.
+    again, copies, resumed = start()
+    for p, q in zip(copies, params, strict=True):
+        p.data.copy_(q)
+    template = get_optimizer_state_dict(again, resumed)
+    found = get_optimizer_state_dict(net, touched)
+    assert {k: v.keys() for k, v in template["state"].items()} == {k: v.keys() for k, v in found["state"].items()}
+    set_optimizer_state_dict(again, resumed, found)
+    train(copies, resumed, 4, 8, feed)
+    train(params, touched, 4, 8, feed)
+    assert all(torch.equal(p, q) for p, q in zip(copies, params, strict=True))
 
 
 def check_is_an_optimizer(make, dtype=F32, curvature=None, shapes=(*SHAPES, (0, 3), (0,))):

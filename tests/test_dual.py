@@ -365,7 +365,7 @@ def test_a_resumed_run_has_the_same_bits(dtype, options):
 def test_no_two_draws_of_a_mixed_optimizer_are_alike():
     """Two groups, one of a single pass: parameters of one shape, moved alike, are rounded by bits of their own."""
     params = [torch.nn.Parameter(torch.ones(4096, dtype=BF16)) for _ in range(2)]
-    groups = [{"params": params[:1], "granularity": "entry"}, {"params": params[1:], "granularity": "unit"}]
+    groups = [{"params": params[:1], "granularity": "unit"}, {"params": params[1:], "granularity": "entry"}]
     optimizer = precond.DualDescent(groups, lr=1e-3, kernel="identity", weight_format="stochastic")
     for p in params:
         p.grad = torch.ones_like(p)
@@ -565,3 +565,34 @@ def test_a_spectral_step_refuses_a_nan():
     p.grad = torch.full((3, 3), math.nan)
     with pytest.raises(torch.linalg.LinAlgError):
         precond.DualDescent([p], granularity="spectral").step()
+
+
+@granularities
+def test_states_may_be_made_before_the_first_step(granularity):
+    multipass.check_states_may_be_made_first(lambda ps: precond.DualDescent(ps, granularity=granularity, momentum=0.5))
+
+
+@granularities
+def test_over_parameterised_models_end_at_the_nearest_solution_but_for_entries(granularity):
+    """METHODS B.4: X W = Y with more unknowns than equations; W0 + X^+ (Y - X W0) is the solution nearest to the start."""
+    torch.manual_seed(0)
+    x, goal = torch.randn(8, 16, dtype=F64), torch.randn(16, 3, dtype=F64)
+    w = torch.nn.Parameter(0.1 * torch.randn(3, 16, dtype=F64))  # as a linear layer has it
+    y = x @ goal
+    nearest = w.detach() + (torch.linalg.pinv(x) @ (y - x @ w.detach().T)).T
+    largest = torch.linalg.matrix_norm(x, 2).item() ** 2
+    optimizer = precond.DualDescent([w], lr=1.0 / largest, kernel="asinh", granularity=granularity)
+    for _ in range(3000):
+        residual = x @ w.detach().T - y
+        w.grad = (x.T @ residual).T
+        optimizer.step()
+    assert residual.norm() < 1e-9 * y.norm()
+    far = (w.detach() - nearest).norm() / (nearest.norm())
+    assert (far > 0.02) if granularity == "entry" else (far < 1e-9)
+
+
+@granularities
+def test_every_backend_takes_the_same_steps(granularity, triton_interpreter):
+    multipass.check_backends(
+        lambda ps, b: precond.DualDescent(ps, lr=0.1, kernel="log", granularity=granularity, momentum=0.5, backend=b)
+    )

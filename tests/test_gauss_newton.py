@@ -11,7 +11,7 @@ from cases import BACKEND, bits_equal
 from multipass import BF16, F32, F64, assert_close, give, params_of
 
 import precond
-from precond import bases
+from precond import _formats, bases, reference
 
 KRONECKER = ((4, 6), (5,), (3, 2, 2, 2), ())
 
@@ -579,3 +579,71 @@ def test_sophia_resumes_and_is_an_optimizer():
 def test_sophias_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         precond.Sophia(params_of(((2, 2),)), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(basis="kronecker"),
+        dict(basis="kronecker", curvature="gradient"),
+        dict(curvature="gradient", power=-0.5),
+    ],
+    ids=str,
+)
+def test_states_may_be_made_before_the_first_step(options):
+    feed = None if options.get("curvature") == "gradient" else check_curvature
+    multipass.check_states_may_be_made_first(lambda ps: precond.GaussNewton(ps, **options), feed)
+
+
+def test_python_and_the_kernels_mean_the_same_second_moments():
+    """For every rule, of which tests/test_formats.py looks at the family's."""
+    for name, (_, count, _, squares) in precond._C.rules.items():
+        states = reference.RULES[name].states
+        assert len(states) == count
+        assert [bool(squares >> k & 1) for k in range(count)] == [s in _formats.SECOND_MOMENTS for s in states], name
+
+
+@pytest.mark.parametrize("basis", ["identity", "kronecker"])
+def test_every_backend_takes_the_same_steps(basis, triton_interpreter):
+    def make(params, backend):
+        return precond.GaussNewton(params, eps=1e-3, power=-0.5, basis=basis, backend=backend)
+
+    multipass.check_backends(make, check_curvature)
+
+
+def test_autograd_sees_a_step_in_the_coordinates():
+    def stepped(values, gradient):
+        p = values.clone()
+        optimizer = precond.GaussNewton(
+            [p], lr=0.1, eps=0.1, curvature="gradient", weight_decay=0.1, differentiable=True
+        )
+        p.grad = gradient
+        optimizer.step()
+        return p
+
+    values = torch.tensor([0.7, -1.3, 0.4], dtype=F64, requires_grad=True)
+    gradient = torch.tensor([0.45, -0.16, 3.2], dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(stepped, (values, gradient))
+    (p,) = params_of(((2, 2),))
+    give([p], 0)
+    with pytest.raises(RuntimeError, match="differentiable must be False with a basis"):
+        precond.GaussNewton([p], basis="kronecker", curvature="gradient", differentiable=True).step()
+
+
+def test_l1_in_the_coordinates_makes_zeros():
+    params = params_of(((40,), (6, 7)))
+    options = dict(lr=0.01, eps=1e-3, power=-0.5)
+    optimizer = precond.GaussNewton(params, **options, l1_decay=0.5, weight_decay=0.1, betas=(0.9, 0.9))
+    texts = [Text(p, **options, l1=0.5, decay=0.1, b2=0.9) for p in params]
+    run(params, optimizer, texts, rtol=1e-4, atol=1e-5)
+    zeros = sum(int((p == 0).sum()) for p in params)
+    assert 0 < zeros < 82
+    assert zeros == sum(int((text.p == 0).sum()) for text in texts)
+
+
+def test_complex_parameters_have_no_sampled_curvature():
+    p = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="parameter 0 must be real for update_curvature"):
+        precond.GaussNewton([p]).update_curvature()

@@ -319,3 +319,11 @@ def test_a_scaler_unscales_before_the_step():
         scaler.update()
         b.step()
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_states_may_be_made_before_the_first_step():
+    multipass.check_states_may_be_made_first(precond.Muon, biases=False)
+
+
+def test_every_backend_takes_the_same_steps(triton_interpreter):
+    multipass.check_backends(lambda ps, b: precond.Muon(ps, lr=0.01, backend=b), shapes=((6, 10), (8, 8), (10, 6)))

@@ -221,7 +221,7 @@ def test_the_subgradient_form_subtracts_the_threshold():
     state = decayed.state[other[0]]
     left, right = state["basis_left_0"], state["basis_right_0"]
     before = left.T @ params_of(((4, 4),), F64)[0].detach() @ right
-    den = state["exp_avg_sq"].sqrt() / math.sqrt(0.05) + (1e-3 + 1e-6 * norm_of_first(params)) / math.sqrt(0.05)
+    den = state["exp_avg_sq"].sqrt() / math.sqrt(0.05) + (1e-3 + 3e-6 * norm_of_first(params)) / math.sqrt(0.05)
     threshold = 0.01 * (0.1 / den.sqrt()).clamp(max=10.0)
     expected = params[0].detach() - left @ (threshold * before.sign()) @ right.T
     torch.testing.assert_close(other[0].detach(), expected, rtol=1e-8, atol=1e-9)
@@ -433,3 +433,28 @@ def test_what_it_does_not_take_is_said_before_anything_moves():
         precond.SOAP([c]).step()
     with pytest.raises(TypeError, match="unexpected keyword argument 'fused'"):
         precond.SOAP(params, fused=True)
+
+
+def test_states_may_be_made_before_the_first_step():
+    multipass.check_states_may_be_made_first(lambda ps: precond.SOAP(ps, precondition_frequency=2))
+
+
+def test_every_backend_takes_the_same_steps(triton_interpreter):
+    multipass.check_backends(lambda ps, b: precond.SOAP(ps, eps=1e-3, precondition_frequency=2, backend=b))
+
+
+def test_the_default_eps_holds_a_null_space_whatever_the_size():
+    """Errors of the rotations grow with the gradient's norm, not with its entries."""
+    for size in (16, 256):
+        torch.manual_seed(0)
+        u, v = (torch.nn.functional.normalize(torch.randn(n), dim=0) for n in (size, size // 2))
+        p = torch.nn.Parameter(torch.zeros(size, size // 2))
+        optimizer = precond.SOAP([p], lr=0.01, weight_decay=0.0, precondition_frequency=3)
+        for _ in range(30):
+            p.grad = u.outer(v)
+            optimizer.step()
+        moved = p.detach().double()
+        inside = u.double() @ moved @ v.double()
+        outside = moved - inside * u.double().outer(v.double())
+        assert inside == pytest.approx(-0.29, rel=0.05)
+        assert outside.norm() < 0.35 * inside.abs()

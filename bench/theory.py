@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from . import ROOT, timing
-from .instances import QUICK, TABLES, Row
+from .papers import QUICK, TABLES, Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     now = {"environment": timing.environment(), "date": time.strftime("%Y-%m-%d")}
     started, failed = time.perf_counter(), []
     if arguments.tasks:
-        from . import tasks
+        from .papers import tasks
 
         report["tasks"] = tasks.run() | now | {"seconds": round(time.perf_counter() - started)}
         print(tasks.text(report["tasks"]))
@@ -105,8 +105,8 @@ def run(arguments: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(finite(report), indent=1) + "\n")
     if not arguments.no_plots:
-        from . import theory_plots
+        from .papers import plots
 
-        theory_plots.draw(finite(report), path.with_suffix(""))
+        plots.draw(finite(report), path.with_suffix(""))
     if failed:
         raise SystemExit(1)

@@ -247,7 +247,7 @@ def test_f6_exact_signs_stop_at_a_floor_in_proportion_to_the_rate(interpolation)
 
 
 def test_f6_adam_ends_elsewhere_and_where_depends_on_the_rate(interpolation):
-    """METHODS B.4 has 40,000 steps, one column and a start at 0: see bench/theory.py."""
+    """METHODS B.4 has 40,000 steps, one column and a start at 0: see bench/papers/ghane.py."""
     ends = []
     for lr in (1e-2, 1e-1):
         make = lambda ps, lr=lr: precond.Adam(ps, lr=lr)  # noqa: E731
@@ -613,7 +613,7 @@ def test_the_tables_of_seconds_are_within_their_tolerances(tmp_path):
 )
 def test_a_row_outside_of_its_tolerance_is_seen(expected, measured, rule, within, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from bench.instances import Row
+    from bench.papers import Row
 
     row = Row("table", "name", expected, measured, **rule)
     assert row.within is within

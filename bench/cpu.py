@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimizers import OPTIMIZERS
+from optimizers import ALL_RULES, BEYOND, BY_RULE, OPTIMIZERS
 from tqdm import tqdm
 
 import precond
 from precond import reference
 
-from . import ROOT, timing
+from . import ROOT, methods, timing
 
 MILLION = 1 << 20
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -58,7 +58,7 @@ def check_parity() -> None:
     from test_parity import DTYPES, run
 
     torch.manual_seed(0)
-    for row in tqdm(OPTIMIZERS, desc="parity", leave=False):
+    for row in tqdm(ALL_RULES, desc="parity", leave=False):
         for dtypes in DTYPES:
             run(row, [(5,), (70_001,), (33, 65)], *dtypes)
     import test_formats
@@ -147,7 +147,8 @@ def cases() -> list[Case]:
             timing.ClippedTorch,
             "torch clip, fused",
         ),
-        rules_case(),
+        rules_case("every rule fp32, 16M, time per byte", OPTIMIZERS),
+        rules_case("rules beyond the family fp32, 16M, time per byte", [BY_RULE["adamw"], *BEYOND]),
         *format_cases(),
     ]
 
@@ -174,15 +175,15 @@ def format_cases() -> list[Case]:
     ]
 
 
-def rules_case() -> Case:
-    """Every rule on one tensor, in time per byte of AdamW's."""
+def rules_case(name: str, rows: list[Any]) -> Case:
+    """Rules on one tensor, in time per byte of AdamW's."""
     n = 16 * MILLION
-    contenders = {row.rule: functools.partial(row.cls, **row.kwargs) for row in OPTIMIZERS}
+    contenders = {row.rule: functools.partial(row.cls, **row.kwargs) for row in rows}
     # The table's hyper-parameters, but for a step that keeps 16M values finite over thousands of steps.
     contenders = {rule: functools.partial(make, lr=1e-6) for rule, make in contenders.items()}
     targets = [(rule, ("adamw",), 1.2) for rule in contenders if rule != "adamw"]
     per_byte = {rule: 12 + 8 * len(reference.RULES[rule].states) for rule in contenders}
-    return Case("every rule fp32, 16M, time per byte", (n,), 1, F32, contenders, targets, 28, "adamw", per_byte)
+    return Case(name, (n,), 1, F32, contenders, targets, 28, "adamw", per_byte)
 
 
 def copy_bandwidth() -> float:
@@ -290,6 +291,7 @@ def run(arguments: argparse.Namespace) -> None:
     copy = copy_bandwidth()
     chosen = [case for case in cases() if arguments.only in case.name]
     results = [run_case(case, arguments.seconds, copy) for case in tqdm(chosen, desc="cases", leave=False)]
+    results += methods.results(arguments.seconds / 2, arguments.only)
     for name, measure in {HOST: lambda: host_time(arguments.seconds), IMPORT: import_time}.items():
         if arguments.only in name:
             results.append({"case": name, **measure()})

@@ -1,4 +1,6 @@
-"""A matrix parameter in a Kronecker eigenbasis: its blocks, their factors and bases, all in the parameter's state."""
+"""A parameter in a basis: a matrix in a Kronecker eigenbasis, its blocks, their factors and bases all in its state, or anything
+in a basis that is given. Called by SOAP and GaussNewton.
+"""
 
 from __future__ import annotations
 
@@ -118,3 +120,41 @@ class Kronecker:
         if not traces:
             traces = [self.state[f"factor_{side}"].diagonal().sum() for side, _, left in self._sides()]
         return torch.stack(traces).sum()
+
+
+class Rotation:
+    """A parameter's coordinates in its basis, whichever that is."""
+
+    def __init__(
+        self,
+        p: Tensor,
+        flat: Tensor | None = None,
+        pair: tuple[Tensor, Tensor] | None = None,
+        kronecker: Kronecker | None = None,
+    ) -> None:
+        self.shape, self.flat, self.pair, self.kronecker = p.shape, flat, pair, kronecker
+
+    def matrix(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Dimension 0 by all others, in a dtype at least as wide."""
+        return as_matrix(t.detach().to(torch.promote_types(t.dtype, dtype)))
+
+    def rotate(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """U^T t."""
+        return self._turned(t.detach().to(dtype), back=False)
+
+    def rotate_back(self, t: Tensor) -> Tensor:
+        """U t."""
+        return self._turned(t, back=True)
+
+    def _turned(self, t: Tensor, back: bool) -> Tensor:
+        if self.flat is not None:
+            u = self.flat.to(t)
+            return ((u if back else u.mT) @ t.reshape(-1)).view(self.shape)
+        if self.pair is not None:
+            left, right = (u.to(t) for u in self.pair)
+            m = t.reshape(left.shape[0], -1)
+            return (left @ m @ right.mT if back else left.mT @ m @ right).view(self.shape)
+        if self.kronecker is None or not self.kronecker.ready:
+            return t
+        turn = self.kronecker.rotate_back if back else self.kronecker.rotate
+        return turn(as_matrix(t)).view(self.shape)

@@ -21,7 +21,7 @@ _NO_CONTROL = Control(1.0, None, None, math.inf)
 
 class Job(NamedTuple):
     """A tensor that a pass updates in place: with what, its states, the hyper-parameters of its rule, the sign of what it is
-    updated with, and the format of a weight.
+    updated with, the format of a weight, and that asked for of states.
     """
 
     p: Tensor
@@ -30,6 +30,7 @@ class Job(NamedTuple):
     hyper: dict[str, float | Tensor]
     sign: float = 1.0
     weight_format: str | None = None
+    state_format: str | torch.dtype | None = None
 
 
 class Pass(FusedOptimizer):
@@ -79,7 +80,7 @@ class Pass(FusedOptimizer):
             self.param_groups = [{"params": [job.p]} for job in jobs]
             self._plans = {}
         for group, job in zip(self.param_groups, jobs, strict=True):
-            group["weight_format"] = job.weight_format
+            group["weight_format"], group["state_format"] = job.weight_format, job.state_format
         self.state = {job.p: job.state for job in jobs}  # type: ignore[assignment]
         self._inputs = {job.p: job.g for job in jobs}
 
@@ -91,6 +92,9 @@ class Pass(FusedOptimizer):
 
     def _asks_for_states_only(self, plan: StepPlan, rows: list[Row]) -> bool:
         return False
+
+    def _convert_states(self, group: dict[str, Any], index: int) -> None:
+        pass  # the owner's
 
 
 class MultiPass(FusedOptimizer):
@@ -143,6 +147,7 @@ class MultiPass(FusedOptimizer):
         hyper: dict[str, float | Tensor],
         sign: float = 1.0,
         weight_format: str | None = None,
+        state_format: str | torch.dtype | None = None,
     ) -> Job:
         """A job with the states of these names that a parameter has, and what random bits need. Each pass that draws counts a
         step of the parameter, so that no two draw alike; where the method counts them itself, a later pass has a copy to count.
@@ -155,7 +160,7 @@ class MultiPass(FusedOptimizer):
                 given["step"] = self._counters.setdefault(p, state["step"].clone()).copy_(state["step"])
             else:
                 given["step"] = state["step"]
-        return Job(target, g, given, hyper, sign, weight_format)
+        return Job(target, g, given, hyper, sign, weight_format, state_format)
 
     def _pass(self, rule: str, names: tuple[str, ...] = (), *, of: int = 0, counts: bool = False) -> Pass:
         """The pass of a rule, for those who call it once per group: of a group."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
-from ._kronecker import Kronecker, as_matrix, check_matrix, is_matrix
+from ._kronecker import Kronecker, Rotation, check_matrix, is_matrix
 from ._optimizer import FusedOptimizer, ParamsT
 from ._pass import MultiPass, plain_step
 from ._plan import Row
@@ -225,7 +225,8 @@ class GaussNewton(MultiPass):
             buffer.copy_(basis.rotate(p, buffer.dtype)) if has_l1 else buffer.zero_()
             before.append(buffer.clone() if has_l1 else None)
             names = ("exp_avg", "curvature", "step")
-            jobs.append(self._job(p, buffer, basis.rotate(g, buffer.dtype), names, inner, row.sign))
+            rotated, asked = basis.rotate(g, buffer.dtype), group.get("state_format")
+            jobs.append(self._job(p, buffer, rotated, names, inner, row.sign, state_format=asked))
         self._pass(row.rule, ("exp_avg", "curvature"), of=index, counts=True).run(jobs)
         last = []
         for (p, _, basis), job, start in zip(work, jobs, before, strict=True):
@@ -277,7 +278,8 @@ class GaussNewton(MultiPass):
             batch_size: B, the number of samples behind the present ``.grad``: the gradient of their mean loss on labels that were
                 drawn from the model (default 1). :mod:`precond.curvature` draws them.
             estimates: instead of gradients, of every parameter in the order of the groups: estimates of its diagonal, in the
-                coordinates of its basis, or None for one that has none. A Kronecker basis is there after the first step.
+                coordinates of its basis, or None for one that has none. A Kronecker basis is there after the first step, with
+                "gnb" after the first update from gradients.
 
         Raises:
             RuntimeError: with curvature="gradient", which has nothing to fold; "hutchinson" without estimates; an estimate of
@@ -323,8 +325,9 @@ class GaussNewton(MultiPass):
                         self._feed(basis, given, group)
                         given = basis.rotate(given, torch.promote_types(p.dtype, torch.float32))
                     elif basis.kronecker is not None and not basis.kronecker.ready:
+                        first = "an update from gradients" if group["curvature"] == "gnb" else "a step"
                         raise RuntimeError(
-                            f"a step must come before estimates of parameter {index}: it makes their basis"
+                            f"{first} must come before estimates of parameter {index}, to make their basis"
                         )
                 self._init_state(p, group, row.rule)
                 h = state["curvature"]
@@ -333,44 +336,6 @@ class GaussNewton(MultiPass):
                 count = state["curvature_step"] = state.get("curvature_step", 0) + 1
                 beta2 = float(group["betas"][1])
                 h.copy_(torch.lerp(h.to(wide), new, (1 - beta2) / (1 - beta2**count) if self._corrected else 1 - beta2))
-
-
-class Rotation:
-    """A parameter's coordinates in its basis, whichever that is."""
-
-    def __init__(
-        self,
-        p: Tensor,
-        flat: Tensor | None = None,
-        pair: tuple[Tensor, Tensor] | None = None,
-        kronecker: Kronecker | None = None,
-    ) -> None:
-        self.shape, self.flat, self.pair, self.kronecker = p.shape, flat, pair, kronecker
-
-    def matrix(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Dimension 0 by all others, in a dtype at least as wide."""
-        return as_matrix(t.detach().to(torch.promote_types(t.dtype, dtype)))
-
-    def rotate(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """U^T t."""
-        return self._turned(t.detach().to(dtype), back=False)
-
-    def rotate_back(self, t: Tensor) -> Tensor:
-        """U t."""
-        return self._turned(t, back=True)
-
-    def _turned(self, t: Tensor, back: bool) -> Tensor:
-        if self.flat is not None:
-            u = self.flat.to(t)
-            return ((u if back else u.mT) @ t.reshape(-1)).view(self.shape)
-        if self.pair is not None:
-            left, right = (u.to(t) for u in self.pair)
-            m = t.reshape(left.shape[0], -1)
-            return (left @ m @ right.mT if back else left.mT @ m @ right).view(self.shape)
-        if self.kronecker is None or not self.kronecker.ready:
-            return t
-        turn = self.kronecker.rotate_back if back else self.kronecker.rotate
-        return turn(as_matrix(t)).view(self.shape)
 
 
 class Sophia(GaussNewton):

@@ -148,19 +148,21 @@ _GN = dict(lr=0.05, betas=(0.9, 0.95), eps=1e-3, clip=2.0, weight_decay=0.1)
 #: Rules of methods beyond the family; the same loops and formats run them, so fewer tests do.
 BEYOND = [
     *(
-        Optimizer(f"dual_{name}{suffix}", precond.DualDescent, _DUAL | dict(kernel=kernel) | options, None, ulps)
+        Optimizer(
+            f"dual_{name}{suffix}", precond.DualDescent, _DUAL | dict(kernel=kernel) | options, None, ulps, bool(suffix)
+        )
         for name, (kernel, error) in _KERNELS.items()
         for suffix, options, ulps in (("", {}, (error,)), ("_momentum", _AVERAGED, (error + 1.0, 3.0)))
     ),
     Optimizer("average", Alone, dict(rule="average", numbers=dict(momentum=0.9, lookahead=0.1)), None, (3.0, 3.0)),
-    *intrinsic("gauss_newton", Curved, _GN, (8.0, 2.0, 2.0), "", True, l1_decay=0.6),
-    *intrinsic("gauss_newton", Curved, _GN | dict(power=-0.5), (8.0, 2.0, 2.0), "_root", True, l1_decay=0.6),
-    *intrinsic("gauss_newton", Curved, _GN | dict(curvature="gradient"), (8.0, 2.0, 2.0), "_own", True, l1_decay=0.6),
+    *intrinsic("gauss_newton", Curved, _GN, (12.0, 2.0, 2.0), "", True, l1_decay=0.6),
+    *intrinsic("gauss_newton", Curved, _GN | dict(power=-0.5), (12.0, 2.0, 2.0), "_root", True, l1_decay=0.6),
+    *intrinsic("gauss_newton", Curved, _GN | dict(curvature="gradient"), (12.0, 2.0, 2.0), "_own", True, l1_decay=0.6),
     *intrinsic(
         "gauss_newton",
         Curved,
         _GN | dict(curvature="gradient", power=-0.5),
-        (8.0, 2.0, 2.0),
+        (12.0, 2.0, 2.0),
         "_own_root",
         True,
         l1_decay=0.6,

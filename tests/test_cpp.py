@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.source
+# One process builds.
+pytestmark = [pytest.mark.source, pytest.mark.xdist_group("core")]
 
 
 def run(*command, **kwargs):

@@ -12,7 +12,8 @@ import sysconfig
 import pytest
 from test_cpp import ROOT, run
 
-pytestmark = pytest.mark.source
+# One process builds.
+pytestmark = [pytest.mark.source, pytest.mark.xdist_group("cuda_on_host")]
 
 
 def build(name, target, *options):

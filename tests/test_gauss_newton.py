@@ -11,7 +11,7 @@ from cases import BACKEND, bits_equal
 from multipass import BF16, F32, F64, assert_close, give, params_of
 
 import precond
-from precond import _formats, bases, reference
+from precond import _formats, bases, curvature, reference
 
 KRONECKER = ((4, 6), (5,), (3, 2, 2, 2), ())
 
@@ -347,8 +347,8 @@ def test_a_stochastic_weight_in_a_basis_counts_one_step_per_step():
 
 def test_codes_are_for_what_every_step_feeds():
     params = params_of(((64, 64),))
-    for curvature, dtype in (("gradient", torch.uint8), ("gnb", F32)):
-        optimizer = precond.GaussNewton(params, state_format="int8", curvature=curvature, clip=1.0)
+    for source, dtype in (("gradient", torch.uint8), ("gnb", F32)):
+        optimizer = precond.GaussNewton(params, state_format="int8", curvature=source, clip=1.0)
         give(params, 0)
         optimizer.step()
         assert optimizer.state[params[0]]["exp_avg"].dtype == torch.int8
@@ -479,7 +479,7 @@ def test_wrong_uses_are_named():
             precond.GaussNewton(params, basis=basis, curvature="gradient").step()
     turned = precond.GaussNewton(params, basis="kronecker", curvature="hutchinson", clip=1.0)
     estimates = [torch.ones(2, 3)] * 2
-    with pytest.raises(RuntimeError, match="a step must come before estimates of parameter 0: it makes their basis"):
+    with pytest.raises(RuntimeError, match="a step must come before estimates of parameter 0, to make their basis"):
         turned.update_curvature(estimates=estimates)
     turned.step()
     turned.update_curvature(estimates=estimates)
@@ -647,3 +647,44 @@ def test_complex_parameters_have_no_sampled_curvature():
     p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match="parameter 0 must be real for update_curvature"):
         precond.GaussNewton([p]).update_curvature()
+
+
+def test_it_takes_what_the_curvature_functions_give():
+    torch.manual_seed(0)
+    model, twin = (torch.nn.Linear(5, 4, dtype=F64) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(16, 5, dtype=F64)
+    by_gradient, by_estimate = precond.GaussNewton(model.parameters()), precond.GaussNewton(twin.parameters())
+    for seed in range(3):
+        outputs = model(x)
+        by_gradient.zero_grad()
+        curvature.sampled_label_loss(outputs, generator=torch.Generator().manual_seed(seed)).backward()
+        by_gradient.update_curvature(batch_size=curvature.batch_size_of(outputs))
+        generator = torch.Generator().manual_seed(seed)
+        found = curvature.gauss_newton_bartlett(twin(x), twin.parameters(), generator=generator)
+        by_estimate.update_curvature(estimates=found)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(by_gradient.state[p]["curvature"], by_estimate.state[q]["curvature"])
+
+
+def test_probes_in_a_kronecker_basis_make_newtons_step():
+    """A loss that is diagonal in the basis of its own gradients: Hutchinson's estimates in it are exact."""
+    left, right = orthogonal(3, 1), orthogonal(4, 2)
+    scales = torch.linspace(1.0, 9.0, 12, dtype=F64).view(3, 4)
+    w = torch.nn.Parameter(left @ (torch.eye(3, 4, dtype=F64) / scales * torch.tensor([[3.0], [2.0], [1.0]])) @ right.T)
+    optimizer = precond.GaussNewton(
+        [w], betas=(0.0, 0.9), eps=1e-14, basis="kronecker", curvature="hutchinson", clip=1e6, basis_frequency=100
+    )
+
+    def loss():
+        return 0.5 * (scales * (left.T @ w @ right) ** 2).sum()
+
+    for lr in (0.0, 1.0):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        loss().backward()
+        if lr > 0.0:
+            basis = tuple(optimizer.state[w][f"basis_{side}_0"] for side in ("left", "right"))
+            optimizer.update_curvature(estimates=curvature.hutchinson(loss(), [w], bases=[basis]))
+        optimizer.step()
+    assert loss() < 1e-20

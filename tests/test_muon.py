@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import subprocess
+import sys
 
 import multipass
 import pytest
@@ -327,3 +329,14 @@ def test_states_may_be_made_before_the_first_step():
 
 def test_every_backend_takes_the_same_steps(triton_interpreter):
     multipass.check_backends(lambda ps, b: precond.Muon(ps, lr=0.01, backend=b), shapes=((6, 10), (8, 8), (10, 6)))
+
+
+def test_before_torch_2_9_it_stands_alone():
+    code = (
+        "import torch; del torch.optim.Muon\n"
+        "import precond\n"
+        "w = torch.nn.Parameter(torch.zeros(3, 4)); w.grad = torch.ones(3, 4)\n"
+        "optimizer = precond.Muon([w]); optimizer.step(); optimizer.load_state_dict(optimizer.state_dict())\n"
+        "assert bool((w < 0).all()) and isinstance(optimizer, torch.optim.Optimizer)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -458,3 +458,18 @@ def test_the_default_eps_holds_a_null_space_whatever_the_size():
         outside = moved - inside * u.double().outer(v.double())
         assert inside == pytest.approx(-0.29, rel=0.05)
         assert outside.norm() < 0.35 * inside.abs()
+
+
+def test_a_bfloat16_second_moment_is_drawn_and_so_does_not_stand_still():
+    means = {}
+    for state_format in ("fp32", "bf16"):
+        (p,) = params_of(((16, 16),))
+        optimizer = precond.SOAP(
+            [p], lr=0.0, betas=(0.9, 0.999), precondition_frequency=10**6, state_format=state_format
+        )
+        give([p], 0)
+        for _ in range(1200):
+            optimizer.step()
+        assert optimizer.state[p]["step"] == 1199
+        means[state_format] = optimizer.state[p]["exp_avg_sq"].float().sum().item()
+    assert means["bf16"] == pytest.approx(means["fp32"], rel=0.05)  # to nearest it stops at half of it

@@ -1,6 +1,6 @@
 """The tables of METHODS, expected against measured, and with --tasks the papers' own tasks at small size.
 
-Without --tasks about 3 minutes on 2 cores; the tasks alone about 15. Fails where a row is out of its tolerance. Writes JSON,
+Without --tasks about 3 minutes on 2 cores; the tasks alone about 10. Fails where a row is out of its tolerance. Writes JSON,
 and one PNG for each paper into the folder of its name.
 """
 
@@ -18,14 +18,14 @@ import torch
 from tqdm import tqdm
 
 from . import ROOT, timing
-from .instances import QUICK, TABLES, Row
+from .papers import QUICK, TABLES, Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}: seconds")
     parser.add_argument("--only", nargs="+", choices=list(TABLES), help="only these tables")
     parser.add_argument(
-        "--tasks", action="store_true", help="the papers' tasks instead of the tables; about 15 minutes"
+        "--tasks", action="store_true", help="the papers' tasks instead of the tables; about 10 minutes"
     )
     parser.add_argument("--no-plots", action="store_true", help="draw nothing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all")
@@ -73,36 +73,40 @@ def run(arguments: argparse.Namespace) -> None:
     now = {"environment": timing.environment(), "date": time.strftime("%Y-%m-%d")}
     started, failed = time.perf_counter(), []
     if arguments.tasks:
-        from . import tasks
+        from .papers import tasks
 
         report["tasks"] = tasks.run() | now | {"seconds": round(time.perf_counter() - started)}
         print(tasks.text(report["tasks"]))
     else:
         names = arguments.only or (QUICK if arguments.quick else list(TABLES))
-        rows, figures, seconds = [], {}, {}
+        rows: list[Row] = []
+        kept, figures, seconds = (report.setdefault(key, {}) for key in ("tables", "figures", "seconds"))
         with tqdm(names, desc="tables", mininterval=0.5) as bar:
             for name in bar:
                 bar.set_postfix_str(name)
-                before = time.perf_counter()
-                for row in TABLES[name](figures):
-                    rows.append(row)
-                    bar.set_postfix_str(f"{name}: {len(rows)} rows", refresh=False)
+                before, drawn = time.perf_counter(), {}
+                found = []
+                for row in TABLES[name](drawn):
+                    found.append(row)
+                    bar.set_postfix_str(f"{name}: {len(found)} rows", refresh=False)
+                rows += found
+                figures |= drawn
                 seconds[name] = round(time.perf_counter() - before, 1)
+                kept[name] = [dataclasses.asdict(row) | {"within": row.within} for row in found]
         print(table(rows))
         failed = [row for row in rows if row.fails]
         off = [row for row in rows if row.within is False]
-        known, total = len(off) - len(failed), sum(seconds.values())
+        known, total = len(off) - len(failed), sum(seconds[name] for name in names)
         print(f"\n{len(rows)} rows, {len(off)} out of tolerance, {known} of them known, {total:.0f} s")
         for row in off:
             if row.reason:
                 print(f"{row.table}, {row.name}: {row.reason}")
-        kept = [dataclasses.asdict(row) | {"within": row.within} for row in rows]
-        report |= now | {"rows": kept, "figures": figures, "seconds": seconds}
+        report |= now
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(finite(report), indent=1) + "\n")
     if not arguments.no_plots:
-        from . import theory_plots
+        from .papers import plots
 
-        theory_plots.draw(finite(report), path.with_suffix(""))
+        plots.draw(finite(report), path.with_suffix(""))
     if failed:
         raise SystemExit(1)

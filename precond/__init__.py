@@ -18,13 +18,14 @@ from .bases import interpolate_basis
 from .bnp import BNP
 from .dual import DualDescent
 from .fop import FOP
-from .gauss_newton import GaussNewton, Sophia
+from .gauss_newton import GaussNewton
 from .gradient_regularizer import GradientRegularizer
 from .lion import Lion
 from .muon import Muon
 from .rmsprop import RMSprop, RMSpropW
 from .sgd import SGD, SGDW
 from .soap import SOAP
+from .sophia import Sophia
 
 if TYPE_CHECKING:
     from . import curvature as curvature

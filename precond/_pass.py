@@ -52,26 +52,33 @@ class Pass(FusedOptimizer):
             self._run_rows(self._rows(jobs), _NO_CONTROL)
             self._inputs = {}
 
-    def squared_norms(self, jobs: list[Job]) -> Tensor:
-        """The sum of squares of each job's ``g``, over all processes that have a piece of it: float64, on the first one's
-        device, in the order of csrc/norm.h.
+    def squared_norms(self, jobs: list[Job], classes: list[int]) -> Tensor:
+        """Per job the sum of squares of every ``g`` of its class, classes being numbered from 0, over all processes that have a
+        piece of one: float64, on the first one's device, in the order of csrc/norm.h.
         """
         self._take(jobs)
+        shards = [shard_groups(job.p) or {} for job in jobs]
+        measured = range(len(jobs)) if any(shards) else classes  # pieces are added up over their own processes
         rows, key = self._rows(jobs), tuple(map(id, self.param_groups))
         plan = self._plans.get(key) or StepPlan(self, rows)
         if not plan.refresh(self, rows):
             plan = StepPlan(self, rows)
             if not plan.refresh(self, rows):
                 raise RuntimeError("a tensor changed while its norm was measured")
-        plan.set_norm_classes(self, NormClasses({job.p: i for i, job in enumerate(jobs)}, [()] * len(jobs)))
-        first, *others = parts_of_norms(plan, self, inf=False)
+        of = {job.p: number for job, number in zip(jobs, measured, strict=True)}
+        plan.set_norm_classes(self, NormClasses(of, [()] * (max(measured) + 1)))
+        found, *others = parts_of_norms(plan, self, inf=False)
         for part in others:
-            first = combined(first, part.to(first.device), inf=False)
-        for i, job in enumerate(jobs):
-            reduce(first[i : i + 1], (shard_groups(job.p) or {}).values())
+            found = combined(found, part.to(found.device), inf=False)
         plan.new = False
         self._keep(key, plan)
-        return first
+        self._inputs = {}
+        if any(shards):
+            for i, groups in enumerate(shards):
+                reduce(found[i : i + 1], groups.values())
+            numbers = torch.tensor(classes, device=found.device)
+            found = found.new_zeros(max(classes) + 1).index_add_(0, numbers, found)
+        return found[torch.tensor(classes, device=found.device)]
 
     def _take(self, jobs: list[Job]) -> None:
         if len(jobs) != len(self.param_groups) or any(
@@ -177,9 +184,8 @@ class MultiPass(FusedOptimizer):
                     "call torch.nn.utils.clip_grad_norm_ or clip_grad_value_ before the step"
                 )
         for name in ("fused", "differentiable", "capturable"):
-            if group.get(name) or self.defaults.get(
-                name
-            ):  # by its default a GradScaler leaves all gradients as they are
+            # By its default a GradScaler leaves all gradients as they are.
+            if group.get(name) or self.defaults.get(name):
                 raise RuntimeError(f"{name} must be False {self._why_not_one_pass}")
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
         aligned = aligned_gradients([group])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import reference
+from . import _backend, reference
 from ._arguments import arguments, check_lr, check_nonnegative
 from ._optimizer import ParamsT
 from ._pass import Job, MultiPass, plain_step
@@ -183,17 +183,20 @@ class DualDescent(MultiPass):
         of = [i for i, group in enumerate(groups) if group["granularity"] in ("global", "tensor")]
         if not of:
             return
-        squares = self._pass("sgdw").squared_norms([jobs[i] for i in of])
-        shared: dict[str, list[int]] = {}
+        names = [groups[i]["kernel"] if groups[i]["granularity"] == "global" else i for i in of]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        squares = self._pass("sgdw", of=1).squared_norms([jobs[i] for i in of], [numbers[name] for name in names])
+        alike: dict[int, list[int]] = {}
         for k, i in enumerate(of):
-            if groups[i]["granularity"] == "global":
-                shared.setdefault(groups[i]["kernel"], []).append(k)
-        for alike in shared.values():
-            squares[alike] = squares[alike].sum()
-        for i, square in zip(of, squares, strict=True):
-            coef = coefficients(square.sqrt(), groups[i])
-            hyper = jobs[i].hyper
-            hyper["lr"], hyper["weight_decay"] = hyper["lr"] * coef, hyper["weight_decay"] / coef
+            alike.setdefault(id(groups[i]), []).append(k)
+        for members in alike.values():
+            first = of[members[0]]
+            coef = coefficients(squares[members].sqrt(), groups[first])
+            lr, decay = jobs[first].hyper["lr"] * coef, jobs[first].hyper["weight_decay"] / coef
+            # What only a device may read stays there; else numbers, which are quicker than a thousand small tensors.
+            steps = [t.unbind() if _backend.on_device(t) else t.tolist() for t in (lr, decay)]
+            for k, *step in zip(members, *steps, strict=True):
+                jobs[of[k]].hyper["lr"], jobs[of[k]].hyper["weight_decay"] = step
 
 
 def coefficients(r: Tensor, group: dict[str, Any]) -> Tensor:

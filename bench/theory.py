@@ -1,7 +1,7 @@
 """The tables of METHODS, expected against measured, and with --tasks the papers' own tasks at small size.
 
-Without --tasks about 3 minutes on 2 cores; the tasks alone about 10. Fails where a row is out of its tolerance. Writes JSON,
-and one PNG for each paper into the folder of its name.
+Without --tasks about 3 minutes of one core; the tasks alone about 6, and twice as long where others use it too. Fails where a
+row is out of its tolerance. Writes JSON, and one PNG for each paper into the folder of its name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks", action="store_true", help="the papers' tasks instead of the tables; about 10 minutes"
     )
     parser.add_argument("--no-plots", action="store_true", help="draw nothing")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all")
+    parser.add_argument("--threads", type=int, default=1, help="default 1: tensors are small")
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "theory.json", help="what is kept")
 
 

@@ -13,6 +13,7 @@ import torch
 
 import precond
 from precond._plan import StepPlan
+from precond.bnp import precondition_gradients
 
 from . import timing
 
@@ -126,6 +127,82 @@ def measured(name: str, seconds: float, adamw: float) -> dict[str, object]:
     }
 
 
+def against_plain(
+    name: str, ours: Callable[[], object], plain: Callable[[], object], seconds: float
+) -> dict[str, object]:
+    """What a wrapper adds to a step, against the same in plain PyTorch."""
+    times = timing.interleaved({"precond": ours, "plain PyTorch": plain}, seconds)
+    ratio = timing.ratio(times, "precond", "plain PyTorch")
+    return {
+        "case": f"{name}: 16 matrices of 512 x 512",
+        "ms": {key: statistics.median(values) * 1e3 for key, values in times.items()},
+        "targets": [{"of": "precond", "to": "plain PyTorch", "ratio": ratio, "target": 1.0, "met": ratio <= 1.0}],
+    }
+
+
+def wrappers(seconds: float) -> list[dict[str, object]]:
+    """BNP's transform of gradients, GradientRegularizer's way there and back, and FOP's step over its base's."""
+    params = parameters()
+    biases = [torch.randn(SHAPE[0]) for _ in params]
+    mean, inv = torch.randn(SHAPE[1]), torch.rand(SHAPE[1]) + 0.5
+
+    def transformed(g: torch.Tensor, gb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = (g - gb[:, None] * mean) * (inv * 0.5)
+        return weight, gb * 0.5 - weight @ mean
+
+    gradients = [p.grad for p in params]
+    for ours, plain in zip(
+        precondition_gradients(gradients[0], biases[0], mean, inv, 0.5),
+        transformed(gradients[0], biases[0]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
+    found = [
+        against_plain(
+            "BNP, transform of gradients",
+            lambda: [precondition_gradients(g, gb, mean, inv, 0.5) for g, gb in zip(gradients, biases, strict=True)],
+            lambda: [transformed(g, gb) for g, gb in zip(gradients, biases, strict=True)],
+            seconds,
+        )
+    ]
+    base = precond.AdamW(params, lr=1e-6)
+    base.step()
+    regularizer = precond.GradientRegularizer(base)
+
+    def back_and_forth() -> None:
+        given = [p.grad for p in params]
+
+        def closure() -> None:
+            for p, g in zip(params, given, strict=True):
+                p.grad = g
+
+        regularizer._combine(closure)
+
+    @torch.no_grad()
+    def plain_back_and_forth() -> None:
+        for p in params:
+            state = base.state[p]
+            backup, g = p.clone(), p.grad
+            p += 1e-3 * g / ((state["exp_avg_sq"] / 1e-3).sqrt() + 1e-8)
+            p.copy_(backup)
+            p.grad = g + 10.0 * (g - g)
+
+    found.append(against_plain("GradientRegularizer, there and back", back_and_forth, plain_back_and_forth, seconds))
+    fop = precond.FOP(precond.AdamW(parameters(), lr=1e-6), 1e-3, mode="output", normalize="hypergradient")
+    fop.step()
+    times = timing.interleaved({"FOP": fop.step, "AdamW": base.step}, seconds)
+    share = share_of_products(fop, 10)
+    found.append(
+        {
+            "case": f"FOP, output, around AdamW: 16 matrices of 512 x 512, {100 * share:.0f} % products",
+            "ms": {key: statistics.median(values) * 1e3 for key, values in times.items()},
+            "products": share,
+            "targets": [],
+        }
+    )
+    return found
+
+
 def results(seconds: float, only: str) -> list[dict[str, object]]:
     """An entry per method."""
     names = [name for name in METHODS if only in name]
@@ -134,4 +211,5 @@ def results(seconds: float, only: str) -> list[dict[str, object]]:
     optimizer = precond.AdamW(parameters())
     time_of_passes(optimizer, 5)
     adamw = min(time_of_passes(optimizer, 40) for _ in range(3)) / 28
-    return [measured(name, seconds, adamw) for name in names]
+    found = [measured(name, seconds, adamw) for name in names]
+    return found + ([] if only else wrappers(seconds))

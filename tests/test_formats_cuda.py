@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import BACKEND, gradient, guarded, nasty_values, random_values
-from optimizers import BY_RULE, BY_STATES, OPTIMIZERS
+from optimizers import BEYOND, BY_RULE, BY_STATES, OPTIMIZERS
 
 import precond
 from precond import _formats
@@ -76,8 +76,12 @@ def test_every_format_has_the_bits_of_the_cpu(row, dtype, weight_format, state_f
     assert_the_bits_of_the_cpu(row, dtype, weight_format, state_format)
 
 
-@rows
-@pytest.mark.parametrize(("weight_format", "state_format"), [("split24", "int8"), ("stochastic", "int4")])
+@pytest.mark.parametrize(
+    ("row", "weight_format", "state_format"),
+    [(row, *formats) for row in OPTIMIZERS for formats in (("split24", "int8"), ("stochastic", "int4"))]
+    + [(row, "split24", "int8") for row in BEYOND],
+    ids=str,
+)
 def test_every_rule_has_the_bits_of_the_cpu(row, weight_format, state_format):
     assert_the_bits_of_the_cpu(row, torch.bfloat16, weight_format, state_format)
 

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from cases import bits_equal, gradient, guarded, nasty_values, random_values
-from optimizers import BY_RULE, BY_STATES, OPTIMIZERS
+from optimizers import BEYOND, BY_RULE, BY_STATES, OPTIMIZERS
 
 import precond
 from precond import _C, _formats, _sharding
@@ -17,7 +17,6 @@ pytestmark = [
     pytest.mark.usefixtures("triton_interpreter", "_codes_for_small_tensors"),
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),  # numpy's, in the interpreter
 ]
-rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 #: Per number of states one rule, and one whose only state is a second moment.
 SHAPES = [*BY_STATES, BY_RULE["adagradw_l1"]]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -90,8 +89,11 @@ def test_the_names_are_those_of_the_compiled_part():
         assert (formats.is_plain(name), formats.draws(name, "fp32")) == (layout.plain, layout.draws)
 
 
-@rows
-@main
+@pytest.mark.parametrize(
+    ("row", "formats"),
+    [(row, formats) for row in OPTIMIZERS for formats in MAIN] + [(row, MAIN[0]) for row in BEYOND],
+    ids=str,
+)
 def test_every_rule_has_the_bits_of_the_cpu(row, formats):
     assert_same(train(row, formats, "triton"), train(row, formats, "cpu"))
 

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from cases import LAYOUTS, bits_equal, gradient, guarded, nasty_values, random_values
-from optimizers import BY_STATES, CLASSES, OPTIMIZERS
+from optimizers import ALL_RULES, BY_STATES, CLASSES, OPTIMIZERS
 
 import precond
 from precond import _backend
@@ -42,7 +42,7 @@ def steps(row, backend, dtype, make, count=20):
     return [t.cpu() for p in params for t in (p.detach(), *optimizer._states(p, row.rule).values())]
 
 
-@rows
+@pytest.mark.parametrize("row", ALL_RULES, ids=str)
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", [lambda n: random_values((n,)), nasty_values], ids=["random", "nasty"])

@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
-from optimizers import BY_STATES, OPTIMIZERS
+from optimizers import ALL_RULES, BY_STATES
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -111,7 +111,12 @@ class MachineCode:
 def rule_named(type_: str) -> str:
     """The rule of a functor's type as it is demangled."""
     plain = re.sub(r"precond::\w+::", "", type_).replace(" ", "")
-    return next(rule for rule, name in _C.rule_types.items() if name == plain)
+    return next(rule for rule, name in _C.rule_types.items() if name.replace(" ", "") == plain)
+
+
+def read_states(rule: str) -> int:
+    """How many states a rule reads: a backup is only written."""
+    return len([name for name in reference.RULES[rule].states if name != "backup"])
 
 
 def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
@@ -142,7 +147,8 @@ def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
                 "formats": f"{p}/{g}/{s}",
                 **counts,
                 # Packs in flight and the single one, p g and states each; a 4-byte operand of an 8-pack takes two accesses.
-                "wanted_loads_128": sum(pack * BYTES[f] // 16 for f in (p, g, *[s] * states)) * (packs + (packs > 1)),
+                "wanted_loads_128": sum(pack * BYTES[f] // 16 for f in (p, g, *[s] * read_states(rule)))
+                * (packs + (packs > 1)),
                 "wanted_stores_128": sum(pack * BYTES[f] // 16 for f in (p, *[s] * states)) * (packs + (packs > 1)),
                 "special_per_element": special,
                 "bytes_in_flight_per_sm": threads * per_thread,
@@ -225,6 +231,7 @@ def triton_kernel(rule: str, formats: tuple[str, str, str], target: str) -> dict
     constants = {
         "RULE": spec.update,
         "DECAY": spec.decay,
+        "OPTION": spec.option,
         "STATES": spec.states,
         "P": formats[0],
         "G": formats[1],
@@ -268,7 +275,7 @@ def triton_kernel(rule: str, formats: tuple[str, str, str], target: str) -> dict
 def report(arch: str, targets: list[str], quick: bool) -> dict[str, object]:
     cases = [
         (row.rule, formats, target)
-        for row in OPTIMIZERS
+        for row in ALL_RULES
         for formats in FORMATS
         for target in targets
         if not quick or row in BY_STATES or (formats == PLAIN and target == "sm_90")

@@ -241,13 +241,13 @@ struct GaussNewton {
   }
 };
 template <class Decay>
-using GaussNewtonInverse = GaussNewton<Decay, false, false>;
+struct GaussNewtonInverse : GaussNewton<Decay, false, false> {};
 template <class Decay>
-using GaussNewtonRoot = GaussNewton<Decay, true, false>;
+struct GaussNewtonRoot : GaussNewton<Decay, true, false> {};
 template <class Decay>
-using GaussNewtonOwn = GaussNewton<Decay, false, true>;
+struct GaussNewtonOwn : GaussNewton<Decay, false, true> {};
 template <class Decay>
-using GaussNewtonOwnRoot = GaussNewton<Decay, true, true>;
+struct GaussNewtonOwnRoot : GaussNewton<Decay, true, true> {};
 
 // The point where a two-gradient step takes the second one; the parameter waits in a state (METHODS A.2.3).
 struct Perturb {

@@ -96,8 +96,10 @@ def test_every_rule_is_vectorised_with_neon(arm64):
         assert needed, name
         bodies = [body for body in loops(code) if kinds(body, vector=True)]
         for body in bodies:
-            assert kinds(body, vector=True) == needed, name
+            # The loop over roots of second moments squares and roots them, whether the rule has a root or not.
+            assert kinds(body, vector=True) >= needed - {"square root"}, name
             assert kinds(body, vector=False) == set(), name
+        assert set().union(*(kinds(body, vector=True) for body in bodies)) == needed, name
         # Dense bf16, which moves 16-bit lanes; dense fp32; and fp32 tiles.
         bf16 = [any(re.search(r"\.[48]h", operands) for _, _, operands in body) for body in bodies]
         assert bf16.count(True) >= 1, name

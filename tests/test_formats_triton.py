@@ -224,6 +224,7 @@ def test_a_row_has_the_seed_of_its_key_and_step():
         SKIP_NONFINITE=False,
         SCALARS=rule.scalars,
         DECAY=rule.decay,
+        OPTION=rule.option,
         HYPERS=len(rule.hyper),
         JOB=kernel.JOB,
         ROW=width,

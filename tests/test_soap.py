@@ -457,7 +457,8 @@ def test_the_default_eps_holds_a_null_space_whatever_the_size():
         inside = u.double() @ moved @ v.double()
         outside = moved - inside * u.double().outer(v.double())
         assert inside == pytest.approx(-0.29, rel=0.05)
-        assert outside.norm() < 0.35 * inside.abs()
+        # 0.15 to 0.45 by the order of sums; 2.5 without a relative eps.
+        assert outside.norm() < 0.7 * inside.abs()
 
 
 def test_a_bfloat16_second_moment_is_drawn_and_so_does_not_stand_still():

@@ -240,11 +240,11 @@ from triton.compiler import ASTSource
 from precond.triton_kernels import kernel, scalars
 
 targets = ("cuda", 90, 32), ("hip", "gfx942", 64)
-rules = {(rule.scalars, rule.decay): rule for rule in kernel.RULES.values()}.values()
+rules = {(rule.scalars, rule.decay, rule.option): rule for rule in kernel.RULES.values()}.values()
 for target, rule, has_scaler in itertools.product(targets, rules, (False, True)):
     types = ["*fp64", "*i64", "*fp32", "*fp32", "*fp32", "*fp32", "fp32", "i32", "*fp64", "*fp32", "*fp32", "*i64", "fp32"]
-    constants = dict(SCALARS=rule.scalars, DECAY=rule.decay, HYPERS=len(rule.hyper), JOB=kernel.JOB, ROW=scalars.ROW_FLOATS.value,
-                     BLOCK=kernel.PROLOGUE_BLOCK, INF=False, SKIP_NONFINITE=has_scaler)
+    constants = dict(SCALARS=rule.scalars, DECAY=rule.decay, OPTION=rule.option, HYPERS=len(rule.hyper), JOB=kernel.JOB,
+                     ROW=scalars.ROW_FLOATS.value, BLOCK=kernel.PROLOGUE_BLOCK, INF=False, SKIP_NONFINITE=has_scaler)
     if not has_scaler:
         constants |= dict(grad_scale_ptr=None, found_inf_ptr=None, total_ptr=None, grad_norm_ptr=None, clip_coef_ptr=None,
                           skipped_ptr=None)

@@ -114,11 +114,6 @@ def rule_named(type_: str) -> str:
     return next(rule for rule, name in _C.rule_types.items() if name.replace(" ", "") == plain)
 
 
-def read_states(rule: str) -> int:
-    """How many states a rule reads: a backup is only written."""
-    return len([name for name in reference.RULES[rule].states if name != "backup"])
-
-
 def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
     """One row per kernel of formats that stand alone."""
     rows = []
@@ -147,8 +142,7 @@ def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
                 "formats": f"{p}/{g}/{s}",
                 **counts,
                 # Packs in flight and the single one, p g and states each; a 4-byte operand of an 8-pack takes two accesses.
-                "wanted_loads_128": sum(pack * BYTES[f] // 16 for f in (p, g, *[s] * read_states(rule)))
-                * (packs + (packs > 1)),
+                "wanted_loads_128": sum(pack * BYTES[f] // 16 for f in (p, g, *[s] * states)) * (packs + (packs > 1)),
                 "wanted_stores_128": sum(pack * BYTES[f] // 16 for f in (p, *[s] * states)) * (packs + (packs > 1)),
                 "special_per_element": special,
                 "bytes_in_flight_per_sm": threads * per_thread,

@@ -203,3 +203,7 @@ DROP_INS = [row for row in CLASSES if row.peer is not None]
 def stock(row: Optimizer):
     """What a row is compared with: torch's class, or where torch has none ours on the reference backend."""
     return row.peer or functools.partial(row.cls, backend="reference")
+
+
+#: Rules that overwrite their parameter or their first state, and so do not load it.
+OVERWRITING = ("average", "perturb", "perturb_adaptive")

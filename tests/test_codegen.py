@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from optimizers import ALL_RULES
+from optimizers import ALL_RULES, OVERWRITING
 
-from precond import _C, reference
+from precond import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
@@ -57,7 +57,7 @@ def test_cuda_kernels_are_wide_exact_and_stay_in_registers(report):
         assert row["registers"] <= MOST_REGISTERS, name
         assert (row["stack"], row["local"]) == (0, 0), name
         assert row["double"] == 0, name
-        assert row["loads_128"] >= row["wanted_loads_128"], name
+        assert row["loads_128"] >= row["wanted_loads_128"] or row["rule"] in OVERWRITING, name
         assert row["stores_128"] == row["wanted_stores_128"], name
         assert row["has_ptx"], name
         assert row["inexact_ptx"] == [], name
@@ -71,14 +71,13 @@ def test_cuda_kernels_of_all_formats_are_wide_and_exact_and_rarely_leave_registe
     assert {row["rule"] for row in rows} == set(_C.rules)
     for row in rows:
         name, states = row["rule"], _C.rules[row["rule"]][1]
-        read = states - ("backup" in reference.RULES[name].states)  # which is only written
         assert row["registers"] <= MOST_TILED_REGISTERS, name
         assert row["stack"] <= (MOST_STACK if states > 2 else 0), name
         assert row["double"] == 0, name
         # fp32 moves by twice 128 bits and what has 16 by once; remainders and codes by 128 or 64.
-        assert row["loads_128"] >= 2 * (2 + read) + 1, name
+        assert row["loads_128"] >= 2 * (2 + states) + 1 or name in OVERWRITING, name
         assert row["stores_128"] >= 2 * (1 + states) + 1, name
-        assert row["loads_64"] >= 1 + read, name
+        assert row["loads_64"] >= 1 + states or name in OVERWRITING, name
         assert row["stores_64"] >= 1 + states, name
         assert row["has_ptx"], name
         assert row["inexact_ptx"] == [], name

@@ -6,7 +6,7 @@ export PRECOND_CUDA_ARCHS ?= 90
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.cpp tests/cpp/*.h bench/*.cu)
-TOOLS := torch triton numpy scipy scikit-learn pybind11 ninja cmake setuptools pytest pytest-xdist pytest-benchmark hypothesis matplotlib \
+TOOLS := torch triton numpy scipy scikit-learn pybind11 ninja cmake setuptools pytest pytest-xdist filelock pytest-benchmark hypothesis matplotlib \
 	tqdm ruff mypy clang-format build
 
 .PHONY: setup build test test-all lint format bench codegen demo gpu sanitize dist clean
@@ -25,12 +25,12 @@ $(VENV)/.built: $(VENV)/.ready $(CPP) CMakeLists.txt setup.py pyproject.toml
 # The push tier: 13 minutes on 2 cores, a worker on each.
 test: build
 	python -m precond
-	python -m pytest -n auto --dist loadgroup -m "not large"
+	python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not large"
 	python -m pytest -q bench --benchmark-enable --benchmark-columns=median,rounds --benchmark-warmup=on
 
 # Everything, the long tests too.
 test-all: build
-	python -m pytest -n auto --dist loadgroup
+	python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 	python -m pytest -q bench --benchmark-enable
 	python -m bench theory
 

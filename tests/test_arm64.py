@@ -13,7 +13,6 @@ from precond import _C
 MISSING = [tool for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64") if shutil.which(tool) is None]
 pytestmark = [
     pytest.mark.source,
-    pytest.mark.xdist_group("core"),  # one process builds
     pytest.mark.skipif(
         bool(MISSING),
         reason=f"{' and '.join(MISSING)} not installed: apt-get install g++-aarch64-linux-gnu qemu-user",

@@ -16,7 +16,6 @@ from precond import _C
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.source,
-    pytest.mark.xdist_group("codegen"),  # one process builds
     pytest.mark.skipif("PRECOND_TEST_EXTENSION" in os.environ, reason="that extension has no machine code for a GPU"),
 ]
 

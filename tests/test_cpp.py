@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
-# One process builds.
-pytestmark = [pytest.mark.source, pytest.mark.xdist_group("core")]
+pytestmark = pytest.mark.source
 
 
 def run(*command, **kwargs):
@@ -24,12 +24,14 @@ def run(*command, **kwargs):
 def build(tmp_path_factory):
     """Sanitized build of the core and its tests; kept under build/, so that a second run compiles only what changed."""
     directory = ROOT / "build" / "sanitize"
-    run(
-        "cmake", "-S", ROOT, "-B", directory, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
-        "-DPRECOND_PYTHON=OFF", "-DPRECOND_TESTS=ON", "-DPRECOND_SANITIZE=address,undefined", "-DPRECOND_CUDA=OFF",
-        "-DPRECOND_CUDA_ON_HOST=OFF",
-    )  # fmt: skip
-    run("cmake", "--build", directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / "lock"):  # tests/test_arm64.py builds it too, perhaps at the same time
+        run(
+            "cmake", "-S", ROOT, "-B", directory, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            "-DPRECOND_PYTHON=OFF", "-DPRECOND_TESTS=ON", "-DPRECOND_SANITIZE=address,undefined", "-DPRECOND_CUDA=OFF",
+            "-DPRECOND_CUDA_ON_HOST=OFF",
+        )  # fmt: skip
+        run("cmake", "--build", directory)
     return directory
 
 

@@ -12,8 +12,7 @@ import sysconfig
 import pytest
 from test_cpp import ROOT, run
 
-# One process builds.
-pytestmark = [pytest.mark.source, pytest.mark.xdist_group("cuda_on_host")]
+pytestmark = pytest.mark.source
 
 
 def build(name, target, *options):

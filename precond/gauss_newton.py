@@ -298,9 +298,9 @@ class GaussNewton(MultiPass):
             >>> opt.state[w]["curvature"].tolist()
             [8.0, 32.0]
         """
-        position, count = 0, sum(len(group["params"]) for group in self.param_groups)
-        if estimates is not None and len(estimates) != count:
-            raise ValueError(f"estimates must be one per parameter, {count}, got {len(estimates)}")
+        position, total = 0, sum(len(group["params"]) for group in self.param_groups)
+        if estimates is not None and len(estimates) != total:
+            raise ValueError(f"estimates must be one per parameter, {total}, got {len(estimates)}")
         for group in self.param_groups:
             if group["curvature"] == "gradient":
                 raise RuntimeError("curvature must be 'gnb' or 'hutchinson' for update_curvature, got 'gradient'")

@@ -68,23 +68,6 @@ int launcher_of(const Tensor& t) {
   return kLaunchers[t.rule][size_t(fast)] != nullptr ? fast : kAny;
 }
 
-// Sends tables to the device in the course of one step.
-struct Upload {
-  Staging* staging;
-  cudaStream_t stream;
-  bool capturing, always;
-  template <class T>
-  void operator()(Table<T>& table) const {
-    table.upload(staging, stream, capturing, always);
-  }
-};
-
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status;
-  PRECOND_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-  return status == cudaStreamCaptureStatusActive;
-}
-
 }  // namespace
 
 struct CudaPlan::Impl {
@@ -93,7 +76,6 @@ struct CudaPlan::Impl {
   int device;
   int launches = 0;
   bool was_captured = false;
-  Staging staging;
   Table<DeviceTensor> tensors;
   Table<DeviceChunk> chunks;
   Table<Strides> strides;
@@ -114,26 +96,36 @@ struct CudaPlan::Impl {
   void cut(const Plan& plan);
   void describe(const Plan& plan, const std::vector<GroupRow>& group_rows, bool row_per_tensor);
   void scalars_on_device(const Plan& plan, const std::vector<GroupRow>& group_rows, const DeviceStep& step);
-  void upload_tensors(const Upload& upload);
-  void measure(const Plan& plan, const Clip& clip, const Upload& upload);
+  Use use_of(uintptr_t stream);
+  void upload_tensors(const Use& use);
+  void measure(const Plan& plan, const Clip& clip, const Use& use);
 };
 
-void CudaPlan::Impl::upload_tensors(const Upload& upload) {
-  upload(tensors);
-  upload(chunks);
-  upload(strides);
+// Called first by whatever enqueues work, in the relaxed mode of capture.
+Use CudaPlan::Impl::use_of(uintptr_t handle) {
+  const auto stream = reinterpret_cast<cudaStream_t>(handle);
+  const bool capturing = is_capturing(stream);
+  was_captured = was_captured || capturing;
+  if (!capturing) Discarded::of_process().free_all();
+  return {stream, capturing, was_captured};
+}
+
+void CudaPlan::Impl::upload_tensors(const Use& use) {
+  tensors.upload(use);
+  chunks.upload(use);
+  strides.upload(use);
 }
 
 // The tables of tensors and chunks are there.
-void CudaPlan::Impl::measure(const Plan& plan, const Clip& clip, const Upload& upload) {
+void CudaPlan::Impl::measure(const Plan& plan, const Clip& clip, const Use& use) {
   const NormTable table = norm_table(plan, clip.classes);
   norm_first.host = table.first;
-  upload(norm_first);
+  norm_first.upload(use);
   const int64_t blocks = table.begin.back();
   // Behind the sums of blocks those of blocks of sums, which are never as many.
-  double* sums = norm_sums.room_for(size_t(2 * blocks + 2));
+  double* sums = norm_sums.room_for(size_t(2 * blocks + 2), use);
   if (!chunks.host.empty())
-    launch(&norm_kernel, int64_t(chunks.host.size()), kThreads, upload.stream,
+    launch(&norm_kernel, int64_t(chunks.host.size()), kThreads, use.stream,
            static_cast<const DeviceTensor*>(tensors.device()), static_cast<const DeviceChunk*>(chunks.device()),
            static_cast<const Strides*>(strides.device()), static_cast<const int64_t*>(norm_first.device()), clip.inf,
            sums);
@@ -145,7 +137,7 @@ void CudaPlan::Impl::measure(const Plan& plan, const Clip& clip, const Upload& u
     while (true) {
       const int64_t folded = n > kNormBlock ? (n + kNormBlock - 1) / kNormBlock : 1;
       double* out = folded == 1 ? clip.total + c : spare;
-      launch(&fold_kernel, folded, kThreads, upload.stream, in, n, clip.inf, out);
+      launch(&fold_kernel, folded, kThreads, use.stream, in, n, clip.inf, out);
       ++launches;
       if (folded == 1) break;
       in = out;
@@ -225,9 +217,9 @@ void CudaPlan::Impl::scalars_on_device(const Plan& plan, const std::vector<Group
 
 void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const DeviceStep& step) {
   Impl& my = *impl_;
-  const DeviceGuard guard(my.device);
-  const auto stream = reinterpret_cast<cudaStream_t>(step.stream);
-  const bool capturing = is_capturing(stream);
+  require_current(my.device);
+  const RelaxedCapture relaxed;
+  const Use use = my.use_of(step.stream);
 
   const bool may_skip = step.found_inf != nullptr || (step.clip.total != nullptr && step.clip.skip_nonfinite);
   bool on_device = !step.overrides.empty() || step.grad_scale != nullptr || may_skip || step.clip.total != nullptr;
@@ -238,13 +230,12 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
     on_device = on_device || t.step_on_device;
     counters_on_device = counters_on_device && t.step_on_device;
   }
-  if (capturing && !counters_on_device)
+  if (use.capturing && !counters_on_device)
     throw std::runtime_error(
         "capturable must be True to capture a step into a graph: the step counters are on the host");
   if (may_skip && !counters_on_device)
     throw std::runtime_error(
-        "fused must be True in every group for a loss scaler's found_inf and for nonfinite='skip': step counters are "
-        "on "
+        "fused must be True in every group for a loss scaler's found_inf and for nonfinite='skip': step counters are on "
         "the host");
 
   my.cut(*plan);
@@ -253,69 +244,72 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
   else
     my.rows.host = plan->fill_rows(groups);
   my.describe(*plan, groups, on_device);
-  const bool always = my.was_captured || capturing;
-  const Upload upload{&my.staging, stream, capturing, always};
-  my.upload_tensors(upload);
+  my.upload_tensors(use);
   my.launches = 0;
-  if (step.clip.measure) my.measure(*plan, step.clip, upload);
+  if (step.clip.measure) my.measure(*plan, step.clip, use);
   if (on_device) {
-    upload(my.jobs);
-    upload(my.groups);
-    upload(my.overrides);
+    my.jobs.upload(use);
+    my.groups.upload(use);
+    my.overrides.upload(use);
     const int64_t count = plan->size();
-    Control* control = my.control.room_for(1);
-    float* rows = my.rows.room_for(size_t(count) * kRowFloats);
-    launch(&control_kernel, 1, 1, stream, step.grad_scale, step.found_inf, step.grad_coef, step.clip_value, step.clip,
+    Control* control = my.control.room_for(1, use);
+    float* rows = my.rows.room_for(size_t(count) * kRowFloats, use);
+    launch(&control_kernel, 1, 1, use.stream, step.grad_scale, step.found_inf, step.grad_coef, step.clip_value, step.clip,
            control);
-    launch(&row_kernel, (count + 127) / 128, 128, stream, static_cast<const RowJob*>(my.jobs.device()), int32_t(count),
+    launch(&row_kernel, (count + 127) / 128, 128, use.stream, static_cast<const RowJob*>(my.jobs.device()), int32_t(count),
            static_cast<const DeviceGroup*>(my.groups.device()), static_cast<const Override*>(my.overrides.device()),
            int32_t(step.overrides.size()), static_cast<const Control*>(control), rows);
     my.launches += 2;
   } else {
     my.control.host = {Control{step.grad_coef, 0.0f, step.clip_value}};
-    upload(my.control);
-    upload(my.rows);
+    my.control.upload(use);
+    my.rows.upload(use);
   }
   for (const Impl::Bucket& bucket : my.buckets) {
     const Launcher launcher =
         bucket.launcher == kTiled ? tiled_launcher(bucket.rule) : kLaunchers[bucket.rule][size_t(bucket.launcher)];
     launcher({my.tensors.device(), my.chunks.device() + bucket.first, my.strides.device(), my.rows.device(),
-              my.control.device(), bucket.count, stream});
+              my.control.device(), bucket.count, use.stream});
     ++my.launches;
   }
-  my.was_captured = always;
   plan->count_step();
 }
 
 void CudaPlan::norm(const Plan& plan, const std::vector<GroupRow>& groups, const DeviceStep& step) {
   Impl& my = *impl_;
-  const DeviceGuard guard(my.device);
-  const auto stream = reinterpret_cast<cudaStream_t>(step.stream);
-  const bool capturing = is_capturing(stream);
-  const Upload upload{&my.staging, stream, capturing, my.was_captured || capturing};
+  require_current(my.device);
+  const RelaxedCapture relaxed;
+  const Use use = my.use_of(step.stream);
   my.cut(plan);
   my.describe(plan, groups, true);
-  my.upload_tensors(upload);
-  my.measure(plan, step.clip, upload);
+  my.upload_tensors(use);
+  my.measure(plan, step.clip, use);
 }
 
 CudaPlan::CudaPlan(int device) : impl_(std::make_unique<Impl>(device)) {}
 
-CudaPlan::~CudaPlan() {
-  int before = 0;
-  if (cudaGetDevice(&before) != cudaSuccess) return;
-  cudaSetDevice(impl_->device);
-  impl_.reset();
-  cudaSetDevice(before);
-}
+CudaPlan::~CudaPlan() = default;
 
 int CudaPlan::launches() const { return impl_->launches; }
+
+bool CudaPlan::was_captured() const { return impl_->was_captured; }
 
 std::string why_no_cuda() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) return std::string("no CUDA device: ") + cudaGetErrorString(error);
   return count > 0 ? "" : "no CUDA device";
+}
+
+std::string why_not_on(int device) {
+  require_current(device);
+  const RelaxedCapture relaxed;
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&control_kernel));
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // said here
+  return "the extension has " + std::string(PRECOND_CUDA) + ", and nothing that device " + std::to_string(device) +
+         " can run: " + cudaGetErrorString(error);
 }
 
 }  // namespace precond

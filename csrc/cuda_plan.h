@@ -17,6 +17,7 @@ struct Override {
   const void* value;
   int32_t group, index;
   int32_t is_double;
+  int32_t padding = 0;  // tables are compared as bytes
 };
 
 // What a step on a device is given besides the groups.
@@ -32,9 +33,12 @@ struct DeviceStep {
 
 // Empty if a CUDA device can be used, else why not.
 std::string why_no_cuda();
+// Empty if this build has code for a device, which must be current, else why not.
+std::string why_not_on(int device);
 
 class CudaPlan {
  public:
+  // The device must be current in every call.
   explicit CudaPlan(int device);
   ~CudaPlan();
   CudaPlan(const CudaPlan&) = delete;
@@ -45,6 +49,8 @@ class CudaPlan {
   void norm(const Plan& plan, const std::vector<GroupRow>& groups, const DeviceStep& step);
   // Launches of the last step: updates, the prologue's and those of a norm that the step measured.
   int launches() const;
+  // True once a step was captured into a graph, whose replays need this plan's memory.
+  bool was_captured() const;
 
  private:
   struct Impl;

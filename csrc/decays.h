@@ -3,7 +3,7 @@
 // den = 1 / P^2 and the statistic v behind it, and returns the new p.
 #pragma once
 
-#include "math.h"
+#include "arithmetic.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {

@@ -3,7 +3,7 @@
 // stochastically: to nearest, a decaying mean would stop at a few codes and a second moment would never decay.
 #pragma once
 
-#include "math.h"
+#include "arithmetic.h"
 #include "storing.h"
 
 namespace precond {

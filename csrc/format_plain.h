@@ -1,7 +1,7 @@
 // fp32, bf16 and fp16, rounded to nearest: what torch has a dtype for.
 #pragma once
 
-#include "math.h"
+#include "arithmetic.h"
 #include "storing.h"
 
 namespace precond {

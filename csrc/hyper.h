@@ -2,7 +2,7 @@
 // names.
 #pragma once
 
-#include "math.h"
+#include "arithmetic.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {

@@ -2,7 +2,7 @@
 // inf and NaN stay what h' makes of them.
 #pragma once
 
-#include "math.h"
+#include "arithmetic.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {

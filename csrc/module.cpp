@@ -77,9 +77,12 @@ PYBIND11_MODULE(_C, m) {
 #if defined(PRECOND_CUDA)
   m.attr("cuda") = PRECOND_CUDA;
   m.def("why_no_cuda", &why_no_cuda);
+  m.def("why_not_on", &why_not_on, py::arg("device"));
 #else
   m.attr("cuda") = "";
-  m.def("why_no_cuda", [] { return std::string("the extension was built without CUDA: " PRECOND_WHY_NO_CUDA); });
+  const auto why_no_cuda = [] { return std::string("the extension was built without CUDA: " PRECOND_WHY_NO_CUDA); };
+  m.def("why_no_cuda", why_no_cuda);
+  m.def("why_not_on", [=](int) { return why_no_cuda(); }, py::arg("device"));
 #endif
 #if defined(PRECOND_CUDA_ON_HOST)
   m.attr("cuda_on_host") = true;
@@ -137,5 +140,6 @@ PYBIND11_MODULE(_C, m) {
       .def("run_cuda", &TensorPlan::run_cuda, py::arg("grad_coef"), py::arg("clip_value"), py::arg("clip"),
            py::arg("grad_scale"), py::arg("found_inf"), py::arg("stream"))
       .def_property_readonly("skipped", &TensorPlan::skipped)
-      .def_property_readonly("launches", &TensorPlan::launches);
+      .def_property_readonly("launches", &TensorPlan::launches)
+      .def_property_readonly("was_captured", &TensorPlan::was_captured);
 }

@@ -2,7 +2,7 @@
 // they depend on neither launch nor sharding and no two parameters share a stream.
 #pragma once
 
-#include "math.h"
+#include "arithmetic.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {

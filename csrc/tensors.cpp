@@ -491,6 +491,7 @@ py::list TensorPlan::run_cuda(float grad_coef, float clip_value, const Clip& cli
   return updated();
 }
 int TensorPlan::launches() const { return cuda_ ? cuda_->launches() : 1; }
+bool TensorPlan::was_captured() const { return cuda_ && cuda_->was_captured(); }
 #else
 void TensorPlan::norm_cuda(const Clip&, uintptr_t) {
   throw std::invalid_argument("this extension was built without CUDA");
@@ -499,6 +500,7 @@ py::list TensorPlan::run_cuda(float, float, const Clip&, uintptr_t, uintptr_t, u
   throw std::invalid_argument("this extension was built without CUDA");
 }
 int TensorPlan::launches() const { return 1; }
+bool TensorPlan::was_captured() const { return false; }
 #endif
 
 }  // namespace precond

@@ -53,6 +53,7 @@ class TensorPlan {
                     uintptr_t stream);
   bool skipped() const { return skipped_; }
   int launches() const;
+  bool was_captured() const;
 
   Plan& plan() { return plan_; }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -65,6 +67,22 @@ def why_not(backend: str) -> str:
     return ""
 
 
+@functools.cache
+def why_not_on(index: int) -> str:
+    """Why the CUDA backend cannot use this device: no GPU, or none that the extension has code for. Empty if it can."""
+    if reason := why_not("cuda"):
+        return reason
+    assert _C is not None
+    with current(torch.device("cuda", index)):
+        return str(_C.why_not_on(index))
+
+
+def sent(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on a device. ``torch.tensor(..., device=...)`` would wait for the device."""
+    host = torch.tensor(values, dtype=dtype, device="cpu")
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 def on_device(value: object) -> bool:
     """True for a tensor that must not be read by the host, because that would wait for the device."""
     return isinstance(value, Tensor) and (value.device.type != "cpu" or cuda_on_host())
@@ -73,6 +91,11 @@ def on_device(value: object) -> bool:
 def current_stream(device: torch.device) -> int:
     """The handle of torch's current stream on a device."""
     return 0 if cuda_on_host() else int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes a CUDA device current, and then the one before, on which torch makes no context for that."""
+    return contextlib.nullcontext() if cuda_on_host() else torch.cuda.device(device)
 
 
 def is_side_stream(device: torch.device, stream: int) -> bool:
@@ -117,7 +140,9 @@ def choose(backend: str | None, tensors: list[Tensor]) -> str:
         if unfit is None and device == "cpu" and not why_not("cpu"):
             return "cpu"
         if unfit is None and device == "cuda":
-            return next((name for name in ("cuda", "triton") if not why_not(name)), "reference")
+            if not why_not_on(tensors[0].device.index):
+                return "cuda"
+            return "triton" if not why_not("triton") else "reference"
         return "reference"
     wanted = {"cpu": "cpu", "cuda": "cpu" if cuda_on_host() else "cuda", "triton": "cpu" if interpreting() else "cuda"}
     if backend in wanted and (unfit is not None or device != wanted[backend]):
@@ -127,4 +152,6 @@ def choose(backend: str | None, tensors: list[Tensor]) -> str:
             f"that lie in memory as their strides say, got a {type(bad).__name__} of {bad.dtype} on {bad.device}; "
             "backend=None or 'reference' takes it"
         )
+    if backend == "cuda" and (reason := why_not_on(tensors[0].device.index or 0)):
+        raise RuntimeError(f"backend='cuda' cannot run here: {reason}; backend=None or 'triton' can")
     return backend

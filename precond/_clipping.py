@@ -228,7 +228,8 @@ def parts_of_norms(plan: StepPlan, optimizer: FusedOptimizer, inf: bool) -> Iter
         if backend == "cpu":
             compiled.norm(clip, torch.get_num_threads())
         else:
-            compiled.norm_cuda(clip, _backend.current_stream(device))
+            with _backend.current(device):
+                compiled.norm_cuda(clip, _backend.current_stream(device))
         yield part
     for_triton: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
     for slow in plan.slow:

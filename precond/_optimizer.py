@@ -59,6 +59,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     #: What a parameter is updated with where that is not its ``.grad``: a method that rotates gradients fills it for a step.
     _inputs: dict[Tensor, Tensor]
     _report: Report | None
+    #: Compiled plans that graphs were captured from. A replay needs their memory, also when there is a newer plan.
+    _captured: list[Any]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, settings: Settings) -> None:
         self._own = own_settings(type(self).__name__, settings)
@@ -269,8 +271,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _make_counter(self, p: Tensor, group: dict[str, Any]) -> None:
         step = self.state[p].get("step", 0.0)
         device = p.device if p.device.type != "cpu" and self._step_on_device(group, "cuda") else torch.device("cpu")
-        if not is_counter(step, p, device):
-            self.state[p]["step"] = torch.tensor(float(step), dtype=counter_dtype(p), device=device)
+        if is_counter(step, p, device):
+            return
+        if isinstance(step, Tensor):
+            self.state[p]["step"] = step.detach().to(device, counter_dtype(p), copy=True).reshape(())
+        else:  # not torch.tensor(), which would wait for the device, once per parameter
+            self.state[p]["step"] = torch.full((), float(step), dtype=counter_dtype(p), device=device)
 
     def _new_state(self, p: Tensor, name: str, group: dict[str, Any]) -> dict[str, Tensor]:
         """A state with its initial value, and what lies beside it."""
@@ -466,6 +472,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._versions = {}
         self._warned = False
         self._report = self.__dict__.get("_report")
+        self._captured = self.__dict__.get("_captured", [])
         # GradScaler then leaves unscaling and skipping to the step. Only on request: Lightning refuses to clip otherwise.
         if self.defaults.get("fused"):
             self._step_supports_amp_scaling = True

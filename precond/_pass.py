@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _backend
 from ._clipping import NormClasses, combined, parts_of_norms
 from ._optimizer import FusedOptimizer
 from ._plan import Control, Row, StepPlan
@@ -73,12 +74,12 @@ class Pass(FusedOptimizer):
         plan.new = False
         self._keep(key, plan)
         self._inputs = {}
+        numbers = _backend.sent(classes, torch.int64, found.device)
         if any(shards):
             for i, groups in enumerate(shards):
                 reduce(found[i : i + 1], groups.values())
-            numbers = torch.tensor(classes, device=found.device)
             found = found.new_zeros(max(classes) + 1).index_add_(0, numbers, found)
-        return found[torch.tensor(classes, device=found.device)]
+        return found[numbers]
 
     def _take(self, jobs: list[Job]) -> None:
         if len(jobs) != len(self.param_groups) or any(
@@ -173,6 +174,7 @@ class MultiPass(FusedOptimizer):
         """The pass of a rule, for those who call it once per group: of a group."""
         if (rule, of) not in self._passes:
             self._passes[rule, of] = Pass(rule, names, self._own["backend"], counts)
+            self._passes[rule, of]._captured = self._captured
         return self._passes[rule, of]
 
     def _gradients(self, group: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:

@@ -42,24 +42,28 @@ class Control(NamedTuple):
     clip_value: float
 
 
-def table_of(rows: list[Row], device: bool) -> list[tuple[int, float, tuple[float, ...], list[tuple[int, int, int]]]]:
-    """Rows as the compiled plan takes them; tensors become addresses where ``device`` is true, else numbers."""
+def table_of(rows: list[Row], device: torch.device | None) -> tuple[list[Any], list[Tensor]]:
+    """Rows as a compiled plan takes them. For a plan on a device tensors become addresses, else numbers; also returned are the
+    tensors at these addresses: copies of those that are on another device.
+    """
     assert _backend._C is not None
-    table = []
+    table: list[tuple[int, float, tuple[float, ...], list[tuple[int, int, int]]]] = []
+    used = []
     for rule, sign, hyper in rows:
         number, _, names, _ = _backend._C.rules[rule]
         values, overrides = [], []
         for index, name in enumerate(names):
             value = hyper[name]
-            if device and isinstance(value, Tensor):
+            if device is not None and isinstance(value, Tensor):
                 if value.dtype not in (torch.float32, torch.float64):
                     raise TypeError(f"{name} must be a float32 or float64 tensor, got {value.dtype}")
-                overrides.append((index, value.data_ptr(), int(value.dtype == torch.float64)))
+                used.append(value.to(device, non_blocking=True))
+                overrides.append((index, used[-1].data_ptr(), int(value.dtype == torch.float64)))
                 values.append(0.0)
             else:
                 values.append(float(value))
         table.append((number, sign, tuple(values), overrides))
-    return table
+    return table, used
 
 
 def counter_dtype(p: Tensor) -> torch.dtype:
@@ -168,6 +172,7 @@ class StepPlan:
         self.formats = _formats_of(optimizer)
         self.slow: list[Slow] = []
         self.compiled: list[Compiled] = []
+        self.hyper_tensors: list[Tensor] = []  # whose addresses the compiled plans have
         self.has_wrappers = any(local(p) is not p for group in optimizer.param_groups for p in group["params"])
         self.fast = fast = self._check(optimizer, rows)
         wants_norm = optimizer._own["max_grad_norm"] is not None
@@ -284,8 +289,10 @@ class StepPlan:
 
     def refresh(self, optimizer: FusedOptimizer, rows: list[Row]) -> bool:
         """Bring the compiled plans up to this step. False where one no longer holds."""
-        for backend, _, plan in self.compiled:
-            table = table_of(rows, backend == "cuda")
+        self.hyper_tensors = []
+        for backend, device, plan in self.compiled:
+            table, used = table_of(rows, device if backend == "cuda" else None)
+            self.hyper_tensors += used
             if not plan.refresh(optimizer.param_groups, optimizer.state, optimizer._inputs, table):
                 return False
         return True
@@ -340,7 +347,10 @@ class StepPlan:
                 scaler = [None if t is None else t.to(device) for t in (control.grad_scale, control.found_inf)]
                 stream = _backend.current_stream(device)
                 addresses = [0 if t is None else t.data_ptr() for t in scaler]
-                updated += plan.run_cuda(control.grad_coef, control.clip_value, clip.compiled(), *addresses, stream)
+                with _backend.current(device):
+                    updated += plan.run_cuda(control.grad_coef, control.clip_value, clip.compiled(), *addresses, stream)
+                if plan.was_captured and not any(plan is kept for kept in optimizer._captured):
+                    optimizer._captured.append(plan)
                 if _backend.is_side_stream(device, stream):
                     # The gradients' memory may belong to another stream: not to be reused before this one has read it.
                     for p in optimizer._given(device):

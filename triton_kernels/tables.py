@@ -32,6 +32,9 @@ _TABLES_KEPT = 256
 
 def table(key: Hashable, values: list, make: Callable[[list], Tensor], device: torch.device) -> Tensor:
     """A table made from these values, in device memory: the one of the last step if they are the same. Does not wait."""
+    if device.type == "cuda":
+        # A table of another stream may not have arrived yet, and its memory may be used again before this stream has read it.
+        key = (torch.cuda.current_stream(device).cuda_stream, key)
     kept = _tables.pop(key, None)
     if kept is None or kept[0] != values:
         with torch.device("cpu"):

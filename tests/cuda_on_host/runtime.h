@@ -82,7 +82,7 @@ struct Runtime {
   int allocations = 0;              // ever made
 };
 inline Runtime& runtime() {
-  static Runtime all;
+  static Runtime& all = *new Runtime;  // never destroyed, as a driver
   return all;
 }
 using Lock = std::lock_guard<std::recursive_mutex>;

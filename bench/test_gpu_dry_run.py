@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import ROOT, gpu, timing
+from bench import ROOT, exact, gpu, timing
 
 
 def bench(*arguments):
@@ -142,3 +142,12 @@ def test_a_contender_that_fails_while_timed_leaves_the_others(device):
     assert list(times) == ["works"]
     assert list(failed) == ["breaks"]
     assert times["works"].device == pytest.approx([1.0] * 5)
+
+
+def test_a_dry_run_of_the_cost_of_exactness(tmp_path):
+    arguments = ("exact", "--device", "cpu", "--out", tmp_path, "--rounds", 1)
+    assert "3 of 3 cases to measure" in bench(*arguments)
+    results = json.loads((tmp_path / "dry-run-exact.json").read_text())["results"]
+    assert [result["case"] for result in results] == list(exact.CASES)
+    assert all(result["ratio"] > 0 for result in results)
+    assert "0 of 3 cases to measure" in bench(*arguments)

@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
     for result in results.results(names):
         print(f"{result['case']}: {result['error'] if 'error' in result else line(result)}")
     if failed := results.failed(names):
-        raise SystemExit(f"bench exact: failed or not measured: {', '.join(failed)}")
+        raise SystemExit(f"bench exact: failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

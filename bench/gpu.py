@@ -323,7 +323,7 @@ def run(arguments: argparse.Namespace) -> None:
         if "error" in row and name.startswith("precond ")
     )
     if failed:
-        raise SystemExit(f"bench gpu: failed or not measured: {'; '.join(failed)}")
+        raise SystemExit(f"bench gpu: failed: {'; '.join(failed)}")
 
 
 def measure(

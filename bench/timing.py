@@ -204,6 +204,12 @@ def interleaved(contenders: dict[str, Callable[[], object]], seconds: float, lea
     return times
 
 
+def ms_quartiles(times: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The lower and the upper quartile in milliseconds of what ``interleaved`` gives."""
+    found = {name: quartiles(values) for name, values in times.items()}
+    return {name: [low * 1e3, high * 1e3] for name, (low, _, high) in found.items()}
+
+
 def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
     """Median of the ratios of neighbouring runs: what disturbs the machine disturbs both."""
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))

@@ -320,6 +320,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_parity(quick)
         results.run["copy_gb_per_s"] = copy_bandwidth()
     results.measure({name: measures[name] for name in names}, line, end=end)
-    print(f"\n{results.run}\n\n{table(results.results(measures))}\n\nwritten to {path}")
+    print(f"\n{results.run}\n\n{table(results.results(measures))}\n")
+    print(f"{results.others(measures)}written to {path}")
     if failed := results.failed(names):
         raise SystemExit(f"bench cpu: failed: {'; '.join(failed)}")

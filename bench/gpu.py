@@ -313,6 +313,8 @@ def run(arguments: argparse.Namespace) -> None:
         measure(results, {name: by_name[name] for name in names}, clock, arguments, (scale, rounds, tier, end))
     known = results.results(by_name)
     text = f"# {results.run['environment']['device']}\n\n`python -m bench gpu`, {results.run}\n\n{table(known)}\n"
+    if others := results.others(by_name):
+        text += f"\n{others}"
     record.write(path.with_suffix(".md"), text)
     print(f"{text}\nwritten to {path}")
     failed = results.failed(names) + sorted(

@@ -61,36 +61,40 @@ class Record:
         # As JSON gives them back, so that they compare equal.
         environment, settings = json.loads(json.dumps([environment, settings]))
         report = json.loads(path.read_text()) if path.exists() else {}
-        self.runs: list[dict[str, Any]] = report.get("runs", [])
-        self.by_name: dict[str, dict[str, Any]] = {r["case"]: r for r in report.get("results", []) if "run" in r}
-        same = [run for run in self.runs if (run["environment"], run["settings"]) == (environment, settings)]
+        runs = report.get("runs", [])
+        #: Each result with the run that it comes from; in the file a run is its position.
+        self.by_name = {r["case"]: (runs[r.pop("run")], r) for r in report.get("results", []) if "run" in r}
+        same = [run for run in runs if (run["environment"], run["settings"]) == (environment, settings)]
         if same and not fresh:
-            self.run = same[0]
+            self.run = same[-1]
         else:
             self.run = {"environment": environment, "settings": settings, "date": time.strftime("%Y-%m-%d")}
-            self.runs.append(self.run)
 
     def has(self, name: str) -> bool:
-        result = self.by_name.get(name)
-        return result is not None and self.runs[result["run"]] is self.run and "error" not in result
+        run, result = self.by_name.get(name, ({}, {}))
+        return run is self.run and "error" not in result
 
     def add(self, name: str, result: dict[str, Any]) -> None:
-        self.by_name[name] = {"case": name, **result, "run": self.runs.index(self.run)}
+        self.by_name[name] = (self.run, {"case": name, **result})
         self.save()
 
     def save(self) -> None:
-        used = [
-            run for k, run in enumerate(self.runs) if run is self.run or k in {r["run"] for r in self.by_name.values()}
-        ]
-        moved = {k: next((i for i, kept in enumerate(used) if kept is run), -1) for k, run in enumerate(self.runs)}
-        for result in self.by_name.values():
-            result["run"] = moved[result["run"]]
-        self.runs = used
-        write(self.path, json.dumps({"runs": used, "results": list(self.by_name.values())}, indent=1) + "\n")
+        runs: list[dict[str, Any]] = []
+        for run in [*(run for run, _ in self.by_name.values()), self.run]:
+            if not any(run is other for other in runs):
+                runs.append(run)
+        position = {id(run): k for k, run in enumerate(runs)}
+        results = [{**result, "run": position[id(run)]} for run, result in self.by_name.values()]
+        write(self.path, json.dumps({"runs": runs, "results": results}, indent=1) + "\n")
 
     def results(self, names: Iterable[str]) -> list[dict[str, Any]]:
         """What is known of these cases, in their order."""
-        return [self.by_name[name] for name in names if name in self.by_name]
+        return [self.by_name[name][1] for name in names if name in self.by_name]
+
+    def others(self, names: Iterable[str]) -> str:
+        """A line on results of other runs, empty if there are none: what is under a table that shows them too."""
+        found = [name for name in names if name in self.by_name and self.by_name[name][0] is not self.run]
+        return f"Of another run, whose environment is in {self.path.name}: {'; '.join(found)}.\n" if found else ""
 
     def measure(
         self,
@@ -111,7 +115,7 @@ class Record:
             except Exception as error:
                 result = {"error": short(error)}
             self.add(name, result)
-            text = f"error: {result['error']}" if "error" in result else line(self.by_name[name])
+            text = f"error: {result['error']}" if "error" in result else line(result)
             tqdm.write(f"{name}: {text}")
             sys.stdout.flush()
             if text.startswith("error: DeviceLost"):
@@ -119,7 +123,7 @@ class Record:
 
     def failed(self, names: Iterable[str]) -> list[str]:
         """Cases with an error."""
-        return [name for name in names if "error" in self.by_name.get(name, {})]
+        return [result["case"] for result in self.results(names) if "error" in result]
 
 
 def short(error: BaseException) -> str:

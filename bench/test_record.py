@@ -49,11 +49,15 @@ def test_results_of_another_environment_or_setting_are_kept_until_they_are_measu
     path, log = tmp_path / "results.json", []
     cases = {name: case(name, log) for name in ("one", "two")}
     record.Record(path, {"cpu": "a"}, {"seconds": 1}).measure(cases, line)
-    record.Record(path, *other).measure({"two": case("two", log, 2.0)}, line)
+    later = record.Record(path, *other)
+    later.measure({"two": case("two", log, 2.0)}, line)
+    assert later.others(cases) == "Of another run, whose environment is in results.json: one.\n"
     report = json.loads(path.read_text())
     assert [(result["ms"], result["run"]) for result in report["results"]] == [(1.0, 0), (2.0, 1)]
     assert [(run["environment"], run["settings"]) for run in report["runs"]] == [({"cpu": "a"}, {"seconds": 1}), other]
-    record.Record(path, *other).measure({"one": case("one", log, 3.0)}, line)
+    later = record.Record(path, *other)
+    later.measure({"one": case("one", log, 3.0)}, line)
+    assert not later.others(cases)
     report = json.loads(path.read_text())
     assert [(result["ms"], result["run"]) for result in report["results"]] == [(3.0, 0), (2.0, 0)]
     assert len(report["runs"]) == 1

@@ -1,27 +1,26 @@
 """Set-up that must precede imports, and shared fixtures."""
 
-import importlib.util
 import os
-import sys
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads of one worker that wait for work would spin on the core of another.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import device
 import pytest
 import torch
 
-# Another build of the extension stands in for the installed one: tests/test_cuda_on_host.py.
-if path := os.environ.get("PRECOND_TEST_EXTENSION"):
-    spec = importlib.util.spec_from_file_location("precond._C", path)
-    sys.modules["precond._C"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["precond._C"])
+device.stand_in_extension()  # tests/test_cuda_on_host.py
 
 
 def pytest_configure(config):
-    """The table trains bf16 with betas[1] = 0.999 on purpose. In pyproject.toml it would import precond too early."""
+    """Warnings that tests expect. In pyproject.toml the first would import precond too early."""
+    # The table trains bf16 with betas[1] = 0.999 on purpose.
     config.addinivalue_line("filterwarnings", "ignore::precond.PrecisionWarning")
+    # What torch says, once per process, of looking for host syncs on a GPU, and of a capture that an error ended.
+    config.addinivalue_line("filterwarnings", "ignore:Synchronization debug mode is a prototype feature")
+    config.addinivalue_line("filterwarnings", "ignore:The CUDA Graph is empty")
 
 
 @pytest.fixture(autouse=True)

@@ -64,6 +64,8 @@ def extension():
         ("test_plan.py", "not temporary and not gil and not set_num_threads and not another_dtype"),
         ("test_checkpoints.py", ""),
         ("test_device_scalars.py", ""),
+        ("test_devices.py", ""),
+        ("test_gpu.py", ""),
         ("test_formats_cuda.py", "not rule_and_format"),
         ("test_clipping.py", ""),
         # Emulated blocks with barriers are slow: not ten thousand steps, not all rules once more.

@@ -1,9 +1,15 @@
-"""On a real GPU: the same bits as the CPU, graphs, streams, large tensors. Run by ``make gpu``; nothing here runs without one."""
+"""On a CUDA device: the same bits as the CPU, graphs, streams, large tensors.
+
+On a GPU (``.ci/gpu``), and on every push on the emulated device of tests/cuda_on_host, by test_cuda_on_host.py. What is marked
+``gpu`` needs what the emulation has not.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 
+import device
 import pytest
 import torch
 from cases import LAYOUTS, bits_equal, gradient, guarded, nasty_values, random_values
@@ -12,10 +18,22 @@ from optimizers import ALL_RULES, BY_STATES, CLASSES, OPTIMIZERS
 import precond
 from precond import _backend
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
+CUDA = device.device()
+EMULATED = CUDA is None or CUDA.emulated
+pytestmark = pytest.mark.skipif(
+    CUDA is None, reason="needs a CUDA device: run by tests/test_cuda_on_host.py and .ci/gpu"
+)
+
+
+def needs(hardware):
+    """A mark for what the emulated device has not."""
+
+    def mark(test):
+        return pytest.mark.gpu(pytest.mark.skipif(EMULATED, reason=f"needs {hardware}")(test))
+
+    return mark
+
+
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 backends = pytest.mark.parametrize(
     "backend",
@@ -23,21 +41,23 @@ backends = pytest.mark.parametrize(
         pytest.param(name, marks=pytest.mark.skipif(bool(_backend.why_not(name)), reason=name))
         for name in ("cuda", "triton")
     ]
-    if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "0"
+    if not EMULATED and os.environ.get("TRITON_INTERPRET") == "0"
     else ["cuda"],
 )
+# The emulation runs a block's threads one after the other.
+STEPS = 3 if EMULATED else 20
 SIZES = [1, 3, 64, 255, 1023, 1024, 1025, 8191, 8192, 8193, 100_003]
 
 
-def steps(row, backend, dtype, make, count=20):
+def steps(row, backend, dtype, make, count=STEPS):
     torch.manual_seed(7)
-    device = "cpu" if backend == "cpu" else "cuda"
+    where = "cpu" if backend == "cpu" else CUDA.name
     values = [make(n).to(dtype) for n in SIZES]
-    params = [torch.nn.Parameter(v.to(device, copy=True)) for v in values]
+    params = [torch.nn.Parameter(v.to(where, copy=True)) for v in values]
     optimizer = row.cls(params, **row.kwargs, backend=backend)
     for _ in range(count):
         for p in params:
-            p.grad = make(p.numel()).to(dtype).to(device)
+            p.grad = make(p.numel()).to(dtype).to(where)
         optimizer.step()
     return [t.cpu() for p in params for t in (p.detach(), *optimizer._states(p, row.rule).values())]
 
@@ -57,54 +77,103 @@ def test_the_bits_of_the_cpu(row, backend, dtype, make):
 def test_every_layout(row, backend, layout):
     values, grads = random_values((4, 6, 5, 7)), [random_values((4, 6, 5, 7)) for _ in range(3)]
     results = []
-    for name, device in ((backend, "cuda"), ("cpu", "cpu")):
+    for name, where in ((backend, CUDA.name), ("cpu", "cpu")):
         p = guarded(values, layout).tensor
         last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
         begin = 1 if layout == "offset" else 0  # memory from an allocator is aligned
-        memory = torch.empty(begin + last + 1, device=device)
+        memory = torch.empty(begin + last + 1, device=where)
         p = memory.as_strided(p.shape, p.stride(), begin).copy_(p).requires_grad_()
         optimizer = row.cls([p], **row.kwargs, backend=name)
         for g in grads:
-            p.grad = gradient(g, "transposed", p).to(device)
+            p.grad = gradient(g, "transposed", p).to(where)
             optimizer.step()
         results.append(p.detach().cpu())
     assert bits_equal(*results)
 
 
+def warmed_up(step):
+    """Three steps on a stream of their own, as torch asks for before a capture."""
+    stream = CUDA.new_stream()
+    with CUDA.on(stream):
+        for _ in range(3):
+            step()
+
+
+@pytest.mark.capture
 def test_a_captured_graph_replays_with_a_changing_lr():
-    values = torch.randn(3000)
-    lr = torch.tensor(0.01, device="cuda")
-    p = torch.nn.Parameter(values.cuda())
+    values, target = torch.randn(3000), torch.randn(3000)
+    lr = torch.tensor(0.01, device=CUDA.name)
+    p = torch.nn.Parameter(values.to(CUDA.name, copy=True))
     q = torch.nn.Parameter(values.clone())
     optimizer = precond.AdamW([p], lr=lr, capturable=True, backend="cuda")
     eager = precond.AdamW([q], lr=0.01, backend="cpu")
-    target = torch.randn(3000)
-    target_gpu = target.cuda()
+    target_there = target.to(CUDA.name)
+    p.grad = torch.zeros_like(p)
 
-    def loss_and_step():
-        p.grad = (p - target_gpu).detach()
-        optimizer.step()
+    def give_gradient():
+        p.grad.copy_((p - target_there).detach())
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            loss_and_step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss_and_step()
+    warmed_up(lambda: (give_gradient(), optimizer.step()))
+    replay = CUDA.capture(optimizer.step)
     rates = [0.01] * 3 + [0.02, 0.005, 0.03]
     for rate in rates[3:]:
         lr.fill_(rate)
-        graph.replay()
+        give_gradient()
+        replay()
     for rate in rates:
         eager.param_groups[0]["lr"] = torch.tensor(rate).item()
         q.grad = (q - target).detach()
         eager.step()
-    torch.cuda.synchronize()
+    CUDA.synchronize()
     assert optimizer.state[p]["step"].item() == len(rates)
     assert bits_equal(p.detach().cpu(), q.detach())
+
+
+@pytest.mark.capture
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipped"])
+def test_a_graph_outlives_the_plan_that_it_was_captured_from(options):
+    values, g = torch.randn(3000), torch.randn(3000)
+    p, q = (torch.nn.Parameter(values.to(where, copy=True)) for where in (CUDA.name, "cpu"))
+    optimizer = precond.AdamW([p], capturable=True, backend="cuda", **options)
+    eager = precond.AdamW([q], backend="cpu", **options)
+    p.grad, q.grad = g.to(CUDA.name, copy=True), g.clone()
+    warmed_up(optimizer.step)
+    replay = CUDA.capture(optimizer.step)
+    states = list(optimizer.state[p].values())  # what the graph writes; loading makes others
+    optimizer.load_state_dict(optimizer.state_dict())
+    gc.collect()
+    # A step of another optimizer frees what the process needs no more, and takes memory of its own.
+    r = torch.nn.Parameter(torch.randn(5000, device=CUDA.name))
+    r.grad = torch.randn_like(r)
+    other = precond.AdamW([r], backend="cuda")
+    for _ in range(3):
+        other.step()
+    for _ in range(2):
+        replay()
+    for _ in range(5):
+        eager.step()
+    CUDA.synchronize()
+    assert bits_equal(p.detach().cpu(), q.detach())
+    assert states[0].item() == 5.0
+
+
+@pytest.mark.capture
+def test_an_optimizer_that_is_collected_during_a_capture_leaves_it_alone():
+    p, q = (torch.nn.Parameter(torch.ones(3000, device=CUDA.name)) for _ in range(2))
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    optimizer = precond.SGD([p], lr=0.25, backend="cuda")
+    others = [precond.SGD([q], lr=0.25, backend="cuda")]
+    others[0].step()
+    warmed_up(optimizer.step)
+
+    def step():
+        others.clear()
+        gc.collect()
+        optimizer.step()
+
+    CUDA.capture(step)()
+    CUDA.synchronize()
+    assert p.tolist() == [0.0] * 3000
 
 
 # The whole product of rules and formats: tests/test_formats_cuda.py, which `make gpu` runs too. Here long enough for states to
@@ -118,15 +187,15 @@ def test_a_captured_graph_replays_with_a_changing_lr():
 def test_the_bits_of_the_cpu_in_formats_of_few_bits(row, dtype, weight_format, state_format):
     torch.manual_seed(9)
     values = [random_values(shape, dtype) for shape in ((300, 640), (65, 64), (33, 129), (5,))]
-    grads = [[random_values(v.shape, dtype) for v in values] for _ in range(20)]
+    grads = [[random_values(v.shape, dtype) for v in values] for _ in range(STEPS)]
     results = []
-    for backend, device in (("cuda", "cuda"), ("cpu", "cpu")):
-        params = [torch.nn.Parameter(v.to(device, copy=True)) for v in values]
+    for backend, where in (("cuda", CUDA.name), ("cpu", "cpu")):
+        params = [torch.nn.Parameter(v.to(where, copy=True)) for v in values]
         group = {"params": params, "weight_format": weight_format, "state_format": state_format}
         optimizer = row.cls([group], **row.kwargs, backend=backend)
         for step in grads:
             for p, g in zip(params, step, strict=True):
-                p.grad = g.to(device)
+                p.grad = g.to(where)
             optimizer.step()
         states = [v for p in params for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)]
         results.append([t.detach().cpu() for t in (*params, *states)])
@@ -135,9 +204,10 @@ def test_the_bits_of_the_cpu_in_formats_of_few_bits(row, dtype, weight_format, s
         assert same, (tuple(ours.shape), ours.dtype)
 
 
+@pytest.mark.capture
 def test_a_captured_graph_draws_anew_at_each_replay():
     values, g = torch.randn(128, 640).bfloat16(), torch.randn(128, 640).bfloat16()
-    params = [torch.nn.Parameter(values.to(device, copy=True)) for device in ("cuda", "cpu")]
+    params = [torch.nn.Parameter(values.to(where, copy=True)) for where in (CUDA.name, "cpu")]
     p, q = params
     optimizers = []
     for param, options in ((p, {"capturable": True, "backend": "cuda"}), (q, {"backend": "cpu"})):
@@ -145,88 +215,78 @@ def test_a_captured_graph_draws_anew_at_each_replay():
         optimizers.append(precond.AdamW([group], lr=1e-3, **options))
         param.grad = g.to(param.device, copy=True)
     optimizer, eager = optimizers
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            optimizer.step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
+    warmed_up(optimizer.step)
+    replay = CUDA.capture(optimizer.step)
     for _ in range(5):
-        graph.replay()
+        replay()
     for _ in range(8):
         eager.step()
-    torch.cuda.synchronize()
+    CUDA.synchronize()
     assert optimizer.state[p]["step"].item() == 8
     assert bits_equal(p.detach().cpu(), q.detach())
     for name in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(optimizer.state[p][name].cpu(), eager.state[q][name])
 
 
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@pytest.mark.capture
 def test_capture_without_capturable_is_an_error():
-    p = torch.nn.Parameter(torch.randn(10, device="cuda"))
+    p = torch.nn.Parameter(torch.randn(10, device=CUDA.name))
     optimizer = precond.AdamW([p], backend="cuda")
     p.grad = torch.ones_like(p)
     optimizer.step()
-    with pytest.raises(RuntimeError, match="capturable must be True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        optimizer.step()
+    with pytest.raises(RuntimeError, match="capturable must be True"):
+        CUDA.capture(optimizer.step)
 
 
-@pytest.mark.skipif(bool(_backend.why_not("triton")) or _backend.interpreting(), reason="needs compiled Triton")
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@pytest.mark.capture
+@needs("kernels that Triton compiles for a GPU")
 def test_triton_refuses_to_be_captured():
     p = torch.nn.Parameter(torch.randn(10, device="cuda"))
     optimizer = precond.AdamW([p], capturable=True, backend="triton")
     p.grad = torch.ones_like(p)
     optimizer.step()
-    with pytest.raises(RuntimeError, match="must not be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        optimizer.step()
+    with pytest.raises(RuntimeError, match="must not be captured"):
+        CUDA.capture(optimizer.step)
 
 
 @pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.cls.__name__)
 def test_a_step_runs_on_the_current_stream(row):
-    p = torch.nn.Parameter(torch.randn(1 << 22, device="cuda"))
-    q = torch.nn.Parameter(p.detach().cpu())
+    n = 9000 if EMULATED else 1 << 22
+    p = torch.nn.Parameter(torch.randn(n, device=CUDA.name))
+    q = torch.nn.Parameter(p.detach().cpu().clone())
     a, b = row.cls([p], **row.kwargs, backend="cuda"), row.cls([q], **row.kwargs, backend="cpu")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    stream = CUDA.new_stream()
+    with CUDA.on(stream):
         for _ in range(5):
-            g = torch.randn(1 << 22, device="cuda")
+            g = torch.randn(n, device=CUDA.name)
             p.grad = g * 2
             q.grad = (g * 2).cpu()
             a.step()
             b.step()
-    stream.synchronize()
+    CUDA.synchronize()
     assert bits_equal(p.detach().cpu(), q.detach())
 
 
 @rows
 @backends
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_a_scaler_skips_without_a_sync(row, backend):
-    p = torch.nn.Parameter(torch.ones(1000, device="cuda"))
+    p = torch.nn.Parameter(torch.ones(1000, device=CUDA.name))
     optimizer = row.cls([p], **row.kwargs, fused=True, backend=backend)
-    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(CUDA.name, init_scale=1024.0)
     for overflow in (False, True, False):
         optimizer.zero_grad()
         scaler.scale((p * p).sum()).backward()
         if overflow:
             p.grad[0] = float("inf")
         before = p.detach().clone()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with CUDA.waiting_is_an_error():
             # unscale_ of torch reads no value on the host either; step() must not.
             scaler.step(optimizer)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         scaler.update()
         assert torch.equal(p, before) == overflow
 
 
+@needs("12 GB of memory")
 def test_more_than_two_to_the_31_elements():
     n = (1 << 31) + 4097
     p = torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16, device="cuda"))

@@ -1,0 +1,165 @@
+"""A CUDA device for tests and for .ci/gpu: a GPU, or the emulated one of tests/cuda_on_host. Both give tensors, streams, captures
+and replays by the same names, so that one text of a test runs on both.
+
+On the emulated device tensors lie on the CPU, and only what precond enqueues is captured: an operation of torch inside
+``capture`` runs once, at once, and never in a replay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+
+def stand_in_extension() -> None:
+    """Have the build of the extension that ``PRECOND_TEST_EXTENSION`` names stand in for the installed one. Before precond is
+    imported.
+    """
+    if path := os.environ.get("PRECOND_TEST_EXTENSION"):
+        spec = importlib.util.spec_from_file_location("precond._C", path)
+        sys.modules["precond._C"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["precond._C"])
+
+
+class RealDevice:
+    """A GPU."""
+
+    name = "cuda"
+    emulated = False
+
+    def new_stream(self) -> torch.cuda.Stream:
+        """A stream that waits for the current one."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        return stream
+
+    @contextlib.contextmanager
+    def on(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        """Make a stream current; afterwards the one before waits for it."""
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def capture(self, step: Callable[[], object]) -> Callable[[], None]:
+        """Capture a call into a graph; return what replays it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    @contextlib.contextmanager
+    def waiting_is_an_error(self) -> Iterator[None]:
+        """An operation of torch that waits for the device raises."""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+class EmulatedDevice:
+    """The runtime of tests/cuda_on_host, which refuses what a GPU would."""
+
+    name = "cpu"
+    emulated = True
+
+    def __init__(self) -> None:
+        from precond import _C
+
+        self.hooks = ctypes.CDLL(_C.__file__)
+        self.hooks.hook_new_stream.restype = ctypes.c_void_p
+        self.current: int | None = None
+
+    def _call(self, name: str, *arguments: object) -> None:
+        if error := getattr(self.hooks, f"hook_{name}")(*arguments):
+            raise RuntimeError(f"{name}: CUDA error {error}")
+
+    def new_stream(self) -> int:
+        return int(self.hooks.hook_new_stream())
+
+    @contextlib.contextmanager
+    def on(self, stream: int) -> Iterator[None]:
+        from precond import _backend
+
+        before, self.current = self.current, stream
+        streams = _backend.current_stream
+        _backend.current_stream = lambda device: stream
+        try:
+            yield
+        finally:
+            self.current, _backend.current_stream = before, streams
+        self._call("synchronize", ctypes.c_void_p(stream))
+
+    def capture(self, step: Callable[[], object]) -> Callable[[], None]:
+        graph, stream = ctypes.c_void_p(), ctypes.c_void_p(self.new_stream())
+        self._call("begin_capture", stream)
+        try:
+            with self._captured_on(stream.value):
+                step()
+        except BaseException:
+            self.hooks.hook_end_capture(stream, ctypes.byref(graph))
+            raise
+        self._call("end_capture", stream, ctypes.byref(graph))
+        return lambda: self._call("replay", graph)
+
+    @contextlib.contextmanager
+    def _captured_on(self, stream: int | None) -> Iterator[None]:
+        from precond import _backend
+
+        streams = _backend.current_stream
+        _backend.current_stream = lambda device: stream
+        try:
+            yield
+        finally:
+            _backend.current_stream = streams
+
+    def synchronize(self) -> None:
+        self._call("synchronize", ctypes.c_void_p(self.current))
+
+    @contextlib.contextmanager
+    def waiting_is_an_error(self) -> Iterator[None]:
+        with HostReads():
+            yield
+
+
+class HostReads(torch.overrides.TorchFunctionMode):
+    """Raises where torch would make the host wait for a GPU: where it reads a value, makes a tensor on a device from numbers of
+    the host, or copies between the host and a device without ``non_blocking``. On the emulated device, and on fake tensors of
+    any device.
+    """
+
+    READS = frozenset(
+        getattr(torch.Tensor, name) for name in "item tolist __float__ __int__ __bool__ cpu nonzero equal".split()
+    )
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", str(function))
+        if function in self.READS:
+            raise RuntimeError(f"the host waits for the device: {name}")
+        if function in (torch.tensor, torch.as_tensor) and str(kwargs.get("device", "cpu")) != "cpu":
+            raise RuntimeError(f"the host waits for the device: {name} with device={kwargs['device']}")
+        result = function(*args, **kwargs)
+        if function in (torch.Tensor.to, torch.Tensor.copy_, torch.Tensor.cuda) and not kwargs.get("non_blocking"):
+            of = args[1] if function is torch.Tensor.copy_ else args[0]
+            if "cpu" in {of.device.type, result.device.type} and of.device != result.device:
+                raise RuntimeError(f"the host waits for the device: {name} from {of.device} to {result.device}")
+        return result
+
+
+def device() -> RealDevice | EmulatedDevice | None:
+    """The CUDA device of this process, or None."""
+    from precond import _backend
+
+    if _backend.cuda_on_host():
+        return EmulatedDevice()
+    return RealDevice() if torch.cuda.is_available() else None

@@ -73,7 +73,11 @@ def last_command() -> list[dict[str, Any]]:
 def failed_tests(logs: Path) -> Iterator[str]:
     """The tests that failed, from pytest's XML files."""
     for file in sorted(logs.glob("*.xml")):
-        for case in xml.etree.ElementTree.parse(file).iter("testcase"):
+        try:
+            suite = xml.etree.ElementTree.parse(file)
+        except xml.etree.ElementTree.ParseError:  # its process was ended while it wrote
+            continue
+        for case in suite.iter("testcase"):
             problem = next((case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None)
             if problem is not None:
                 message = (problem.get("message") or "").splitlines() or [""]

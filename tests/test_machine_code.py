@@ -1,0 +1,111 @@
+"""Machine code of the GPU kernels, executed on the CPU: the CPU's bits, and no more instructions than today."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from machine_code import build
+from machine_code.harness import Harness
+from machine_code.listed import CASES, HANDFUL
+
+pytestmark = [
+    pytest.mark.source,
+    pytest.mark.skipif("PRECOND_TEST_EXTENSION" in os.environ, reason="that extension has no machine code for a GPU"),
+]
+
+# Warp instructions for 32 elements of a full chunk of ordinary numbers in the second step, as executed with nvcc 13.0 and
+# Triton 3.9, plus 2 %. A kernel waits for memory, not for these, below 277 (AdamW fp32) and 120 (split24 + int8) on an H100,
+# 218 and 94 on an H200; `python -m bench codegen` predicts it for each kernel. Lower an entry when a kernel takes fewer.
+MOST_INSTRUCTIONS = {
+    "AdamW fp32": 44,
+    "AdamW bf16": 65.5,
+    "AdamW fp16": 58,
+    "AdamW fp32 + bf16 states, nearest": 57.5,
+    "SGD momentum fp32": 16.3,
+    "Lion fp32": 22.4,
+    "Adagrad fp32": 37,
+    "AdamW fp32 + bf16 states, v drawn": 131,
+    "AdamW split24 + int8": 248,
+    "AdamW stochastic + int8": 241,
+    "AdamW stochastic + int4": 243,
+    "AdamW split32 + fp32": 116,
+    "Triton AdamW fp32": 44.3,
+    "Triton AdamW bf16": 70.5,
+    "Triton SGD momentum fp32": 17.5,
+    "Triton Lion fp32": 23.6,
+    "Triton Adagrad fp32": 37.8,
+    "Triton AdamW split24 + int8": 196,
+    "Triton AdamW stochastic + int4": 195,
+}
+assert MOST_INSTRUCTIONS.keys() == CASES.keys(), "every kernel of machine_code/listed.py has a bound"
+
+
+def titles():
+    no_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc compiles the CUDA kernels: not on PATH")
+    for title, case in CASES.items():
+        marks = [] if title in HANDFUL else [pytest.mark.large]
+        yield pytest.param(title, marks=marks if case.triton else [*marks, no_nvcc])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("machine_code")
+
+
+@pytest.fixture(scope="module")
+def harness(folder):
+    return Harness(build.cpu_text(folder), build.fp(folder))
+
+
+@pytest.fixture(scope="module")
+def kernel(request, folder):
+    """A function from a title to its kernel. What this run asks for is compiled at once: a compiler takes seconds to start."""
+    specs = (getattr(item, "callspec", None) for item in request.session.items)
+    asked = (spec.params.get("title") for spec in specs if spec)
+    wanted = [title for title in dict.fromkeys(asked) if title in CASES]
+    if shutil.which("nvcc") is None:
+        wanted = [title for title in wanted if CASES[title].triton]
+    built = build.kernels([CASES[title] for title in wanted], folder)
+    return built.__getitem__
+
+
+@pytest.mark.parametrize("title", list(titles()))
+def test_a_kernel_has_the_bits_of_the_cpu_and_takes_no_more_instructions(title, harness, kernel):
+    case, built = CASES[title], kernel(title)
+    results = [harness.run(case, built, given) for given in harness.inputs(case, built)]
+    assert [difference for result in results for difference in result.differences] == []
+    assert results[0].instructions <= MOST_INSTRUCTIONS[title]
+    assert built.kernel.spills == 0
+
+
+def one_ulp_off(row):
+    """The first scalar, which every rule uses."""
+    row[0] = np.nextafter(row[0], np.float32(1))
+    return row
+
+
+@pytest.mark.parametrize("title", ["Triton AdamW fp32"])
+def test_a_wrong_scalar_is_seen(title, harness, kernel):
+    case, built = CASES[title], kernel(title)
+    assert harness.run(case, built, harness.inputs(case, built)[0], spoil=one_ulp_off).differences != []
+
+
+@pytest.mark.parametrize("title", ["Triton AdamW fp32"])
+@pytest.mark.parametrize(
+    ("op", "old", "new"),
+    [("FMUL", "FMUL ", "FMUL.RM "), ("FFMA", "FFMA ", "FFMA.FTZ "), ("STG.E.128", ".64]", ".64+0x800]")],
+)
+def test_wrong_instructions_are_seen(title, op, old, new, harness, kernel):
+    """Products that round down, denormals that are flushed, stores that go elsewhere."""
+    case, built = CASES[title], kernel(title)
+    instructions = [
+        (at, text.replace(old, new) if text.startswith(op) else text) for at, text in built.kernel.instructions
+    ]
+    assert instructions != built.kernel.instructions
+    spoiled = built._replace(kernel=replace(built.kernel, instructions=instructions))
+    differences = [harness.run(case, spoiled, given).differences for given in harness.inputs(case, built)[:2]]
+    assert differences != [[], []]

@@ -1,4 +1,4 @@
-"""Machine code of the GPU kernels, executed on the CPU: the CPU's bits, and no more instructions than today."""
+"""Machine code of the GPU kernels, executed on the CPU: the CPU's bits, and a bound on the instructions they take."""
 
 from __future__ import annotations
 
@@ -17,31 +17,34 @@ pytestmark = [
     pytest.mark.skipif("PRECOND_TEST_EXTENSION" in os.environ, reason="that extension has no machine code for a GPU"),
 ]
 
-# Warp instructions for 32 elements of a full chunk of ordinary numbers in the second step, as executed with nvcc 13.0 and
-# Triton 3.9, plus 2 %. A kernel waits for memory, not for these, below 277 (AdamW fp32) and 120 (split24 + int8) on an H100,
-# 218 and 94 on an H200; `python -m bench codegen` predicts it for each kernel. Lower an entry when a kernel takes fewer.
-MOST_INSTRUCTIONS = {
-    "AdamW fp32": 44,
-    "AdamW bf16": 65.5,
-    "AdamW fp16": 58,
-    "AdamW fp32 + bf16 states, nearest": 57.5,
-    "SGD momentum fp32": 16.3,
-    "Lion fp32": 22.4,
-    "Adagrad fp32": 37,
-    "AdamW fp32 + bf16 states, v drawn": 131,
-    "AdamW split24 + int8": 248,
-    "AdamW stochastic + int8": 241,
-    "AdamW stochastic + int4": 243,
-    "AdamW split32 + fp32": 116,
-    "Triton AdamW fp32": 44.3,
-    "Triton AdamW bf16": 70.5,
-    "Triton SGD momentum fp32": 17.5,
-    "Triton Lion fp32": 23.6,
-    "Triton Adagrad fp32": 37.8,
-    "Triton AdamW split24 + int8": 196,
-    "Triton AdamW stochastic + int4": 195,
+# What a kernel is held to on a full chunk of ordinary numbers, in the second step: at most so many warp instructions for 32
+# elements, at least so many bytes of a thread's loads in flight. As executed with nvcc 13.0 and Triton 3.9; instructions have
+# 2 % to spare. A kernel waits for memory, not for instructions, below 277 (AdamW fp32) and 120 (split24 + int8) on an H100, 218
+# and 94 on an H200; `python -m bench codegen` predicts what follows for each. Tighten an entry when its kernel improves.
+BOUNDS = {
+    "AdamW fp32": (44, 128),
+    "AdamW bf16": (65.5, 64),
+    "AdamW fp16": (58, 64),
+    "AdamW fp32 + bf16 states, nearest": (57.5, 96),
+    # Of SGD momentum and Lion, nvcc moves the loads of the second pack behind the arithmetic of the first.
+    "SGD momentum fp32": (16.3, 48),
+    "Lion fp32": (22.4, 48),
+    "Adagrad fp32": (37, 96),
+    # One load at a time: each decides between formats before the next is issued.
+    "AdamW fp32 + bf16 states, v drawn": (131, 16),
+    "AdamW split24 + int8": (248, 16),
+    "AdamW stochastic + int8": (241, 16),
+    "AdamW stochastic + int4": (243, 16),
+    "AdamW split32 + fp32": (116, 16),
+    "Triton AdamW fp32": (44.3, 128),
+    "Triton AdamW bf16": (70.5, 64),
+    "Triton SGD momentum fp32": (17.5, 96),
+    "Triton Lion fp32": (23.6, 96),
+    "Triton Adagrad fp32": (37.8, 96),
+    "Triton AdamW split24 + int8": (196, 40),
+    "Triton AdamW stochastic + int4": (195, 32),
 }
-assert MOST_INSTRUCTIONS.keys() == CASES.keys(), "every kernel of machine_code/listed.py has a bound"
+assert BOUNDS.keys() == CASES.keys(), "every kernel of machine_code/listed.py has bounds"
 
 
 def titles():
@@ -74,11 +77,13 @@ def kernel(request, folder):
 
 
 @pytest.mark.parametrize("title", list(titles()))
-def test_a_kernel_has_the_bits_of_the_cpu_and_takes_no_more_instructions(title, harness, kernel):
+def test_a_kernel_has_the_bits_of_the_cpu_and_stays_within_its_bounds(title, harness, kernel):
     case, built = CASES[title], kernel(title)
     results = [harness.run(case, built, given) for given in harness.inputs(case, built)]
     assert [difference for result in results for difference in result.differences] == []
-    assert results[0].instructions <= MOST_INSTRUCTIONS[title]
+    instructions, in_flight = BOUNDS[title]
+    assert results[0].instructions <= instructions
+    assert results[0].in_flight >= in_flight
     assert built.kernel.spills == 0
 
 
@@ -103,7 +108,8 @@ def test_wrong_instructions_are_seen(title, op, old, new, harness, kernel):
     """Products that round down, denormals that are flushed, stores that go elsewhere."""
     case, built = CASES[title], kernel(title)
     instructions = [
-        (at, text.replace(old, new) if text.startswith(op) else text) for at, text in built.kernel.instructions
+        line._replace(text=line.text.replace(old, new)) if line.text.startswith(op) else line
+        for line in built.kernel.instructions
     ]
     assert instructions != built.kernel.instructions
     spoiled = built._replace(kernel=replace(built.kernel, instructions=instructions))

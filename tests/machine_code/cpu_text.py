@@ -45,15 +45,14 @@ class CpuText:
         beside = rng.integers(0, 256, n * self.csrc.bits_of_remainder(number) // 8).astype(np.uint8)
         return Operand(format, number, False, stored(values, format), beside)
 
-    def bytes_moved(self, formats: tuple[str, ...]) -> float:
-        """Per element and step: p and states are read and written, the gradient is read."""
-        total = 0.0
-        for k, format in enumerate(formats):
+    def traffic(self, formats: tuple[str, ...]) -> tuple[float, float]:
+        """Bytes read and written per element and step: p and states are read and written, the gradient is read."""
+        sizes = []
+        for format in formats:
             number = self.number(format)
             scale = 16 / GROUP if self.csrc.has_scales(number) else 0
-            bits = self.csrc.bits_of_item(number) + self.csrc.bits_of_remainder(number) + scale
-            total += bits / 8 * (1 if k == 1 else 2)
-        return total
+            sizes.append((self.csrc.bits_of_item(number) + self.csrc.bits_of_remainder(number) + scale) / 8)
+        return sum(sizes), sum(sizes) - sizes[1]
 
     def scalars(self, rule: str, step: int, seed: np.ndarray) -> np.ndarray:
         row = np.zeros(self.csrc.row_floats(), np.float32)

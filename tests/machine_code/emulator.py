@@ -14,6 +14,7 @@ Assumed
 - FCHK sends a division to its slow path where an exponent, or the difference of both, is near its end; so also where the
   dividend is 0. NVIDIA does not publish the rule; this one is stricter. Both paths give the same bits; counts of
   instructions are an upper bound, above all where many numbers are 0.
+- An instruction waits for the scoreboards that its encoding names, also where its predicate is false.
 
 Not modelled: time, caches, other blocks, atomics, fp64, packed fp16 arithmetic, matrix units, and the order in which a
 chip takes the sides of a branch. An unknown instruction, or an unknown use of one, raises NotImplementedError.
@@ -37,14 +38,14 @@ MOST_STEPS = 10**7
 
 
 class Emulator(Integers, Floats):
-    """``fp``: fp.c as a library. After ``run``: ``executed``, warp instructions by opcode; ``in_flight``, the most bytes that
-    a thread has asked of the counted addresses before it uses one; and the memory as the kernel left it.
+    """``fp``: fp.c as a library. After ``run``: ``executed``, warp instructions by opcode; ``in_flight``, the most bytes of the
+    counted addresses that a thread has asked for and not yet waited for; and the memory as the kernel left it.
     """
 
     def __init__(self, kernel: Kernel, fp: ctypes.CDLL) -> None:
         self.kernel, self.fp = kernel, fp
-        self.code = [decode(text) for _, text in kernel.instructions]
-        self.at = {address: k for k, (address, _) in enumerate(kernel.instructions)}
+        self.code = [decode(line.text) for line in kernel.instructions]
+        self.at = {line.address: k for k, line in enumerate(kernel.instructions)}
 
     def run(
         self, threads: int, number: int, parameters: bytes, memory: np.ndarray, base: int, counted: tuple[int, int]
@@ -53,8 +54,8 @@ class Emulator(Integers, Floats):
         self.reset(threads, number, parameters, memory, base)
         self.counted = counted
         self.executed: collections.Counter[str] = collections.Counter()
-        self.pending: set[str] = set()  # registers whose loads no instruction has waited for
-        self.pending_bytes = self.in_flight = 0.0
+        self.asked = np.zeros(8)  # by scoreboard: bytes of a thread
+        self.in_flight = 0.0
         self.pc, self.alive = np.zeros(threads, np.int64), np.ones(threads, bool)
         self.meets = np.zeros((WHOLE_BLOCK + 1, threads, threads), bool)  # by barrier and thread: whom it waits for
         self.meets[WHOLE_WARP], self.meets[WHOLE_BLOCK] = self.same_warp, True
@@ -77,8 +78,8 @@ class Emulator(Integers, Floats):
         if i.name == "NOP":
             return
         self.executed[i.op] += int(self.m.reshape(-1, WARP).any(1).sum())
-        if not self.pending.isdisjoint(i.registers):
-            self.pending, self.pending_bytes = set(), 0.0
+        if waits := self.kernel.instructions[pc].waits:
+            self.asked[[waits >> k & 1 == 1 for k in range(8)]] = 0
         if i.predicate:
             self.m = self.m & self.truth(i.predicate)
             if not self.m.any():
@@ -93,10 +94,10 @@ class Emulator(Integers, Floats):
         first, last = (limit - self.base for limit in self.counted)
         counted = (at[:, 0] >= first) & (at[:, 0] < last)
         self.load(i)
-        if counted.any() and to != "RZ":
-            self.pending |= {f"R{int(to[1:]) + k}" for k in range(max(1, size // 4))}
-            self.pending_bytes += size * int(counted.sum()) / self.threads
-            self.in_flight = max(self.in_flight, self.pending_bytes)
+        if counted.any():
+            line = self.kernel.instructions[self.pc[self.m][0] - 1]
+            self.asked[line.scoreboard] += size * int(counted.sum()) / self.threads
+            self.in_flight = max(self.in_flight, float(self.asked.sum()))
 
     # Control flow.
 
@@ -148,6 +149,6 @@ class Emulator(Integers, Floats):
 
     def do_BRX(self, i, operand):
         register, _, offset = operand.partition(" ")
-        behind = self.kernel.instructions[self.pc[self.m][0]][0]  # the address of the next instruction
+        behind = self.kernel.instructions[self.pc[self.m][0]].address  # the address of the next instruction
         total = self.pair(register).view(np.int64) + int(offset or "0", 16) + behind
         self.jump_to_threads(total & 0xFFFFFFFF)

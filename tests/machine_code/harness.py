@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .block import WARP
 from .build import Built
 from .cpu_text import CpuText
 from .emulator import Emulator
@@ -24,7 +25,7 @@ class Result:
 
     differences: list[str]  # none: equal bits after every step, and nothing written elsewhere
     instructions: float  # executed per element in the last step: warp instructions for 32 of them
-    in_flight: float  # bytes of operands that a thread has asked for before it uses one
+    in_flight: float  # the most bytes of operands that a thread has asked for and not yet waited for
 
 
 def same(row: np.ndarray) -> np.ndarray:
@@ -67,7 +68,7 @@ class Harness:
                         differences.append(f"{given.name}, step {step}: {len(wrong)} {what} of {name} differ, {first}")
             if (at.memory.bytes != before)[at.memory.free].any():
                 differences.append(f"{given.name}, step {step}: written where no operand is")
-        return Result(differences, machine.executed.total() * 32 / given.count, machine.in_flight)
+        return Result(differences, machine.executed.total() * WARP / given.count, machine.in_flight)
 
     def inputs(self, case: Case, built: Built) -> list[Input]:
         return inputs_for(chunk_of(built), groups=any("int" in format for format in case.formats))

@@ -25,7 +25,6 @@ class Instruction(NamedTuple):
     name: str  # without them, and without the U of the uniform data path
     mods: frozenset[str]
     operands: list[str]
-    registers: frozenset[str]  # every one it names
 
     def __str__(self) -> str:
         return f"{self.op} {', '.join(self.operands)}"
@@ -51,7 +50,7 @@ def decode(text: str) -> Instruction:
     operands = [x.strip().replace(".reuse", "") for x in re.split(r",(?![^\[]*\])", rest)] if rest else []
     name, *mods = op.split(".")
     name = name[1:] if name.startswith("U") else name
-    return Instruction(predicate, op, name, frozenset(mods), operands, frozenset(re.findall(r"\bR\d+", rest)))
+    return Instruction(predicate, op, name, frozenset(mods), operands)
 
 
 def only(known: bool, i: Instruction) -> None:

@@ -2,7 +2,7 @@
 //
 //   CASE(title, rule, formats of p, g and each state, kernel as its template is called)
 //
-// To add one, add a line, and its count to tests/test_machine_code.py; a rule that no line has yet also goes into
+// To add one, add a line, and its bounds to tests/test_machine_code.py; a rule that no line has yet also goes into
 // cpu_text.cpp. listed.py reads these lines, build.py leaves out those that are not asked for and finds a kernel in the
 // machine code by its last argument, launch.py passes what csrc's launchers pass, by the types of the parameters.
 #ifndef PRECOND_ISA

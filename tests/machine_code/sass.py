@@ -9,6 +9,7 @@ import struct
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 # Where constant bank 0 has a kernel's parameters, on sm_90.
 PARAMETERS_AT = 0x210
@@ -19,11 +20,20 @@ def plain(name: str) -> str:
     return re.sub(r"(\w+::)+|\s", "", name)
 
 
+class Line(NamedTuple):
+    """An instruction, and what its encoding says of the loads before it."""
+
+    address: int
+    text: str
+    scoreboard: int  # that its result is announced on; 7: on none
+    waits: int  # a bit for each scoreboard whose results must be there before it is issued, whatever its predicate
+
+
 @dataclass
 class Kernel:
     name: str  # without namespaces and spaces, up to its parameters
     parameters: list[str]  # their types in order, such as DeviceTensor; none where the name has none
-    instructions: list[tuple[int, str]]  # address, text
+    instructions: list[Line]
     constants: dict[int, bytes] = field(default_factory=dict)  # by bank
     registers: int = 0
     spills: int = 0  # bytes of stack per thread
@@ -56,6 +66,16 @@ def constant_sections(cubin: Path) -> dict[str, bytes]:
     return {name: content for name, content in named.items() if name.startswith(".nv.constant")}
 
 
+def lines(listing: str) -> list[Line]:
+    """An instruction has 128 bits. Of the upper 64, three from bit 46 on are the scoreboard, six from bit 52 on the waits."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);\s+/\* 0x\w+ \*/\s+/\* 0x(\w+) \*/", listing)
+    upper = [int(bits, 16) for _, _, bits in found]
+    return [
+        Line(int(address, 16), text.strip(), bits >> 46 & 7, bits >> 52 & 63)
+        for (address, text, _), bits in zip(found, upper, strict=True)
+    ]
+
+
 def read(cubin: Path) -> dict[str, Kernel]:
     """The kernels of a cubin by name."""
     parts = re.split(r"Function : (\S+)", output(tool("cuobjdump"), "-sass", str(cubin)))
@@ -65,12 +85,11 @@ def read(cubin: Path) -> dict[str, Kernel]:
     constants = constant_sections(cubin)
     kernels = {}
     for (mangled, listing), name in zip(listings.items(), names, strict=True):
-        instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);\s+/\* 0x", listing)
         name = plain(name).removeprefix("void")
         # Template arguments may have parentheses too. Triton's names have no parameters.
         start = name.find(">(") + 1 or name.find("(") if "(" in name else len(name)
         kernel = Kernel(name[:start], re.findall(r"\w+", name[start:].replace("const", "")), [])
-        kernel.instructions = [(int(address, 16), text.strip()) for address, text in instructions]
+        kernel.instructions = lines(listing)
         for section, content in constants.items():
             if section.endswith("." + mangled):
                 kernel.constants[int(section[len(".nv.constant") : -len(mangled) - 1])] = content

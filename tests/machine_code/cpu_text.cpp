@@ -12,9 +12,10 @@ namespace {
 
 // Hyper-parameters of every rule; those not named are 0.
 double hyper_parameter(const char* name) {
-  constexpr std::pair<const char*, double> kValues[] = {{"lr", 1e-3},      {"weight_decay", 0.1}, {"beta1", 0.9},
-                                                        {"beta2", 0.99},   {"eps", 1e-8},         {"momentum", 0.9},
-                                                        {"dampening", 0.1}};
+  constexpr std::pair<const char*, double> kValues[] = {
+      {"lr", 1e-3},       {"weight_decay", 0.1}, {"l1_decay", 1e-3}, {"l1_cap", 1e-3},  {"beta1", 0.9},
+      {"beta2", 0.99},    {"alpha", 0.99},       {"eps", 1e-8},      {"momentum", 0.9}, {"dampening", 0.1},
+      {"lookahead", 0.5}, {"scale", 0.5},        {"exponent", 0.3},  {"clip", 1.0},     {"corrected", 1.0}};
   for (const auto& [key, value] : kValues)
     if (std::strcmp(key, name) == 0) return value;
   return 0.0;
@@ -33,9 +34,17 @@ struct RuleFunctions {
   void (*fill)(double step, float* row);
   void (*update)(const ChunkArgs&);
 };
-// By the names that kernels.cu and listed.py call them.
-#define RULE(...) {#__VA_ARGS__, &fill<__VA_ARGS__>, &update_chunk<__VA_ARGS__>},
-constexpr RuleFunctions kRules[] = {RULE(Adam<L2>) RULE(SGDMomentum<Coupled>) RULE(Lion<L2>) RULE(Adagrad<Coupled>)};
+// By the names of PRECOND_ALL_RULES: those that kernels.cu and listed.py ask for. All would take minutes to compile.
+#define RULE(name, ...) {name, &fill<__VA_ARGS__>, &update_chunk<__VA_ARGS__>},
+constexpr RuleFunctions kRules[] = {RULE("adamw", Adam<L2>)                                              //
+                                    RULE("adamw_l1", Adam<L1Proximal<AdaptiveThreshold>>)                //
+                                    RULE("adamw_amsgrad", AdamAmsgrad<L2>)                               //
+                                    RULE("sgd_momentum", SGDMomentum<Coupled>)                           //
+                                    RULE("lion", Lion<L2>)                                               //
+                                    RULE("adagrad", Adagrad<Coupled>)                                    //
+                                    RULE("rmsprop_centered_momentum", RMSpropCenteredMomentum<Coupled>)  //
+                                    RULE("dual_power_momentum", DualMomentum<PowerKernel, L2>)           //
+                                    RULE("gauss_newton_own_root", GaussNewtonOwnRoot<L2>)};
 
 const RuleFunctions* find(const char* name) {
   for (const RuleFunctions& rule : kRules)
@@ -67,18 +76,19 @@ bool fill_scalars(const char* rule, double step, const uint32_t* seed, float* ro
   return true;
 }
 
-// data, beside, formats: of p, g and the states. place: begin, row, row_step. control: grad_coef, skip, clip_value.
+// data, beside, formats, strides: of p, g and the states; strides: kDense, or an index of `layouts`. place: begin, row,
+// row_step. control: grad_coef, skip, clip_value.
 void update(const char* rule, int operands, char* const* data, char* const* beside, const int32_t* formats,
-            int64_t numel, int64_t begin, int64_t count, const int64_t* place, int draws, float sign,
-            const float* control, const float* row) {
+            const int32_t* strides, const Strides* layouts, int64_t numel, int64_t begin, int64_t count,
+            const int64_t* place, int draws, float sign, const float* control, const float* row) {
   Tensor t;
   Operand* const all[] = {&t.p, &t.g, &t.state[0], &t.state[1], &t.state[2]};
-  for (int k = 0; k < operands; ++k) *all[k] = {data[k], Format(formats[k]), kDense, beside[k]};
+  for (int k = 0; k < operands; ++k) *all[k] = {data[k], Format(formats[k]), strides[k], beside[k]};
   t.numel = numel;
   t.draws = draws != 0;
   t.place = {place[0], place[1], place[2]};
   const Control of_step{control[0], control[1], control[2]};
-  find(rule)->update({&t, nullptr, row, &of_step, sign, begin, count});
+  find(rule)->update({&t, layouts, row, &of_step, sign, begin, count});
 }
 
 }  // extern "C"

@@ -99,6 +99,8 @@ class Emulator(Integers, Floats):
             self.asked[line.scoreboard] += size * int(counted.sum()) / self.threads
             self.in_flight = max(self.in_flight, float(self.asked.sum()))
 
+    do_LD = do_LDG
+
     # Control flow.
 
     def jump(self, address: str) -> None:

@@ -38,14 +38,14 @@ class Harness:
 
     def run(self, case: Case, built: Built, given: Input, spoil: Callable[[np.ndarray], np.ndarray] = same) -> Result:
         """``spoil`` changes the scalars that the kernel is given, and not those of the CPU text."""
-        rng, machine = np.random.default_rng(0), Emulator(built.kernel, self.fp)
-        numel, differences = given.begin + given.count, []
+        rng, machine = np.random.default_rng(given.seed), Emulator(built.kernel, self.fp)
+        differences = []
         operands = [
-            self.cpu_text.operand(format, values(given, numel, rng, of), rng)
+            self.cpu_text.operand(format, values(given, given.numel, rng, of), rng)
             for format, of in zip(case.formats, "pgsss", strict=False)
         ]
         for step in range(1, given.steps + 1):
-            operands[1].data = stored(values(given, numel, rng, "g"), case.formats[1])
+            operands[1].data = stored(values(given, given.numel, rng, "g"), case.formats[1])
             row = self.cpu_text.scalars(case.rule, step, rng.integers(0, 2**32, 2).astype(np.uint32))
             at = launch(built, operands, given, GRAD_COEF, spoil(row.copy()))
             before = at.memory.bytes.copy()
@@ -71,4 +71,4 @@ class Harness:
         return Result(differences, machine.executed.total() * WARP / given.count, machine.in_flight)
 
     def inputs(self, case: Case, built: Built) -> list[Input]:
-        return inputs_for(chunk_of(built), groups=any("int" in format for format in case.formats))
+        return inputs_for(chunk_of(built), case.groups, "Strides" in built.kernel.parameters)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 GROUP = 64  # elements that share a scale
+MOST_DIMS = 16  # kMaxDims
 SPECIAL = [0, -0.0, 1e-40, -1e-42, 1e-30, 1e-20, 1e19, 3e38, -3e38, np.inf, -np.inf, np.nan]
 
 
@@ -19,18 +20,35 @@ class Input(NamedTuple):
     clip: float = np.inf
     sign: float = 1.0
     skip: bool = False
+    seed: int = 0
     place: tuple[int, int, int] = (1 << 33, 0, 0)  # of the tensor in the unsharded one: begin, row, row_step
+    transposed: bool = False  # p and the gradient are, as they lie in memory; states are dense
+
+    @property
+    def numel(self) -> int:
+        return self.begin + self.count
+
+    def strides(self, operands: int) -> list[int]:
+        """Of each operand: an index of ``layouts``, or -1."""
+        return [0 if self.transposed and k < 2 else -1 for k in range(operands)]
+
+    def layouts(self) -> np.ndarray:
+        """One Strides of csrc/layout.h: rows of 64 elements, which lie in columns."""
+        table = np.zeros(1 + 2 * MOST_DIMS, np.int64)
+        rows = self.numel // 64
+        table[0], table[1:3], table[1 + MOST_DIMS : 3 + MOST_DIMS] = 2, (rows, 64), (1, rows)
+        return table
 
 
-def inputs_for(chunk: int, groups: bool) -> list[Input]:
-    """For a kernel whose blocks take ``chunk`` elements; ``groups``: rows must not cut a group. The instructions of the first
-    are those that are counted.
+def inputs_for(chunk: int, groups: bool, strided: bool) -> list[Input]:
+    """For a kernel whose blocks take ``chunk`` elements. ``groups``: rows must not cut one. ``strided``: it takes any strides.
+    The instructions of the first are those that are counted.
     """
     # The second chunk, with rows of 1280 elements 1344 apart; the numbers of its elements overflow 32 bits on the way.
     tail = chunk * 5 // 8 + 1
     middle = chunk + tail // 3
     overflows = (3 << 32) - (middle // 1280 * 1344 + middle % 1280)
-    return [
+    found = [
         Input("random", chunk),
         Input("nasty", chunk, steps=3),
         Input("zeros", chunk),
@@ -38,6 +56,7 @@ def inputs_for(chunk: int, groups: bool) -> list[Input]:
         Input("misaligned, short rows", chunk // 5 + 1, offset=1, place=(7, 3 * GROUP, 200) if groups else (7, 52, 60)),
         Input("skipped", chunk, steps=1, skip=True),
     ]
+    return [*found, Input("transposed", chunk, transposed=True)] if strided else found
 
 
 def values(given: Input, n: int, rng: np.random.Generator, of: str) -> np.ndarray:

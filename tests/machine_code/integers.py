@@ -122,6 +122,10 @@ class Integers(Block):
         most = self.word(source).view(I32).reshape(-1, WARP).max(1)
         self.put(to, np.repeat(most, WARP))
 
+    def do_VOTEU(self, i, to, source):
+        only(i.mods == {"ANY"}, i)
+        self.put(to, np.repeat((self.truth(source) & self.m).reshape(-1, WARP).any(1), WARP))
+
     # Arithmetic.
 
     def sum_of(self, operands):

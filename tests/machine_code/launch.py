@@ -69,16 +69,15 @@ def launch(built: Built, operands: list[Operand], given: Input, grad_coef: float
 def cuda_tables(built, memory, operands, addresses, given, grad_coef, rows) -> bytes:
     """The structures whose layout kernels.cu asserts."""
     packed = b"".join(
-        struct.pack("<QiiQ", data, operand.number, -1, beside)
-        for operand, (data, beside) in zip(operands, addresses, strict=True)
+        struct.pack("<QiiQ", data, operand.number, strides, beside)
+        for operand, (data, beside), strides in zip(operands, addresses, given.strides(len(operands)), strict=True)
     )
     draws = any(operand.draws for operand in operands)
-    numel = given.begin + given.count
-    tensor = packed.ljust(120, b"\0") + struct.pack("<qqqqifi4x", numel, *given.place, 1, given.sign, draws)
+    tensor = packed.ljust(120, b"\0") + struct.pack("<qqqqifi4x", given.numel, *given.place, 1, given.sign, draws)
     pointers = {
         "DeviceTensor": memory.put(bytes(len(tensor)) + tensor),
         "DeviceChunk": memory.put(struct.pack("<qi4xqi4x", 0, 0, given.begin, 1)),
-        "Strides": memory.put(bytes(512)),
+        "Strides": memory.put(given.layouts()),
         "float": rows,
         "Control": memory.put(np.array([grad_coef, given.skip, given.clip], np.float32)),
     }
@@ -87,13 +86,13 @@ def cuda_tables(built, memory, operands, addresses, given, grad_coef, rows) -> b
 
 def triton_tables(built, memory, operands, addresses, given, grad_coef, rows) -> bytes:
     """The tables of triton_kernels/kernel.py: address_table, chunk_table, and what its prologue leaves."""
-    layout, numel = built.layout, given.begin + given.count
+    layout = built.layout
     slots = np.zeros(2 * layout["slots"], np.int64)
     of_second = slots[layout["slots"] :]
     for k, (operand, (data, beside)) in enumerate(zip(operands, addresses, strict=True)):
         of_second[k], of_second[layout["beside"] + k] = data, beside if len(operand.beside) else 0
     aligned = not (of_second % 16).any()
-    of_second[5], of_second[6] = numel, numel if aligned else 0
+    of_second[5], of_second[6] = given.numel, given.numel if aligned else 0
     of_second[layout["place"] : layout["place"] + 3] = given.place
     values = [
         memory.put(np.array([0, 0, 1, given.begin], np.int64)),

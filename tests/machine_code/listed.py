@@ -13,10 +13,18 @@ KERNELS = Path(__file__).with_name("kernels.cu")
 
 class Case(NamedTuple):
     title: str
-    rule: str  # as cpu_text.cpp calls it
+    rule: str
     formats: tuple[str, ...]  # of p, g and the states
-    kernel: str  # CUDA: the template with its arguments. Triton: the name of the rule in RULES
-    triton: bool = False
+    kernel: str = ""  # CUDA: the template with its arguments. Triton has one, update_kernel
+
+    @property
+    def triton(self) -> bool:
+        return self.kernel == ""
+
+    @property
+    def groups(self) -> bool:
+        """Whether elements share scales."""
+        return any("int" in format for format in self.formats)
 
 
 def cuda_cases() -> list[Case]:
@@ -26,13 +34,14 @@ def cuda_cases() -> list[Case]:
 
 
 TRITON = [
-    Case("Triton AdamW fp32", "Adam<L2>", ("fp32",) * 4, "adamw", True),
-    Case("Triton AdamW bf16", "Adam<L2>", ("bf16",) * 4, "adamw", True),
-    Case("Triton SGD momentum fp32", "SGDMomentum<Coupled>", ("fp32",) * 3, "sgd_momentum", True),
-    Case("Triton Lion fp32", "Lion<L2>", ("fp32",) * 3, "lion", True),
-    Case("Triton Adagrad fp32", "Adagrad<Coupled>", ("fp32",) * 3, "adagrad", True),
-    Case("Triton AdamW split24 + int8", "Adam<L2>", ("bf16_split24", "bf16", "int8", "uint8"), "adamw", True),
-    Case("Triton AdamW stochastic + int4", "Adam<L2>", ("bf16_stochastic", "bf16", "int4", "uint4"), "adamw", True),
+    Case("Triton AdamW fp32", "adamw", ("fp32",) * 4),
+    Case("Triton AdamW bf16", "adamw", ("bf16",) * 4),
+    Case("Triton SGD momentum fp32", "sgd_momentum", ("fp32",) * 3),
+    Case("Triton Lion fp32", "lion", ("fp32",) * 3),
+    Case("Triton Adagrad fp32", "adagrad", ("fp32",) * 3),
+    Case("Triton DualDescent, power, momentum, fp32", "dual_power_momentum", ("fp32",) * 3),
+    Case("Triton AdamW split24 + int8", "adamw", ("bf16_split24", "bf16", "int8", "uint8")),
+    Case("Triton AdamW stochastic + int4", "adamw", ("bf16_stochastic", "bf16", "int4", "uint4")),
 ]
 CASES = {case.title: case for case in [*cuda_cases(), *TRITON]}
 # Executed on every push and by `python -m bench codegen --quick`; the others by `make test-all`.

@@ -53,7 +53,7 @@ def main() -> None:
     for k, title in enumerate(sys.argv[2:]):
         case = CASES[title]
         p, g, *states = case.formats
-        code = compiled(case.kernel, p, g, states, GPUTarget("cuda", 90, 32))
+        code = compiled(case.rule, p, g, states, GPUTarget("cuda", 90, 32))
         (folder / f"triton_{k}.cubin").write_bytes(code.asm["cubin"])
         layout = {
             "threads": 32 * kernel.WARPS,

@@ -98,9 +98,10 @@ def test_executed_kernels_are_listed_with_what_to_expect_of_them(report):
     rows = {row["kernel"]: row for row in report["executed"]}
     assert rows.keys() >= {title for title in HANDFUL if shutil.which("nvcc") or CASES[title].triton}
     for title, row in rows.items():
-        assert row["spilled"] <= (0 if len(CASES[title].formats) < 5 else MOST_STACK), title
-        # Formats that stand alone wait for memory, and for nothing else, on either GPU.
-        if set(CASES[title].formats) <= {"fp32", "bf16", "fp16"}:
+        assert row["spilled"] <= (MOST_STACK if len(CASES[title].formats) == 5 else 0), title
+        # Kernels made for formats that stand alone wait for memory, and for nothing else, on either GPU.
+        case = CASES[title]
+        if case.kernel.startswith("update_kernel<") or (case.triton and not case.groups):
             assert {predicted["bound"] for predicted in row["predicted"].values()} == {"memory"}, title
             assert row["bytes_in_flight_per_sm"] >= 23 * 1024, title
         for predicted in row["predicted"].values():

@@ -1,7 +1,7 @@
 """Speed of the CPU backend against torch.optim, with targets.
 
-Every case runs its contenders in turn in one process and reports the median of the ratios. A contender is first compared
-with the float64 reference and not timed if it fails. GB/s count the bytes a step must move: each parameter, gradient and
+Every case runs its contenders in turn in one process and reports the median of the ratios. All rules are first compared with
+the float64 reference and nothing is timed if one fails. GB/s count the bytes a step must move: each parameter, gradient and
 state once per read and once per write.
 """
 
@@ -10,14 +10,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +24,7 @@ from tqdm import tqdm
 import precond
 from precond import reference
 
-from . import ROOT, methods, timing
+from . import methods, record, timing
 
 MILLION = 1 << 20
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -53,14 +50,17 @@ class Case:
     dtypes: dict[str, torch.dtype] = dataclasses.field(default_factory=dict)
 
 
-def check_parity() -> None:
-    """Refuse to time a kernel that is wrong: every rule and dtype, a few steps against the float64 reference."""
+def check_parity(quick: bool) -> None:
+    """Refuse to time a kernel that is wrong: every rule and dtype, a few steps against the float64 reference. ``quick``: small
+    tensors and one mix of dtypes, but for AdamW.
+    """
     from test_parity import DTYPES, run
 
     torch.manual_seed(0)
     for row in tqdm(ALL_RULES, desc="parity", leave=False):
-        for dtypes in DTYPES:
-            run(row, [(5,), (70_001,), (33, 65)], *dtypes)
+        few = quick and row.rule != "adamw"
+        for dtypes in DTYPES[: 1 if few else None]:
+            run(row, [(5,), (4097 if few else 70_001,), (33, 65)], *dtypes)
     import test_formats
 
     for formats in tqdm(test_formats.MIXES, desc="formats", leave=False):
@@ -78,9 +78,11 @@ def parameters(case: Case, contender: str = "") -> list[torch.nn.Parameter]:
     return params
 
 
-def cases() -> list[Case]:
-    """The censuses of AdamW, then the family on one large tensor, each against what torch has."""
-    n = 32 * MILLION
+def cases(quick: bool) -> list[Case]:
+    """The censuses of AdamW, then the family on one large tensor, each against what torch has. ``quick``: tensors of a fourth."""
+    n = 8 * MILLION if quick else 32 * MILLION
+    size = f"{n // MILLION}M"
+    of_all = 2 * MILLION if quick else 16 * MILLION
 
     def large(name, dtype, bytes_per_element, limit, ours, theirs, peer="torch fused"):
         targets = [("precond", (peer,), limit)]
@@ -98,9 +100,9 @@ def cases() -> list[Case]:
     }
     fused = {"fused": True}
     return [
-        large("AdamW fp32, one tensor of 32M", F32, 28, 1.02, adamw, torch_adamw["torch fused"]),
-        large("AdamW bf16, one tensor of 32M", BF16, 14, 0.7, adamw, torch_adamw["torch fused"]),
-        large("AdamW fp16, one tensor of 32M", F16, 14, 0.8, adamw, torch_adamw["torch fused"]),
+        large(f"AdamW fp32, one tensor of {size}", F32, 28, 1.02, adamw, torch_adamw["torch fused"]),
+        large(f"AdamW bf16, one tensor of {size}", BF16, 14, 0.7, adamw, torch_adamw["torch fused"]),
+        large(f"AdamW fp16, one tensor of {size}", F16, 14, 0.8, adamw, torch_adamw["torch fused"]),
         small(
             "AdamW fp32, 1000 tensors of 1000",
             1000,
@@ -109,7 +111,7 @@ def cases() -> list[Case]:
         ),
         small("AdamW fp32, 10,000 tensors of 64", 64, 10_000, [("precond", ("torch fused", "torch foreach"), 0.1)]),
         Case(
-            "AdamW with l1_decay against without, 32M",
+            f"AdamW with l1_decay against without, {size}",
             (n,),
             1,
             F32,
@@ -118,19 +120,21 @@ def cases() -> list[Case]:
             28,
             "precond l1",
         ),
-        large("Adam fp32, 32M", F32, 28, 1.02, precond.Adam, lambda params: torch.optim.Adam(params, **fused)),
-        large("SGD fp32, 32M", F32, 12, 1.02, precond.SGD, lambda params: torch.optim.SGD(params, **fused)),
+        large(f"Adam fp32, {size}", F32, 28, 1.02, precond.Adam, lambda params: torch.optim.Adam(params, **fused)),
+        large(f"SGD fp32, {size}", F32, 12, 1.02, precond.SGD, lambda params: torch.optim.SGD(params, **fused)),
         large(
-            "SGD with momentum fp32, 32M",
+            f"SGD with momentum fp32, {size}",
             F32,
             20,
             1.02,
             lambda params: precond.SGD(params, momentum=0.9),
             lambda params: torch.optim.SGD(params, momentum=0.9, **fused),
         ),
-        large("Adagrad fp32, 32M", F32, 20, 0.9, precond.Adagrad, lambda params: torch.optim.Adagrad(params, **fused)),
         large(
-            "RMSprop fp32, 32M",
+            f"Adagrad fp32, {size}", F32, 20, 0.9, precond.Adagrad, lambda params: torch.optim.Adagrad(params, **fused)
+        ),
+        large(
+            f"RMSprop fp32, {size}",
             F32,
             20,
             0.2,
@@ -139,7 +143,7 @@ def cases() -> list[Case]:
             "torch foreach",
         ),
         large(
-            "clip folded in, AdamW fp32 32M",
+            f"clip folded in, AdamW fp32 {size}",
             F32,
             32,
             0.8,
@@ -147,13 +151,13 @@ def cases() -> list[Case]:
             timing.ClippedTorch,
             "torch clip, fused",
         ),
-        rules_case("every rule fp32, 16M, time per byte", OPTIMIZERS),
-        rules_case("rules beyond the family fp32, 16M, time per byte", [BY_RULE["adamw"], *BEYOND]),
-        *format_cases(),
+        rules_case("every rule fp32", OPTIMIZERS, of_all),
+        rules_case("rules beyond the family fp32", [BY_RULE["adamw"], *BEYOND], of_all),
+        *format_cases(n),
     ]
 
 
-def format_cases() -> list[Case]:
+def format_cases(n: int) -> list[Case]:
     """Formats on bfloat16 parameters, against torch's fused AdamW on float32 and on bfloat16 ones of the same number."""
     stock = {"torch fused fp32": F32, "torch fused bf16": BF16}
 
@@ -163,8 +167,8 @@ def format_cases() -> list[Case]:
             params, weight_format=weight_format, state_format=state_format
         )
         limits = [("precond", (name,), limit) for name, limit in zip(stock, targets, strict=False)]
-        name = f"AdamW {weight_format} + {state_format}, 32M"
-        return Case(name, (32 * 1024, 1024), 1, BF16, contenders, limits, bytes_per_element, dtypes=stock)
+        name = f"AdamW {weight_format} + {state_format}, {n // MILLION}M"
+        return Case(name, (n // 1024, 1024), 1, BF16, contenders, limits, bytes_per_element, dtypes=stock)
 
     # Without targets but for the first; the others are timed for the notes.
     return [
@@ -175,9 +179,9 @@ def format_cases() -> list[Case]:
     ]
 
 
-def rules_case(name: str, rows: list[Any]) -> Case:
+def rules_case(name: str, rows: list[Any], n: int) -> Case:
     """Rules on one tensor, in time per byte of AdamW's."""
-    n = 16 * MILLION
+    name = f"{name}, {n // MILLION}M, time per byte"
     contenders = {row.rule: functools.partial(row.cls, **row.kwargs) for row in rows}
     # The table's hyper-parameters, but for a step that keeps 16M values finite over thousands of steps.
     contenders = {rule: functools.partial(make, lr=1e-6) for rule, make in contenders.items()}
@@ -212,8 +216,10 @@ def run_case(case: Case, seconds: float, copy: float) -> dict[str, object]:
     return {
         "case": case.name,
         "ms": medians,
+        "ms_quartiles": timing.ms_quartiles(times),
         "rounds": len(times[case.timed]),
         "gb_per_s": gbs,
+        "copy_gb_per_s": copy,
         "percent_of_copy": 100 * gbs / copy,
         "targets": targets,
     }
@@ -245,11 +251,11 @@ def host_time(seconds: float) -> dict[str, object]:
     }
 
 
-def import_time() -> dict[str, object]:
+def import_time(runs: int) -> dict[str, object]:
     code = "import time, torch; t = time.perf_counter(); import precond; print(time.perf_counter() - t)"
     times = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(5)
+        for _ in range(runs)
     ]
     ms = statistics.median(times) * 1e3
     return {
@@ -260,6 +266,10 @@ def import_time() -> dict[str, object]:
 def table(results: list[dict]) -> str:
     lines = ["| case | ms | GB/s | % of copy | measured | target | |", "|---|---|---|---|---|---|---|"]
     for result in results:
+        if "error" in result:
+            lines.append(f"| {result['case']} | {result['error'].replace('|', '/')} | | | | | |")
+            continue
+        case = result["case"] + (f", {100 * result['products']:.0f} % products" if "products" in result else "")
         ms = result.get("ms", {})
         if len(ms) > 4:
             ms = {name: ms[name] for name in ("adamw", result["targets"][0]["of"])}
@@ -267,7 +277,7 @@ def table(results: list[dict]) -> str:
         speed = f"{result['gb_per_s']:.1f} | {result['percent_of_copy']:.0f}" if "gb_per_s" in result else " | "
         goals = result["targets"] or [None]
         for i, goal in enumerate(goals):
-            left = f"| {result['case']} | {ms} | {speed} |" if i == 0 else "| | | | |"
+            left = f"| {case} | {ms} | {speed} |" if i == 0 else "| | | | |"
             if goal is None:
                 lines.append(left + " | | |")
                 continue
@@ -277,26 +287,40 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def line(result: dict[str, Any]) -> str:
+    """A case in one line, for the log."""
+    times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in list(result.get("ms", {}).items())[:4])
+    goals = ", ".join(f"{goal['ratio']:.3f} of {goal.get('to', goal['of'])}" for goal in result["targets"])
+    return "; ".join(part for part in (times, goals) if part)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, default=4.0, help="time per case (default 4)")
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--seconds", type=float, help="time per case (default 4; quick 0.3)")
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()), help="default 2")
-    parser.add_argument("--json", type=Path, default=None, help="where to write the results")
+    record.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    end = record.end_of(arguments)
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore", precond.PrecisionWarning)  # 16-bit states are what is timed
-    check_parity()
-    copy = copy_bandwidth()
-    chosen = [case for case in cases() if arguments.only in case.name]
-    results = [run_case(case, arguments.seconds, copy) for case in tqdm(chosen, desc="cases", leave=False)]
-    results += methods.results(arguments.seconds / 2, arguments.only)
-    for name, measure in {HOST: lambda: host_time(arguments.seconds), IMPORT: import_time}.items():
-        if arguments.only in name:
-            results.append({"case": name, **measure()})
-    report = {"environment": timing.environment(), "copy_gb_per_s": copy, "results": results}
-    path = arguments.json or ROOT / "bench" / "results" / "cpu.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report | {"date": time.strftime("%Y-%m-%d")}, indent=1) + "\n")
-    print(f"{report['environment']}\ncopy: {copy:.1f} GB/s\n\n{table(results)}\n\nwritten to {path}")
+    quick = arguments.quick
+    seconds = arguments.seconds or (0.3 if quick else 4.0)
+    path = arguments.out / f"cpu{'-quick' if quick else ''}.json"
+    results = record.Record(path, timing.environment(), {"seconds": seconds, "quick": quick}, fresh=arguments.fresh)
+
+    def timed(case: Case) -> dict[str, object]:
+        return run_case(case, seconds, results.run["copy_gb_per_s"])
+
+    measures = {case.name: functools.partial(timed, case) for case in cases(quick)}
+    measures |= methods.cases(seconds / 2, quick)
+    measures |= {HOST: lambda: host_time(seconds), IMPORT: lambda: import_time(2 if quick else 5)}
+    names = record.chosen(measures, arguments.only)
+    if not all(results.has(name) for name in names):
+        check_parity(quick)
+        results.run["copy_gb_per_s"] = copy_bandwidth()
+    results.measure({name: measures[name] for name in names}, line, end=end)
+    print(f"\n{results.run}\n\n{table(results.results(measures))}\n")
+    print(f"{results.others(measures)}written to {path}")
+    if failed := results.failed(names):
+        raise SystemExit(f"bench cpu: failed: {'; '.join(failed)}")

@@ -1,7 +1,8 @@
 """Speed of the GPU backends against torch.optim on one card, with targets.
 
-Device milliseconds from events, host milliseconds of the call alone, interleaved medians in one process after a parity check.
-Percent of a copy measured in the same run. Inputs are random and larger than the cache.
+A time on the device is that of several steps which were queued beforehand; a time on the host is that of one step alone. The
+table has medians of interleaved rounds in one process, the file their quartiles too. Percent are of a copy in the same run.
+Inputs are random and larger than the cache. A backend whose bits are not the CPU's is not timed.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ import argparse
 import dataclasses
 import functools
 import importlib
-import json
+import shutil
 import statistics
-import time
+import subprocess
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ import torch
 import precond
 from precond import _C, _backend
 
-from . import ROOT, timing
+from . import gpu_parity, record, timing
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 Make = Callable[[list[torch.nn.Parameter]], Any]
@@ -58,34 +58,34 @@ class Case:
     targets: list[tuple[str, str, float]]  # (what, base or "copy", limit)
 
 
-def cases(scale: float) -> list[Case]:
+def cases(scale: float, device: str = "cuda") -> list[Case]:
+    """All cases; on a CPU, for a dry run, the cpu backend stands in for the others."""
+    cuda, triton = ("cuda", "triton") if device == "cuda" else ("cpu", "cpu")
+
     def adamw(**options: object) -> dict[str, Make]:
         own = {"betas": (0.9, 0.99), **options}
-        makers: dict[str, Make] = {
+        return {
             "torch fused": lambda params: torch.optim.AdamW(params, fused=True),
-            "precond cuda": lambda params: precond.AdamW(params, backend="cuda", **own),
-            "precond triton": lambda params: precond.AdamW(params, backend="triton", **own),
+            "precond cuda": lambda params: precond.AdamW(params, backend=cuda, **own),
+            "precond triton": lambda params: precond.AdamW(params, backend=triton, **own),
         }
-        return {name: make for name, make in makers.items() if not why_absent(name)}
 
     def other(name: str, **options: object) -> dict[str, Make]:
         """A class of the family, and torch's of that name where it is fused."""
-        makers: dict[str, Make] = {
-            "torch fused": lambda params: getattr(torch.optim, name)(params, fused=True, **options),
-            "precond cuda": lambda params: getattr(precond, name)(params, backend="cuda", **options),
-            "precond triton": lambda params: getattr(precond, name)(params, backend="triton", **options),
+        # torch has no fused RMSprop
+        form = "foreach" if name == "RMSprop" else "fused"
+        return {
+            f"torch {form}": lambda params: getattr(torch.optim, name)(params, **{form: True}, **options),
+            "precond cuda": lambda params: getattr(precond, name)(params, backend=cuda, **options),
+            "precond triton": lambda params: getattr(precond, name)(params, backend=triton, **options),
         }
-        if name == "RMSprop":  # torch has no fused one
-            makers["torch foreach"] = lambda params: torch.optim.RMSprop(params, foreach=True, **options)
-            del makers["torch fused"]
-        return {contender: make for contender, make in makers.items() if not why_absent(contender)}
 
     def stored(weight_format: str, state_format: str) -> dict[str, Make]:
         """AdamW with formats of few bits; what torch needs for the same precision, and another library's."""
 
         def own(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
             group = {"params": params, "weight_format": weight_format, "state_format": state_format}
-            return precond.AdamW([group], backend="cuda", betas=(0.9, 0.99))
+            return precond.AdamW([group], backend=cuda, betas=(0.9, 0.99))
 
         def masters(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
             copies = [torch.nn.Parameter(p.detach().float()) for p in params]
@@ -93,11 +93,7 @@ def cases(scale: float) -> list[Case]:
                 copy.grad = None if p.grad is None else p.grad.float()
             return torch.optim.AdamW(copies, fused=True)
 
-        makers: dict[str, Make] = {"torch fused fp32": masters, "precond cuda": own}
-        flash = peer("FlashOptim")
-        return {name: make for name, make in makers.items() if not why_absent(name)} | (
-            {} if flash is None else {"FlashOptim": flash}
-        )
+        return {"torch fused fp32": masters, "precond cuda": own, "FlashOptim": peer("FlashOptim")}
 
     def clipped() -> dict[str, Make]:
         ours = adamw(max_grad_norm=1.0)
@@ -113,7 +109,7 @@ def cases(scale: float) -> list[Case]:
         ("precond cuda", "FlashOptim", 0.5),
     ]
     few_bits = [("precond cuda", "copy", 80)]
-    ours = {name: make for name, make in adamw().items() if name == "precond cuda"}
+    against_others = {"precond cuda": adamw()["precond cuda"], **{name: peer(name) for name in PEERS}}
     return [
         Case("AdamW fp32, one tensor", [(billion,)], F32, adamw(), 28,
              [("precond cuda", "copy", 95), ("precond cuda", "torch fused", 1.0), triton_target]),
@@ -131,11 +127,12 @@ def cases(scale: float) -> list[Case]:
         Case("AdamW fp32, 1000 x 1024", [(1024,)] * 1000, F32, adamw(), 28, small),
         Case("AdamW fp32, 10,000 x 64", [(64,)] * 10_000, F32, adamw(), 28, small),
         Case("AdamW bf16, 20,000 mixed MoE tensors", moe_shapes(billion), BF16, adamw(), 14, []),
-        Case("AdamW bf16, one tensor, against other libraries", [(billion,)], BF16, ours | peers(), 14, []),
         # Two scales of 2 bytes for 64 elements, read and written: 1/8 byte.
         Case("AdamW bf16 split24 with int8 states", [(billion,)], BF16, stored("split24", "int8"), 12.125, split),
         Case("AdamW bf16 stochastic with int8 states", [(billion,)], BF16, stored("stochastic", "int8"), 10.125, few_bits),
         Case("AdamW bf16 stochastic with int4 states", [(billion,)], BF16, stored("stochastic", "int4"), 8.125, few_bits),
+        # Last, because torchao compiles its step.
+        Case("AdamW bf16, one tensor, against other libraries", [(billion,)], BF16, against_others, 14, []),
     ]  # fmt: skip
 
 
@@ -158,146 +155,98 @@ PEERS = {
 }
 
 
-def peer(name: str) -> Make | None:
-    """Another library's optimizer; None, with the reason printed, where it does not import or take a parameter."""
+def peer(name: str) -> Make:
+    """Another library's optimizer, imported when it is made: a library that is missing or broken is one failed contender."""
     module, cls = PEERS[name]
-    try:
-        make: Make = functools.partial(getattr(importlib.import_module(module), cls), lr=1e-3)
-        make([torch.nn.Parameter(torch.zeros(4096, dtype=BF16))])
-    except Exception as error:
-        print(f"{name} is not timed: {type(error).__name__}: {error}")
-        return None
-    return make
+    return lambda params: getattr(importlib.import_module(module), cls)(params, lr=1e-3)
 
 
-def peers() -> dict[str, Make]:
-    return {name: make for name in PEERS if (make := peer(name)) is not None}
-
-
-def why_absent(contender: str) -> str:
-    """Why a contender cannot run here; empty if it can."""
-    return _backend.why_not(contender.removeprefix("precond ")) if contender.startswith("precond ") else ""
-
-
-class Clock:
-    """Milliseconds on the device and on the host of one call. Without a GPU (a dry run of this file) both are the host's."""
-
-    def __init__(self, device: str) -> None:
-        self.gpu = device == "cuda"
-
-    def __call__(self, call: Callable[[], object]) -> tuple[float, float]:
-        if not self.gpu:
-            start = time.perf_counter()
-            call()
-            ms = (time.perf_counter() - start) * 1e3
-            return ms, ms
-        torch.cuda.synchronize()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        start = time.perf_counter()
-        call()
-        host = (time.perf_counter() - start) * 1e3
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end), host
-
-
-def interleaved(
-    clock: Clock, calls: dict[str, Callable[[], object]], rounds: int
-) -> dict[str, list[tuple[float, float]]]:
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(clock(call))
-    return times
-
-
-def check_parity(device: str) -> None:
-    """Refuse to time a kernel that is wrong: every rule and dtype, bit for bit with the CPU backend."""
-    from cases import bits_equal, random_values
-    from optimizers import BY_STATES, OPTIMIZERS
-
-    plain = [(row, dtype, None, None) for row in OPTIMIZERS for dtype in (F32, BF16, F16)]
-    stored = [(row, BF16, *formats) for row in BY_STATES for formats in (("split24", "int8"), ("stochastic", "int4"))]
-    for row, dtype, weight_format, state_format in plain + stored:
-        values = [random_values(shape, dtype) for shape in ((5,), (1025,), (40_000,), (100, 640))]
-        results = []
-        for backend in ("cpu", *(name for name in ("cuda", "triton") if not _backend.why_not(name))):
-            if weight_format is not None and backend == "triton":
-                continue
-            where = "cpu" if backend == "cpu" else device
-            params = [torch.nn.Parameter(v.to(where, copy=True)) for v in values]
-            group = {"params": params, "weight_format": weight_format, "state_format": state_format}
-            optimizer = row.cls([group], **row.kwargs, backend=backend)
-            torch.manual_seed(1)
-            for _ in range(4):
-                for p in params:
-                    p.grad = random_values(p.shape, dtype).to(where)
-                optimizer.step()
-            results.append((backend, [p.detach().cpu() for p in params]))
-        for backend, tensors in results[1:]:
-            if not all(bits_equal(a, b) for a, b in zip(tensors, results[0][1], strict=True)):
-                raise AssertionError(
-                    f"{row.rule} {dtype} {weight_format} {state_format} on {backend} differs from the cpu backend: "
-                    "nothing is timed"
-                )
-
-
-def copy_bandwidth(clock: Clock, device: str, elements: int) -> float:
+def copy_bandwidth(clock: timing.Clock, device: str, elements: int) -> float:
     """GB/s of a copy on the device, read plus written."""
     source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
-    times = interleaved(clock, {"copy": lambda: target.copy_(source)}, 10)["copy"]
-    return 2 * 4 * elements / statistics.median(ms for ms, _ in times) / 1e6
+    times, failed = clock.interleaved({"copy": lambda: target.copy_(source)}, 10)
+    if failed:
+        raise RuntimeError(f"the copy failed: {failed['copy']}")
+    return 2 * 4 * elements / statistics.median(times["copy"].device) / 1e6
 
 
-def run_case(case: Case, clock: Clock, device: str, rounds: int, copy: float) -> dict[str, object]:
+def run_case(
+    case: Case, clock: timing.Clock, device: str, rounds: int, copy: float, refused: dict[str, str]
+) -> dict[str, object]:
+    """Times of all contenders; ``refused``: why a contender is not to be timed."""
     elements = sum(torch.Size(shape).numel() for shape in case.shapes)
     params = [torch.nn.Parameter(torch.randn(shape, device=device).to(case.dtype)) for shape in case.shapes]
     for p in params:
         p.grad = torch.randn(p.shape, device=device).to(case.dtype)
     # The contenders share parameters and gradients, each with its own states: a billion fp32 parameters each would not fit.
-    optimizers = {name: make(params) for name, make in case.contenders.items()}
-    times = interleaved(clock, {name: o.step for name, o in optimizers.items()}, rounds)
-    result: dict[str, object] = {"case": case.name, "elements": elements, "tensors": len(case.shapes), "contenders": {}}
-    for name, values in times.items():
-        ms = statistics.median(device_ms for device_ms, _ in values)
-        gbs = elements * (28 if name == "torch fused fp32" else case.bytes_per_element) / ms / 1e6
-        result["contenders"][name] = {  # type: ignore[index]
-            "device_ms": ms,
-            "host_ms": statistics.median(host_ms for _, host_ms in values),
-            "gb_per_s": gbs,
-            "percent_of_copy": 100 * gbs / copy,
-        }
-    result["targets"] = []
+    failed = {name: refused[name] for name in case.contenders if name in refused}
+    steps: dict[str, Callable[[], object]] = {}
+    for name, make in case.contenders.items():
+        if name not in failed:
+            try:
+                steps[name] = make(params).step
+            except Exception as error:
+                failed[name] = record.short(error)
+            if name in failed:
+                clock.recover()
+    times, broken = clock.interleaved(steps, rounds)
+    failed |= broken
+    contenders: dict[str, Any] = {name: {"error": failed[name]} for name in failed}
+    for name, found in times.items():
+        gbs = elements * (28 if name == "torch fused fp32" else case.bytes_per_element)
+        gbs /= statistics.median(found.device) * 1e6
+        contenders[name] = {**found.summary(), "gb_per_s": gbs, "percent_of_copy": 100 * gbs / copy}
+    targets = []
     for what, base, limit in case.targets:
         if what not in times or (base != "copy" and base not in times):
             continue
         if base == "copy":
-            value = result["contenders"][what]["percent_of_copy"]  # type: ignore[index]
+            value = contenders[what]["percent_of_copy"]
             met = value >= limit
         else:
-            pairs = zip(times[what], times[base], strict=True)
-            value = statistics.median(a / b for (a, _), (b, _) in pairs)
+            # Of neighbouring runs: what disturbs the machine disturbs both.
+            value = statistics.median(a / b for a, b in zip(times[what].device, times[base].device, strict=True))
             met = value <= limit
-        result["targets"].append({"of": what, "to": base, "value": value, "target": limit, "met": met})  # type: ignore[attr-defined]
-    return result
+        targets.append({"of": what, "to": base, "value": value, "target": limit, "met": met})
+    return {
+        "elements": elements,
+        "tensors": len(case.shapes),
+        "copy_gb_per_s": copy,
+        "contenders": {name: contenders[name] for name in case.contenders},
+        "targets": targets,
+    }
+
+
+def line(result: dict[str, Any]) -> str:
+    """A case in one line, for the log."""
+    parts = []
+    for name, row in result["contenders"].items():
+        if "error" in row:
+            parts.append(f"{name}: {row['error']}")
+        else:
+            waits = "" if row["queued_ahead"] else ", with waits of the host"
+            parts.append(
+                f"{name} {row['device_ms']:.3f} ms ({row['percent_of_copy']:.0f} % of copy, host {row['host_ms']:.3f}{waits})"
+            )
+    return "; ".join(parts)
 
 
 def table(results: list[dict]) -> str:
     lines = ["| case | contender | device ms | host ms | GB/s | % of copy |", "|---|---|---|---|---|---|"]
     for result in results:
-        for name, row in result["contenders"].items():
+        for name, row in result.get("contenders", {"": result}).items():
+            if "error" in row:
+                lines.append(f"| {result['case']} | {name} | {row['error'].replace('|', '/')} | | | |")
+                continue
+            waits = "" if row["queued_ahead"] else " (with waits of the host)"
             lines.append(
-                f"| {result['case']} | {name} | {row['device_ms']:.3f} | {row['host_ms']:.3f} | {row['gb_per_s']:.0f} | "
-                f"{row['percent_of_copy']:.0f} |"
+                f"| {result['case']} | {name} | {row['device_ms']:.3f}{waits} | {row['host_ms']:.3f} | "
+                f"{row['gb_per_s']:.0f} | {row['percent_of_copy']:.0f} |"
             )
     lines += ["", "| case | measured | target | |", "|---|---|---|---|"]
     for result in results:
-        for goal in result["targets"]:
+        for goal in result.get("targets", []):
             unit = "% of copy" if goal["to"] == "copy" else f"x {goal['to']}"
             bound = ">=" if goal["to"] == "copy" else "<="
             verdict = "met" if goal["met"] else "missed"
@@ -307,40 +256,116 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def device_facts(device: str) -> dict[str, object]:
+    """What a reader needs to know of the card; without its clocks, which change from one run to the next."""
+    facts: dict[str, object] = {"device": "dry run on the CPU", "cuda_kernels": _C.cuda}
+    if device == "cuda":
+        facts |= {"device": torch.cuda.get_device_name(), "torch_cuda": torch.version.cuda}
+        facts["driver"] = nvidia_smi("driver_version")
+    return facts
+
+
+def nvidia_smi(query: str) -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+def stem(device: str) -> str:
+    """The name of the card's result files."""
+    return torch.cuda.get_device_name().lower().replace(" ", "-") if device == "cuda" else "dry-run"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda", help="default cuda; cpu is a dry run of this file, without meaning")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the billion parameters (default 1)")
-    parser.add_argument("--rounds", type=int, default=20, help="interleaved rounds per case (default 20)")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="directory of the result files")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a dry run, times mean nothing")
+    parser.add_argument("--scale", type=float, help="of the billion parameters (default 1; quick 0.25; dry run 1e-4)")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds per case (default 20; quick 7; dry run 2)")
+    parser.add_argument(
+        "--parity", choices=("quick", "full"), help="rules compared first (default full; quick: what is timed)"
+    )
+    record.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench gpu: no CUDA device here; nothing was measured")
+    if device == "cpu":
+        torch.set_num_threads(1)  # a dry run beside other work
+    end = record.end_of(arguments)
     warnings.simplefilter("ignore", precond.PrecisionWarning)  # 16-bit states are what is timed
-    clock = Clock(arguments.device)
-    check_parity(arguments.device)
-    copy = copy_bandwidth(clock, arguments.device, int(5e8 * arguments.scale) + 1024)
-    results = []
-    for case in cases(arguments.scale):
-        print(case.name, flush=True)
-        results.append(run_case(case, clock, arguments.device, arguments.rounds, copy))
-        if clock.gpu:
-            torch.cuda.empty_cache()
-    name = torch.cuda.get_device_name() if clock.gpu else "dry-run"
-    facts = timing.environment() | {"device": name, "cuda_kernels": _C.cuda}
-    if clock.gpu:
-        import subprocess
+    short = arguments.quick or device == "cpu"
+    scale = arguments.scale or (1e-4 if device == "cpu" else 0.25 if short else 1.0)
+    rounds = arguments.rounds or (2 if device == "cpu" else 7 if short else 20)
+    tier = arguments.parity or ("quick" if short else "full")
+    settings = {"scale": scale, "rounds": rounds, "quick": arguments.quick}
+    # A record of other sizes never replaces the full one.
+    suffix = "-quick" if arguments.quick else "" if device == "cpu" or scale == 1 else f"-scale-{scale:g}"
+    path = arguments.out / f"{stem(device)}{suffix}.json"
+    results = record.Record(path, timing.environment() | device_facts(device), settings, fresh=arguments.fresh)
+    by_name = {case.name: case for case in cases(scale, device)}
+    names = record.chosen(by_name, arguments.only)
+    clock = timing.Clock(device)
+    if all(results.has(name) for name in names):
+        print(f"0 of {len(names)} cases to measure, the others are in {path}")
+    else:
+        measure(results, {name: by_name[name] for name in names}, clock, arguments, (scale, rounds, tier, end))
+    known = results.results(by_name)
+    text = f"# {results.run['environment']['device']}\n\n`python -m bench gpu`, {results.run}\n\n{table(known)}\n"
+    if others := results.others(by_name):
+        text += f"\n{others}"
+    record.write(path.with_suffix(".md"), text)
+    print(f"{text}\nwritten to {path}")
+    failed = results.failed(names) + sorted(
+        f"{result['case']}, {name}"
+        for result in known
+        if result["case"] in names
+        for name, row in result.get("contenders", {}).items()
+        if "error" in row and name.startswith("precond ")
+    )
+    if failed:
+        raise SystemExit(f"bench gpu: failed: {'; '.join(failed)}")
 
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
-        facts |= {
-            "torch_cuda": torch.version.cuda,
-            "driver_and_clocks": subprocess.check_output(query, text=True).strip(),
-        }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stem = name.lower().replace(" ", "-")
-    report = {"environment": facts, "copy_gb_per_s": copy, "results": results, "date": time.strftime("%Y-%m-%d")}
-    (arguments.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
-    text = f"# {name}\n\n`python -m bench gpu`, copy {copy:.0f} GB/s, {facts}\n\n{table(results)}\n"
-    (arguments.out / f"{stem}.md").write_text(text)
-    print(text)
+
+def measure(
+    results: record.Record,
+    wanted: dict[str, Case],
+    clock: timing.Clock,
+    arguments: argparse.Namespace,
+    how: tuple[float, int, str, float | None],
+) -> None:
+    """Parity, the copy, and the cases that are not known yet."""
+    scale, rounds, tier, end = how
+    device = arguments.device
+    standing = {"precond cuda": "cuda", "precond triton": "triton"}
+    refused = {
+        name: why for name, backend in standing.items() if device == "cuda" and (why := _backend.why_not(backend))
+    }
+    backends = {
+        name: (backend, "cuda") if device == "cuda" else ("cpu", "cpu")
+        for name, backend in standing.items()
+        if name not in refused
+    }
+    # Once for an environment: a run that goes on after a cut has its answer in the file.
+    if not {"full", tier} & set(results.run.get("parity", [])):
+        wrong = gpu_parity.wrong_backends(backends, tier)
+        for name, why in wrong.items():
+            print(f"{name}: {why}", flush=True)
+        refused |= wrong
+        if not wrong:
+            results.run["parity"] = [*results.run.get("parity", []), tier]
+            results.save()
+    copy = copy_bandwidth(clock, device, int(5e8 * scale) + 1024)
+    results.run["copy_gb_per_s"] = copy
+    results.run["clocks_sm_and_memory"] = nvidia_smi("clocks.sm,clocks.mem")
+    print(f"copy: {copy:.0f} GB/s", flush=True)
+
+    def timed(case: Case) -> dict[str, Any]:
+        try:
+            return run_case(case, clock, device, rounds, copy, refused)
+        finally:
+            if clock.gpu:
+                torch.cuda.empty_cache()
+
+    results.measure({name: functools.partial(timed, case) for name, case in wanted.items()}, line, end=end)

@@ -4,6 +4,7 @@ time per byte of its passes. Part of ``python -m bench cpu``.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from precond.bnp import precondition_gradients
 
 from . import timing
 
-SHAPE, COUNT = (512, 512), 16
+#: Matrices, and their sides; ``quick`` has smaller ones, because a decomposition takes time as their third power.
+COUNT, SIDE, QUICK_SIDE = 16, 512, 256
 #: Operators that count as matrix products, decompositions with them.
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "svd", "qr", "eigh")
 
@@ -45,11 +47,11 @@ METHODS: dict[str, tuple[Callable[..., Any], dict[str, Any], float]] = {
 }
 
 
-def parameters() -> list[torch.nn.Parameter]:
+def parameters(side: int) -> list[torch.nn.Parameter]:
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(SHAPE)) for _ in range(COUNT)]
+    params = [torch.nn.Parameter(torch.randn(side, side)) for _ in range(COUNT)]
     for p in params:
-        p.grad = torch.randn(SHAPE)
+        p.grad = torch.randn(side, side)
     return params
 
 
@@ -106,20 +108,26 @@ def check(name: str) -> None:
         raise AssertionError(f"{name}: the fused step differs by {difference:.1e} of the steps' size")
 
 
-def measured(name: str, seconds: float, adamw: float) -> dict[str, object]:
+def measured(name: str, seconds: float, quick: bool) -> dict[str, object]:
     check(name)
+    side = QUICK_SIDE if quick else SIDE
     cls, kwargs, bytes_per_element = METHODS[name]
-    optimizers = {b: cls(parameters(), lr=1e-6, **kwargs, backend=b) for b in ("cpu", "reference")}
-    times = timing.interleaved({b: optimizer.step for b, optimizer in optimizers.items()}, seconds, least=5)
+    optimizers = {b: cls(parameters(side), lr=1e-6, **kwargs, backend=b) for b in ("cpu", "reference")}
+    times = timing.interleaved(
+        {b: optimizer.step for b, optimizer in optimizers.items()}, seconds, least=3 if quick else 5
+    )
     medians = {b: statistics.median(values) * 1e3 for b, values in times.items()}
-    steps = 10 if medians["cpu"] > 20 else 40
-    per_byte = min(time_of_passes(optimizers["cpu"], steps) for _ in range(3)) / bytes_per_element / adamw
+    few = medians["cpu"] > 20
+    if quick:
+        steps, repeats = 2 if few else 20, 1
+    else:
+        steps, repeats = 10 if few else 40, 3
+    passes = min(time_of_passes(optimizers["cpu"], steps) for _ in range(repeats))
+    per_byte = passes / bytes_per_element / adamw_per_byte(side)
     ratio = timing.ratio(times, "cpu", "reference")
-    share = share_of_products(optimizers["cpu"], 10)
     return {
-        "case": f"{name}: 16 matrices of 512 x 512, {100 * share:.0f} % products",
         "ms": {"plain PyTorch": medians["reference"], "precond": medians["cpu"]},
-        "products": share,
+        "products": share_of_products(optimizers["cpu"], min(steps, 10)),
         "targets": [
             {"of": "precond", "to": "plain PyTorch", "ratio": ratio, "target": 1.0, "met": ratio <= 1.0},
             {"of": "passes", "to": "AdamW, per byte", "ratio": per_byte, "target": 1.2, "met": per_byte <= 1.2},
@@ -127,49 +135,55 @@ def measured(name: str, seconds: float, adamw: float) -> dict[str, object]:
     }
 
 
-def against_plain(
-    name: str, ours: Callable[[], object], plain: Callable[[], object], seconds: float
-) -> dict[str, object]:
+@functools.cache
+def adamw_per_byte(side: int) -> float:
+    """Seconds of AdamW's pass per byte of an element."""
+    optimizer = precond.AdamW(parameters(side))
+    time_of_passes(optimizer, 5)
+    return min(time_of_passes(optimizer, 40) for _ in range(3)) / 28
+
+
+def against_plain(ours: Callable[[], object], plain: Callable[[], object], seconds: float) -> dict[str, object]:
     """What a wrapper adds to a step, against the same in plain PyTorch."""
     times = timing.interleaved({"precond": ours, "plain PyTorch": plain}, seconds)
     ratio = timing.ratio(times, "precond", "plain PyTorch")
     return {
-        "case": f"{name}: 16 matrices of 512 x 512",
         "ms": {key: statistics.median(values) * 1e3 for key, values in times.items()},
         "targets": [{"of": "precond", "to": "plain PyTorch", "ratio": ratio, "target": 1.0, "met": ratio <= 1.0}],
     }
 
 
-def wrappers(seconds: float) -> list[dict[str, object]]:
-    """BNP's transform of gradients, GradientRegularizer's way there and back, and FOP's step over its base's."""
-    params = parameters()
-    biases = [torch.randn(SHAPE[0]) for _ in params]
-    mean, inv = torch.randn(SHAPE[1]), torch.rand(SHAPE[1]) + 0.5
+def transform_of_gradients(seconds: float, side: int) -> dict[str, object]:
+    """BNP's, of gradients of weights and biases."""
+    gradients = [p.grad for p in parameters(side)]
+    biases = [torch.randn(side) for _ in gradients]
+    mean, inv = torch.randn(side), torch.rand(side) + 0.5
 
     def transformed(g: torch.Tensor, gb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight = (g - gb[:, None] * mean) * (inv * 0.5)
         return weight, gb * 0.5 - weight @ mean
 
-    gradients = [p.grad for p in params]
     for ours, plain in zip(
         precondition_gradients(gradients[0], biases[0], mean, inv, 0.5),
         transformed(gradients[0], biases[0]),
         strict=True,
     ):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
-    found = [
-        against_plain(
-            "BNP, transform of gradients",
-            lambda: [precondition_gradients(g, gb, mean, inv, 0.5) for g, gb in zip(gradients, biases, strict=True)],
-            lambda: [transformed(g, gb) for g, gb in zip(gradients, biases, strict=True)],
-            seconds,
-        )
-    ]
+    return against_plain(
+        lambda: [precondition_gradients(g, gb, mean, inv, 0.5) for g, gb in zip(gradients, biases, strict=True)],
+        lambda: [transformed(g, gb) for g, gb in zip(gradients, biases, strict=True)],
+        seconds,
+    )
+
+
+def there_and_back(seconds: float, side: int) -> dict[str, object]:
+    """GradientRegularizer's step to the other point and back."""
+    params = parameters(side)
     base = precond.AdamW(params, lr=1e-6)
     base.step()
     regularizer = precond.GradientRegularizer(base)
 
-    def back_and_forth() -> None:
+    def ours() -> None:
         given = [p.grad for p in params]
 
         def closure() -> None:
@@ -179,7 +193,7 @@ def wrappers(seconds: float) -> list[dict[str, object]]:
         regularizer._combine(closure)
 
     @torch.no_grad()
-    def plain_back_and_forth() -> None:
+    def plain() -> None:
         for p in params:
             state = base.state[p]
             backup, g = p.clone(), p.grad
@@ -187,29 +201,29 @@ def wrappers(seconds: float) -> list[dict[str, object]]:
             p.copy_(backup)
             p.grad = g + 10.0 * (g - g)
 
-    found.append(against_plain("GradientRegularizer, there and back", back_and_forth, plain_back_and_forth, seconds))
-    fop = precond.FOP(precond.AdamW(parameters(), lr=1e-6), 1e-3, mode="output", normalize="hypergradient")
+    return against_plain(ours, plain, seconds)
+
+
+def fop_around_adamw(seconds: float, side: int) -> dict[str, object]:
+    """FOP's step beside its base's."""
+    base = precond.AdamW(parameters(side), lr=1e-6)
+    fop = precond.FOP(precond.AdamW(parameters(side), lr=1e-6), 1e-3, mode="output", normalize="hypergradient")
     fop.step()
     times = timing.interleaved({"FOP": fop.step, "AdamW": base.step}, seconds)
-    share = share_of_products(fop, 10)
-    found.append(
-        {
-            "case": f"FOP, output, around AdamW: 16 matrices of 512 x 512, {100 * share:.0f} % products",
-            "ms": {key: statistics.median(values) * 1e3 for key, values in times.items()},
-            "products": share,
-            "targets": [],
-        }
-    )
-    return found
+    return {
+        "ms": {key: statistics.median(values) * 1e3 for key, values in times.items()},
+        "products": share_of_products(fop, 10),
+        "targets": [],
+    }
 
 
-def results(seconds: float, only: str) -> list[dict[str, object]]:
-    """An entry per method."""
-    names = [name for name in METHODS if only in name]
-    if not names:
-        return []
-    optimizer = precond.AdamW(parameters())
-    time_of_passes(optimizer, 5)
-    adamw = min(time_of_passes(optimizer, 40) for _ in range(3)) / 28
-    found = [measured(name, seconds, adamw) for name in names]
-    return found + ([] if only else wrappers(seconds))
+def cases(seconds: float, quick: bool) -> dict[str, Callable[[], dict[str, object]]]:
+    """What measures each method and each wrapper, by the name of its case."""
+    side = QUICK_SIDE if quick else SIDE
+    found = {name: functools.partial(measured, name, seconds, quick) for name in METHODS}
+    found |= {
+        "BNP, transform of gradients": functools.partial(transform_of_gradients, seconds, side),
+        "GradientRegularizer, there and back": functools.partial(there_and_back, seconds, side),
+        "FOP, output, around AdamW": functools.partial(fop_around_adamw, seconds, side),
+    }
+    return {f"{name}: {COUNT} matrices of {side} x {side}": measure for name, measure in found.items()}

@@ -51,6 +51,60 @@ def test_the_report_names_everything_and_verifies_a_step(tmp_path):
     assert "backend triton     one verified step" in run_module("precond", cwd=tmp_path, TRITON_INTERPRET="1")
 
 
+class Wrong(precond.AdamW):
+    """On the cpu backend a step that is wrong in one element of the last tensor, if ``broken`` says so of its options."""
+
+    broken = staticmethod(lambda group: True)
+
+    def __init__(self, params, *, backend, **options):
+        super().__init__(params, backend=backend, **options)
+        self.on_cpu = backend == "cpu"
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        group = self.param_groups[0]
+        if self.on_cpu and self.broken(group):
+            group["params"][-1].view(-1)[0] += 0.125
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        (lambda group: group.get("l1_decay", 0) > 0, "fp32 on cpu, cpu"),
+        (lambda group: group.get("weight_format") is not None, "bf16 split24 + int8 on cpu, cpu"),
+    ],
+    ids=["fp32", "formats"],
+)
+def test_the_report_fails_where_a_step_is_wrong(monkeypatch, capsys, broken, named):
+    from precond import __main__ as report
+
+    monkeypatch.setattr(Wrong, "broken", staticmethod(broken))
+    monkeypatch.setattr(report, "AdamW", Wrong)
+    monkeypatch.setattr(report, "BACKENDS", ("cpu", "reference"))
+    with pytest.raises(SystemExit) as stop:
+        report.main()
+    assert stop.value.code == f"precond: wrong steps: {named}"
+    output = capsys.readouterr().out
+    assert f"backend cpu        WRONG on cpu: {named.partition(' on ')[0]}: 1 of the 1 elements of shape (1,)" in output
+    assert "backend cpu        one verified step each on cpu: " in output
+    assert "backend reference  one verified step each on cpu: fp32 (" in output
+
+
+def test_the_report_fails_where_a_step_raises(monkeypatch, capsys):
+    from precond import __main__ as report
+
+    def raises(self, closure=None):
+        raise RuntimeError("kernel launch: device not ready")
+
+    monkeypatch.setattr(report.SGD, "step", raises)
+    monkeypatch.setattr(report, "BACKENDS", ("cpu",))
+    with pytest.raises(SystemExit) as stop:
+        report.main()
+    assert stop.value.code == "precond: wrong steps: clipped on cpu, cpu"
+    assert "WRONG on cpu: clipped: RuntimeError: kernel launch: device not ready" in capsys.readouterr().out
+
+
 EXAMPLES = sorted(path.stem for path in Path(precond.__file__).parent.glob("*.py") if ">>> " in path.read_text("utf-8"))
 
 

@@ -1,7 +1,7 @@
 """Machine code of the GPU kernels, without a GPU: registers, widths, spills, special functions, predicted bounds.
 
 CUDA: disassembles the extension that is installed. Triton: compiles every rule offline for the targets named. cuobjdump comes
-from the triton package.
+from the triton package. The kernels listed in tests/machine_code are also executed (executed.py).
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
+from machine_code.triton_cubins import compiled as compiled_triton
 from optimizers import ALL_RULES, BY_STATES
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from precond import _C, _formats, reference
 
 from . import ROOT, timing
+from .executed import GPUS, executed_kernels, print_executed
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -52,8 +53,8 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CPP_FORMATS = {"Fp32": "fp32", "Bf16": "bf16", "Fp16": "fp16"}
 # Elements of a thread in the kernels of formats that do not stand alone: kRun in csrc/cuda_formats.cuh.
 RUN = 8
-# Of an H200: bytes per second of a device copy, special-function operations per second (132 multiprocessors, 16 a clock).
-COPY, SPECIAL = 4.3e12, 3.6e12
+# Whose times the rows have.
+GPU = GPUS["H200"]
 # Approximations, flushed denormals, and operations that the assembler may still fuse.
 INEXACT_PTX = re.compile(r"\w+\.approx\S*|\S+\.ftz\S*|rsqrt\S*|mad\.\S*f32|mul\.f32|add\.f32")
 
@@ -146,8 +147,8 @@ def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
                 "wanted_stores_128": sum(pack * BYTES[f] // 16 for f in (p, *[s] * states)) * (packs + (packs > 1)),
                 "special_per_element": special,
                 "bytes_in_flight_per_sm": threads * per_thread,
-                "memory_ps": 1e12 * moved / COPY,
-                "special_ps": 1e12 * special / SPECIAL,
+                "memory_ps": GPU.memory_ps(moved),
+                "special_ps": GPU.special_ps(special),
             }
         )
     return rows
@@ -195,7 +196,7 @@ def fixed_paths(arch: str) -> list[dict[str, object]]:
                 **counts,
                 "special_per_element": special,
                 "instructions_per_element": instructions,
-                "special_ps": 1e12 * special / SPECIAL,
+                "special_ps": GPU.special_ps(special),
             }
         )
     return rows
@@ -216,32 +217,11 @@ def machine_code(cubin: bytes, elements: int) -> dict[str, object]:
 
 def triton_kernel(rule: str, formats: tuple[str, str, str], target: str) -> dict[str, object]:
     """Compile one Triton update kernel offline and count what matters."""
-    from precond.triton_kernels import kernel, scalars
+    from precond.triton_kernels import kernel
 
-    spec = kernel.RULES[rule]
     names, form = reference.RULES[rule].states, formats[2]
     states = [_formats.code_format(name, form) if form in _formats.CODED else form for name in names]
-    s0, s1, s2 = (*states, "fp32", "fp32", "fp32")[:3]
-    constants = {
-        "RULE": spec.update,
-        "DECAY": spec.decay,
-        "OPTION": spec.option,
-        "STATES": spec.states,
-        "P": formats[0],
-        "G": formats[1],
-        "S0": s0,
-        "S1": s1,
-        "S2": s2,
-        "ROW": scalars.ROW_FLOATS.value,
-        "SLOT": kernel.SLOTS.value,
-        "BLOCK": kernel.BLOCK,
-    }
-    pointers = {"chunks_ptr": "*i64", "tensors_ptr": "*i64", "rows_ptr": "*fp32", "control_ptr": "*fp32"}
-    signature = pointers | {"clip_value": "fp32"} | dict.fromkeys(constants, "constexpr")
-    hints = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
-    source = ASTSource(kernel.update_kernel, signature, constants, hints)
-    options = {"num_warps": kernel.WARPS, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    compiled = compiled_triton(rule, formats[0], formats[1], states, GPUTarget(*TARGETS[target]))
     row: dict[str, object] = {"rule": rule, "formats": "/".join(formats), "target": target}
     if "cubin" in compiled.asm and formats in STORAGE:
         per_thread = kernel.BLOCK // (32 * kernel.WARPS)
@@ -287,6 +267,7 @@ def report(arch: str, targets: list[str], quick: bool) -> dict[str, object]:
         "cuda": cuda_kernels(machine) if machine else [],
         "cuda_tiled": tiled_kernels(machine) if machine else [],
         "cuda_paths": fixed_paths(arch) if machine else [],
+        "executed": executed_kernels(quick),
         "triton": [triton_kernel(*case) for case in tqdm(cases, desc="triton", leave=False)],
     }
 
@@ -300,7 +281,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="Triton: every rule once, every format and target for one rule of each shape",
+        help="Triton: every rule once, every format and target for one rule of each shape; execute a handful of kernels",
     )
 
 
@@ -336,4 +317,5 @@ def run(arguments: argparse.Namespace) -> None:
         print(
             f"| {row['rule']} | {row['formats']} | {row['target']} | {row['loads_128']} | {row['stores_128']} | {row['local']} |"
         )
+    print_executed(result["executed"])
     print(f"\nwritten to {path}")

@@ -137,8 +137,9 @@ class HostReads(torch.overrides.TorchFunctionMode):
     any device.
     """
 
-    READS = frozenset(
-        getattr(torch.Tensor, name) for name in "item tolist __float__ __int__ __bool__ cpu nonzero equal".split()
+    READS = tuple(
+        getattr(torch.Tensor, name)
+        for name in ("item", "tolist", "__float__", "__int__", "__bool__", "cpu", "nonzero", "equal")
     )
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

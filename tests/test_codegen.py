@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from machine_code.listed import CASES, HANDFUL
 from optimizers import ALL_RULES, OVERWRITING
 
 from precond import _C
@@ -90,6 +92,20 @@ def test_paths_of_adamw_take_few_special_functions(report):
         assert (row["stack"], row["local"]) == (0, 0), row["formats"]
         assert row["special_per_element"] <= 6, row["formats"]
         assert row["instructions_per_element"] <= 240, row["formats"]
+
+
+def test_executed_kernels_are_listed_with_what_to_expect_of_them(report):
+    rows = {row["kernel"]: row for row in report["executed"]}
+    assert rows.keys() >= {title for title in HANDFUL if shutil.which("nvcc") or CASES[title].triton}
+    for title, row in rows.items():
+        assert row["spilled"] <= (MOST_STACK if len(CASES[title].formats) == 5 else 0), title
+        # Kernels made for formats that stand alone wait for memory, and for nothing else, on either GPU.
+        case = CASES[title]
+        if case.kernel.startswith("update_kernel<") or (case.triton and not case.groups):
+            assert {predicted["bound"] for predicted in row["predicted"].values()} == {"memory"}, title
+            assert row["bytes_in_flight_per_sm"] >= 23 * 1024, title
+        for predicted in row["predicted"].values():
+            assert 0 < predicted["percent_of_copy"] <= 100, title
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])

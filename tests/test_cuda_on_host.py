@@ -28,6 +28,9 @@ def test_the_kernels_pass_their_tests_under_sanitizers(sanitizer, threads):
     env = {"CUDA_ON_HOST_THREADS": str(threads), "OMP_NUM_THREADS": "1", "TSAN_OPTIONS": "halt_on_error=1"}
     output = run(directory / "cuda_tests", env=env)
     assert output.endswith("all passed\n")
+    run("cmake", "--build", directory, "--target", "cuda_runtime_tests")
+    output = run(directory / "cuda_runtime_tests", env=env)
+    assert output.endswith("all passed\n")
 
 
 @pytest.mark.parametrize(

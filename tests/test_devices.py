@@ -4,6 +4,7 @@ memory of one to another. The emulated runtime says what a step does on a device
 
 from __future__ import annotations
 
+import contextlib
 import types
 
 import device
@@ -98,6 +99,29 @@ def test_backend_cuda_says_that_the_build_has_no_code_for_the_device():
         _backend.why_not_on.cache_clear()
     assert p.tolist() == [1.0] * 5
     precond.AdamW([p], backend="cuda").step()
+    assert p[0].item() < 1.0
+
+
+@pytest.mark.skipif(not _backend.cuda_on_host(), reason="run by tests/test_cuda_on_host.py")
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"max_grad_norm": 1.0, "nonfinite": "raise"}], ids=str)
+def test_the_device_of_a_plan_is_current_while_it_runs(monkeypatch, options):
+    """A fresh thread's current device is GPU 0, whatever its process works on."""
+    hooks = device.EmulatedDevice().hooks
+
+    @contextlib.contextmanager
+    def current(where):
+        hooks.hook_set_device(0)
+        yield
+        hooks.hook_set_device(1)
+
+    monkeypatch.setattr(_backend, "current", current)
+    hooks.hook_set_device(1)
+    try:
+        p = torch.nn.Parameter(torch.ones(5000))
+        p.grad = torch.ones(5000)
+        precond.AdamW([p], backend="cuda", **options).step()
+    finally:
+        hooks.hook_set_device(0)
     assert p[0].item() < 1.0
 
 

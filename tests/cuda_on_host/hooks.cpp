@@ -16,6 +16,7 @@ HOOK int hook_end_capture(void* stream, void** graph) {
 HOOK int hook_replay(void* graph) { return replay(static_cast<Graph*>(graph)); }
 HOOK void hook_destroy_graph(void* graph) { destroy(static_cast<Graph*>(graph)); }
 HOOK int hook_take_last_error() { return cudaGetLastError(); }
+HOOK int hook_set_device(int device) { return cudaSetDevice(device); }
 HOOK int hook_device_sets() { return runtime().sets; }
 HOOK int hook_allocations() { return runtime().allocations; }
 HOOK void hook_set_no_code(int device, int value) { runtime().has_no_code[device] = value != 0; }

@@ -1,0 +1,61 @@
+// The CUDA kernels that are executed, one CASE a line:
+//
+//   CASE(title, rule in PRECOND_ALL_RULES, formats of p, g and each state, kernel as its template is called)
+//
+// To add one, add a line, and its bounds to tests/test_machine_code.py; a rule that no line has yet also goes into
+// cpu_text.cpp. listed.py reads these lines, build.py leaves out those that are not asked for and finds a kernel in the
+// machine code by its last argument, launch.py passes what csrc's launchers pass, by the types of the parameters.
+#ifndef PRECOND_ISA
+#define PRECOND_ISA cuda
+#endif
+#include <cstddef>
+
+#include "csrc/cuda_kernel.cuh"
+#include "csrc/cuda_tiled.cuh"
+
+#define PASTED(a, b) a##b
+#define NAMED(line) PASTED(kernel_of_line_, line)
+#define CASE(title, rule, formats, ...) \
+  extern const void* const NAMED(__LINE__) = reinterpret_cast<const void*>(&__VA_ARGS__);
+
+namespace precond {
+
+// launch.py packs these structures as bytes.
+static_assert(sizeof(Operand) == 24 && offsetof(Operand, format) == 8 && offsetof(Operand, strides) == 12 &&
+              offsetof(Operand, beside) == 16);
+static_assert(kMaxStates == 3 && offsetof(DeviceTensor, numel) == 120 && offsetof(DeviceTensor, place) == 128 &&
+              offsetof(DeviceTensor, row) == 152 && offsetof(DeviceTensor, sign) == 156 &&
+              offsetof(DeviceTensor, draws) == 160 && sizeof(DeviceTensor) == 168);
+static_assert(offsetof(DeviceChunk, tensor) == 8 && sizeof(DeviceChunk) == 16);
+static_assert(offsetof(Control, skip) == 4 && offsetof(Control, clip_value) == 8 && sizeof(Control) == 12);
+static_assert(kMaxDims == 16 && offsetof(Strides, size) == 8 && offsetof(Strides, stride) == 136 &&
+              sizeof(Strides) == 264);
+static_assert(kThreads == 256 && kBlockElements == 8192);
+
+// clang-format off
+// Formats that stand alone: a kernel for each rule and formats.
+CASE("AdamW fp32", "adamw", "fp32 fp32 fp32 fp32", update_kernel<Adam<L2>, Fp32, Fp32, Fp32>)
+CASE("AdamW bf16", "adamw", "bf16 bf16 bf16 bf16", update_kernel<Adam<L2>, Bf16, Bf16, Bf16>)
+CASE("AdamW fp16", "adamw", "fp16 fp16 fp16 fp16", update_kernel<Adam<L2>, Fp16, Fp16, Fp16>)
+CASE("AdamW fp32 + bf16 states, nearest", "adamw", "fp32 fp32 bf16 bf16", update_kernel<Adam<L2>, Fp32, Fp32, Bf16>)
+CASE("SGD momentum fp32", "sgd_momentum", "fp32 fp32 fp32", update_kernel<SGDMomentum<Coupled>, Fp32, Fp32, Fp32>)
+CASE("Lion fp32", "lion", "fp32 fp32 fp32", update_kernel<Lion<L2>, Fp32, Fp32, Fp32>)
+CASE("Adagrad fp32", "adagrad", "fp32 fp32 fp32", update_kernel<Adagrad<Coupled>, Fp32, Fp32, Fp32>)
+CASE("RMSprop, centered, momentum, bf16", "rmsprop_centered_momentum", "bf16 bf16 bf16 bf16 bf16", update_kernel<RMSpropCenteredMomentum<Coupled>, Bf16, Bf16, Bf16>)
+CASE("AdamW L1 fp32", "adamw_l1", "fp32 fp32 fp32 fp32", update_kernel<Adam<L1Proximal<AdaptiveThreshold>>, Fp32, Fp32, Fp32>)
+CASE("DualDescent, power, momentum, fp32", "dual_power_momentum", "fp32 fp32 fp32", update_kernel<DualMomentum<PowerKernel, L2>, Fp32, Fp32, Fp32>)
+CASE("GaussNewton, own, root, fp32", "gauss_newton_own_root", "fp32 fp32 fp32 fp32", update_kernel<GaussNewtonOwnRoot<L2>, Fp32, Fp32, Fp32>)
+
+// All others: a kernel for each rule, formats known at run time.
+CASE("AdamW fp32 + bf16 states, v drawn", "adamw", "fp32 fp32 bf16 bf16_stochastic", update_tiled_kernel<Adam<L2>, FormatsOfTensor>)
+CASE("AdamW split24 + int8", "adamw", "bf16_split24 bf16 int8 uint8", update_tiled_kernel<Adam<L2>, FormatsOfTensor>)
+CASE("AdamW stochastic + int8", "adamw", "bf16_stochastic bf16 int8 uint8", update_tiled_kernel<Adam<L2>, FormatsOfTensor>)
+CASE("AdamW stochastic + int4", "adamw", "bf16_stochastic bf16 int4 uint4", update_tiled_kernel<Adam<L2>, FormatsOfTensor>)
+CASE("AdamW split32 + fp32", "adamw", "bf16_split32 bf16 fp32 fp32", update_tiled_kernel<Adam<L2>, FormatsOfTensor>)
+CASE("AdamW AMSGrad split24 + int8", "adamw_amsgrad", "bf16_split24 bf16 int8 uint8 uint8", update_tiled_kernel<AdamAmsgrad<L2>, FormatsOfTensor>)
+
+// Any strides and any formats that stand alone, element by element.
+CASE("AdamW any layout", "adamw", "bf16 fp32 fp32 bf16", update_any_kernel<Adam<L2>>)
+// clang-format on
+
+}  // namespace precond

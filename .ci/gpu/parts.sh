@@ -77,7 +77,7 @@ captures() {
     echo "no test is marked capture"
     return 1
   fi
-  [[ -z $dry ]] || names=("${names[@]:0:2}")
+  [[ -z $dry ]] || names=("${names[0]}")
   for ((k = 0; k < ${#names[@]}; k += at_once)); do
     pids=()
     for name in "${names[@]:k:at_once}"; do
@@ -109,6 +109,7 @@ sanitize() {
     if [[ -n $dry ]]; then command=(); else need compute-sanitizer; fi
     "${command[@]}" "$python" "$kit/report.py" >"$logs/$tool.log" 2>&1 || failed=1
     echo "$tool: $(tail -1 "$logs/$tool.log")"
+    [[ -z $dry ]] || break
   done
   return $failed
 }

@@ -225,7 +225,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit, and a digest of what was changed since; outside a checkout ``PRECOND_COMMIT`` names it, or "unknown"."""
+    """``PRECOND_COMMIT``, which names it for a copy outside a checkout; else the commit, and a digest of what was changed since."""
     if name := os.environ.get("PRECOND_COMMIT"):
         return name
 

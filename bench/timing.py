@@ -225,7 +225,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """``PRECOND_COMMIT``, which names it for a copy outside a checkout; else the commit, and a digest of what was changed since."""
+    """The commit, and a digest of what was changed since; ``PRECOND_COMMIT``, if set, names it for a copy outside a checkout."""
     if name := os.environ.get("PRECOND_COMMIT"):
         return name
 

@@ -54,7 +54,7 @@ codegen: build
 
 # On a machine with a GPU: builds for its card and proves and measures there, in the Python environment it finds (no .venv).
 gpu:
-	.ci/gpu
+	.ci/gpu/run
 
 demo: build
 	python -m bench demo

@@ -225,7 +225,9 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit, and a digest of what was changed since; "unknown" outside a checkout."""
+    """The commit, and a digest of what was changed since; outside a checkout ``PRECOND_COMMIT`` names it, or "unknown"."""
+    if name := os.environ.get("PRECOND_COMMIT"):
+        return name
 
     def git(*command: str) -> str:
         if shutil.which("git") is None:

@@ -52,3 +52,11 @@ def triton_interpreter():
     triton = pytest.importorskip("triton")
     if os.environ["TRITON_INTERPRET"] == "1" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         pytest.skip("Triton's interpreter before 3.9 does not fuse tl.fma")
+
+
+@pytest.fixture(scope="session")
+def extension():
+    """The path of the extension with the CUDA backend compiled for the CPU, tests/cuda_on_host."""
+    from builds import emulated_extension
+
+    return emulated_extension()

@@ -6,7 +6,8 @@ import re
 import shutil
 
 import pytest
-from test_cpp import ROOT, build, run  # noqa: F401 (build is a fixture)
+from builds import ROOT, run
+from test_cpp import build  # noqa: F401 (a fixture)
 
 from precond import _C
 

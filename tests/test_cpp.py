@@ -7,32 +7,18 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import builds
 import pytest
-from filelock import FileLock
+from builds import ROOT, run
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.source
-
-
-def run(*command, **kwargs):
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, **kwargs)
-    assert result.returncode == 0, f"{command}\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
-    return result.stdout
 
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory):
-    """Sanitized build of the core and its tests; kept under build/, so that a second run compiles only what changed."""
-    directory = ROOT / "build" / "sanitize"
-    directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / "lock"):  # tests/test_arm64.py builds it too, perhaps at the same time
-        run(
-            "cmake", "-S", ROOT, "-B", directory, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
-            "-DPRECOND_PYTHON=OFF", "-DPRECOND_TESTS=ON", "-DPRECOND_SANITIZE=address,undefined", "-DPRECOND_CUDA=OFF",
-            "-DPRECOND_CUDA_ON_HOST=OFF",
-        )  # fmt: skip
-        run("cmake", "--build", directory)
-    return directory
+    """Sanitized build of the core and its tests; tests/test_arm64.py uses it too."""
+    options = {"PYTHON": "OFF", "TESTS": "ON", "SANITIZE": "address,undefined", "CUDA": "OFF", "CUDA_ON_HOST": "OFF"}
+    return builds.build("sanitize", *(f"-DPRECOND_{name}={value}" for name, value in options.items()))
 
 
 def test_the_core_passes_its_tests_under_sanitizers(build):

@@ -5,35 +5,24 @@ backend of the Python suites.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import sysconfig
 
 import pytest
-from test_cpp import ROOT, run
+from builds import ROOT, build, run
 
 pytestmark = pytest.mark.source
-
-
-def build(name, target, *options):
-    directory = ROOT / "build" / name
-    run(
-        "cmake", "-S", ROOT, "-B", directory, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
-        "-DPRECOND_CUDA_ON_HOST=ON", *options,
-    )  # fmt: skip
-    run("cmake", "--build", directory, "--target", target)
-    return directory
 
 
 @pytest.mark.parametrize(("sanitizer", "threads"), [("address,undefined", 1), ("thread", 3)])
 def test_the_kernels_pass_their_tests_under_sanitizers(sanitizer, threads):
     directory = build(
         "cuda_" + sanitizer.replace(",", "_"),
-        "cuda_tests",
+        "-DPRECOND_CUDA_ON_HOST=ON",
         "-DPRECOND_PYTHON=OFF",
         "-DPRECOND_TESTS=ON",
         "-DPRECOND_FEW_RULES=ON",
         f"-DPRECOND_SANITIZE={sanitizer}",
+        target="cuda_tests",
     )
     # ThreadSanitizer does not know libgomp's barriers: one OpenMP thread, several block threads.
     env = {"CUDA_ON_HOST_THREADS": str(threads), "OMP_NUM_THREADS": "1", "TSAN_OPTIONS": "halt_on_error=1"}
@@ -42,19 +31,6 @@ def test_the_kernels_pass_their_tests_under_sanitizers(sanitizer, threads):
     run("cmake", "--build", directory, "--target", "cuda_runtime_tests")
     output = run(directory / "cuda_runtime_tests", env=env)
     assert output.endswith("all passed\n")
-
-
-@pytest.fixture(scope="module")
-def extension():
-    import pybind11
-
-    directory = build(
-        "cuda_on_host",
-        "_C",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    )
-    return directory / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 @pytest.mark.parametrize(

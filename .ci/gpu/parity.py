@@ -1,0 +1,122 @@
+"""Whether the CUDA backend has the bits of the CPU backend: AdamW in every format, with and without clipping, then all rules.
+
+A line for each case; where bits differ it names the tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from kit import CUDA
+from optimizers import ALL_RULES, BY_RULE
+from results import attempt, say
+
+import precond
+from precond import _formats
+from precond._arguments import STATE_FORMATS
+
+F32, BF16, F16, C64 = torch.float32, torch.bfloat16, torch.float16, torch.complex64
+STEPS = 4
+#: dtype, weight_format
+WEIGHTS = [(F32, None), *((dtype, form) for dtype in (BF16, F16) for form in (None, *_formats.WEIGHT_FORMATS))]
+STATES = (None, *(name for name in STATE_FORMATS if isinstance(name, str)))
+FORMATS = [(C64, None, None), *((*weight, state) for weight in WEIGHTS for state in STATES)]
+#: Formats in which the other rules are compared.
+FEW = [(F32, None, None), (BF16, None, None), (BF16, "split24", "int8"), (F16, "stochastic", "int4")]
+#: Around vectors, chunks and blocks; matrices whose rows are whole groups of codes, the last an element into its memory.
+SHAPES = [(1,), (1025,), (8193,), (70_001,), (130, 640), (72, 64)]
+
+#: rule, dtype, weight_format, state_format, max_grad_norm
+Case = tuple[str, torch.dtype, "str | None", "str | None", "float | None"]
+
+
+def cases() -> Iterator[Case]:
+    for clip in (None, 1.0):
+        for formats in FORMATS:
+            yield ("adamw", *formats, clip)
+    for formats in FEW:
+        for row in ALL_RULES:
+            if row.rule != "adamw":
+                yield (row.rule, *formats, None)
+
+
+def name_of(case: Case) -> str:
+    rule, dtype, weight_format, state_format, clip = case
+    words = [rule, str(dtype).removeprefix("torch."), weight_format or "plain", f"states {state_format or 'plain'}"]
+    return " ".join([*words, "clipped"] if clip else words)
+
+
+def memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bits, any NaN like any other."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.is_floating_point():
+        tensor = torch.where(tensor.isnan(), torch.full_like(tensor, torch.nan), tensor)
+    return tensor.view(-1).view(torch.uint8)
+
+
+def trained(case: Case, backend: str, where: str) -> dict[str, torch.Tensor]:
+    """Parameters and states after a few steps."""
+    rule, dtype, weight_format, state_format, clip = case
+    generator = torch.Generator().manual_seed(3)
+
+    def random(shape: tuple[int, ...]) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator, dtype=dtype if dtype == C64 else F32)
+        return values.to(dtype)
+
+    params = []
+    for shape in SHAPES:
+        values = random(shape)
+        begin = 1 if shape == SHAPES[-1] else 0  # memory from an allocator is aligned
+        buffer = torch.zeros(begin + values.numel(), dtype=dtype, device=where)
+        params.append(torch.nn.Parameter(buffer[begin:].view(shape).copy_(values)))
+    row = BY_RULE[rule]
+    options: dict[str, Any] = {"max_grad_norm": clip} if clip else {}
+    group = {"params": params, "weight_format": weight_format, "state_format": state_format}
+    torch.manual_seed(3)  # of stochastic rounding
+    optimizer = row.cls([group], **row.kwargs, **options, backend=backend)
+    for _ in range(STEPS):
+        for p in params:
+            p.grad = random(p.shape).to(where)
+        optimizer.step()
+    found = {f"p{k}": memory(p) for k, p in enumerate(params)}
+    for k, p in enumerate(params):
+        found |= {f"{n}{k}": memory(v) for n, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
+    return found
+
+
+def compare(case: Case) -> bool:
+    found, expected = trained(case, "cuda", CUDA.name), trained(case, "cpu", "cpu")
+    wrong = [f"{name}: {(bits != expected[name]).float().mean():.2g} of the bytes" for name, bits in found.items()
+             if not torch.equal(bits, expected[name])]  # fmt: skip
+    say(what="parity", case=name_of(case), equal=not wrong, wrong=wrong[:8])
+    return not wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=80, help="after which no case is begun (default 80)")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th case only (default 1)")
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore", precond.PrecisionWarning)
+    end = time.monotonic() + asked.seconds
+    todo = list(cases())[:: asked.every]
+    good = done = 0
+    for case in todo:
+        if time.monotonic() > end:
+            break
+        good += attempt("parity", name_of(case), lambda case=case: compare(case))
+        done += 1
+    left = f", no time for {len(todo) - done} more" if done < len(todo) else ""
+    print(f"{good} of {done} cases equal{left}")
+    raise SystemExit(good < done)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import precond
 
-from . import ROOT, demo, timing
+from . import ROOT, demo, record, timing
 
 #: split32 with float32 states takes the steps of float32 weights, bit for bit: the same forward in bfloat16 for all.
 BASE = "fp32"
@@ -35,12 +35,11 @@ TARGETS = {name: 1.0 if "int4" in name else 0.5 for name in COMBINATIONS if name
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     demo.add_arguments(parser)
-    parser.set_defaults(steps=2000)
-    parser.add_argument("--seeds", type=int, default=3, help="default 3")
+    record.add_arguments(parser, out=False)
+    parser.set_defaults(steps=None)
+    parser.add_argument("--seeds", type=int, help="default 3; quick 2, of 10 steps instead of 2000")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all")
-    parser.add_argument(
-        "--json", type=Path, default=ROOT / "bench" / "results" / "quality.json", help="kept and extended"
-    )
+    parser.add_argument("--json", type=Path, help="kept and extended (default bench/results/quality.json)")
 
 
 def one(name: str, seed: int, text: torch.Tensor, arguments: argparse.Namespace) -> dict[str, object]:
@@ -60,7 +59,7 @@ def one(name: str, seed: int, text: torch.Tensor, arguments: argparse.Namespace)
         arguments,
         seed=seed,
         dtype=torch.bfloat16,
-        held_out_batches=64,
+        held_out_batches=4 if arguments.quick else 64,
     )
     return {
         "combination": name,
@@ -97,22 +96,30 @@ def summary(runs: list[dict]) -> list[dict[str, object]]:
 def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     text = demo.standard_library_text()
-    path = arguments.json
-    report = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    end = record.end_of(arguments)
+    quick = arguments.quick
+    path = arguments.json or ROOT / "bench" / "results" / f"quality{'-quick' if quick else ''}.json"
+    arguments.steps = arguments.steps or (10 if quick else 2000)
+    seeds = arguments.seeds or (2 if quick else 3)
+    report = json.loads(path.read_text()) if path.exists() and not arguments.fresh else {"runs": []}
     settings = {k: getattr(arguments, k) for k in ("steps", "batch", "context", "width", "layers")}
     if report.setdefault("settings", settings) != settings:
         raise ValueError(f"settings must be those of {path}, {report['settings']}, got {settings}")
     done = {(run["combination"], run["seed"]) for run in report["runs"]}
-    todo = [(n, s) for s in range(arguments.seeds) for n in COMBINATIONS if (n, s) not in done]
+    # Always the base, from which the others are differences.
+    names = dict.fromkeys([BASE, *record.chosen(COMBINATIONS, arguments.only)])
+    todo = [(n, s) for s in range(seeds) for n in names if (n, s) not in done]
     todo.sort(key=lambda run: run[0] not in TARGETS and run[0] != BASE)
-    for name, seed in tqdm(todo, desc="runs"):
+    for k, (name, seed) in enumerate(tqdm(todo, desc="runs")):
+        if end is not None and time.monotonic() > end:
+            tqdm.write(f"time is up, {len(todo) - k} runs left: run it again")
+            break
         report["runs"].append(one(name, seed, text, arguments))
         report |= {"environment": timing.environment(), "date": time.strftime("%Y-%m-%d")}
         report["summary"] = summary(report["runs"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        record.write(path, json.dumps(report, indent=1) + "\n")
     print("| combination | training loss, from fp32 | in seed deviations | held out | in seed deviations | target |")
     print("|---|---|---|---|---|---|")
-    for row in report["summary"]:
+    for row in report.get("summary", []):
         figures = [f"{row[k]:+.4f}" for k in ("training", "training_deviations", "held_out", "held_out_deviations")]
         print(f"| {row['combination']} | {' | '.join(figures)} | {row['target'] or ''} |")

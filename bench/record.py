@@ -20,14 +20,17 @@ from . import ROOT
 QUICK_SECONDS = 100
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that every benchmark with a record takes."""
+def add_arguments(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
+    """The flags that every benchmark with a record takes; ``out``: also the directory of its files."""
     parser.add_argument(
         "--only", metavar="REGEX", default="", help="only the cases whose name contains or matches this"
     )
     parser.add_argument("--quick", action="store_true", help="two minutes: smaller and shorter, in a file of its own")
     parser.add_argument("--fresh", action="store_true", help="measure again what the result file has already")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="directory of the result files")
+    if out:
+        parser.add_argument(
+            "--out", type=Path, default=ROOT / "bench" / "results", help="directory of the result files"
+        )
 
 
 def chosen(names: Iterable[str], only: str) -> list[str]:

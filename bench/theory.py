@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import ROOT, timing
+from . import ROOT, record, timing
 from .papers import QUICK, TABLES, Row
 
 
@@ -93,6 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
                 figures |= drawn
                 seconds[name] = round(time.perf_counter() - before, 1)
                 kept[name] = [dataclasses.asdict(row) | {"within": row.within} for row in found]
+                record.write(path, json.dumps(finite(report | now), indent=1) + "\n")
         print(table(rows))
         failed = [row for row in rows if row.fails]
         off = [row for row in rows if row.within is False]
@@ -102,8 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
             if row.reason:
                 print(f"{row.table}, {row.name}: {row.reason}")
         report |= now
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finite(report), indent=1) + "\n")
+    record.write(path, json.dumps(finite(report), indent=1) + "\n")
     if not arguments.no_plots:
         from .papers import plots
 

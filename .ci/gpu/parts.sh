@@ -45,12 +45,12 @@ graph() { "$python" "$kit/graph.py"; }
 pytest=("$python" -m pytest -q -p no:cacheprovider -p no:benchmark -o "addopts=--import-mode=importlib --strict-markers"
   --maxfail=40)
 
-# suite NAME PERCENT ARGUMENT...: pytest in at most that part of the time.
+# suite NAME PERCENT ARGUMENT...: pytest in at most that part of the time that the part has left.
 suite() {
   local name=$1 percent=$2 status
   shift 2
-  OMP_NUM_THREADS=1 timeout --foreground -k 5 $((seconds * percent / 100 + 1)) "${pytest[@]}" --junitxml="$logs/$name.xml" "$@" \
-    >"$logs/$name.log" 2>&1 </dev/null
+  OMP_NUM_THREADS=1 timeout --foreground -k 5 $(((seconds - SECONDS) * percent / 100 + 1)) "${pytest[@]}" \
+    --junitxml="$logs/$name.xml" "$@" >"$logs/$name.log" 2>&1 </dev/null
   status=$?
   echo "$name: $(tail -1 "$logs/$name.log")"
   return $status
@@ -58,10 +58,11 @@ suite() {
 
 tests() {
   local failed=0 on=(-n "$workers" -m "not large and not capture")
-  suite tests-cuda 40 "${on[@]}" -k "not triton${dry:+ and every_layout and offset}" tests/test_gpu.py || failed=1
-  PRECOND_BACKEND=cuda suite tests-formats 25 "${on[@]}" ${dry:+-k "adamw-split24 or (adamw and beside)"} \
+  suite tests-cuda 60 "${on[@]}" -k "not triton${dry:+ and every_layout and offset}" tests/test_gpu.py || failed=1
+  PRECOND_BACKEND=cuda suite tests-formats 60 "${on[@]}" ${dry:+-k "adamw-split24 or (adamw and beside)"} \
     tests/test_formats_cuda.py tests/test_device_scalars.py || failed=1
-  suite tests-triton 35 "${on[@]}" -k "triton${dry:+ and place_of_a_tensor and adamw and not amsgrad}" \
+  # Compiles for about 40 s on 14 cores.
+  suite tests-triton 95 "${on[@]}" -k "triton${dry:+ and place_of_a_tensor and adamw and not amsgrad}" \
     tests/test_gpu.py tests/test_triton_device.py || failed=1
   tail -qn 1 "$logs"/tests-*.log | paste -sd ';'
   return $failed

@@ -1,6 +1,6 @@
 // Compiled once per instruction set, with PRECOND_ISA naming it: one row of bnp.h's transform.
-#include "bnp.h"
 #include "arithmetic.h"
+#include "bnp.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {

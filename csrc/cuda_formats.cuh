@@ -31,9 +31,9 @@ __device__ __forceinline__ Items items_of(char* data, int bits, int32_t stride, 
   return {data, bits, wide, dense ? nullptr : strides + stride};
 }
 
-// Accesses under a condition, without a branch. nvcc 13.0 gives the loads of an operand the same registers and waits for
-// each before the next, so that a warp has one operand on its way: 8 KB per multiprocessor, and 15 to 55 % of a copy on
-// an H200 (bench/NOTES.md). With formats known at compile time the same text reaches 97 % where no codes are.
+// Accesses under a condition, without a branch. nvcc 13.0 gives the loads of an operand the same registers and waits
+// for each before the next, so that a warp has one operand on its way: 8 KB per multiprocessor, and 15 to 55 % of a
+// copy on an H200 (bench/NOTES.md). With formats known at compile time the same text reaches 97 % where no codes are.
 __device__ __forceinline__ void load_128(bool when, const char* from, uint32_t* word) {
 #if defined(__CUDA_ARCH__)
   asm volatile("{.reg .pred q; setp.ne.s32 q, %4, 0; @q ld.global.v4.u32 {%0, %1, %2, %3}, [%5];}"

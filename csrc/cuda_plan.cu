@@ -235,7 +235,8 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
         "capturable must be True to capture a step into a graph: the step counters are on the host");
   if (may_skip && !counters_on_device)
     throw std::runtime_error(
-        "fused must be True in every group for a loss scaler's found_inf and for nonfinite='skip': step counters are on "
+        "fused must be True in every group for a loss scaler's found_inf and for nonfinite='skip': step counters are "
+        "on "
         "the host");
 
   my.cut(*plan);
@@ -254,11 +255,12 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
     const int64_t count = plan->size();
     Control* control = my.control.room_for(1, use);
     float* rows = my.rows.room_for(size_t(count) * kRowFloats, use);
-    launch(&control_kernel, 1, 1, use.stream, step.grad_scale, step.found_inf, step.grad_coef, step.clip_value, step.clip,
-           control);
-    launch(&row_kernel, (count + 127) / 128, 128, use.stream, static_cast<const RowJob*>(my.jobs.device()), int32_t(count),
-           static_cast<const DeviceGroup*>(my.groups.device()), static_cast<const Override*>(my.overrides.device()),
-           int32_t(step.overrides.size()), static_cast<const Control*>(control), rows);
+    launch(&control_kernel, 1, 1, use.stream, step.grad_scale, step.found_inf, step.grad_coef, step.clip_value,
+           step.clip, control);
+    launch(&row_kernel, (count + 127) / 128, 128, use.stream, static_cast<const RowJob*>(my.jobs.device()),
+           int32_t(count), static_cast<const DeviceGroup*>(my.groups.device()),
+           static_cast<const Override*>(my.overrides.device()), int32_t(step.overrides.size()),
+           static_cast<const Control*>(control), rows);
     my.launches += 2;
   } else {
     my.control.host = {Control{step.grad_coef, 0.0f, step.clip_value}};

@@ -273,7 +273,8 @@ void a_plan_sets_no_device() {
     CudaPlan elsewhere(0);
     CHECK(fails([&] { elsewhere.run(&wrong.gpu, wrong.groups, on(nullptr)); }));
     CHECK(runtime().sets == sets);
-  }).join();
+  })
+      .join();
 }
 
 void a_device_without_code_says_so() {

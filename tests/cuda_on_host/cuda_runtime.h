@@ -1,7 +1,7 @@
 // Gives the CUDA sources of csrc/ host meanings, so that their indexing, tails, tables, uploads, streams and graphs run
-// on the CPU under sanitizers. "Device" memory is a heap block of its own: what was not uploaded is not there. Blocks may
-// run on several threads (CUDA_ON_HOST_THREADS), so that ThreadSanitizer sees two blocks that write the same element.
-// runtime.h has what the runtime refuses.
+// on the CPU under sanitizers. "Device" memory is a heap block of its own: what was not uploaded is not there. Blocks
+// may run on several threads (CUDA_ON_HOST_THREADS), so that ThreadSanitizer sees two blocks that write the same
+// element. runtime.h has what the runtime refuses.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,12 @@
 // The state of the emulated CUDA runtime, and its rules. Included by cuda_runtime.h.
 //
 // It says no wherever a GPU would:
-//   - an event is not ready until its stream has been waited for, and asking leaves cudaErrorNotReady as the last error;
+//   - an event is not ready until its stream has been waited for, and asking leaves cudaErrorNotReady as the last
+//   error;
 //   - a copy runs when its stream launches a kernel or is waited for, so a source that is overwritten before shows;
 //   - while a graph is captured, a call that the global mode forbids fails and invalidates the capture;
-//   - a graph records launches and copies, and a replay runs them; memory that was freed since is poisoned and may not be
+//   - a graph records launches and copies, and a replay runs them; memory that was freed since is poisoned and may not
+//   be
 //     used, nor may memory of another device;
 //   - there are kDevices devices. A device has a context once it was set or used, and sets are counted.
 #pragma once

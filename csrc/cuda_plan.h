@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "norm.h"
@@ -19,6 +20,8 @@ struct Override {
   int32_t is_double;
   int32_t padding = 0;  // tables are compared as bytes
 };
+
+static_assert(std::has_unique_object_representations_v<Override>);
 
 // What a step on a device is given besides the groups.
 struct DeviceStep {

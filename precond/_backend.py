@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -77,9 +76,8 @@ def why_not_on(index: int) -> str:
         return str(_C.why_not_on(index))
 
 
-def sent(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor on a device. ``torch.tensor(..., device=...)`` would wait for the device."""
-    host = torch.tensor(values, dtype=dtype, device="cpu")
+def sent(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device. ``torch.tensor(..., device=...)`` and ``host.to(device)`` would wait for the device."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 

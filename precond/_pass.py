@@ -74,7 +74,7 @@ class Pass(FusedOptimizer):
         plan.new = False
         self._keep(key, plan)
         self._inputs = {}
-        numbers = _backend.sent(classes, torch.int64, found.device)
+        numbers = _backend.sent(torch.tensor(classes, device="cpu"), found.device)
         if any(shards):
             for i, groups in enumerate(shards):
                 reduce(found[i : i + 1], groups.values())

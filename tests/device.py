@@ -12,6 +12,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -88,45 +89,40 @@ class EmulatedDevice:
 
     @contextlib.contextmanager
     def on(self, stream: int) -> Iterator[None]:
+        with self._current(stream):
+            yield
+        self._call("synchronize", ctypes.c_void_p(stream))
+
+    @contextlib.contextmanager
+    def _current(self, stream: int) -> Iterator[None]:
         from precond import _backend
 
-        before, self.current = self.current, stream
-        streams = _backend.current_stream
-        _backend.current_stream = lambda device: stream
+        before, streams = self.current, _backend.current_stream
+        self.current, _backend.current_stream = stream, lambda device: stream
         try:
             yield
         finally:
             self.current, _backend.current_stream = before, streams
-        self._call("synchronize", ctypes.c_void_p(stream))
 
     def capture(self, step: Callable[[], object]) -> Callable[[], None]:
-        graph, stream = ctypes.c_void_p(), ctypes.c_void_p(self.new_stream())
-        self._call("begin_capture", stream)
+        stream, graph = self.new_stream(), ctypes.c_void_p()
+        self._call("begin_capture", ctypes.c_void_p(stream))
         try:
-            with self._captured_on(stream.value):
+            with self._current(stream):
                 step()
         except BaseException:
-            self.hooks.hook_end_capture(stream, ctypes.byref(graph))
+            warnings.warn("The CUDA Graph is empty.", stacklevel=2)  # as torch does, before the error goes on
+            self.hooks.hook_end_capture(ctypes.c_void_p(stream), ctypes.byref(graph))
             raise
-        self._call("end_capture", stream, ctypes.byref(graph))
+        self._call("end_capture", ctypes.c_void_p(stream), ctypes.byref(graph))
         return lambda: self._call("replay", graph)
-
-    @contextlib.contextmanager
-    def _captured_on(self, stream: int | None) -> Iterator[None]:
-        from precond import _backend
-
-        streams = _backend.current_stream
-        _backend.current_stream = lambda device: stream
-        try:
-            yield
-        finally:
-            _backend.current_stream = streams
 
     def synchronize(self) -> None:
         self._call("synchronize", ctypes.c_void_p(self.current))
 
     @contextlib.contextmanager
     def waiting_is_an_error(self) -> Iterator[None]:
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)  # as torch does
         with HostReads():
             yield
 

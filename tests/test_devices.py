@@ -70,6 +70,24 @@ def test_each_device_reads_its_own_copy_of_a_tensor_lr(fake):
     assert used[0] is not hyper["lr"]
 
 
+def test_each_stream_has_its_own_tables_of_triton(monkeypatch):
+    tables = pytest.importorskip("precond.triton_kernels.tables")
+    sent, stream = [], types.SimpleNamespace(cuda_stream=1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: stream)
+    monkeypatch.setattr(_backend, "sent", lambda host, where: sent.append(where) or host)
+
+    def table():
+        return tables.table("a test", [1, 2], torch.tensor, FIRST)
+
+    first = table()
+    stream.cuda_stream = 2
+    second = table()
+    assert second is not first
+    stream.cuda_stream = 1
+    assert table() is first
+    assert sent == [FIRST, FIRST]
+
+
 @compiled
 @pytest.mark.parametrize(
     ("cuda", "triton", "chosen"), [("", "", "cuda"), ("no code", "", "triton"), ("no code", "none", "reference")]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from .. import _backend
+
 
 @functools.lru_cache(maxsize=4096)
 def storage_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
@@ -39,7 +41,7 @@ def table(key: Hashable, values: list, make: Callable[[list], Tensor], device: t
     if kept is None or kept[0] != values:
         with torch.device("cpu"):
             host = make(values)
-        kept = values, host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+        kept = values, _backend.sent(host, device)
     while len(_tables) >= _TABLES_KEPT:
         del _tables[next(iter(_tables))]
     _tables[key] = kept

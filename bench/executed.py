@@ -54,7 +54,7 @@ class Gpu(NamedTuple):
         return block * min(by_registers, self.threads // block, self.blocks)
 
 
-# Copies: estimates until a GPU has run `python -m bench gpu`.
+# Copies: of an H200 4.265e12 was measured (bench/NOTES.md, entry 13); of an H100 an estimate.
 GPUS = {"H100": Gpu(clock=1.755e9, copy=3.0e12), "H200": Gpu(clock=1.98e9, copy=4.3e12)}
 
 

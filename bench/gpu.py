@@ -56,6 +56,16 @@ class Case:
     contenders: dict[str, Make]
     bytes_per_element: float
     targets: list[tuple[str, str, float]]  # (what, base or "copy", limit)
+    #: Of contenders that keep other states than the case is about; None where nobody counted.
+    own_bytes: dict[str, float | None] = dataclasses.field(default_factory=dict)
+
+    def rates(self, name: str, ms: float, copy: float) -> dict[str, float | None]:
+        """GB/s of a contender and its percentage of a copy, by the bytes that it must move."""
+        moved = self.own_bytes.get(name, self.bytes_per_element)
+        if moved is None:
+            return {"gb_per_s": None, "percent_of_copy": None}
+        gbs = sum(torch.Size(shape).numel() for shape in self.shapes) * moved / ms / 1e6
+        return {"gb_per_s": gbs, "percent_of_copy": 100 * gbs / copy}
 
 
 def cases(scale: float, device: str = "cuda") -> list[Case]:
@@ -109,6 +119,8 @@ def cases(scale: float, device: str = "cuda") -> list[Case]:
         ("precond cuda", "FlashOptim", 0.5),
     ]
     few_bits = [("precond cuda", "copy", 80)]
+    fp32_states = {"torch fused": 28.0}
+    others = {"torch fused fp32": 28.0, "FlashOptim": None}
     against_others = {"precond cuda": adamw()["precond cuda"], **{name: peer(name) for name in PEERS}}
     return [
         Case("AdamW fp32, one tensor", [(billion,)], F32, adamw(), 28,
@@ -118,7 +130,7 @@ def cases(scale: float, device: str = "cuda") -> list[Case]:
         Case("AdamW bf16, one tensor", [(billion,)], BF16, adamw(), 14,
              [*of_copy, ("precond cuda", "torch fused", 1.0), triton_target]),
         Case("AdamW fp16, one tensor", [(billion,)], F16, adamw(), 14, of_copy),
-        Case("AdamW fp32 with bf16 states", [(billion,)], F32, adamw(state_format="bf16"), 20, of_copy),
+        Case("AdamW fp32 with bf16 states", [(billion,)], F32, adamw(state_format="bf16"), 20, of_copy, fp32_states),
         Case("SGD with momentum fp32, one tensor", [(billion,)], F32, other("SGD", lr=1e-3, momentum=0.9), 20, of_copy),
         Case("Adagrad fp32, one tensor", [(billion,)], F32, other("Adagrad"), 20, of_copy),
         Case("RMSprop fp32, one tensor", [(billion,)], F32, other("RMSprop"), 20, of_copy),
@@ -128,11 +140,14 @@ def cases(scale: float, device: str = "cuda") -> list[Case]:
         Case("AdamW fp32, 10,000 x 64", [(64,)] * 10_000, F32, adamw(), 28, small),
         Case("AdamW bf16, 20,000 mixed MoE tensors", moe_shapes(billion), BF16, adamw(), 14, []),
         # Two scales of 2 bytes for 64 elements, read and written: 1/8 byte.
-        Case("AdamW bf16 split24 with int8 states", [(billion,)], BF16, stored("split24", "int8"), 12.125, split),
-        Case("AdamW bf16 stochastic with int8 states", [(billion,)], BF16, stored("stochastic", "int8"), 10.125, few_bits),
-        Case("AdamW bf16 stochastic with int4 states", [(billion,)], BF16, stored("stochastic", "int4"), 8.125, few_bits),
+        Case("AdamW bf16 split24 with int8 states", [(billion,)], BF16, stored("split24", "int8"), 12.125, split, others),
+        Case("AdamW bf16 stochastic with int8 states", [(billion,)], BF16, stored("stochastic", "int8"), 10.125, few_bits,
+             others),
+        Case("AdamW bf16 stochastic with int4 states", [(billion,)], BF16, stored("stochastic", "int4"), 8.125, few_bits,
+             others),
         # Last, because torchao compiles its step.
-        Case("AdamW bf16, one tensor, against other libraries", [(billion,)], BF16, against_others, 14, []),
+        Case("AdamW bf16, one tensor, against other libraries", [(billion,)], BF16, against_others, 14, [],
+             dict.fromkeys(PEERS)),
     ]  # fmt: skip
 
 
@@ -194,9 +209,7 @@ def run_case(
     failed |= broken
     contenders: dict[str, Any] = {name: {"error": failed[name]} for name in failed}
     for name, found in times.items():
-        gbs = elements * (28 if name == "torch fused fp32" else case.bytes_per_element)
-        gbs /= statistics.median(found.device) * 1e6
-        contenders[name] = {**found.summary(), "gb_per_s": gbs, "percent_of_copy": 100 * gbs / copy}
+        contenders[name] = {**found.summary(), **case.rates(name, statistics.median(found.device), copy)}
     targets = []
     for what, base, limit in case.targets:
         if what not in times or (base != "copy" and base not in times):
@@ -226,9 +239,9 @@ def line(result: dict[str, Any]) -> str:
             parts.append(f"{name}: {row['error']}")
         else:
             waits = "" if row["queued_ahead"] else ", with waits of the host"
-            parts.append(
-                f"{name} {row['device_ms']:.3f} ms ({row['percent_of_copy']:.0f} % of copy, host {row['host_ms']:.3f}{waits})"
-            )
+            percent = row["percent_of_copy"]
+            of_copy = "" if percent is None else f"{percent:.0f} % of copy, "
+            parts.append(f"{name} {row['device_ms']:.3f} ms ({of_copy}host {row['host_ms']:.3f}{waits})")
     return "; ".join(parts)
 
 
@@ -240,9 +253,10 @@ def table(results: list[dict]) -> str:
                 lines.append(f"| {result['case']} | {name} | {row['error'].replace('|', '/')} | | | |")
                 continue
             waits = "" if row["queued_ahead"] else " (with waits of the host)"
+            rates = ["" if row[key] is None else f"{row[key]:.0f}" for key in ("gb_per_s", "percent_of_copy")]
             lines.append(
                 f"| {result['case']} | {name} | {row['device_ms']:.3f}{waits} | {row['host_ms']:.3f} | "
-                f"{row['gb_per_s']:.0f} | {row['percent_of_copy']:.0f} |"
+                f"{rates[0]} | {rates[1]} |"
             )
     lines += ["", "| case | measured | target | |", "|---|---|---|---|"]
     for result in results:
@@ -254,6 +268,13 @@ def table(results: list[dict]) -> str:
                 f"| {result['case']}, {goal['of']} | {goal['value']:.3f} {unit} | {bound} {goal['target']} | {verdict} |"
             )
     return "\n".join(lines)
+
+
+def page(run: dict[str, Any], table: str) -> str:
+    """A run's table, and what a reader needs to know of it."""
+    facts = {**run["environment"], **run["settings"], **{k: v for k, v in run.items() if not isinstance(v, dict)}}
+    known = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if name != "device")
+    return f"# {run['environment']['device']}\n\n`python -m bench gpu`: {known}.\n\n{table}\n"
 
 
 def device_facts(device: str) -> dict[str, object]:
@@ -312,7 +333,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         measure(results, {name: by_name[name] for name in names}, clock, arguments, (scale, rounds, tier, end))
     known = results.results(by_name)
-    text = f"# {results.run['environment']['device']}\n\n`python -m bench gpu`, {results.run}\n\n{table(known)}\n"
+    text = page(results.run, table(known))
     if others := results.others(by_name):
         text += f"\n{others}"
     record.write(path.with_suffix(".md"), text)

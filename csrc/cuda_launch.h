@@ -11,7 +11,9 @@ namespace precond {
 #define PRECOND_CUDA_CHECK(call) check(call, #call)
 
 inline void check(cudaError_t error, const char* call) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + call + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // said here; kept, it would be reported by somebody else's next check
+  throw std::runtime_error(std::string("CUDA: ") + call + ": " + cudaGetErrorString(error));
 }
 
 // Sets no device: cudaSetDevice(before), to restore the one of a fresh thread, would make a context on GPU 0 for every

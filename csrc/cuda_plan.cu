@@ -105,12 +105,13 @@ struct CudaPlan::Impl {
 Use CudaPlan::Impl::use_of(uintptr_t handle) {
   const auto stream = reinterpret_cast<cudaStream_t>(handle);
   const bool capturing = is_capturing(stream);
-  was_captured = was_captured || capturing;
   if (!capturing) Discarded::of_process().free_all();
-  return {stream, capturing, was_captured};
+  return {stream, capturing, was_captured || capturing};
 }
 
+// The first of what a step enqueues.
 void CudaPlan::Impl::upload_tensors(const Use& use) {
+  was_captured = use.captured;
   tensors.upload(use);
   chunks.upload(use);
   strides.upload(use);
@@ -299,7 +300,10 @@ bool CudaPlan::was_captured() const { return impl_->was_captured; }
 std::string why_no_cuda() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess) return std::string("no CUDA device: ") + cudaGetErrorString(error);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return std::string("no CUDA device: ") + cudaGetErrorString(error);
+  }
   return count > 0 ? "" : "no CUDA device";
 }
 
@@ -309,6 +313,9 @@ std::string why_not_on(int device) {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&control_kernel));
   if (error == cudaSuccess) return "";
+  // Any other error, out of memory say, may be gone at the next call.
+  if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction)
+    check(error, "cudaFuncGetAttributes");
   cudaGetLastError();  // said here
   return "the extension has " + std::string(PRECOND_CUDA) + ", and nothing that device " + std::to_string(device) +
          " can run: " + cudaGetErrorString(error);

@@ -35,7 +35,10 @@ class Discarded {
       const std::lock_guard<std::mutex> lock(mutex_);
       items.swap(items_);
     }
-    for (const auto& [what, how] : items) PRECOND_CUDA_CHECK(how(what));
+    cudaError_t first = cudaSuccess;
+    for (const auto& [what, how] : items)
+      if (const cudaError_t error = how(what); first == cudaSuccess) first = error;
+    check(first, "free");
   }
 
  private:

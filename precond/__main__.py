@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import SGD, AdamW, PrecisionWarning, __version__, _backend, master_weights
-from ._backend import _C, BACKENDS, why_not
+from ._backend import _C, BACKENDS, why_not, why_not_on
 
 #: Tails after full vectors and chunks, rows of whole groups of 64 for codes, and tensors that are too small for either.
 SHAPES = ((10_001,), (65, 192), (7, 5), (1,))
@@ -148,6 +148,9 @@ def main() -> None:
             continue
         for device in devices(backend):
             where = device if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+            if backend == "cuda" and (reason := why_not_on(torch.device(device).index or 0)):
+                print(f"backend {backend:9}  not available on {where}: {reason}")
+                continue
             found = {check: verify(check, backend, device) for check in CHECKS}
             if good := [f"{check} ({what})" for check, (passed, what) in found.items() if passed]:
                 print(f"backend {backend:9}  one verified step each on {where}: {'; '.join(good)}", flush=True)

@@ -76,11 +76,6 @@ def why_not_on(index: int) -> str:
         return str(_C.why_not_on(index))
 
 
-def sent(host: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device. ``torch.tensor(..., device=...)`` and ``host.to(device)`` would wait for the device."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
 def on_device(value: object) -> bool:
     """True for a tensor that must not be read by the host, because that would wait for the device."""
     return isinstance(value, Tensor) and (value.device.type != "cpu" or cuda_on_host())

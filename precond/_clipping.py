@@ -230,6 +230,7 @@ def parts_of_norms(plan: StepPlan, optimizer: FusedOptimizer, inf: bool) -> Iter
         else:
             with _backend.current(device):
                 compiled.norm_cuda(clip, _backend.current_stream(device))
+            optimizer._keep_captured(compiled)
         yield part
     for_triton: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
     for slow in plan.slow:

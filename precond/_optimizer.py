@@ -435,6 +435,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._own["norm_process_group"] = group
         self._plans = {}
 
+    def _keep_captured(self, plan: Any) -> None:
+        """Keep a compiled plan that has just run, if a graph was captured from it."""
+        if plan.was_captured and not any(plan is kept for kept in self._captured):
+            self._captured.append(plan)
+
     def _count_skip(self) -> None:
         skipped = self.skipped_steps
         skipped += 1

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backend
 from ._clipping import NormClasses, combined, parts_of_norms
 from ._optimizer import FusedOptimizer
 from ._plan import Control, Row, StepPlan
@@ -53,9 +52,9 @@ class Pass(FusedOptimizer):
             self._run_rows(self._rows(jobs), _NO_CONTROL)
             self._inputs = {}
 
-    def squared_norms(self, jobs: list[Job], classes: list[int]) -> Tensor:
+    def squared_norms(self, jobs: list[Job], classes: list[int]) -> list[Tensor]:
         """Per job the sum of squares of every ``g`` of its class, classes being numbered from 0, over all processes that have a
-        piece of one: float64, on the first one's device, in the order of csrc/norm.h.
+        piece of one: float64 numbers on the first one's device, in the order of csrc/norm.h.
         """
         self._take(jobs)
         shards = [shard_groups(job.p) or {} for job in jobs]
@@ -74,12 +73,15 @@ class Pass(FusedOptimizer):
         plan.new = False
         self._keep(key, plan)
         self._inputs = {}
-        numbers = _backend.sent(torch.tensor(classes, device="cpu"), found.device)
-        if any(shards):
-            for i, groups in enumerate(shards):
-                reduce(found[i : i + 1], groups.values())
-            found = found.new_zeros(max(classes) + 1).index_add_(0, numbers, found)
-        return found[numbers]
+        # No index by numbers of the host, which torch would copy to the device and wait.
+        parts = found.unbind()
+        if not any(shards):
+            return [parts[number] for number in classes]
+        totals: dict[int, Tensor] = {}
+        for i, (groups, number) in enumerate(zip(shards, classes, strict=True)):
+            reduce(found[i : i + 1], groups.values())
+            totals[number] = totals[number] + parts[i] if number in totals else parts[i]
+        return [totals[number] for number in classes]
 
     def _take(self, jobs: list[Job]) -> None:
         if len(jobs) != len(self.param_groups) or any(

@@ -349,8 +349,7 @@ class StepPlan:
                 addresses = [0 if t is None else t.data_ptr() for t in scaler]
                 with _backend.current(device):
                     updated += plan.run_cuda(control.grad_coef, control.clip_value, clip.compiled(), *addresses, stream)
-                if plan.was_captured and not any(plan is kept for kept in optimizer._captured):
-                    optimizer._captured.append(plan)
+                optimizer._keep_captured(plan)
                 if _backend.is_side_stream(device, stream):
                     # The gradients' memory may belong to another stream: not to be reused before this one has read it.
                     for p in optimizer._given(device):

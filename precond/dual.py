@@ -191,7 +191,7 @@ class DualDescent(MultiPass):
             alike.setdefault(id(groups[i]), []).append(k)
         for members in alike.values():
             first = of[members[0]]
-            coef = coefficients(squares[members].sqrt(), groups[first])
+            coef = coefficients(torch.stack([squares[k] for k in members]).sqrt(), groups[first])
             lr, decay = jobs[first].hyper["lr"] * coef, jobs[first].hyper["weight_decay"] / coef
             # What only a device may read stays there; else numbers, which are quicker than a thousand small tensors.
             steps = [t.unbind() if _backend.on_device(t) else t.tolist() for t in (lr, decay)]

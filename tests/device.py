@@ -87,6 +87,10 @@ class EmulatedDevice:
     def new_stream(self) -> int:
         return int(self.hooks.hook_new_stream())
 
+    def enqueued(self, stream: int) -> int:
+        """How many copies, launches and events a stream was ever given."""
+        return int(self.hooks.hook_enqueued(ctypes.c_void_p(stream)))
+
     @contextlib.contextmanager
     def on(self, stream: int) -> Iterator[None]:
         with self._current(stream):
@@ -133,9 +137,10 @@ class HostReads(torch.overrides.TorchFunctionMode):
     any device.
     """
 
-    READS = tuple(
-        getattr(torch.Tensor, name)
-        for name in ("item", "tolist", "__float__", "__int__", "__bool__", "cpu", "nonzero", "equal")
+    READS = (
+        *(getattr(torch.Tensor, f"__{name}__") for name in ("float", "int", "bool")),
+        *(getattr(torch.Tensor, name) for name in ("item", "tolist", "numpy", "cpu", "nonzero", "equal", "is_nonzero")),
+        *(torch.equal, torch.nonzero, torch.is_nonzero),
     )
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -143,6 +148,8 @@ class HostReads(torch.overrides.TorchFunctionMode):
         name = getattr(function, "__name__", str(function))
         if function in self.READS:
             raise RuntimeError(f"the host waits for the device: {name}")
+        if function is torch.Tensor.__getitem__ and isinstance(args[1], list):
+            raise RuntimeError("the host waits for the device: an index of numbers of the host")
         if function in (torch.tensor, torch.as_tensor) and str(kwargs.get("device", "cpu")) != "cpu":
             raise RuntimeError(f"the host waits for the device: {name} with device={kwargs['device']}")
         result = function(*args, **kwargs)

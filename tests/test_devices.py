@@ -74,7 +74,7 @@ def test_each_stream_has_its_own_tables_of_triton(monkeypatch):
     tables = pytest.importorskip("precond.triton_kernels.tables")
     sent, stream = [], types.SimpleNamespace(cuda_stream=1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda where: stream)
-    monkeypatch.setattr(_backend, "sent", lambda host, where: sent.append(where) or host)
+    monkeypatch.setattr(tables, "sent", lambda host, where: sent.append(where) or host)
 
     def table():
         return tables.table("a test", [1, 2], torch.tensor, FIRST)

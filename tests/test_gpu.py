@@ -158,6 +158,24 @@ def test_a_graph_outlives_the_plan_that_it_was_captured_from(options):
 
 
 @pytest.mark.capture
+@pytest.mark.parametrize("granularity", ["entry", "tensor", "global"])
+def test_every_plan_that_a_graph_was_captured_from_is_kept(granularity):
+    params = [torch.nn.Parameter(torch.ones(300, device=CUDA.name)) for _ in range(3)]
+    optimizer = precond.DualDescent(params, lr=0.1, granularity=granularity, backend="cuda")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    warmed_up(optimizer.step)
+    CUDA.capture(optimizer.step)
+    plans = [
+        *optimizer._plans.values(),
+        *(plan for each in optimizer._passes.values() for plan in each._plans.values()),
+    ]
+    captured = [compiled.plan for plan in plans for compiled in plan.compiled if compiled.plan.was_captured]
+    assert captured
+    assert {id(plan) for plan in captured} <= {id(plan) for plan in optimizer._captured}
+
+
+@pytest.mark.capture
 def test_an_optimizer_that_is_collected_during_a_capture_leaves_it_alone():
     p, q = (torch.nn.Parameter(torch.ones(3000, device=CUDA.name)) for _ in range(2))
     p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
@@ -265,6 +283,8 @@ def test_a_step_runs_on_the_current_stream(row):
             b.step()
     CUDA.synchronize()
     assert bits_equal(p.detach().cpu(), q.detach())
+    if EMULATED:  # where the order of streams changes nothing
+        assert CUDA.enqueued(stream) >= 5
 
 
 @rows

@@ -6,8 +6,6 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from .. import _backend
-
 
 @functools.lru_cache(maxsize=4096)
 def storage_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
@@ -27,6 +25,11 @@ def in_order(p: Tensor, g: Tensor) -> Tensor:
     return g if dense and g.stride() == p.stride() else g.permute(order).contiguous()
 
 
+def sent(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; ``host.to(device)`` would wait for the device. Not to be captured into a graph."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 # What the host last put into each table, and the table in device memory.
 _tables: dict[Hashable, tuple[list, Tensor]] = {}
 _TABLES_KEPT = 256
@@ -41,7 +44,7 @@ def table(key: Hashable, values: list, make: Callable[[list], Tensor], device: t
     if kept is None or kept[0] != values:
         with torch.device("cpu"):
             host = make(values)
-        kept = values, _backend.sent(host, device)
+        kept = values, sent(host, device)
     while len(_tables) >= _TABLES_KEPT:
         del _tables[next(iter(_tables))]
     _tables[key] = kept

@@ -45,7 +45,12 @@ def attempt(what: str, case: str, function: Callable[[], bool]) -> bool:
     try:
         return function()
     except Exception as error:
-        say(what=what, case=case, error=f"{type(error).__name__}: {error}"[:400], at=traceback.format_exc()[-1500:])
+        say(
+            what=what,
+            case=case,
+            error=f"{type(error).__name__}: {error}"[:400],
+            at=traceback.format_exc()[-1500:].replace(f"{os.environ['tree']}/", ""),
+        )
         return False
 
 

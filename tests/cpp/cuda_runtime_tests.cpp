@@ -195,6 +195,25 @@ void a_captured_step_can_be_replayed(bool warm, bool clip) {
   cuda_on_host::destroy(graph);
 }
 
+void a_refused_step_leaves_no_trace() {
+  Pair pair("adamw", 5000, false);  // counts on the host, so it must not be captured
+  CudaPlan cuda(0);
+  const cudaStream_t stream = new_stream();
+  cuda.run(&pair.gpu, pair.groups, on(stream));
+  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
+  CHECK(fails([&] { cuda.run(&pair.gpu, pair.groups, on(stream)); }));
+  // Nor may the legacy stream be used beside a capture: an error of CUDA's, which is said once.
+  CHECK(fails([&] { cuda.run(&pair.gpu, pair.groups, on(nullptr)); }));
+  CHECK(cudaGetLastError() == cudaSuccess);
+  cudaGraph_t graph;
+  CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
+  cuda_on_host::destroy(graph);
+  CHECK(!cuda.was_captured());
+  cuda.run(&pair.gpu, pair.groups, on(stream));
+  pair.step_on_cpu(2);
+  CHECK(pair.same());
+}
+
 void a_graph_outlives_tables_that_grow() {
   Pair pair("sgd_momentum", 700);
   auto late = make(rule_number("sgd_momentum"), 90000, F, F, {F}, 0, 2);
@@ -296,6 +315,7 @@ int main() {
   RUN(pinned_memory_is_used_again_once_its_copy_has_run());
   for (const bool warm : {true, false})
     for (const bool clip : {true, false}) RUN(a_captured_step_can_be_replayed(warm, clip));
+  RUN(a_refused_step_leaves_no_trace());
   RUN(a_graph_outlives_tables_that_grow());
   RUN(a_step_beside_a_capture_of_another_thread_leaves_it_alone());
   RUN(a_plan_that_dies_during_a_capture_leaves_it_alone());

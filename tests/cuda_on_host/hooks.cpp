@@ -1,4 +1,4 @@
-// The emulated runtime from Python: tests/emulated.py calls these by ctypes.
+// The emulated runtime from Python: tests/device.py calls these by ctypes.
 #include <cuda_runtime.h>
 
 #define HOOK extern "C" __attribute__((visibility("default")))
@@ -8,6 +8,7 @@ HOOK void* hook_new_stream() {
   cudaStream_t stream;
   return cudaStreamCreate(&stream), stream;
 }
+HOOK int hook_enqueued(void* stream) { return int(static_cast<Stream*>(stream)->enqueued); }
 HOOK int hook_synchronize(void* stream) { return cudaStreamSynchronize(static_cast<Stream*>(stream)); }
 HOOK int hook_begin_capture(void* stream) { return begin_capture(static_cast<Stream*>(stream)); }
 HOOK int hook_end_capture(void* stream, void** graph) {

@@ -23,11 +23,11 @@
 
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2,
-                      cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101,
-                      cudaErrorNoKernelImageForDevice = 209, cudaErrorInvalidResourceHandle = 400,
-                      cudaErrorNotReady = 600, cudaErrorIllegalAddress = 700, cudaErrorStreamCaptureUnsupported = 900,
-                      cudaErrorStreamCaptureInvalidated = 901, cudaErrorStreamCaptureImplicit = 906,
-                      cudaErrorCapturedEvent = 907;
+                      cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDeviceFunction = 98,
+                      cudaErrorInvalidDevice = 101, cudaErrorNoKernelImageForDevice = 209,
+                      cudaErrorInvalidResourceHandle = 400, cudaErrorNotReady = 600, cudaErrorIllegalAddress = 700,
+                      cudaErrorStreamCaptureUnsupported = 900, cudaErrorStreamCaptureInvalidated = 901,
+                      cudaErrorStreamCaptureImplicit = 906, cudaErrorCapturedEvent = 907;
 
 enum cudaStreamCaptureMode {
   cudaStreamCaptureModeGlobal,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import warnings
@@ -275,8 +276,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         if isinstance(step, Tensor):
             self.state[p]["step"] = step.detach().to(device, counter_dtype(p), copy=True).reshape(())
-        else:  # not torch.tensor(), which would wait for the device, once per parameter
-            self.state[p]["step"] = torch.full((), float(step), dtype=counter_dtype(p), device=device)
+        else:
+            # torch.tensor() would wait for a device, once per parameter; on the host a fake one knows its value.
+            make = torch.tensor if device.type == "cpu" else functools.partial(torch.full, ())
+            self.state[p]["step"] = make(float(step), dtype=counter_dtype(p), device=device)
 
     def _new_state(self, p: Tensor, name: str, group: dict[str, Any]) -> dict[str, Tensor]:
         """A state with its initial value, and what lies beside it."""

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "hypothesis", "setuptools")
+#: What paths in tracebacks are relative to.
+TREE = Path(__file__).resolve().parents[2]
 #: Lines of the summary, and their length.
 LINES, WIDTH = 60, 180
 
@@ -49,7 +51,7 @@ def attempt(what: str, case: str, function: Callable[[], bool]) -> bool:
             what=what,
             case=case,
             error=f"{type(error).__name__}: {error}"[:400],
-            at=traceback.format_exc()[-1500:].replace(f"{os.environ['tree']}/", ""),
+            at=traceback.format_exc()[-1500:].replace(f"{TREE}/", ""),
         )
         return False
 

@@ -297,9 +297,11 @@ void a_plan_sets_no_device() {
 }
 
 void a_device_without_code_says_so() {
-  runtime().has_no_code[0] = true;
+  runtime().attributes[0] = cudaErrorNoKernelImageForDevice;
   CHECK(!why_not_on(0).empty() && cudaGetLastError() == cudaSuccess);
-  runtime().has_no_code[0] = false;
+  runtime().attributes[0] = cudaErrorMemoryAllocation;  // which says nothing of code
+  CHECK(fails([] { why_not_on(0); }) && cudaGetLastError() == cudaSuccess);
+  runtime().attributes[0] = cudaSuccess;
   CHECK(why_not_on(0).empty());
 }
 

@@ -56,7 +56,7 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
   using namespace cuda_on_host;
   const Lock lock(runtime().mutex);
   if (is_forbidden()) return answer(cudaErrorStreamCaptureUnsupported);
-  return answer(runtime().has_no_code[current_device] ? cudaErrorNoKernelImageForDevice : cudaSuccess);
+  return answer(runtime().attributes[current_device]);
 }
 inline cudaError_t cudaMalloc(void** data, size_t bytes) {
   return cuda_on_host::answer(cuda_on_host::allocate(data, bytes, cuda_on_host::current_device));

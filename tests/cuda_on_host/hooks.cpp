@@ -20,4 +20,6 @@ HOOK int hook_take_last_error() { return cudaGetLastError(); }
 HOOK int hook_set_device(int device) { return cudaSetDevice(device); }
 HOOK int hook_device_sets() { return runtime().sets; }
 HOOK int hook_allocations() { return runtime().allocations; }
-HOOK void hook_set_no_code(int device, int value) { runtime().has_no_code[device] = value != 0; }
+HOOK void hook_set_no_code(int device, int value) {
+  runtime().attributes[device] = value != 0 ? cudaErrorNoKernelImageForDevice : cudaSuccess;
+}

@@ -79,9 +79,9 @@ struct Runtime {
   std::set<Stream*> streams;
   Stream default_stream[kDevices] = {{0, {}, 0, 0, nullptr, false}, {1, {}, 0, 0, nullptr, false}};
   bool has_context[kDevices] = {};
-  bool has_no_code[kDevices] = {};  // cudaFuncGetAttributes fails there
-  int sets = 0;                     // of a device that was not current
-  int allocations = 0;              // ever made
+  cudaError_t attributes[kDevices] = {};  // what cudaFuncGetAttributes answers there
+  int sets = 0;                           // of a device that was not current
+  int allocations = 0;                    // ever made
 };
 inline Runtime& runtime() {
   static Runtime& all = *new Runtime;  // never destroyed, as a driver

@@ -5,7 +5,8 @@ VENV := .venv
 export PRECOND_CUDA_ARCHS ?= 90
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.cpp tests/cpp/*.h tests/cuda_on_host/* tests/machine_code/*.c* bench/*.cu)
+SOURCES := $(wildcard csrc/*)
+CPP := $(SOURCES) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/cuda_on_host/* tests/machine_code/*.c* bench/*.cu)
 TOOLS := torch triton numpy scipy scikit-learn pybind11 ninja cmake setuptools pytest pytest-xdist filelock pytest-benchmark hypothesis matplotlib \
 	tqdm ruff mypy clang-format build
 
@@ -18,7 +19,7 @@ $(VENV)/.ready: constraints.txt
 	touch $@
 
 build: $(VENV)/.built
-$(VENV)/.built: $(VENV)/.ready $(CPP) CMakeLists.txt setup.py pyproject.toml
+$(VENV)/.built: $(VENV)/.ready $(SOURCES) CMakeLists.txt setup.py pyproject.toml
 	$(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 

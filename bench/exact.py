@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -37,11 +36,9 @@ def serve(extension: str, elements: int, device: str) -> None:
 
     Every variant has a process of its own, because an extension is loaded once; all stay, so that rounds are A B A B.
     """
-    spec = importlib.util.spec_from_file_location("precond._C", extension)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules["precond._C"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["precond._C"])
+    from device import stand_in_extension
+
+    stand_in_extension(extension)
     import precond
 
     from . import timing

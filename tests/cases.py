@@ -25,6 +25,15 @@ LAYOUTS = ["contiguous", "offset", "transposed", "channels_last", "strided"]
 GRADIENT_LAYOUTS = ["same", "contiguous", "transposed", "expanded", "strided"]
 
 
+def memory(t: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes on the host, with one payload for every NaN."""
+    t = t.detach().cpu().contiguous()
+    t = torch.view_as_real(t) if t.is_complex() else t
+    if t.is_floating_point():
+        t = torch.where(t.isnan(), torch.full_like(t, torch.nan), t)
+    return t.view(-1).view(torch.uint8)
+
+
 @dataclasses.dataclass
 class Guarded:
     """A tensor inside a larger buffer whose margins are checked afterwards."""

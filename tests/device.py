@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 
-def stand_in_extension() -> None:
-    """Have the build of the extension that ``PRECOND_TEST_EXTENSION`` names stand in for the installed one. Before precond is
-    imported.
+def stand_in_extension(path: str | None = None) -> None:
+    """Have another build of the extension stand in for the installed one, by default that of ``PRECOND_TEST_EXTENSION`` if it is
+    set. Before precond is imported.
     """
-    if path := os.environ.get("PRECOND_TEST_EXTENSION"):
+    if path := path or os.environ.get("PRECOND_TEST_EXTENSION"):
         spec = importlib.util.spec_from_file_location("precond._C", path)
         sys.modules["precond._C"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["precond._C"])

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKEND, gradient, guarded, nasty_values, random_values
+from cases import BACKEND, gradient, guarded, memory, nasty_values, random_values
 from optimizers import BEYOND, BY_RULE, BY_STATES, OPTIMIZERS
 
 import precond
@@ -24,14 +24,6 @@ WEIGHTS = [
 STATES = [None, "bf16", "fp16", "int8", "int4"]
 # Flat buffers with tails, matrices of several chunks, rows that are no multiple of a group.
 SHAPES = [(4097,), (4160,), (70, 64), (5, 4, 256), (9, 1024), (33, 65), (7,)]
-
-
-def memory(t: torch.Tensor) -> torch.Tensor:
-    """A tensor's bits, with one payload for every NaN of a floating-point dtype."""
-    t = t.detach().cpu().contiguous()
-    if t.is_floating_point():
-        t = torch.where(t.isnan(), torch.full_like(t, torch.nan), t)
-    return t.view(-1).view(torch.uint8)
 
 
 def train(row, dtype, weight_format, state_format, backend, *, shapes=SHAPES, steps=5, change=None, make=random_values):

@@ -6,15 +6,19 @@ A line for each case; where bits differ it names the tensors.
 from __future__ import annotations
 
 import argparse
-import time
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from kit import CUDA
+
+# Before precond, which the tests' modules import.
+# isort: split
+from cases import memory
 from optimizers import ALL_RULES, BY_RULE, OPTIMIZERS
-from results import attempt, say
+from results import finish, say
 
 import precond
 from precond import _formats
@@ -50,16 +54,6 @@ def name_of(case: Case) -> str:
     rule, dtype, weight_format, state_format, clip = case
     words = [rule, str(dtype).removeprefix("torch."), weight_format or "plain", f"states {state_format or 'plain'}"]
     return " ".join([*words, "clipped"] if clip else words)
-
-
-def memory(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's bits, any NaN like any other."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.is_floating_point():
-        tensor = torch.where(tensor.isnan(), torch.full_like(tensor, torch.nan), tensor)
-    return tensor.view(-1).view(torch.uint8)
 
 
 def trained(case: Case, backend: str, where: str) -> dict[str, torch.Tensor]:
@@ -106,17 +100,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th case only (default 1)")
     asked = parser.parse_args()
     warnings.simplefilter("ignore", precond.PrecisionWarning)
-    end = time.monotonic() + asked.seconds
-    todo = list(cases())[:: asked.every]
-    good = done = 0
-    for case in todo:
-        if time.monotonic() > end:
-            break
-        good += attempt("parity", name_of(case), lambda case=case: compare(case))
-        done += 1
-    left = f", no time for {len(todo) - done} more" if done < len(todo) else ""
-    print(f"{good} of {done} cases equal{left}")
-    raise SystemExit(good < done)
+    todo = {name_of(case): functools.partial(compare, case) for case in list(cases())[:: asked.every]}
+    finish("parity", "cases equal", todo, asked.seconds)
 
 
 if __name__ == "__main__":

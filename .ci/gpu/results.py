@@ -1,7 +1,7 @@
 """The result lines of ``.ci/gpu/run``: ``$OUT/gpu.jsonl``, a line of JSON for each thing as soon as it is known.
 
 ``results.py begin | part NAME STATUS SECONDS NOTE | summary LOGS`` is what the script calls; the parts that are Python programs
-import ``say`` and ``attempt``. A command begins with a line that names commit and machine, so one file can hold several.
+import ``say`` and ``finish``. A command begins with a line that names commit and machine, so one file can hold several.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -19,7 +20,7 @@ import traceback
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "hypothesis", "setuptools")
 #: What paths in tracebacks are relative to.
@@ -54,6 +55,20 @@ def attempt(what: str, case: str, function: Callable[[], bool]) -> bool:
             at=traceback.format_exc()[-1500:].replace(f"{TREE}/", ""),
         )
         return False
+
+
+def finish(what: str, verdict: str, cases: dict[str, Callable[[], bool]], seconds: float = math.inf) -> NoReturn:
+    """Run the cases, none after ``seconds``; end the process with a line that counts them, and an error unless all are good."""
+    end = time.monotonic() + seconds
+    good = done = 0
+    for case, function in cases.items():
+        if time.monotonic() > end:
+            break
+        good += attempt(what, case, function)
+        done += 1
+    left = f", no time for {len(cases) - done} more" if done < len(cases) else ""
+    print(f"{good} of {done} {verdict}{left}")
+    raise SystemExit(good < done)
 
 
 def begin() -> None:

@@ -7,13 +7,13 @@ can tell within a minute. The numbers to publish are those of ``bench gpu``.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
-import time
 import warnings
 
 import torch
 from kit import CUDA
-from results import attempt, say
+from results import finish, say
 
 import precond
 from bench import gpu, timing
@@ -38,7 +38,6 @@ def main() -> None:
     parser.add_argument("--only", metavar="REGEX", default="", help="only the cases whose name matches")
     asked = parser.parse_args()
     warnings.simplefilter("ignore", precond.PrecisionWarning)
-    end = time.monotonic() + asked.seconds
     clock = timing.Clock(CUDA.name)
     copy = gpu.copy_bandwidth(clock, CUDA.name, int(5e8 * asked.scale) + 1024)
     if asked.part == "speed":
@@ -53,16 +52,8 @@ def main() -> None:
         # torch has no fused Adagrad on a GPU, say: that is not ours to mend.
         return not any("error" in row for who, row in found["contenders"].items() if who.startswith("precond"))
 
-    todo = chosen(asked.part, asked.scale, asked.only)
-    good = done = 0
-    for case in todo:
-        if time.monotonic() > end:
-            break
-        good += attempt(asked.part, case.name, lambda case=case: measure(case))
-        done += 1
-    left = f", no time for {len(todo) - done} more" if done < len(todo) else ""
-    print(f"{good} of {done} cases timed, copy {copy:.0f} GB/s{left}")
-    raise SystemExit(good < done)
+    todo = {case.name: functools.partial(measure, case) for case in chosen(asked.part, asked.scale, asked.only)}
+    finish(asked.part, f"cases timed, copy {copy:.0f} GB/s", todo, asked.seconds)
 
 
 if __name__ == "__main__":

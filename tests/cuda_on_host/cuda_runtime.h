@@ -49,7 +49,6 @@ inline cudaError_t cudaSetDevice(int device) {
   const Lock lock(runtime().mutex);
   if (device < 0 || device >= kDevices) return answer(cudaErrorInvalidDevice);
   runtime().sets += device != current_device;
-  runtime().has_context[device] = true;
   return current_device = device, cudaSuccess;
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {

@@ -19,7 +19,6 @@ HOOK void hook_destroy_graph(void* graph) { destroy(static_cast<Graph*>(graph));
 HOOK int hook_take_last_error() { return cudaGetLastError(); }
 HOOK int hook_set_device(int device) { return cudaSetDevice(device); }
 HOOK int hook_device_sets() { return runtime().sets; }
-HOOK int hook_allocations() { return runtime().allocations; }
 HOOK void hook_set_no_code(int device, int value) {
   runtime().attributes[device] = value != 0 ? cudaErrorNoKernelImageForDevice : cudaSuccess;
 }

@@ -8,7 +8,7 @@
 //   - a graph records launches and copies, and a replay runs them; memory that was freed since is poisoned and may not
 //   be
 //     used, nor may memory of another device;
-//   - there are kDevices devices. A device has a context once it was set or used, and sets are counted.
+//   - there are kDevices devices, and sets of one that was not current are counted.
 #pragma once
 
 #include <cstdint>
@@ -78,7 +78,6 @@ struct Runtime {
   std::set<Graph*> graphs;  // that can still be replayed
   std::set<Stream*> streams;
   Stream default_stream[kDevices] = {{0, {}, 0, 0, nullptr, false}, {1, {}, 0, 0, nullptr, false}};
-  bool has_context[kDevices] = {};
   cudaError_t attributes[kDevices] = {};  // what cudaFuncGetAttributes answers there
   int sets = 0;                           // of a device that was not current
   int allocations = 0;                    // ever made
@@ -154,7 +153,6 @@ inline cudaError_t enqueue(Stream* handle, Work work, bool now) {
   const Lock lock(runtime().mutex);
   Stream* const stream = stream_of(handle);
   if (stream->device != current_device) return cudaErrorInvalidResourceHandle;
-  runtime().has_context[current_device] = true;
   ++stream->enqueued;
   if (stream->captured != nullptr) {
     stream->captured->nodes.push_back(std::move(work));
@@ -173,7 +171,6 @@ inline cudaError_t enqueue(Stream* handle, Work work, bool now) {
 inline cudaError_t allocate(void** data, size_t bytes, int device) {
   const Lock lock(runtime().mutex);
   if (is_forbidden()) return cudaErrorStreamCaptureUnsupported;
-  runtime().has_context[current_device] = true;
   *data = std::malloc(bytes + (bytes == 0));
   if (*data == nullptr) return cudaErrorMemoryAllocation;
   std::memset(*data, 0xff, bytes);  // NaN until something is written

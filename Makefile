@@ -5,7 +5,7 @@ VENV := .venv
 export PRECOND_CUDA_ARCHS ?= 90
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-SOURCES := $(wildcard csrc/*)
+SOURCES := $(wildcard csrc/*/*)
 CPP := $(SOURCES) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/cuda_on_host/* tests/machine_code/*.c* bench/*.cu)
 TOOLS := torch triton numpy scipy scikit-learn pybind11 ninja cmake setuptools pytest pytest-xdist filelock pytest-benchmark hypothesis matplotlib \
 	tqdm ruff mypy clang-format build

@@ -23,7 +23,8 @@ from optimizers import ALL_RULES, BY_STATES
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from precond import _C, _formats, reference
+from precond import _C, reference
+from precond._core import formats as _formats
 
 from . import ROOT, timing
 from .executed import GPUS, executed_kernels, print_executed
@@ -51,7 +52,7 @@ STORAGE = [
 ]
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CPP_FORMATS = {"Fp32": "fp32", "Bf16": "bf16", "Fp16": "fp16"}
-# Elements of a thread in the kernels of formats that do not stand alone: kRun in csrc/cuda_formats.cuh.
+# Elements of a thread in the kernels of formats that do not stand alone: kRun in csrc/cuda/formats.cuh.
 RUN = 8
 # Whose times the rows have.
 GPU = GPUS["H200"]

@@ -3,7 +3,7 @@
 #ifndef PRECOND_ISA
 #define PRECOND_ISA cuda
 #endif
-#include "../csrc/cuda_tiled.cuh"
+#include "../csrc/cuda/mixed.cuh"
 
 namespace precond {
 

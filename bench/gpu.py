@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 import precond
-from precond import _C, _backend
+from precond import _C
+from precond._core import backend as _backend
 
 from . import gpu_parity, record, timing
 

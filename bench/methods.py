@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import precond
-from precond._plan import StepPlan
+from precond._core.plan import StepPlan
 from precond.bnp import precondition_gradients
 
 from . import timing

@@ -1,4 +1,4 @@
-"""The compiled extension; csrc/module.cpp."""
+"""The compiled extension; csrc/python/module.cpp."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch as torch  # first: the extension shares its OpenMP runtime
 
-from ._conversions import master_weights, to_torch_state_dict
-from ._groups import param_groups
-from ._optimizer import PrecisionWarning
-from ._settings import Settings
+from ._core.conversions import master_weights, to_torch_state_dict
+from ._core.groups import param_groups
+from ._core.optimizer import PrecisionWarning
+from ._core.settings import Settings
 from ._version import __version__
 from .adagrad import Adagrad, AdagradW
 from .adam import Adam, AdamW

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import SGD, AdamW, PrecisionWarning, __version__, _backend, master_weights
-from ._backend import _C, BACKENDS, why_not, why_not_on
+from . import SGD, AdamW, PrecisionWarning, __version__, master_weights
+from ._core import backend as _backend
+from ._core.backend import _C, BACKENDS, why_not, why_not_on
 
 #: Tails after full vectors and chunks, rows of whole groups of 64 for codes, and tensors that are too small for either.
 SHAPES = ((10_001,), (65, 192), (7, 5), (1,))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._extras import need
+from ._core.extras import need
 
 
 def interpolate_basis(u0: Tensor, u1: Tensor, s: float | Tensor, *, match: bool = True) -> Tensor:

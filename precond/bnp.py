@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._inputs import Inputs, Observer, moments, plain_layers, statistics_dtype
-from ._standardised import Coordinates
-from ._standardised import precondition_gradients as precondition_gradients
-from ._wrapper import Wrapper
+from ._wrappers.inputs import Inputs, Observer, moments, plain_layers, statistics_dtype
+from ._wrappers.standardised import Coordinates
+from ._wrappers.standardised import precondition_gradients as precondition_gradients
+from ._wrappers.wrapper import Wrapper
 
 T = TypeVar("T")
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import curvature
-from ._conversions import to_torch_state_dict
-from ._extras import need
-from ._optimizer import FusedOptimizer
+from ._core.conversions import to_torch_state_dict
+from ._core.extras import need
+from ._core.optimizer import FusedOptimizer
 from .adagrad import AdagradW
 from .rmsprop import RMSpropW
 from .sgd import SGDW

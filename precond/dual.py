@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import _backend, reference
-from ._arguments import arguments, check_lr, check_nonnegative
-from ._optimizer import ParamsT
-from ._pass import Job, MultiPass, plain_step
-from ._plan import Row
-from ._settings import Settings
-from ._sharding import local
+from . import reference
+from ._core import backend as _backend
+from ._core.arguments import arguments, check_lr, check_nonnegative
+from ._core.optimizer import ParamsT
+from ._core.passes import Job, MultiPass, plain_step
+from ._core.plan import Row
+from ._core.settings import Settings
+from ._core.sharding import local
 
 GRANULARITIES = ("global", "tensor", "unit", "entry", "spectral")
 #: Kernels that are one ratio of magnitudes: offset and slope of its denominator, from the scale.

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ._arguments import check_nonnegative
-from ._sharding import aligned_gradients, like, local
-from ._wrapper import T, Wrapper
+from ._core.arguments import check_nonnegative
+from ._core.sharding import aligned_gradients, like, local
+from ._wrappers.wrapper import T, Wrapper
 
 MODES = ("spatial", "input", "output", "diagonal")
 NORMALIZATIONS = ("step", "matrix", "hypergradient")

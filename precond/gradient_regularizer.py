@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._optimizer import FusedOptimizer
-from ._pass import Job, Pass
-from ._sharding import local
-from ._wrapper import Wrapper
+from ._core.optimizer import FusedOptimizer
+from ._core.passes import Job, Pass
+from ._core.sharding import local
+from ._wrappers.wrapper import Wrapper
 
 T = TypeVar("T")
 

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
-from ._optimizer import FusedOptimizer, ParamsT
-from ._plan import Row
-from ._settings import Settings
+from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
+from ._core.optimizer import FusedOptimizer, ParamsT
+from ._core.plan import Row
+from ._core.settings import Settings
 
 
 class Lion(FusedOptimizer):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._arguments import arguments
-from ._kronecker import check_matrix
-from ._optimizer import FusedOptimizer, ParamsT
-from ._pass import MultiPass, plain_step
-from ._plan import Row
-from ._settings import Settings
+from ._core.arguments import arguments
+from ._core.optimizer import FusedOptimizer, ParamsT
+from ._core.passes import MultiPass, plain_step
+from ._core.plan import Row
+from ._core.settings import Settings
+from ._methods.kronecker import check_matrix
 
 #: torch's, from 2.9 on.
 _TorchMuon: Final[Any] = getattr(torch.optim, "Muon", torch.optim.Optimizer)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
-from ._optimizer import FusedOptimizer, ParamsT
-from ._plan import Row
-from ._settings import Settings
+from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
+from ._core.optimizer import FusedOptimizer, ParamsT
+from ._core.plan import Row
+from ._core.settings import Settings
 
 
 class _Momentum(FusedOptimizer):

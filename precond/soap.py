@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
-from ._kronecker import Kronecker, as_matrix, check_matrix, is_matrix
-from ._optimizer import FusedOptimizer, ParamsT
-from ._pass import MultiPass, plain_step
-from ._plan import Row
-from ._settings import Settings
+from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
+from ._core.optimizer import FusedOptimizer, ParamsT
+from ._core.passes import MultiPass, plain_step
+from ._core.plan import Row
+from ._core.settings import Settings
+from ._methods.kronecker import Kronecker, as_matrix, check_matrix, is_matrix
 
 
 class SOAP(MultiPass):

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._arguments import arguments
-from ._optimizer import FusedOptimizer, ParamsT
-from ._plan import Row
-from ._settings import Settings
+from ._core.arguments import arguments
+from ._core.optimizer import FusedOptimizer, ParamsT
+from ._core.plan import Row
+from ._core.settings import Settings
 from .gauss_newton import GaussNewton
 
 

@@ -10,7 +10,7 @@ import torch
 from optimizers import Optimizer
 
 from precond import reference
-from precond._formats import SECOND_MOMENTS
+from precond._core.formats import SECOND_MOMENTS
 
 #: The compiled backend under test; tests/test_cuda_on_host.py runs the suites again with another one.
 BACKEND = os.environ.get("PRECOND_BACKEND", "cpu")

@@ -99,7 +99,7 @@ class EmulatedDevice:
 
     @contextlib.contextmanager
     def _current(self, stream: int) -> Iterator[None]:
-        from precond import _backend
+        from precond._core import backend as _backend
 
         before, streams = self.current, _backend.current_stream
         self.current, _backend.current_stream = stream, lambda device: stream
@@ -162,7 +162,7 @@ class HostReads(torch.overrides.TorchFunctionMode):
 
 def device() -> RealDevice | EmulatedDevice | None:
     """The CUDA device of this process, or None."""
-    from precond import _backend
+    from precond._core import backend as _backend
 
     if _backend.cuda_on_host():
         return EmulatedDevice()

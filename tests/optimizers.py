@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import precond
-from precond._optimizer import FusedOptimizer
-from precond._plan import Row
+from precond._core.optimizer import FusedOptimizer
+from precond._core.plan import Row
 
 
 @dataclasses.dataclass(frozen=True)

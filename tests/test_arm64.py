@@ -88,7 +88,7 @@ def kinds(code, *, vector):
 
 def test_every_rule_is_vectorised_with_neon(arm64):
     """fma is in arm64's base, so `baseline` has it. The scalar remainder of a loop shows which kinds a rule needs."""
-    (path,) = arm64.glob("CMakeFiles/isa_*.dir/csrc/cpu_isa.cpp.o")
+    (path,) = arm64.glob("CMakeFiles/isa_*.dir/csrc/cpu/isa.cpp.o")
     updates = {name: code for name, code in functions(path).items() if "update_chunk<" in name}
     assert len(updates) == len(_C.rules)
     for name, code in updates.items():
@@ -107,6 +107,6 @@ def test_every_rule_is_vectorised_with_neon(arm64):
 
 
 def test_no_rule_calls_the_math_library_on_arm64(arm64):
-    (path,) = arm64.glob("CMakeFiles/isa_*.dir/csrc/cpu_isa.cpp.o")
+    (path,) = arm64.glob("CMakeFiles/isa_*.dir/csrc/cpu/isa.cpp.o")
     called = {line.split()[-1] for line in run("aarch64-linux-gnu-nm", "--undefined-only", path).splitlines()}
     assert called <= {"memcpy", "memmove", "memset"}

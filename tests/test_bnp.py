@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import precond
-from precond import _backend, _standardised
+from precond._core import backend as _backend
+from precond._wrappers import standardised as _standardised
 from precond.bnp import precondition_gradients
 
 F64 = torch.float64
@@ -562,7 +563,7 @@ def test_short_inputs_are_added_up_in_float32(dtype):
 def test_large_inputs_are_centred_piece_by_piece(shape):
     x = inputs(shape, 1).float() if len(shape) == 4 else inputs(shape, -1).float()
     dim = 1 if len(shape) == 4 else len(shape) - 1
-    from precond._inputs import moments
+    from precond._wrappers.inputs import moments
 
     count, mean, squares = moments(x, dim, torch.float32)
     values = x.double().movedim(dim, 0).flatten(1)

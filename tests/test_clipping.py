@@ -14,7 +14,8 @@ from ranks import on_two_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import precond
-from precond import _C, _plan
+from precond import _C
+from precond._core import plan as _plan
 
 classes = pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.cls.__name__)
 dtypes = pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from optimizers import CLASSES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import precond
-from precond import _backend, _formats
-from precond._plan import Row, table_of
+from precond._core import backend as _backend
+from precond._core import formats as _formats
+from precond._core.plan import Row, table_of
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 emulated = pytest.mark.skipif(not _backend.cuda_on_host(), reason="run by tests/test_cuda_on_host.py")

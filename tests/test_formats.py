@@ -13,7 +13,9 @@ from cases import BACKEND, bits_equal, guarded, nasty_values, random_values
 from optimizers import BY_RULE, BY_STATES, CLASSES, OPTIMIZERS
 
 import precond
-from precond import _C, _formats, _plan
+from precond import _C
+from precond._core import formats as _formats
+from precond._core import plan as _plan
 
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 classes = pytest.mark.parametrize("row", CLASSES, ids=str)

@@ -10,12 +10,12 @@ from cases import BACKEND, gradient, guarded, memory, nasty_values, random_value
 from optimizers import BEYOND, BY_RULE, BY_STATES, OPTIMIZERS
 
 import precond
-from precond import _formats
+from precond._core import formats as _formats
 
 pytestmark = pytest.mark.skipif(BACKEND != "cuda", reason="is about the CUDA backend")
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 shapes = pytest.mark.parametrize("row", BY_STATES, ids=str)
-DEVICE = "cuda" if BACKEND == "cuda" and not precond._backend.cuda_on_host() else "cpu"
+DEVICE = "cuda" if BACKEND == "cuda" and not precond._core.backend.cuda_on_host() else "cpu"
 
 WEIGHTS = [
     (torch.float32, None),

@@ -53,7 +53,7 @@ def test_columns_of_a_matrix_can_be_cut(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
-    from precond import _sharding
+    from precond._core import sharding as _sharding
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -80,7 +80,7 @@ def test_columns_of_a_matrix_can_be_cut(tmp_path):
 
 def test_a_place_in_the_unsharded_tensor_gives_its_draws(monkeypatch):
     """Pieces of a matrix, rows cut or whole, are updated as in it: what a mesh of several ranks does, in one process."""
-    from precond import _sharding
+    from precond._core import sharding as _sharding
 
     values, g = torch.randn(64, 256).bfloat16(), torch.randn(64, 256).bfloat16()
 

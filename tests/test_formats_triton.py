@@ -11,7 +11,9 @@ from cases import bits_equal, gradient, guarded, nasty_values, random_values
 from optimizers import BEYOND, BY_RULE, BY_STATES, OPTIMIZERS
 
 import precond
-from precond import _C, _formats, _sharding
+from precond import _C
+from precond._core import formats as _formats
+from precond._core import sharding as _sharding
 
 pytestmark = [
     pytest.mark.usefixtures("triton_interpreter", "_codes_for_small_tensors"),
@@ -202,9 +204,8 @@ def test_columns_of_a_tensor_have_the_bits_of_the_whole(formats, monkeypatch):
 
 
 def test_a_row_has_the_seed_of_its_key_and_step():
-    from precond.triton_kernels import kernel, scalars
-
     from precond import triton_kernels
+    from precond.triton_kernels import kernel, scalars
 
     rule = triton_kernels.RULES["lion"]
     width = scalars.ROW_FLOATS.value

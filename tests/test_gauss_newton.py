@@ -11,7 +11,8 @@ from cases import BACKEND, bits_equal
 from multipass import BF16, F32, F64, assert_close, give, params_of
 
 import precond
-from precond import _formats, bases, curvature, reference
+from precond import bases, curvature, reference
+from precond._core import formats as _formats
 
 KRONECKER = ((4, 6), (5,), (3, 2, 2, 2), ())
 

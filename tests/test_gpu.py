@@ -16,7 +16,7 @@ from cases import LAYOUTS, bits_equal, gradient, guarded, nasty_values, random_v
 from optimizers import ALL_RULES, BY_STATES, CLASSES, OPTIMIZERS
 
 import precond
-from precond import _backend
+from precond._core import backend as _backend
 
 CUDA = device.device()
 EMULATED = CUDA is None or CUDA.emulated

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from optimizers import ALL_RULES, BY_STATES
 
 import precond
-from precond._formats import SECOND_MOMENTS
+from precond._core.formats import SECOND_MOMENTS
 
 rows = pytest.mark.parametrize("row", ALL_RULES, ids=str)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

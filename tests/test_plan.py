@@ -9,7 +9,8 @@ from optimizers import CLASSES, OPTIMIZERS, stock
 from test_api import _with, assert_close, backward, model, train
 
 import precond
-from precond import _C, _backend
+from precond import _C
+from precond._core import backend as _backend
 
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 classes = pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.cls.__name__)

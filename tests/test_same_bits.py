@@ -7,7 +7,8 @@ import torch
 from cases import BACKEND, bits_equal, gradient, guarded, nasty_values, random_values
 from optimizers import ALL_RULES, BY_RULE, BY_STATES
 
-from precond import _C, _plan
+from precond import _C
+from precond._core import plan as _plan
 
 rows = pytest.mark.parametrize("row", ALL_RULES, ids=str)
 # For what depends on where operands lie and not on what a rule does with them.
@@ -221,9 +222,8 @@ def test_triton_takes_states_of_different_formats():
 
 @pytest.mark.parametrize("row", ALL_RULES, ids=str)
 def test_the_scalars_of_both_texts_are_the_same_bits(row):
-    from precond.triton_kernels import kernel, scalars
-
     from precond import triton_kernels
+    from precond.triton_kernels import kernel, scalars
 
     rule = triton_kernels.RULES[row.rule]
     _number, states, names, _ = _C.rules[row.rule]

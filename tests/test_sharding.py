@@ -9,7 +9,7 @@ from cases import bits_equal
 from optimizers import OPTIMIZERS
 from ranks import on_two_ranks
 
-from precond import _sharding
+from precond._core import sharding as _sharding
 
 
 @pytest.fixture

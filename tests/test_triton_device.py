@@ -14,7 +14,8 @@ from cases import bits_equal, random_values
 from optimizers import BY_STATES, OPTIMIZERS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from precond import _backend, _formats
+from precond._core import backend as _backend
+from precond._core import formats as _formats
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)

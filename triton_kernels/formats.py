@@ -1,4 +1,4 @@
-"""Formats: how one logical fp32 value lives in memory, for csrc/formats.h and under the names of ``_C.formats``. Here what loads
+"""Formats: how one logical fp32 value lives in memory, for formats.h and under the names of ``_C.formats``. Here what loads
 and stores a block of elements; what a stored value means is in formats_*.py.
 """
 

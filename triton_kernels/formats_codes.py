@@ -1,9 +1,9 @@
-"""States in 8 or 4 bits, csrc/format_codes.h: a code per element, a bf16 scale per group."""
+"""States in 8 or 4 bits, csrc/formats/codes.h: a code per element, a bf16 scale per group."""
 
 import triton
 import triton.language as tl
 
-from .. import _formats
+from .._core import formats as _formats
 
 # Elements that share a scale.
 GROUP = tl.constexpr(_formats.GROUP)
@@ -63,7 +63,7 @@ def codes_value(codes, scales, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def group_of(top, FORMAT: tl.constexpr):
     """A group's scale, what takes magnitudes to what is encoded, and a mask of their bits, from the largest bits of one. For the
-    range of a scale see csrc/format_codes.h.
+    range of a scale see csrc/formats/codes.h.
     """
     LEVELS: tl.constexpr = levels_of(FORMAT)
     scale = (top + 0xFFEF) >> 16

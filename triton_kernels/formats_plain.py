@@ -1,4 +1,4 @@
-"""fp32, bf16 and fp16, rounded to nearest, csrc/format_plain.h."""
+"""fp32, bf16 and fp16, rounded to nearest, csrc/formats/plain.h."""
 
 import triton
 import triton.language as tl

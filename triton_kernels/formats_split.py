@@ -1,4 +1,4 @@
-"""Split weights, csrc/format_split.h: a 16-bit parameter and beside it what that lacks of a 24- or 32-bit master."""
+"""Split weights, csrc/formats/split.h: a 16-bit parameter and beside it what that lacks of a 24- or 32-bit master."""
 
 import triton
 import triton.language as tl

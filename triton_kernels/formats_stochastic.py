@@ -1,4 +1,4 @@
-"""bf16 and fp16, rounded up or down with probabilities that make the mean exact, csrc/format_stochastic.h."""
+"""bf16 and fp16, rounded up or down with probabilities that make the mean exact, csrc/formats/stochastic.h."""
 
 import triton
 import triton.language as tl

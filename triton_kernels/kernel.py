@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._formats import Layout
+from .._core.formats import Layout
 from . import rules, scalars
 from .formats import BESIDE, FORMATS, block_at, draws, is_plain, load, operand, store
 from .kernels import clamped
@@ -111,7 +111,7 @@ class Item(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """What a step does with the norm of the gradients; csrc/norm.h. A tensor is None where there is nothing to read or write."""
+    """What a step does with the norm of the gradients; csrc/plan/norm.h. None where there is no tensor to read or write."""
 
     total: Tensor | None
     grad_norm: Tensor | None

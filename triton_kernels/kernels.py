@@ -1,4 +1,4 @@
-"""The kernels of csrc/kernels.h and the functions of csrc/arithmetic.h behind them, line for line.
+"""The kernels of csrc/rules/dual_maps.h and the functions of csrc/base/arithmetic.h behind them, line for line.
 
 KERNEL is "ratio", "smoothed", "clip", "asinh", "log" or "power"; ``at`` points at its numbers in a row.
 """

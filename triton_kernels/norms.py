@@ -1,4 +1,4 @@
-"""The norm of all gradients, csrc/norm.h: a program per block of a tensor, then programs over blocks of sums."""
+"""The norm of all gradients, csrc/plan/norm.h: a program per block of a tensor, then programs over blocks of sums."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Random bits for stochastic rounding, csrc/random.h: a hash of (the parameter's key, step, element of the unsharded tensor)."""
+"""Random bits for stochastic rounding, csrc/base/random.h: a hash of (parameter's key, step, element of the unsharded tensor)."""
 
 import triton
 import triton.language as tl
@@ -38,7 +38,7 @@ def draw_of(word, OPERAND: tl.constexpr):
 @triton.jit
 def words_at(a, b, place_ptr, begin, BLOCK: tl.constexpr):
     """The words of a block's elements. a, b: the seed; place_ptr: where a tensor's elements are in the unsharded one, as
-    csrc/plan.h's Place.
+    csrc/plan/plan.h's Place.
     """
     first, row, row_step = tl.load(place_ptr), tl.load(place_ptr + 1), tl.load(place_ptr + 2)
     i = tl.arange(0, BLOCK).to(tl.int64)

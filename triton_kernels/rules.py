@@ -1,6 +1,6 @@
-"""The rules of csrc/decays.h and csrc/rules.h, line for line. ``row`` points at the scalars of one step (scalars.py).
+"""The rules of csrc/rules/decays.h and csrc/rules/rules.h, line for line. ``row`` points at the scalars of one step (scalars.py).
 
-DECAY is "coupled", "l2", "l1_proximal" or "l1_subgradient", for the structs of csrc/decays.h; a rule where den = 1 passes None
+DECAY is "coupled", "l2", "l1_proximal" or "l1_subgradient", for the structs of decays.h; a rule where den = 1 passes None
 for den and v. OPTION is what tells rules of one text apart: a kernel of kernels.py, or "", "root", "own" and "own_root" for the
 curvature of gauss_newton.
 """

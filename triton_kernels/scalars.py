@@ -1,4 +1,4 @@
-"""The scalars of a step, csrc/scalars.h: fp64, for a block of tensors at once, from the hyper-parameters of their groups.
+"""The scalars of a step, csrc/rules/scalars.h: fp64, for a block of tensors at once, from the hyper-parameters of their groups.
 
 The positions of a rule's fields in a row are named here, for the functions that write them and the rules that read them.
 """
@@ -69,7 +69,7 @@ RADIUS = tl.constexpr(0)
 ROOT_SCALE = tl.constexpr(1)
 PERTURB_EPS = tl.constexpr(2)
 
-# The order of a group's hyper-parameters, as csrc/hyper.h.
+# The order of a group's hyper-parameters, as csrc/rules/hyper.h.
 SGD_HYPER = ("lr", "weight_decay", "l1_decay", "momentum", "dampening")
 ADAM_HYPER = ("lr", "weight_decay", "l1_decay", "l1_cap", "beta1", "beta2", "eps")
 ADAGRAD_HYPER = ("lr", "weight_decay", "l1_decay", "l1_cap", "lr_decay", "eps")

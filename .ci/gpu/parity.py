@@ -21,8 +21,8 @@ from optimizers import ALL_RULES, BY_RULE, OPTIMIZERS
 from results import finish, say
 
 import precond
-from precond import _formats
-from precond._arguments import STATE_FORMATS
+from precond._core import formats as _formats
+from precond._core.arguments import STATE_FORMATS
 
 F32, BF16, F16, C64 = torch.float32, torch.bfloat16, torch.float16, torch.complex64
 STEPS = 4

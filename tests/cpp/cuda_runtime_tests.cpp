@@ -7,7 +7,7 @@
 #include <thread>
 
 #include "any.h"
-#include "cuda_plan.h"
+#include "cuda/plan.h"
 
 namespace {
 

@@ -4,7 +4,7 @@
 #include <stdexcept>
 
 #include "any.h"
-#include "cuda_plan.h"
+#include "cuda/plan.h"
 
 namespace {
 

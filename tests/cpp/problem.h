@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "dispatch.h"
-#include "scalars.h"
+#include "cpu/dispatch.h"
+#include "rules/scalars.h"
 
 using namespace precond;
 

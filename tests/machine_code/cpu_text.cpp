@@ -3,8 +3,8 @@
 #include <cstring>
 #include <utility>
 
-#include "csrc/cpu_kernel.h"
-#include "csrc/scalars.h"
+#include "csrc/cpu/kernel.h"
+#include "csrc/rules/scalars.h"
 
 using namespace precond;
 

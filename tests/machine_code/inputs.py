@@ -33,7 +33,7 @@ class Input(NamedTuple):
         return [0 if self.transposed and k < 2 else -1 for k in range(operands)]
 
     def layouts(self) -> np.ndarray:
-        """One Strides of csrc/layout.h: rows of 64 elements, which lie in columns."""
+        """One Strides of csrc/plan/layout.h: rows of 64 elements, which lie in columns."""
         table = np.zeros(1 + 2 * MOST_DIMS, np.int64)
         rows = self.numel // 64
         table[0], table[1:3], table[1 + MOST_DIMS : 3 + MOST_DIMS] = 2, (rows, 64), (1, rows)

@@ -10,8 +10,8 @@
 #endif
 #include <cstddef>
 
-#include "csrc/cuda_kernel.cuh"
-#include "csrc/cuda_tiled.cuh"
+#include "csrc/cuda/kernel.cuh"
+#include "csrc/cuda/mixed.cuh"
 
 #define PASTED(a, b) a##b
 #define NAMED(line) PASTED(kernel_of_line_, line)

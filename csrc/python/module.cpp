@@ -1,0 +1,145 @@
+// precond._C: bindings, no arithmetic. Built without torch; sees tensors through addresses only.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "cpu/dispatch.h"
+#include "python/tensors.h"
+
+namespace py = pybind11;
+using namespace precond;
+
+namespace {
+
+int rule_number(const std::string& name) {
+  const auto& list = rules();
+  for (size_t i = 0; i < list.size(); ++i)
+    if (name == list[i].name) return int(i);
+  throw py::key_error("no rule named " + name);
+}
+
+// The scalars of a rule for one step: what fill_row writes into the plan.
+std::vector<float> scalars(const std::string& rule, const std::vector<double>& hyper, double step, bool fresh) {
+  const RuleInfo& info = rules()[rule_number(rule)];
+  if (hyper.size() != info.hyper.size())
+    throw py::value_error(rule + " takes " + std::to_string(info.hyper.size()) + " hyper-parameters, got " +
+                          std::to_string(hyper.size()));
+  std::vector<float> row(kRowFloats);
+  info.fill_row(hyper.data(), step, fresh, row.data());
+  row.resize(info.row_floats);
+  return row;
+}
+
+// What a step does with the norm, from the addresses of torch's tensors.
+Clip clip(uintptr_t total, uintptr_t grad_norm, uintptr_t clip_coef, uintptr_t skipped, float max_norm, int classes,
+          bool inf, bool skip_nonfinite, bool measure) {
+  Clip c;
+  c.total = reinterpret_cast<double*>(total);
+  c.grad_norm = reinterpret_cast<float*>(grad_norm);
+  c.clip_coef = reinterpret_cast<float*>(clip_coef);
+  c.skipped = reinterpret_cast<int64_t*>(skipped);
+  c.max_norm = max_norm;
+  c.classes = classes;
+  c.inf = inf;
+  c.skip_nonfinite = skip_nonfinite;
+  c.measure = measure;
+  return c;
+}
+
+// The transform of BNP, from the addresses of torch's tensors.
+void bnp(uintptr_t weight_grad, uintptr_t bias_grad, uintptr_t mean, uintptr_t scale, uintptr_t weight_out,
+         uintptr_t bias_out, int64_t rows, int64_t length, int64_t rows_per_group, float inv_q2, int threads) {
+  precondition(
+      {reinterpret_cast<const float*>(weight_grad), reinterpret_cast<const float*>(bias_grad),
+       reinterpret_cast<const float*>(mean), reinterpret_cast<const float*>(scale),
+       reinterpret_cast<float*>(weight_out), reinterpret_cast<float*>(bias_out), rows, length, rows_per_group, inv_q2},
+      threads);
+}
+
+int openmp_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled core of precond: plans and the CPU update.";
+  m.attr("version") = PRECOND_VERSION;
+  m.attr("compiler") = PRECOND_COMPILER;
+
+#if defined(PRECOND_CUDA)
+  m.attr("cuda") = PRECOND_CUDA;
+  m.def("why_no_cuda", &why_no_cuda);
+  m.def("why_not_on", &why_not_on, py::arg("device"));
+#else
+  m.attr("cuda") = "";
+  const auto why_no_cuda = [] { return std::string("the extension was built without CUDA: " PRECOND_WHY_NO_CUDA); };
+  m.def("why_no_cuda", why_no_cuda);
+  m.def("why_not_on", [=](int) { return why_no_cuda(); }, py::arg("device"));
+#endif
+#if defined(PRECOND_CUDA_ON_HOST)
+  m.attr("cuda_on_host") = true;
+#else
+  m.attr("cuda_on_host") = false;
+#endif
+
+  py::dict table;
+  for (const RuleInfo& info : rules())
+    table[info.name] = py::make_tuple(rule_number(info.name), info.states, info.hyper, info.squares);
+  m.attr("rules") = table;
+  py::dict types;
+  for (const RuleInfo& info : rules()) types[info.name] = info.type;
+  m.attr("rule_types") = types;
+
+  py::dict formats;
+  for (int i = 0; i < kFormats; ++i) formats[kFormatNames[i]] = i;
+  m.attr("formats") = formats;
+  m.attr("group") = kGroup;
+
+  m.def("scalars", &scalars, py::arg("rule"), py::arg("hyper"), py::arg("step"), py::arg("fresh"));
+  m.def("available_isas", &available_isas);
+  m.def("select_isa", &select_isa, py::arg("name"));
+  m.def("selected_isa", &selected_isa);
+  m.def("openmp_threads", &openmp_threads);
+  m.def("bnp", &bnp, py::arg("weight_grad"), py::arg("bias_grad"), py::arg("mean"), py::arg("scale"),
+        py::arg("weight_out"), py::arg("bias_out"), py::arg("rows"), py::arg("length"), py::arg("rows_per_group"),
+        py::arg("inv_q2"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  py::class_<Reader>(m, "Reader")
+      .def(py::init<py::tuple, py::object, bool>(), py::arg("tensor_types"), py::arg("local"), py::arg("use_exchange"))
+      .def_property_readonly("uses_exchange", &Reader::uses_exchange);
+
+  py::class_<Clip>(m, "Clip").def(py::init(&clip), py::arg("total") = 0, py::arg("grad_norm") = 0,
+                                  py::arg("clip_coef") = 0, py::arg("skipped") = 0, py::arg("max_norm") = 0.0f,
+                                  py::arg("classes") = 1, py::arg("inf") = false, py::arg("skip_nonfinite") = false,
+                                  py::arg("measure") = false);
+
+  py::class_<TensorPlan>(m, "Plan")
+      .def(py::init<const Reader&, const std::map<int, std::vector<std::string>>&, const std::string&, int64_t, int>(),
+           py::arg("reader"), py::arg("state_names"), py::arg("step_name"), py::arg("chunk"), py::arg("device"),
+           py::keep_alive<1, 2>())
+      .def("add", &TensorPlan::add, py::arg("param"), py::arg("state"), py::arg("group"), py::arg("rule"),
+           py::arg("fresh"), py::arg("counts"), py::arg("step_on_device"), py::arg("formats"), py::arg("draws"),
+           py::arg("place"))
+      .def("defer", &TensorPlan::defer, py::arg("param"), py::arg("group"))
+      .def("ignore", &TensorPlan::ignore, py::arg("param"), py::arg("group"))
+      .def("seal", &TensorPlan::seal, py::arg("state"))
+      .def("refresh", &TensorPlan::refresh, py::arg("param_groups"), py::arg("state"), py::arg("inputs"),
+           py::arg("rows"))
+      .def("set_norm_classes", &TensorPlan::set_norm_classes, py::arg("classes"))
+      .def("norm", &TensorPlan::norm, py::arg("clip"), py::arg("threads"))
+      .def("norm_cuda", &TensorPlan::norm_cuda, py::arg("clip"), py::arg("stream"))
+      .def("run", &TensorPlan::run, py::arg("grad_coef"), py::arg("clip_value"), py::arg("clip"), py::arg("threads"))
+      .def("run_cuda", &TensorPlan::run_cuda, py::arg("grad_coef"), py::arg("clip_value"), py::arg("clip"),
+           py::arg("grad_scale"), py::arg("found_inf"), py::arg("stream"))
+      .def_property_readonly("skipped", &TensorPlan::skipped)
+      .def_property_readonly("launches", &TensorPlan::launches)
+      .def_property_readonly("was_captured", &TensorPlan::was_captured);
+}

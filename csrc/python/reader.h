@@ -1,0 +1,55 @@
+// What a tensor object says of its memory, read without the headers of torch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "python/dlpack.h"
+#include "formats/formats.h"
+
+namespace precond {
+
+namespace py = pybind11;
+
+constexpr int kCpuDevice = -1, kOtherDevice = -2;  // CUDA devices count from 0
+
+// What elements are in memory: the dtypes of operands, and of the codes, scales and remainders beside them.
+enum class Storage : int32_t { none, fp32, bf16, fp16, int8, uint8 };
+
+// What a tensor object says of its memory; complex64 is fp32 with a last dimension of two. `shape` and `strides` live
+// in the object or in `owned`.
+struct View {
+  char* data = nullptr;
+  Storage storage = Storage::none;  // none: of another dtype
+  int device = kOtherDevice;
+  int ndim = 0;
+  const int64_t* shape = nullptr;
+  const int64_t* strides = nullptr;
+  std::vector<int64_t> owned;
+  py::object plain;  // the tensor behind a wrapper, which may exist only for this view
+};
+
+// Reads tensors through DLPack's exchange table where torch has one (2.10 and newer), else through their methods.
+class Reader {
+ public:
+  // tensor_types: the types whose memory is read as it is. local: gives the plain tensor behind any other type
+  // (DTensor).
+  Reader(py::tuple tensor_types, py::object local, bool use_exchange);
+  // Throws py::error_already_set where the object has no memory to show (sparse, meta).
+  void read(PyObject* object, View* view) const;
+  // True for a tensor whose values are the negatives of its memory; a view does not show it.
+  bool is_negative(PyObject* object) const;
+  bool uses_exchange() const { return api_ != nullptr; }
+
+ private:
+  void read_exchange(PyObject* object, View* view) const;
+  void read_methods(PyObject* object, View* view) const;
+
+  py::tuple tensor_types_;
+  std::vector<PyTypeObject*> types_;  // the same, for five comparisons per parameter and step
+  py::object local_;
+  const dlpack::ExchangeApi* api_ = nullptr;
+};
+
+}  // namespace precond

@@ -1,0 +1,120 @@
+// From Python's tensors to a plan: reads addresses, checks at each step that the plan still describes what the
+// optimizer holds, and runs it. The only file that touches Python objects besides module.cpp.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cuda/plan.h"
+#include "plan/plan.h"
+#include "python/reader.h"
+
+namespace precond {
+
+// A plan and the identities it was built from. Objects are only compared, so the plan keeps none of them alive.
+class TensorPlan {
+ public:
+  // state_names: by rule number, the keys of a parameter's state in the order of the rule's state arguments;
+  // step_name: the counter's key, or empty.
+  TensorPlan(const Reader& reader, const std::map<int, std::vector<std::string>>& state_names,
+             const std::string& step_name, int64_t chunk, int device);
+
+  // Parameters, in the order of optimizer.param_groups. `state` is the parameter's entry in optimizer.state; `fresh`
+  // says that it was made for the coming step, `counts` that it has a step counter, `step_on_device` where that lies.
+  // formats: those of the parameter and of each state, or empty where the dtypes say it all. draws: rounds
+  // stochastically, with the state's key; place: begin, row and row_step of Place.
+  void add(py::handle param, py::handle state, int group, int rule, bool fresh, bool counts, bool step_on_device,
+           const std::vector<int>& formats, bool draws, const std::array<int64_t, 3>& place);
+  // A parameter without a gradient. The plan is stale as soon as it has one.
+  void defer(py::handle param, int group);
+  // A parameter that another backend updates.
+  void ignore(py::handle param, int group);
+  // After the last parameter.
+  void seal(const py::dict& state);
+
+  // Makes the plan that of the coming step. False where it no longer describes what the optimizer holds; nothing has
+  // changed then. rows: per group (rule number, sign of the gradient, hyper-parameters, overrides on the device as
+  // (index, address, is_double)). inputs: parameter -> tensor to use instead of its `.grad` (matrix methods hand over
+  // rotated gradients).
+  bool refresh(const py::list& param_groups, const py::dict& state, const py::dict& inputs, const py::list& rows);
+  // The classes of the norm that the parameters given to add() belong to, in that order. Without this call there is
+  // one.
+  void set_norm_classes(const std::vector<int>& classes);
+  // Fills clip.total with the norms of what refresh() found, one per class.
+  void norm(const Clip& clip, int threads);
+  void norm_cuda(const Clip& clip, uintptr_t stream);
+  // Updates what refresh() found, and returns those parameters; on the CPU none if the step was skipped.
+  py::list run(float grad_coef, float clip_value, const Clip& clip, int threads);
+  py::list run_cuda(float grad_coef, float clip_value, const Clip& clip, uintptr_t grad_scale, uintptr_t found_inf,
+                    uintptr_t stream);
+  bool skipped() const { return skipped_; }
+  int launches() const;
+  bool was_captured() const;
+
+  Plan& plan() { return plan_; }
+
+ private:
+  enum class Kind : int32_t { kUpdated, kDeferred, kIgnored };
+  // Where a tensor was described when it was last read: its Python object, its sizes and its storage. Only prefetched,
+  // so it may be out of date. A step over ten thousand tensors is bound by cache misses on exactly these.
+  struct Trace {
+    const void* object = nullptr;
+    const void* shape = nullptr;
+    const void* storage = nullptr;
+    void prefetch() const;
+  };
+  struct Traces {
+    Trace p, g, state[kMaxStates + 1];  // the last one: the step counter
+  };
+  struct Entry {
+    PyObject* param;
+    Kind kind;
+    int32_t group = 0;
+    int32_t tensor = -1;
+    int32_t ndim = 0;
+    int32_t g_slot = kDense;  // strides of a gradient that is not dense
+    bool logical = false;     // visited in the order of indices, not of memory
+    int64_t dims = 0;         // shape, then strides of the parameter
+  };
+
+  bool refresh_gradients(const py::list& param_groups, const py::dict& inputs);
+  bool refresh_states(const py::dict& state);
+  bool fits(const View& view) const;
+  bool is_counter(const View& view, bool on_device) const;
+  py::list updated();
+  Trace trace(py::handle tensor, const View& view) const;
+  py::object gradient_of(PyObject* param, const py::dict& inputs) const;
+  bool same_state(const Entry& entry, PyObject* param_state, View* view);
+  bool same_special(const Tensor& tensor, PyObject* param_state, View* view);
+  Order order_of(const Entry& entry) const;
+  bool is_beside(const View& view, Storage storage, int64_t count) const;
+  bool same_place(const Operand& operand, const Entry& entry, const View& view) const;
+  bool same_shape(const Entry& entry, const View& view) const;
+  bool same_strides(const Entry& entry, const View& view) const;
+  Operand place(const Entry& entry, const View& view, Format format, int32_t* slot, const char* what);
+
+  const Reader& reader_;
+  std::vector<std::vector<py::object>> state_names_, scale_names_;  // of each rule
+  py::object step_name_, params_name_, grad_name_, remainder_name_, key_name_;
+  Plan plan_;
+  int device_;            // that tensors must be on
+  bool skipped_ = false;  // by the last step on the CPU
+  std::vector<GroupRow> rows_;
+  std::vector<Override> overrides_;
+  // Gradients and the dictionaries of states, from refresh() to the end of run(): while the GIL is released another
+  // thread may give the optimizer others.
+  std::vector<py::object> held_;
+#if defined(PRECOND_CUDA)
+  std::unique_ptr<CudaPlan> cuda_;
+#endif
+  std::vector<Entry> entries_;
+  std::vector<Traces> traces_;  // of each entry
+  std::vector<int64_t> dims_;
+  std::vector<std::pair<PyObject*, int32_t>> state_items_;  // key and entry of each item of optimizer.state
+};
+
+}  // namespace precond

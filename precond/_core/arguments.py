@@ -1,0 +1,55 @@
+"""What the constructors share: checks with torch's messages, and how a hyper-parameter is read at a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend as _backend
+
+STATE_FORMATS: dict[str | torch.dtype, torch.dtype | str] = {
+    name: dtype
+    for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
+    for name in (short, dtype)
+}
+#: What ``state_format`` takes: dtypes, and formats with codes.
+STATE_FORMATS |= {"int8": "int8", torch.int8: "int8", "int4": "int4"}
+L1_OPTIONS = {"l1_decay": 0.0, "l1_form": "proximal"}
+
+
+def check_nonnegative(what: str, name: str, value: Any) -> None:
+    """Raise torch's message with our expectation behind it."""
+    if not value >= 0.0:
+        raise ValueError(f"Invalid {what}: {value} ({name} must be >= 0)")
+
+
+def check_lr(lr: Any) -> None:
+    """Raise torch's messages for a learning rate that no optimizer takes."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements")
+    check_nonnegative("learning rate", "lr", lr)
+
+
+def check_betas(betas: Any) -> None:
+    """Raise torch's messages for decay rates that no optimizer takes."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta} (it must be in [0, 1))")
+
+
+def number(value: Any) -> float | Tensor:
+    """A hyper-parameter as the rules take it: a float, or a tensor that only its device reads or that autograd watches."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    if torch.is_grad_enabled():
+        return value.reshape(())  # without dimensions it widens no operand
+    return value if _backend.on_device(value) else float(value.detach())
+
+
+def arguments(of: dict[str, Any]) -> dict[str, Any]:
+    """What a constructor was called with, from its ``locals()``: the defaults of its groups."""
+    return {name: value for name, value in of.items() if name not in ("self", "params", "settings", "__class__")}

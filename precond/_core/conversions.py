@@ -1,0 +1,123 @@
+"""From formats to plain float32: checkpoints that torch's optimizers load, and master weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import formats as _formats
+from .sharding import like, local
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+_BESIDE = ("key", "remainder")
+
+
+def to_torch_state_dict(optimizer: FusedOptimizer) -> dict[str, Any]:
+    """``optimizer.state_dict()`` as torch's class of the same name would have it: plain float32 states, no options of ours.
+
+    Codes are decoded, 16-bit states widened; scales, remainders and keys are left out, and a ``step`` that torch's class does
+    not have. Sharded states stay sharded. The way back needs no function: ``load_state_dict`` of an optimizer with a
+    ``state_format`` brings float32 states into it. What a split weight lacks of its master is in no state of torch's:
+    :func:`precond.master_weights` gives it.
+
+    Args:
+        optimizer: any optimizer of precond. It is not changed.
+
+    Returns:
+        A dictionary for ``torch.optim.X.load_state_dict``, whose tensors are copies.
+
+    Raises:
+        TypeError: for another optimizer.
+
+    Example:
+        >>> import torch, precond
+        >>> w = torch.nn.Parameter(torch.ones(64, 64))
+        >>> opt = precond.AdamW([w], state_format="int8")
+        >>> w.grad = torch.ones(64, 64)
+        >>> opt.step()
+        >>> stock = torch.optim.AdamW([w])
+        >>> stock.load_state_dict(precond.to_torch_state_dict(opt))
+        >>> stock.state[w]["exp_avg"].dtype
+        torch.float32
+    """
+    _check(optimizer)
+    packed = optimizer.state_dict()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = [group for group in optimizer.param_groups for _ in group["params"]]
+    ids = [i for group in packed["param_groups"] for i in group["params"]]
+    states = {}
+    for i, p, group in zip(ids, params, groups, strict=True):
+        if i in packed["state"]:
+            states[i] = _plain_state(optimizer, p, group, packed["state"][i])
+    own = optimizer._group_options.keys()
+    stripped = [{k: v for k, v in group.items() if k not in own} for group in packed["param_groups"]]
+    return {"state": states, "param_groups": stripped}
+
+
+def _plain_state(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    rule = optimizer._row(group).rule
+    forms = optimizer._layout(p, group, rule).states
+    plain = {}
+    for name, form in zip(optimizer._states(p, rule), forms, strict=True):
+        value = state[name]
+        if value.dtype in (torch.float64, torch.complex64, torch.complex128):
+            plain[name] = value.clone()
+        else:
+            plain[name] = like(p, _formats.values_of(state, name, form, p).clone())
+    left = {*_BESIDE, *plain, *(f"{name}_scale" for name in plain)}
+    for name, value in state.items():
+        if name not in left and (name != "step" or optimizer._counts_steps):
+            plain[name] = value.clone() if isinstance(value, Tensor) else value
+    return plain
+
+
+def master_weights(optimizer: FusedOptimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a model in float32: for split weights with what their remainders add.
+
+    Args:
+        optimizer: the optimizer of precond that steps them.
+        model: a module; its parameters that the optimizer does not have, or that are not split, are widened as they are.
+
+    Returns:
+        Names, as of ``model.named_parameters()``, and copies in float32 (wider ones stay what they are); sharded parameters
+        give sharded copies. ``model.float().load_state_dict(masters, strict=False)`` continues in float32.
+
+    Raises:
+        TypeError: for another optimizer.
+
+    Example:
+        >>> import torch, precond
+        >>> model = torch.nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.fill_(1.0)
+        >>> opt = precond.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, weight_format="split32")
+        >>> model.weight.grad = torch.ones_like(model.weight)
+        >>> opt.step()
+        >>> model.weight.tolist(), precond.master_weights(opt, model)["weight"].tolist()
+        ([[1.0, 1.0]], [[0.9998999834060669, 0.9998999834060669]])
+    """
+    _check(optimizer)
+    optimizer._drop_stale_remainders(p for p, state in optimizer.state.items() if "remainder" in state)
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    masters = {}
+    for name, p in model.named_parameters():
+        plain = local(p.detach())
+        group = group_of.get(p)
+        remainder = optimizer.state[p].get("remainder") if p in optimizer.state else None
+        if group is not None and remainder is not None and group.get("weight_format") in ("split24", "split32"):
+            form = _formats.layout_of(p, group, {}, ()).param
+            masters[name] = like(p, _formats.decode(plain, local(remainder), form, plain.shape))
+        else:
+            masters[name] = like(p, plain.float().clone() if _formats.is_half(p) else plain.clone())
+    return masters
+
+
+def _check(optimizer: object) -> None:
+    from .optimizer import FusedOptimizer
+
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"optimizer must be one of precond, got a {type(optimizer).__name__}")

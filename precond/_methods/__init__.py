@@ -1,0 +1,1 @@
+"""Steps that have matrix products between two passes. Private."""

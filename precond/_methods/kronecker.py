@@ -1,0 +1,160 @@
+"""A parameter in a basis: a matrix in a Kronecker eigenbasis, its blocks, their factors and bases all in its state, or anything
+in a basis that is given. Called by SOAP and GaussNewton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import bases
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """Dimension 0 by all others."""
+    return t.reshape(t.shape[0], -1)
+
+
+def is_matrix(p: Tensor) -> bool:
+    """True for what has a basis on either side; a vector has none."""
+    return p.dim() > 1 and p.numel() > max(p.shape[0], 1)
+
+
+def check_matrix(name: str, p: Tensor) -> None:
+    """Raise for a parameter that has no basis here: complex, or cut by a mesh."""
+    if p.is_complex():
+        raise RuntimeError(f"{name} must be real to have a basis, got {p.dtype}")
+    for placement in getattr(p, "placements", ()):
+        if not placement.is_replicate():
+            raise RuntimeError(f"{name} must be whole or replicated to have a basis, got placement {placement}")
+
+
+class Kronecker:
+    """The bases of one matrix parameter: a pair of orthogonal matrices for each block, from running means of G G^T and G^T G."""
+
+    def __init__(self, shape: torch.Size, state: dict[str, Any], max_size: int) -> None:
+        self.shape = (shape[0], shape[1:].numel())
+        self.blocks = bases.blocks(self.shape, max_size)
+        self.state = state
+
+    def _sides(self) -> Iterator[tuple[str, tuple[slice, ...], bool]]:
+        """Each side of each block that is longer than 1; True for the left one."""
+        for k, block in enumerate(self.blocks):
+            rows, columns = (part.stop - part.start for part in block)
+            if rows > 1:
+                yield f"left_{k}", block, True
+            if columns > 1:
+                yield f"right_{k}", block, False
+
+    @property
+    def ready(self) -> bool:
+        """True once a gradient has made the bases."""
+        return bool(self.state.get("basis_step", 0) > 0)
+
+    def make_states(self, like: Tensor) -> None:
+        """States for a checkpoint to be loaded into; the first gradient makes them anew."""
+        self.update_factors(torch.zeros_like(like), 0.0)
+        self.refresh("", "")
+        self.state["basis_step"] = 0
+
+    def update_factors(self, g: Tensor, beta: float) -> None:
+        """Factors become means of G G^T and G^T G with weight 1 - beta for this one."""
+        for side, block, left in self._sides():
+            part = g[block]
+            square = part @ part.mT if left else part.mT @ part
+            factor = self.state.get(f"factor_{side}")
+            if factor is None:
+                self.state[f"factor_{side}"] = square * (1 - beta)
+            else:
+                factor.lerp_(square, 1 - beta)
+
+    def refresh(self, mean: str, square: str) -> None:
+        """New bases: eigenvectors at first, then a step of QR. The state called ``mean`` is expressed in them; ``square`` is
+        permuted only, as in SOAP, since what it would be in another basis is not known.
+        """
+        found = [as_matrix(self.state[name]) if name in self.state else None for name in (mean, square)]
+        for side, block, left in self._sides():
+            turn, order = self._refresh_side(side)
+            m, v = (t if t is None else t[block] for t in found)
+            if m is not None:
+                m.copy_(turn.mT @ m.to(turn.dtype) if left else m.to(turn.dtype) @ turn)
+            if v is not None and order is not None:
+                v.copy_(v[order] if left else v[:, order])
+        for name, t in zip((mean, square), found, strict=True):
+            if t is not None:
+                self.state[name].copy_(t.view(self.state[name].shape))  # itself, unless it lies in another order
+
+    def _refresh_side(self, side: str) -> tuple[Tensor, Tensor | None]:
+        """A side's next basis: what turns coordinates in the last one, at first the identity, into coordinates in it, and the
+        order of its columns.
+        """
+        factor, before = self.state[f"factor_{side}"], self.state.get(f"basis_{side}")
+        if before is None or not self.ready:
+            self.state[f"basis_{side}"] = bases.eigenbasis(factor)
+            return self.state[f"basis_{side}"], None
+        self.state[f"basis_{side}"], order = bases.refreshed(before, factor)
+        return before.mT @ self.state[f"basis_{side}"], order
+
+    def rotate(self, m: Tensor) -> Tensor:
+        """A matrix in the bases."""
+        return self._each(m, bases.rotate)
+
+    def rotate_back(self, m: Tensor) -> Tensor:
+        """A matrix out of them."""
+        return self._each(m, bases.rotate_back)
+
+    def _each(self, m: Tensor, turn: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]) -> Tensor:
+        if len(self.blocks) == 1:
+            return turn(m, self.state.get("basis_left_0"), self.state.get("basis_right_0"))
+        out = torch.empty_like(m)
+        for k, block in enumerate(self.blocks):
+            out[block] = turn(m[block], self.state.get(f"basis_left_{k}"), self.state.get(f"basis_right_{k}"))
+        return out
+
+    def mean_square_norm(self) -> Tensor:
+        """The running mean of the gradient's squared Frobenius norm, from the factors' traces."""
+        traces = [self.state[f"factor_{side}"].diagonal().sum() for side, _, left in self._sides() if left]
+        if not traces:
+            traces = [self.state[f"factor_{side}"].diagonal().sum() for side, _, left in self._sides()]
+        return torch.stack(traces).sum()
+
+
+class Rotation:
+    """A parameter's coordinates in its basis, whichever that is."""
+
+    def __init__(
+        self,
+        p: Tensor,
+        flat: Tensor | None = None,
+        pair: tuple[Tensor, Tensor] | None = None,
+        kronecker: Kronecker | None = None,
+    ) -> None:
+        self.shape, self.flat, self.pair, self.kronecker = p.shape, flat, pair, kronecker
+
+    def matrix(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Dimension 0 by all others, in a dtype at least as wide."""
+        return as_matrix(t.detach().to(torch.promote_types(t.dtype, dtype)))
+
+    def rotate(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """U^T t."""
+        return self._turned(t.detach().to(dtype), back=False)
+
+    def rotate_back(self, t: Tensor) -> Tensor:
+        """U t."""
+        return self._turned(t, back=True)
+
+    def _turned(self, t: Tensor, back: bool) -> Tensor:
+        if self.flat is not None:
+            u = self.flat.to(t)
+            return ((u if back else u.mT) @ t.reshape(-1)).view(self.shape)
+        if self.pair is not None:
+            left, right = (u.to(t) for u in self.pair)
+            m = t.reshape(left.shape[0], -1)
+            return (left @ m @ right.mT if back else left.mT @ m @ right).view(self.shape)
+        if self.kronecker is None or not self.kronecker.ready:
+            return t
+        turn = self.kronecker.rotate_back if back else self.kronecker.rotate
+        return turn(as_matrix(t)).view(self.shape)

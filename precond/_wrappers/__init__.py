@@ -1,0 +1,1 @@
+"""What optimizers around another optimizer share. Private."""

@@ -18,8 +18,6 @@ class _SumOfSquares(FusedOptimizer):
     """What Adagrad and AdagradW share; ``_name`` is that of the rule."""
 
     _name: str
-    _second_moment = "sum"
-    _counts_steps = True
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])
@@ -46,10 +44,6 @@ class _SumOfSquares(FusedOptimizer):
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
         return "sum", 1.0, float(group["eps"])
-
-    @classmethod
-    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
-        return 1.0
 
 
 class Adagrad(_SumOfSquares, torch.optim.Adagrad):

@@ -69,9 +69,6 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         [0.9, -1.9]
     """
 
-    _second_moment = "exp_avg_sq"
-    _counts_steps = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -131,11 +128,6 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
         name = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
         return name, 1.0 / (1.0 - float(group["betas"][1]) ** float(self.state[p]["step"])), float(group["eps"])
-
-    @classmethod
-    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
-        beta2: float | Tensor = group["betas"][1]
-        return beta2
 
 
 class AdamW(Adam, torch.optim.AdamW):

@@ -80,8 +80,6 @@ class GaussNewton(MultiPass):
         [0.5, -1.0]
     """
 
-    _counts_steps = True
-    _second_moment = "curvature"
     _why_not_one_pass = "with a basis"
     _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS, "l1_cap": 10.0}
     #: False: a mean that starts at 0 and is not corrected for it.
@@ -172,10 +170,6 @@ class GaussNewton(MultiPass):
         return "fp32" if coded else asked
 
     @classmethod
-    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
-        return number(group["betas"][1])
-
-    @classmethod
     def _numbers(cls, group: dict[str, Any]) -> dict[str, int]:
         return {} if group["curvature"] == "gradient" else {"curvature_step": 0}
 
@@ -228,7 +222,7 @@ class GaussNewton(MultiPass):
             names = ("exp_avg", "curvature", "step")
             rotated, asked = basis.rotate(g, buffer.dtype), group.get("state_format")
             jobs.append(self._job(p, buffer, rotated, names, inner, row.sign, state_format=asked))
-        self._pass(row.rule, ("exp_avg", "curvature"), of=index, counts=True).run(jobs)
+        self._pass(row.rule, ("exp_avg", "curvature"), of=index).run(jobs)
         last = []
         for (p, _, basis), job, start in zip(work, jobs, before, strict=True):
             direction = basis.rotate_back(-job.p if start is None else start - job.p)

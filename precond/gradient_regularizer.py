@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from . import reference
 from ._core.optimizer import FusedOptimizer
 from ._core.passes import Job, Pass
 from ._core.sharding import local
@@ -97,7 +98,12 @@ class GradientRegularizer(Wrapper):
 
     @torch.no_grad()
     def _combine(self, closure: Callable[[], T]) -> None:
-        first = {p: p.grad for p in self._params() if p.grad is not None and self._has_metric(p)}
+        first = {
+            p: p.grad
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and self._has_metric(p, group)
+        }
         jobs: dict[str, list[Job]] = {}
         for group in self.param_groups:
             for p in group["params"]:
@@ -115,7 +121,7 @@ class GradientRegularizer(Wrapper):
         for rule, of_rule in jobs.items():
             names = ("backup", "v") if rule == "perturb_adaptive" else ("backup",)
             if rule not in self._passes:
-                self._passes[rule] = Pass(rule, names, base.engine.settings["backend"], counts=False)
+                self._passes[rule] = Pass(rule, names, base.engine.settings["backend"])
             self._passes[rule].run(of_rule)
         try:
             with torch.enable_grad():
@@ -130,9 +136,10 @@ class GradientRegularizer(Wrapper):
         for p, grad in others.items():
             p.grad = grad
 
-    def _has_metric(self, p: Tensor) -> bool:
+    def _has_metric(self, p: Tensor, group: dict[str, Any]) -> bool:
         """False before a parameter's first step where P comes from states."""
-        return not getattr(self.base, "_second_moment", None) or bool(self.base.state.get(p))
+        base: Any = self.base
+        return not reference.RULES[base.rule_of(group)].second_moments or bool(base.state.get(p))
 
     def _job(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> tuple[str, Job]:
         base: Any = self.base

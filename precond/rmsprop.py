@@ -18,7 +18,6 @@ class _MeanOfSquares(FusedOptimizer):
     """What RMSprop and RMSpropW share; ``_name`` is that of the rule without momentum and centering."""
 
     _name: str
-    _second_moment = "square_avg"
     _counts_steps = True
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
@@ -44,11 +43,6 @@ class _MeanOfSquares(FusedOptimizer):
             return "square_avg", 1.0, float(group["eps"])
         square, mean = (self._values(p, group, name) for name in ("square_avg", "grad_avg"))
         return (square - mean * mean).clamp_(min=0), 1.0, float(group["eps"])
-
-    @classmethod
-    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
-        alpha: float = group["alpha"]
-        return alpha
 
 
 class RMSprop(_MeanOfSquares, torch.optim.RMSprop):

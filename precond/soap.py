@@ -70,7 +70,6 @@ class SOAP(MultiPass):
         [[0.9, 1.0], [1.0, 0.9]]
     """
 
-    _counts_steps = True
     _why_not_one_pass = "for SOAP"
     _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS, "l1_cap": 10.0}
 
@@ -165,7 +164,7 @@ class SOAP(MultiPass):
             jobs.append(self._job(p, buffer, rotated, names, hyper, row.sign, state_format=asked))
             found.append((p, g))
             turns.append(turn)
-        self._pass(row.rule, ("exp_avg", "exp_avg_sq"), of=index, counts=True).run(jobs)
+        self._pass(row.rule, ("exp_avg", "exp_avg_sq"), of=index).run(jobs)
         lr, decay = row.hyper["lr"], row.hyper["weight_decay"]
         steps = []
         for (p, _), job, start, turn in zip(found, jobs, before, turns, strict=True):

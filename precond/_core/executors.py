@@ -99,7 +99,7 @@ class Compiled:
             group=index,
             rule=_backend._C.rules[row.rule][0],
             fresh=fresh,
-            counts=states.counts(p),
+            counts=states.counts(p, row.rule),
             step_on_device=counts_beside(group, self.backend),
             formats=numbers,
             draws=layout.draws,
@@ -200,10 +200,11 @@ class Interpreted:
             return True
         if checks.backend_of(entry.name, p, step, row, self.states) != self.backend or self.states.missing(p, row.rule):
             return False
-        if not self.states.counts(p):
+        if not self.states.counts(p, row.rule):
             return True
         beside = counts_beside(step.groups[entry.group], "triton")
-        return is_counter(step.state[p]["step"], p, p.device if beside else torch.device("cpu"))
+        device = p.device if beside else torch.device("cpu")
+        return all(is_counter(step.state[p][name], p, device) for name in ("step", *self.states.scalars(row.rule)))
 
     def has_gradients(self, step: Step) -> bool:
         """True where one of the parameters is updated."""
@@ -215,14 +216,14 @@ class Interpreted:
 
     def _counts_on_host(self, step: Step, entry: Entry) -> bool:
         return (
-            self.states.counts(entry.param)
+            self.states.counts(entry.param, step.rows[entry.group].rule)
             and step.input_of(entry.param) is not None
             and not counts_beside(step.groups[entry.group], self.backend)
         )
 
     def _number(self, step: Step, entry: Entry) -> Any:
         """The number of a parameter's step: its counter, already advanced where the host does that."""
-        if not self.states.counts(entry.param):
+        if not self.states.counts(entry.param, step.rows[entry.group].rule):
             return 0
         counter = step.state[entry.param]["step"]
         if not self._counts_on_host(step, entry):
@@ -255,9 +256,11 @@ class Reference(Interpreted):
             rule, sign, hyper = step.rows[entry.group]
             number = self._number(step, entry)
             layout = self.states.layout(p, step.groups[entry.group], rule)
+            numbers = {name: float(value) for name, value in hyper.items()}
+            scalars = self._advanced(step, entry, numbers, number)
             # Where autograd watches, a tensor lr stays one.
-            numbers = hyper if torch.is_grad_enabled() else {name: float(value) for name, value in hyper.items()}
-            arguments = numbers, number, p in self.fresh, sign * control.grad_coef, control.clip_value
+            hyper = {**(hyper if torch.is_grad_enabled() else numbers), **scalars}
+            arguments = hyper, number, p in self.fresh, sign * control.grad_coef, control.clip_value
             if not layout.plain:
                 formats.update(rule, p, local(g), step.state[p], self.states.names(rule), layout, *arguments)
                 continue
@@ -265,6 +268,16 @@ class Reference(Interpreted):
             states = [local(t) for t in self.states.present(p, rule).values()]
             update(rule, local(p), local(g), states, *arguments)
         return True
+
+    def _advanced(self, step: Step, entry: Entry, numbers: dict[str, float], number: int) -> dict[str, float]:
+        """The scalar states of a parameter, after this step: computed in float64, and read as they were stored."""
+        found = {}
+        rule = step.rows[entry.group].rule
+        for name in self.states.scalars(rule):
+            value, advance = step.state[entry.param][name], reference.RULES[rule].advance
+            assert advance is not None
+            found[name] = float(value.fill_(advance(numbers, number, float(value))))
+        return found
 
 
 class Triton(Interpreted):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor
 
+from .. import reference
 from . import backend as _backend
 from .amp import control_of
 from .arguments import number
@@ -18,6 +19,13 @@ from .rows import Row, Step
 from .settings import DEFAULTS, LOST, Settings, own_settings
 from .states import ParamStates, Recipe
 from .states import PrecisionWarning as PrecisionWarning
+
+#: What an optimizer's class says, in the errors of one that does not.
+_DECLARATIONS = {
+    "_row": "the rule and the hyper-parameters of a group",
+    "_check_defaults": "the errors for arguments that are out of range",
+    "_why_not_one_pass": "why the settings that need one pass are refused, such as 'for Muon'",
+}
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -30,18 +38,29 @@ class FusedOptimizer(torch.optim.Optimizer):
     group, in the group only when they are not the default.
     """
 
-    #: The state that holds a mean or a sum of squares: the one that a short format harms.
-    _second_moment: ClassVar[str | None] = None
     #: Rules that take sparse gradients: those that torch gives them to.
     _sparse_rules: ClassVar[frozenset[str]] = frozenset()
-    #: True where torch keeps a ``step`` per parameter.
+    #: True where torch keeps a ``step`` per parameter that the rule does not read; a rule that does has one anyway.
     _counts_steps: ClassVar[bool] = False
     #: Group options that torch does not have, with their defaults.
     _group_options: ClassVar[dict[str, Any]] = {"state_format": None, "weight_format": None}
 
+    #: Methods and attributes that a subclass must have, but for one that is created with ``abstract=True``.
+    _must_declare: ClassVar[tuple[str, ...]] = ("_row", "_check_defaults")
+
     _own: dict[str, Any]
     _states: ParamStates
     _engine: Engine
+
+    def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in () if abstract else cls._must_declare:
+            if getattr(cls, name, None) in (None, getattr(FusedOptimizer, name, None)):
+                raise TypeError(f"{cls.__name__} must declare {name}: {_DECLARATIONS[name]}")
+        if unknown := cls._sparse_rules - reference.RULES.keys():
+            raise TypeError(f"{cls.__name__}._sparse_rules must be rules of precond.reference, got {sorted(unknown)}")
+        if missing := FusedOptimizer._group_options.keys() - cls._group_options.keys():
+            raise TypeError(f"{cls.__name__}._group_options must have {', '.join(sorted(missing))}")
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, settings: Settings) -> None:
         self._own = own_settings(type(self).__name__, settings)
@@ -78,11 +97,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _format_of_state(cls, name: str, group: dict[str, Any]) -> Any:
         """What a group asks for a state to be stored in."""
         return group.get("state_format")
-
-    @classmethod
-    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
-        """How much of the second moment a step keeps."""
-        raise NotImplementedError
 
     @classmethod
     def _numbers(cls, group: dict[str, Any]) -> dict[str, int]:
@@ -223,10 +237,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Everything private that follows from the public state."""
         recipe = Recipe(
             self._counts_steps,
-            self._second_moment,
             self._initial,
             self._format_of_state,
-            self._smoothing,
             self._numbers,
             self._group_options,
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from ... import reference
+
 #: Elements that share a scale.
 GROUP = 64
 
 #: States that are a mean or a sum of squares.
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg", "curvature"})
+SECOND_MOMENTS = frozenset(name for rule in reference.RULES.values() for name in rule.second_moments)
 
 CODED = ("int8", "int4")
 WEIGHT_FORMATS = ("stochastic", "split24", "split32")

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
+from ._core.formats import StateFormat, is_coded
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.passes import plain_step
 from ._core.rows import Row
@@ -107,7 +108,7 @@ class GaussNewton(MultiPass):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -138,7 +139,7 @@ class GaussNewton(MultiPass):
         for name in ("basis_frequency", "max_size"):
             if not group[name] >= 1:
                 raise ValueError(f"{name} must be >= 1, got {group[name]}")
-        if self._rotates(group) and group.get("state_format") in ("int8", torch.int8, "int4"):
+        if self._rotates(group) and is_coded(group.get("state_format")):
             raise ValueError(f"state_format must not have codes with a basis, got {group['state_format']!r}")
 
     def _rotates(self, group: dict[str, Any]) -> bool:
@@ -163,10 +164,10 @@ class GaussNewton(MultiPass):
         return (den if group["power"] == -0.5 else den * den), 1.0, 0.0
 
     @classmethod
-    def _format_of_state(cls, name: str, group: dict[str, Any]) -> Any:
+    def _format_of_state(cls, name: str, group: dict[str, Any]) -> StateFormat:
         asked = super()._format_of_state(name, group)
         # A mean that moves every few steps by a hundredth is not for a few bits.
-        coded = name == "curvature" and group["curvature"] != "gradient" and asked in ("int8", torch.int8, "int4")
+        coded = name == "curvature" and group["curvature"] != "gradient" and is_coded(asked)
         return "fp32" if coded else asked
 
     @classmethod

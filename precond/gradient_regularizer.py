@@ -13,6 +13,7 @@ from ._core.optimizer import FusedOptimizer
 from ._core.passes import Job, Pass
 from ._core.sharding import local
 from ._wrappers.wrapper import Wrapper
+from .soap import SOAP
 
 T = TypeVar("T")
 
@@ -139,6 +140,8 @@ class GradientRegularizer(Wrapper):
     def _has_metric(self, p: Tensor, group: dict[str, Any]) -> bool:
         """False before a parameter's first step where P comes from states."""
         base: Any = self.base
+        if isinstance(base, SOAP):  # which has none at any time, and says so
+            return True
         return not reference.RULES[base.rule_of(group)].second_moments or bool(base.state.get(p))
 
     def _job(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> tuple[str, Job]:

@@ -36,7 +36,7 @@ class Rule(NamedTuple):
     #: States of one number, at most one, with their initial value. ``hyper`` has the one after this step under its name.
     scalars: Mapping[str, float] = {}
     #: From the hyper-parameters, the number of the step and the scalar state before it: that state after it.
-    advance: Callable[[Mapping[str, float], int, float], float] | None = None
+    advance: Callable[[Hyper, int, float], float] | None = None
 
 
 # Decays. ``decay`` is "coupled", "l2", "proximal" or "subgradient".

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
+from ._core.formats import StateFormat
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -119,7 +120,7 @@ class RMSprop(_MeanOfSquares, torch.optim.RMSprop):
         differentiable: bool = False,
         *,
         fused: bool | None = None,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -191,7 +192,7 @@ class RMSpropW(_MeanOfSquares):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:

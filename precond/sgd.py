@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
+from ._core.formats import StateFormat
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -103,7 +104,7 @@ class SGD(_Momentum, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -167,7 +168,7 @@ class SGDW(_Momentum):
         fused: bool | None = None,
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:

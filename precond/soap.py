@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
+from ._core.formats import StateFormat, is_coded
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.passes import plain_step
 from ._core.rows import Row
@@ -89,7 +90,7 @@ class SOAP(MultiPass):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -110,7 +111,7 @@ class SOAP(MultiPass):
         for name in ("precondition_frequency", "max_precond_dim"):
             if not group[name] >= 1:
                 raise ValueError(f"{name} must be >= 1, got {group[name]}")
-        if group.get("state_format") in ("int8", torch.int8, "int4"):
+        if is_coded(group.get("state_format")):
             raise ValueError(f"state_format must not have codes for SOAP, got {group['state_format']!r}")
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:

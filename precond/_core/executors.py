@@ -231,6 +231,16 @@ class Interpreted:
         counter += 1
         return int(counter.item())
 
+    def _scalars(self, step: Step, entry: Entry, number: int) -> dict[str, float]:
+        """A parameter's states of one number, advanced by the host: computed in float64, and read as they were stored."""
+        rule, _, hyper = step.rows[entry.group]
+        found = {}
+        for name in self.states.scalars(rule):
+            value, advance = step.state[entry.param][name], reference.RULES[rule].advance
+            assert advance is not None
+            found[name] = float(value.fill_(advance(hyper, number, float(value))))
+        return found
+
 
 class Reference(Interpreted):
     """The reference text, tensor by tensor."""
@@ -256,11 +266,10 @@ class Reference(Interpreted):
             rule, sign, hyper = step.rows[entry.group]
             number = self._number(step, entry)
             layout = self.states.layout(p, step.groups[entry.group], rule)
-            numbers = {name: float(value) for name, value in hyper.items()}
-            scalars = self._advanced(step, entry, numbers, number)
             # Where autograd watches, a tensor lr stays one.
-            hyper = {**(hyper if torch.is_grad_enabled() else numbers), **scalars}
-            arguments = hyper, number, p in self.fresh, sign * control.grad_coef, control.clip_value
+            numbers = hyper if torch.is_grad_enabled() else {name: float(value) for name, value in hyper.items()}
+            scalars = self._scalars(step, entry, number)
+            arguments = {**numbers, **scalars}, number, p in self.fresh, sign * control.grad_coef, control.clip_value
             if not layout.plain:
                 formats.update(rule, p, local(g), step.state[p], self.states.names(rule), layout, *arguments)
                 continue
@@ -268,16 +277,6 @@ class Reference(Interpreted):
             states = [local(t) for t in self.states.present(p, rule).values()]
             update(rule, local(p), local(g), states, *arguments)
         return True
-
-    def _advanced(self, step: Step, entry: Entry, numbers: dict[str, float], number: int) -> dict[str, float]:
-        """The scalar states of a parameter, after this step: computed in float64, and read as they were stored."""
-        found = {}
-        rule = step.rows[entry.group].rule
-        for name in self.states.scalars(rule):
-            value, advance = step.state[entry.param][name], reference.RULES[rule].advance
-            assert advance is not None
-            found[name] = float(value.fill_(advance(numbers, number, float(value))))
-        return found
 
 
 class Triton(Interpreted):
@@ -315,22 +314,26 @@ class Triton(Interpreted):
             rule, sign, hyper = step.rows[entry.group]
             layout = self.states.layout(p, step.groups[entry.group], rule)
             state = step.state[p] if p in step.state else {}
+            number = self._number(step, entry)
+            # A counter on the device is advanced there, and so is a state of one number.
+            scalars = self._scalars(step, entry, number) if isinstance(number, int) else state
             scales = [state.get(f"{name}_scale") for name in self.states.names(rule)]
-            items.append(
-                triton_kernels.Item(
-                    rule=rule,
-                    p=_real(local(p)),
-                    g=_real(local(g)),
-                    states=[_real(local(t)) for t in self.states.present(p, rule).values()],
-                    hyper=hyper,
-                    step=self._number(step, entry),
-                    fresh=p in self.fresh,
-                    sign=sign,
-                    layout=layout,
-                    beside=[None if t is None else local(t) for t in (state.get("remainder"), None, *scales)],
-                    key=state["key"] if layout.draws else 0,
-                )
+            item = triton_kernels.Item(
+                rule=rule,
+                p=_real(local(p)),
+                g=_real(local(g)),
+                states=[_real(local(t)) for t in self.states.present(p, rule).values()],
+                hyper=hyper,
+                step=number,
+                fresh=p in self.fresh,
+                sign=sign,
+                layout=layout,
+                beside=[None if t is None else local(t) for t in (state.get("remainder"), None, *scales)],
+                key=state["key"] if layout.draws else 0,
             )
+            for name in self.states.scalars(rule):
+                item = item._replace(scalar_state=scalars[name])
+            items.append(item)
         if items:
             given = {name: getattr(clip, name) for name in triton_kernels.Clip._fields}
             triton_kernels.update(items, **control._asdict(), clip=triton_kernels.Clip(**given))

@@ -12,9 +12,10 @@ from .. import reference
 from . import backend as _backend
 from .amp import control_of
 from .arguments import number
-from .checkpoint import KeptOptions, restore_states
+from .checkpoint import KeptOptions, states_as_saved
 from .checks import Checks, check_capturable, check_defaults, check_numbers, check_options
 from .engine import Engine
+from .formats import StateFormat
 from .rows import Row, Step
 from .settings import DEFAULTS, LOST, Settings, own_settings
 from .states import ParamStates, Recipe
@@ -94,9 +95,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         return 0.0
 
     @classmethod
-    def _format_of_state(cls, name: str, group: dict[str, Any]) -> Any:
+    def _format_of_state(cls, name: str, group: dict[str, Any]) -> StateFormat:
         """What a group asks for a state to be stored in."""
-        return group.get("state_format")
+        asked: StateFormat = group.get("state_format")
+        return asked
 
     @classmethod
     def _numbers(cls, group: dict[str, Any]) -> dict[str, int]:
@@ -138,7 +140,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             self._update()
         return loss
 
@@ -263,21 +265,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         checkpoint has none.
         """
         kept = KeptOptions(self.param_groups, self._group_options)
-        # What torch loads is what the user's hooks made of the dictionary; ours sees it last, and mends before theirs.
-        final: dict[str, Any] = {}
-
-        def restore(_: torch.optim.Optimizer) -> None:
-            restore_states(self.state, self.param_groups, final)
-
-        hooks = [
-            self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded)),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        try:
+        with states_as_saved(self):
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
         kept.restore(self.param_groups)
         states = self.states
         for index, group in enumerate(self.param_groups):

@@ -7,14 +7,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import reference
 from . import formats
 from .checks import Checks
 from .engine import Engine
-from .formats import Layout
+from .formats import Layout, StateFormat
 from .norm import NormClasses
 from .rows import Control, Group, Row, Step
 from .settings import DEFAULTS
@@ -33,7 +32,7 @@ class Job(NamedTuple):
     hyper: dict[str, float | Tensor]
     sign: float = 1.0
     weight_format: str | None = None
-    state_format: str | torch.dtype | None = None
+    state_format: StateFormat = None
 
 
 class JobStates:

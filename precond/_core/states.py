@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import reference
 from . import backend as _backend
 from . import formats
-from .formats import STATE_FORMATS, Layout
+from .formats import STATE_FORMATS, Layout, StateFormat
 from .rows import Group, Row
 from .sharding import local
 
@@ -139,7 +139,7 @@ class Recipe(NamedTuple):
     #: What a new state is filled with.
     initial: Callable[[Tensor, Group], complex]
     #: What a group asks for a state to be stored in.
-    format_of: Callable[[str, Group], Any]
+    format_of: Callable[[str, Group], StateFormat]
     #: Numbers that stand among the states of a parameter, as they are before the first step.
     numbers: Callable[[Group], dict[str, int]]
     #: Options of groups that torch does not have, with their defaults.

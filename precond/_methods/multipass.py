@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._core.formats import StateFormat
 from .._core.optimizer import FusedOptimizer
 from .._core.passes import Job, Pass
 from .._core.rows import Control, Row, Step
@@ -66,7 +67,7 @@ class MultiPass(FusedOptimizer, abstract=True):
         hyper: dict[str, float | Tensor],
         sign: float = 1.0,
         weight_format: str | None = None,
-        state_format: str | torch.dtype | None = None,
+        state_format: StateFormat = None,
     ) -> Job:
         """A job with the states of these names that a parameter has, and what random bits need. Each pass that draws counts a
         step of the parameter, so that no two draw alike; where its rule counts them itself, a later pass has a copy to count.

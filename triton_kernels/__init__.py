@@ -1,7 +1,8 @@
 """The rules in Triton, imported as precond.triton_kernels."""
 
 from .families import RULES
-from .launch import Clip, Item, update
+from .items import Item
+from .launch import Clip, update
 from .norms import norm
 
 __all__ = ["RULES", "Clip", "Item", "norm", "update"]

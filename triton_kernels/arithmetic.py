@@ -1,10 +1,7 @@
-"""The functions of csrc/base/arithmetic.h, and of the scalars' powers, with the same operations in the same order."""
+"""fp32 arithmetic of the rules, csrc/base/arithmetic.h: the same operations in the same order, so the same bits."""
 
 import triton
 import triton.language as tl
-
-# A float32 counter cannot pass 2^24.
-_STEP_BITS = tl.constexpr(25)
 
 
 @triton.jit
@@ -41,14 +38,3 @@ def magnitude_of(x):
 def with_sign_of(r, x):
     sign_bit = x.to(tl.uint32, bitcast=True) & 0x80000000
     return (r.to(tl.uint32, bitcast=True) | sign_bit).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def integer_power(base, n):
-    """base^n in fp64, by repeated squaring."""
-    result = base * 0.0 + 1.0
-    for _ in tl.static_range(_STEP_BITS):
-        result = tl.where((n & 1) != 0, result * base, result)
-        base = base * base
-        n = n >> 1
-    return result

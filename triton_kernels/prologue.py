@@ -97,6 +97,7 @@ def prologue(
     INF: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
     SET_SCALARS: tl.constexpr,
+    READS_STEP: tl.constexpr,
     ADVANCE: tl.constexpr,
     DECAY: tl.constexpr,
     OPTION: tl.constexpr,
@@ -150,5 +151,6 @@ def prologue(
         scalar_state = after.to(tl.float64)
     tl.store(control_ptr, skip)
     scalars = scalars_ptr + tensor * SCALAR_FLOATS
-    SET_SCALARS(hyper, step, fresh, scalar_state, scalars, mask, DECAY, OPTION)
+    # A rule that reads the step without saying so does not compile.
+    SET_SCALARS(hyper, step if READS_STEP else None, fresh, scalar_state, scalars, mask, DECAY, OPTION)
     put_seed(key, step, scalars, mask)

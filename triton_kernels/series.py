@@ -1,4 +1,4 @@
-"""Logarithm and power of csrc/base, line for line: those of libraries differ in their last bits."""
+"""Logarithm and powers, csrc/base/series.h, line for line: those of libraries differ in their last bits."""
 
 import triton
 import triton.language as tl
@@ -6,6 +6,8 @@ import triton.language as tl
 _LN2 = tl.constexpr(float.fromhex("0x1.62e430p-1"))
 _LOG2_E = tl.constexpr(float.fromhex("0x1.715476p0"))
 _LARGEST = tl.constexpr(float.fromhex("0x1.fffffep127"))
+# A float32 counter cannot pass 2^24.
+_STEP_BITS = tl.constexpr(25)
 
 
 @triton.jit
@@ -76,3 +78,14 @@ def power_of(r, exponent):
     half = all_of_it >> 1
     result = series * power_of_two(half) * power_of_two(all_of_it - half)
     return tl.where((r > 0.0) & (r <= _LARGEST), result, r)
+
+
+@triton.jit
+def integer_power(base, n):
+    """base^n in fp64, by repeated squaring."""
+    result = base * 0.0 + 1.0
+    for _ in tl.static_range(_STEP_BITS):
+        result = tl.where((n & 1) != 0, result * base, result)
+        base = base * base
+        n = n >> 1
+    return result

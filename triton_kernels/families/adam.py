@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..arithmetic import integer_power, maximum
+from ..arithmetic import maximum
+from ..series import integer_power
 from .decays import decayed, gradient, set_decay
 from .rule import Rule, given, positions, put, with_decays
 

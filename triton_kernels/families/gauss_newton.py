@@ -7,7 +7,8 @@ mean of squared gradients, and "own_root".
 import triton
 import triton.language as tl
 
-from ..arithmetic import clamped, integer_power
+from ..arithmetic import clamped
+from ..series import integer_power
 from .decays import decayed, set_decay
 from .rule import Rule, given, positions, put, with_decays
 

@@ -2,10 +2,10 @@
 
 The update of a rule is ``update(p, g, *states, scalars, DECAY, OPTION)`` and returns the new p and states, all fp32. ``scalars``
 points at the floats that depend on the step but not on the element; the prologue has them written by ``set_scalars(hyper, step,
-fresh, scalar_state, scalars, mask, DECAY, OPTION)``, in fp64 for a block of tensors at once: their hyper-parameters, the numbers
-of their steps, whether that is their first, and where to write. A rule with a scalar state has ``advance(hyper, step,
-scalar_state, mask)``, which returns the state after the step, and is given that, rounded to fp32, as ``scalar_state``; the
-others are given None.
+fresh, scalar_state, scalars, mask, DECAY, OPTION)``, in fp64 for a block of tensors at once: from their hyper-parameters, the
+numbers of their steps, and whether that is their first. A rule with a scalar state has ``advance(hyper, step, scalar_state,
+mask)``, which returns the state after the step; as ``scalar_state`` it is given that, rounded to fp32. What a rule does not say
+that it has or reads is None.
 """
 
 from typing import NamedTuple

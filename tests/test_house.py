@@ -18,6 +18,7 @@ import precond
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+WITHOUT_EXAMPLES = ("README", "design", "theory")
 PUBLIC = [getattr(precond, name) for name in precond.__all__]
 OPTIMIZERS = [item for item in PUBLIC if isinstance(item, type) and issubclass(item, torch.optim.Optimizer)]
 
@@ -126,7 +127,7 @@ class Markdown(doctest.DocTestParser):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_examples_of_pages_run(page):
     results = doctest.testfile(str(page), module_relative=False, parser=Markdown(), encoding="utf-8")
-    assert results.attempted > 0 or page.stem == "README"
+    assert results.attempted > 0 or page.stem in WITHOUT_EXAMPLES
     assert results.failed == 0
 
 

@@ -147,6 +147,42 @@ def test_a_page_names_every_argument_that_torch_does_not_have(item):
 
 
 @pytest.mark.source
+def test_the_readme_links_the_page_of_every_public_class():
+    """And is a page that somebody reads: 120 lines."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [item.__name__ for item in OPTIMIZERS if f"[`{item.__name__}`](docs/" not in readme]
+    assert not [name for name in precond.__all__ if not name.startswith("_") and f"`{name}`" not in readme]
+    assert len(readme.splitlines()) < 120
+
+
+def links(page):
+    """What a page links to in this repository, as paths and anchors."""
+    text = re.sub(r"(?ms)^```.*?^```", "", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)#\s]*)(#[^)\s]*)?\)", text):
+        path, anchor = target
+        if not path.startswith("http"):
+            yield (page.parent / path).resolve() if path else page, anchor.removeprefix("#")
+
+
+def anchors(page):
+    """Those that GitHub makes of a page's headings."""
+    headings = re.findall(r"(?m)^#+ (.*)$", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.source
+def test_every_link_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), *PAGES, *(ROOT / "bench").rglob("*.md"), *(ROOT / ".ci").rglob("*.md")]
+    broken = [
+        f"{page.relative_to(ROOT)}: {path.name}#{anchor}"
+        for page in pages
+        for path, anchor in links(page)
+        if not path.exists() or (anchor and anchor not in anchors(path))
+    ]
+    assert not broken
+
+
+@pytest.mark.source
 def test_a_page_names_every_setting():
     page = (ROOT / "docs" / "clipping.md").read_text(encoding="utf-8")
     assert not [name for name in precond.Settings.__annotations__ if f"| `{name}` |" not in page]

@@ -131,18 +131,40 @@ def test_examples_of_pages_run(page):
     assert results.failed == 0
 
 
+FUNCTIONS = [item for item in PUBLIC if inspect.isfunction(item)]
+
+
+def parameters(item):
+    return [p.name for p in inspect.signature(item).parameters.values()]
+
+
+def described(item):
+    """The names in the "Args" of a docstring."""
+    lines = re.search(r"(?ms)^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(item))[1].splitlines()
+    entries = [re.match(r"    (\*{0,2}\w+(?:, \*{0,2}\w+)*),?(?::|$)", line) for line in lines]
+    return [name.strip(" *") for entry in entries if entry for name in entry[1].split(",")]
+
+
+@pytest.mark.parametrize("item", [*OPTIMIZERS, *FUNCTIONS], ids=lambda item: item.__name__)
+def test_a_docstring_describes_every_argument_and_no_other(item):
+    assert sorted(described(item)) == sorted(parameters(item))
+
+
+def test_the_docstring_of_the_settings_describes_each_of_them():
+    assert described(precond.Settings) == list(precond.Settings.__annotations__)
+
+
 @pytest.mark.source
 @pytest.mark.parametrize("item", [*OPTIMIZERS, precond.param_groups], ids=lambda item: item.__name__)
-def test_a_page_names_every_argument_that_torch_does_not_have(item):
-    """A decoupled class is compared with the coupled one, Lion and functions with nothing."""
+def test_a_page_links_the_docstring_and_names_what_torch_does_not_have(item):
+    """A decoupled class is compared with the coupled one; one that torch lacks has its arguments in the docstring alone."""
     page = (ROOT / "docs" / f"{item.__name__.lower()}.md").read_text(encoding="utf-8")
-    names = [item.__name__, item.__name__.removesuffix("W")]
-    peer = next((getattr(torch.optim, name) for name in names if hasattr(torch.optim, name)), None)
-    theirs = set() if peer is None else set(inspect.signature(peer).parameters)
-    parameters = [str(p) if p.kind == p.VAR_KEYWORD else p.name for p in inspect.signature(item).parameters.values()]
-    parameters = [name.partition(":")[0] for name in parameters]
-    missing = [name for name in parameters if name not in theirs and f"`{name}`" not in page]
-    assert not missing
+    source = Path(inspect.getsourcefile(item)).relative_to(Path(precond.__file__).parent).as_posix()
+    assert f"[`help(precond.{item.__name__})`](../precond/{source})" in page
+    peers = [getattr(torch.optim, name, None) for name in (item.__name__, item.__name__.removesuffix("W"))]
+    for peer in [peer for peer in peers if peer is not None][:1]:
+        theirs = parameters(peer)
+        assert not [n for n in parameters(item) if n not in theirs and not re.search(rf"`(\*\*)?{n}`", page)]
     assert f"[`{item.__name__}`]({item.__name__.lower()}.md)" in (ROOT / "docs" / "README.md").read_text("utf-8")
 
 
@@ -185,7 +207,7 @@ def test_every_link_leads_somewhere():
 @pytest.mark.source
 def test_a_page_names_every_setting():
     page = (ROOT / "docs" / "clipping.md").read_text(encoding="utf-8")
-    assert not [name for name in precond.Settings.__annotations__ if f"| `{name}` |" not in page]
+    assert not [name for name in precond.Settings.__annotations__ if f"`{name}`" not in page]
     assert "](clipping.md)" in (ROOT / "docs" / "README.md").read_text("utf-8")
 
 

@@ -106,12 +106,17 @@ def test_the_report_fails_where_a_step_raises(monkeypatch, capsys):
     assert "WRONG on cpu: clipped: RuntimeError: kernel launch: device not ready" in capsys.readouterr().out
 
 
-EXAMPLES = sorted(path.stem for path in Path(precond.__file__).parent.glob("*.py") if ">>> " in path.read_text("utf-8"))
+PACKAGE = Path(precond.__file__).parent
+EXAMPLES = sorted(
+    ".".join(("precond", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if ">>> " in path.read_text("utf-8")
+)
 
 
 @pytest.mark.parametrize("module", EXAMPLES)
 def test_examples_run(module):
-    results = doctest.testmod(importlib.import_module(f"precond.{module}"))
+    results = doctest.testmod(importlib.import_module(module))
     assert results.attempted > 0
     assert results.failed == 0
 
@@ -159,7 +164,7 @@ def test_the_docstring_of_the_settings_describes_each_of_them():
 def test_a_page_links_the_docstring_and_names_what_torch_does_not_have(item):
     """A decoupled class is compared with the coupled one; one that torch lacks has its arguments in the docstring alone."""
     page = (ROOT / "docs" / f"{item.__name__.lower()}.md").read_text(encoding="utf-8")
-    source = Path(inspect.getsourcefile(item)).relative_to(Path(precond.__file__).parent).as_posix()
+    source = Path(inspect.getsourcefile(item)).relative_to(PACKAGE).as_posix()
     assert f"[`help(precond.{item.__name__})`](../precond/{source})" in page
     peers = [getattr(torch.optim, name, None) for name in (item.__name__, item.__name__.removesuffix("W"))]
     for peer in [peer for peer in peers if peer is not None][:1]:

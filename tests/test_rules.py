@@ -143,3 +143,13 @@ def test_a_first_step_that_is_skipped_leaves_no_scalar_state(product):
 def test_an_optimizer_that_forgets_a_declaration_is_an_error_where_it_is_defined(base, body, message):
     with pytest.raises(TypeError, match=message):
         type("Mine", (base,), body)
+
+
+def test_triton_says_the_same_of_its_rules():
+    from precond import triton_kernels
+
+    def facts(rule, scalars):
+        return rule.states, rule.second_moments, rule.reads_step, tuple(scalars)
+
+    theirs = {name: facts(rule, rule.scalar_states) for name, rule in triton_kernels.RULES.items()}
+    assert theirs == {name: facts(rule, rule.scalars) for name, rule in reference.RULES.items()}

@@ -1,36 +1,17 @@
 """Tensors to launches: one prologue and one update for each rule and set of formats, with all tensors that share them."""
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from .._core.norm import NOTHING, Clip
 from . import kernel, prologue
 from .families import RULES, Rule
 from .formats import FORMATS
 from .items import Item, address_table, chunk_table, dense_operands, hyper_table, job_of, job_table, slots_of
 from .tables import table
-
-
-class Clip(NamedTuple):
-    """What a step does with the norm of the gradients; csrc/plan/norm.h. None where there is no tensor to read or write."""
-
-    total: Tensor | None
-    grad_norm: Tensor | None
-    clip_coef: Tensor | None
-    skipped: Tensor | None
-    max_norm: float
-    inf: bool
-    skip_nonfinite: bool
-
-    def to(self, device: torch.device) -> "Clip":
-        """With the total on a device."""
-        return self if self.total is None else self._replace(total=self.total.to(device))
-
-
-NO_CLIP = Clip(total=None, grad_norm=None, clip_coef=None, skipped=None, max_norm=0.0, inf=False, skip_nonfinite=False)
 
 
 def update(
@@ -39,7 +20,7 @@ def update(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     clip_value: float = math.inf,
-    clip: Clip = NO_CLIP,
+    clip: Clip = NOTHING,
 ) -> None:
     """Update every item in place; items that share a rule, formats and a device share a launch.
 
@@ -112,7 +93,7 @@ def run_prologue(
     grad_coef: float = 1.0,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    clip: Clip = NO_CLIP,
+    clip: Clip = NOTHING,
 ) -> None:
     """Fill ``scalars`` and ``control`` for the tensors of a table of jobs."""
     prologue.prologue[(triton.cdiv(len(jobs), prologue.BLOCK),)](

@@ -335,8 +335,7 @@ class Triton(Interpreted):
                 item = item._replace(scalar_state=scalars[name])
             items.append(item)
         if items:
-            given = {name: getattr(clip, name) for name in triton_kernels.Clip._fields}
-            triton_kernels.update(items, **control._asdict(), clip=triton_kernels.Clip(**given))
+            triton_kernels.update(items, **control._asdict(), clip=clip)
             torch.autograd.graph.increment_version([item.p for item in items])
         return True
 

@@ -16,7 +16,9 @@ from .sharding import reduce, shard_groups
 
 
 class Clip(NamedTuple):
-    """What a backend on a device does with the norm; csrc/plan/norm.h. Tensors are None where it has nothing to read or write."""
+    """What a backend on a device does with the norm; csrc/plan/norm.h. Tensors are None where it has nothing to read or write.
+    Triton takes it as it is.
+    """
 
     total: Tensor | None  # sum of squares, or largest magnitude, of the stored gradients
     grad_norm: Tensor | None
@@ -27,19 +29,35 @@ class Clip(NamedTuple):
     skip_nonfinite: bool
     measure: bool = False
 
+    def to(self, device: torch.device) -> Clip:
+        """The same with the norm on a device."""
+        return self if self.total is None else self._replace(total=self.total.to(device))
+
     def on(self, device: torch.device) -> Clip:
         """The same for another backend of the step: it reads the norm and writes no result."""
-        total = None if self.total is None else self.total.to(device)
-        return self._replace(total=total, grad_norm=None, clip_coef=None, skipped=None, measure=False)
+        return self.to(device)._replace(grad_norm=None, clip_coef=None, skipped=None, measure=False)
 
     def compiled(self, classes: int = 1) -> Any:
-        """As the compiled plans take it."""
+        """As the compiled plans take it: addresses in place of tensors, and how many classes of parameters have a norm each."""
         assert _backend._C is not None
-        addresses = [0 if t is None else t.data_ptr() for t in self[:4]]
-        return _backend._C.Clip(*addresses, self.max_norm, classes, self.inf, self.skip_nonfinite, self.measure)
+        return _backend._C.Clip(
+            total=_address(self.total),
+            grad_norm=_address(self.grad_norm),
+            clip_coef=_address(self.clip_coef),
+            skipped=_address(self.skipped),
+            max_norm=self.max_norm,
+            classes=classes,
+            inf=self.inf,
+            skip_nonfinite=self.skip_nonfinite,
+            measure=self.measure,
+        )
 
 
-NOTHING = Clip(None, None, None, None, 0.0, False, False)
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+NOTHING = Clip(total=None, grad_norm=None, clip_coef=None, skipped=None, max_norm=0.0, inf=False, skip_nonfinite=False)
 
 
 class NormClasses(NamedTuple):

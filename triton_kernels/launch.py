@@ -7,9 +7,9 @@ import torch
 import triton
 from torch import Tensor
 
+from .._core.formats.names import PLAIN
 from . import kernel, prologue
 from .families import RULES, Rule
-from .formats import FORMATS
 from .items import Item, address_table, chunk_table, dense_operands, hyper_table, job_of, job_table, slots_of
 from .tables import table
 
@@ -47,7 +47,7 @@ def update(
     """
     launches: dict[tuple[object, ...], list[Item]] = {}
     for item in items:
-        formats = [item.layout.param, FORMATS[item.g.dtype], *item.layout.states]
+        formats = [item.layout.param, PLAIN[item.g.dtype], *item.layout.states]
         launches.setdefault((item.rule, item.p.device, *formats), []).append(item)
     for (rule, device, *formats), members in launches.items():
         scaler = [None if t is None else t.to(device) for t in (grad_scale, found_inf)]

@@ -3,8 +3,8 @@
 ``update(p, g, *states, scalars, DECAY, OPTION)`` returns the new p and states of a block of elements, in fp32. ``scalars`` points
 at the floats that depend on the step but not on the element.
 
-``set_scalars(hyper, step, fresh, scalar_state, scalars, mask, DECAY, OPTION)`` writes those floats, for a block of tensors: from the
-hyper-parameters of each, in fp64, the number of its step, and whether the step made its states. ``advance(hyper, step,
+``set_scalars(hyper, step, fresh, scalar_state, scalars, mask, DECAY, OPTION)`` writes those floats for a block of tensors: from
+the hyper-parameters of each, in fp64, the number of its step, and whether the step made its states. ``advance(hyper, step,
 scalar_state, mask)``, where a rule has a scalar state, returns that state after the step; ``set_scalars`` is given it rounded to
 fp32. ``step`` and ``scalar_state`` are None for a rule that does not say it reads the one or has the other.
 """

@@ -72,9 +72,10 @@ def launch(
     rule = RULES[name]
     hypers = {id(item.hyper): item.hyper for item in items}
     group_of = {name: group for group, name in enumerate(hypers)}
+    plain = items[0].layout.plain  # of all: they share formats
     slots, sizes, jobs, copies, alive = [], [], [], [], []
     for item in items:
-        operands, copied_back = dense_operands(item)
+        operands, copied_back = dense_operands(item, plain)
         copies += copied_back
         alive.append(operands)
         sizes.append(item.p.numel())

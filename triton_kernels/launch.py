@@ -6,10 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
+from .._core.formats.names import PLAIN
 from .._core.norm import NOTHING, Clip
 from . import kernel, prologue
 from .families import RULES, Rule
-from .formats import FORMATS
 from .items import Item, address_table, chunk_table, dense_operands, hyper_table, job_of, job_table, slots_of
 from .tables import table
 
@@ -28,7 +28,7 @@ def update(
     """
     launches: dict[tuple[object, ...], list[Item]] = {}
     for item in items:
-        formats = [item.layout.param, FORMATS[item.g.dtype], *item.layout.states]
+        formats = [item.layout.param, PLAIN[item.g.dtype], *item.layout.states]
         launches.setdefault((item.rule, item.p.device, *formats), []).append(item)
     for (rule, device, *formats), members in launches.items():
         scaler = [None if t is None else t.to(device) for t in (grad_scale, found_inf)]
@@ -53,9 +53,10 @@ def launch(
     rule = RULES[name]
     hypers = {id(item.hyper): item.hyper for item in items}
     group_of = {name: group for group, name in enumerate(hypers)}
+    plain = items[0].layout.plain  # of all: they share formats
     slots, sizes, jobs, copies, alive = [], [], [], [], []
     for item in items:
-        operands, copied_back = dense_operands(item)
+        operands, copied_back = dense_operands(item, plain)
         copies += copied_back
         alive.append(operands)
         sizes.append(item.p.numel())

@@ -105,7 +105,13 @@ def test_the_report_fails_where_a_step_raises(monkeypatch, capsys):
     assert "WRONG on cpu: clipped: RuntimeError: kernel launch: device not ready" in capsys.readouterr().out
 
 
-EXAMPLES = sorted(path.stem for path in Path(precond.__file__).parent.glob("*.py") if ">>> " in path.read_text("utf-8"))
+PACKAGE = Path(precond.__file__).parent
+EXAMPLES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for folder in ("*.py", "diagnostics/*.py")
+    for path in PACKAGE.glob(folder)
+    if ">>> " in path.read_text("utf-8")
+)
 
 
 @pytest.mark.parametrize("module", EXAMPLES)

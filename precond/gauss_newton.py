@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
+from ._core.arguments import L1_OPTIONS, arguments, number
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.passes import MultiPass, plain_step
 from ._core.plan import Row
 from ._core.settings import Settings
-from ._methods.kronecker import Kronecker, Rotation, check_matrix, is_matrix
+from ._methods.kronecker import Rotation
+from ._methods.rotated import Rotated
 
 CURVATURES = ("gnb", "hutchinson", "gradient")
 
 
-class GaussNewton(MultiPass):
+class GaussNewton(Rotated):
     r"""A diagonal Gauss-Newton preconditioner to the power -1 or -1/2, in the coordinates or in a basis.
 
     .. math::
@@ -81,10 +81,12 @@ class GaussNewton(MultiPass):
 
     _counts_steps = True
     _second_moment = "curvature"
+    _in_basis = ("exp_avg", "curvature")
+    _basis_options = ("basis_beta", "basis_frequency", "max_size")
     _why_not_one_pass = "with a basis"
     _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS, "l1_cap": 10.0}
-    #: False: a mean that starts at 0 and is not corrected for it.
-    _corrected = True
+    #: False: both means start at 0 and are not corrected for it.
+    _corrected: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -115,14 +117,8 @@ class GaussNewton(MultiPass):
         defaults = arguments(locals())
         FusedOptimizer.__init__(self, params, defaults, settings=settings)
 
-    def _check_defaults(self, defaults: dict[str, Any]) -> None:
-        check_lr(defaults["lr"])
-        check_betas(defaults["betas"])
-        check_nonnegative("weight_decay value", "weight_decay", defaults["weight_decay"])
-
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_nonnegative("epsilon value", "eps", group["eps"])
         if group["power"] not in (-1.0, -0.5):
             raise ValueError(f"power must be -1 or -0.5, got {group['power']}")
         if group["clip"] is not None and not group["clip"] > 0.0:
@@ -136,19 +132,18 @@ class GaussNewton(MultiPass):
             raise ValueError(f"basis must be a matrix or a pair of them, got {len(group['basis'])}")
         if group["basis_beta"] is not None and not 0.0 <= group["basis_beta"] < 1.0:
             raise ValueError(f"basis_beta must be None or in [0, 1), got {group['basis_beta']}")
-        for name in ("basis_frequency", "max_size"):
-            if not group[name] >= 1:
-                raise ValueError(f"{name} must be >= 1, got {group[name]}")
-        if self._rotates(group) and group.get("state_format") in ("int8", torch.int8, "int4"):
-            raise ValueError(f"state_format must not have codes with a basis, got {group['state_format']!r}")
 
     def _rotates(self, group: dict[str, Any]) -> bool:
         return not (isinstance(group["basis"], str) and group["basis"] == "identity")
 
+    def _curvature_scale(self, group: dict[str, Any]) -> float:
+        """What the curvature is multiplied with in a step."""
+        return 1.0
+
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group, "eps")
         hyper["beta1"], hyper["beta2"] = map(number, group["betas"])
-        hyper["scale"], hyper["corrected"] = 1.0, 1.0
+        hyper["scale"], hyper["corrected"] = self._curvature_scale(group), float(self._corrected)
         hyper["clip"] = math.inf if group["clip"] is None else float(group["clip"])
         suffix = ("_own" if group["curvature"] == "gradient" else "") + ("_root" if group["power"] == -0.5 else "")
         return Row(self._decayed("gauss_newton", group, suffix), -1.0 if group["maximize"] else 1.0, hyper)
@@ -180,93 +175,19 @@ class GaussNewton(MultiPass):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
-        groups = self.param_groups
-        for group in groups:
+        for group in self.param_groups:
             moves = isinstance(group["lr"], Tensor) or group["lr"] != 0.0
             if group["curvature"] != "gradient" and group["clip"] is None and moves:
                 for p in group["params"]:
                     if p.grad is not None and not self.state.get(p, {}).get("curvature_step"):
                         raise RuntimeError("update_curvature must be called before the first step, or clip be given")
-        straight = [group for group in groups if not self._rotates(group)]
-        if len(straight) == len(groups):
-            return super()._update()
-        rows = [self._checked_row(group) for group in groups]
-        work = [
-            [(p, g, self._basis(name, p, group)) for name, p, g in self._gradients(group)]
-            if self._rotates(group)
-            else []
-            for group in groups
-        ]
-        if straight:
-            self._step_in_one_pass(straight)
-        only_states = self._only_makes_states(rows, {p: g for items in work for p, g, _ in items})
-        for index, (group, row) in enumerate(zip(groups, rows, strict=True)):
-            if not only_states:
-                self._rotated_step(index, group, row, work[index])
-                continue
-            for p, g, basis in work[index]:
-                self._init_state(p, group, row.rule)
-                if basis.kronecker is not None:
-                    basis.kronecker.make_states(basis.matrix(g, torch.float32))
-        return None
+        super()._update()
 
-    def _rotated_step(
-        self, index: int, group: dict[str, Any], row: Row, work: list[tuple[Tensor, Tensor, Rotation]]
-    ) -> None:
-        """Rotate gradients, run the rule on a buffer in the basis, rotate back, and let a plain step take the result."""
-        has_l1 = float(group.get("l1_decay", 0.0)) != 0.0
-        inner = row.hyper if has_l1 else {**row.hyper, "lr": 1.0, "weight_decay": 0.0}
-        jobs, before = [], []
-        for p, g, basis in work:
-            if group["curvature"] != "gnb":
-                self._feed(basis, g, group)
-            self._init_state(p, group, row.rule)
-            buffer = self._buffer(p, torch.promote_types(p.dtype, torch.float32))
-            buffer.copy_(basis.rotate(p, buffer.dtype)) if has_l1 else buffer.zero_()
-            before.append(buffer.clone() if has_l1 else None)
-            names = ("exp_avg", "curvature", "step")
-            rotated, asked = basis.rotate(g, buffer.dtype), group.get("state_format")
-            jobs.append(self._job(p, buffer, rotated, names, inner, row.sign, state_format=asked))
-        self._pass(row.rule, ("exp_avg", "curvature"), of=index, counts=True).run(jobs)
-        last = []
-        for (p, _, basis), job, start in zip(work, jobs, before, strict=True):
-            direction = basis.rotate_back(-job.p if start is None else start - job.p)
-            step = plain_step(1.0, 0.0) if has_l1 else plain_step(row.hyper["lr"], row.hyper["weight_decay"])
-            last.append(self._job(p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
-        self._pass("sgdw", of=index).run(last)
-
-    def _basis(self, name: str, p: Tensor, group: dict[str, Any]) -> Rotation:
-        given = group["basis"]
-        if isinstance(given, str) and not is_matrix(p):
-            return Rotation(p)
-        check_matrix(name, p)
-        if isinstance(given, Tensor):
-            if given.shape != (p.numel(), p.numel()):
-                raise RuntimeError(
-                    f"basis must have shape {(p.numel(), p.numel())} for {name}, got {tuple(given.shape)}"
-                )
-            return Rotation(p, flat=given)
-        if not isinstance(given, str):
-            rows, columns = (p.shape[0], p.shape[1:].numel()) if p.dim() > 0 else (1, 1)
-            if given[0].shape != (rows, rows) or given[1].shape != (columns, columns):
-                raise RuntimeError(
-                    f"basis must be matrices of {rows} and {columns} for {name}, "
-                    f"got {tuple(given[0].shape)} and {tuple(given[1].shape)}"
-                )
-            return Rotation(p, pair=(given[0], given[1]))
-        return Rotation(p, kronecker=Kronecker(p.shape, self.state[p], group["max_size"]))
-
-    def _feed(self, basis: Rotation, g: Tensor, group: dict[str, Any]) -> None:
-        """Update the factors of a Kronecker basis by a gradient, and the basis where it is due."""
-        if basis.kronecker is None:
-            return
-        beta = group["betas"][1] if group["basis_beta"] is None else group["basis_beta"]
-        state = basis.kronecker.state
-        basis.kronecker.update_factors(basis.matrix(g, torch.float32), float(beta))
-        count = state.get("basis_step", 0)
-        if count % group["basis_frequency"] == 0:
-            basis.kronecker.refresh("exp_avg", "curvature")
-        state["basis_step"] = count + 1
+    def _before(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> bool:
+        """A basis is of the gradients that feed the curvature; where that has estimates of its own, of those of the steps."""
+        if group["curvature"] != "gnb":
+            self._feed(p, g, basis, group)
+        return True
 
     @torch.no_grad()
     def update_curvature(self, batch_size: float = 1.0, estimates: Sequence[Tensor | None] | None = None) -> None:
@@ -322,7 +243,7 @@ class GaussNewton(MultiPass):
                 if self._rotates(group):
                     basis = self._basis(f"parameter {index}", p, group)
                     if estimates is None:
-                        self._feed(basis, given, group)
+                        self._feed(p, given, basis, group)
                         given = basis.rotate(given, torch.promote_types(p.dtype, torch.float32))
                     elif basis.kronecker is not None and not basis.kronecker.ready:
                         first = "an update from gradients" if group["curvature"] == "gnb" else "a step"

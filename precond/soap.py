@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
+from ._core.arguments import L1_OPTIONS, arguments, check_nonnegative, number
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.passes import MultiPass, plain_step
+from ._core.passes import plain_step
 from ._core.plan import Row
 from ._core.settings import Settings
-from ._methods.kronecker import Kronecker, as_matrix, check_matrix, is_matrix
+from ._methods.kronecker import Rotation
+from ._methods.rotated import Rotated
 
 
-class SOAP(MultiPass):
+class SOAP(Rotated):
     r"""SOAP: Adam on the rotated gradient of a matrix, its basis the eigenvectors of running means of G G^T and G^T G.
 
     .. math::
@@ -70,6 +71,8 @@ class SOAP(MultiPass):
     """
 
     _counts_steps = True
+    _in_basis = ("exp_avg", "exp_avg_sq")
+    _basis_options = ("shampoo_beta", "precondition_frequency", "max_precond_dim")
     _why_not_one_pass = "for SOAP"
     _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS, "l1_cap": 10.0}
 
@@ -96,22 +99,11 @@ class SOAP(MultiPass):
         defaults = arguments(locals()) | {"differentiable": False}
         super().__init__(params, defaults, settings=settings)
 
-    def _check_defaults(self, defaults: dict[str, Any]) -> None:
-        check_lr(defaults["lr"])
-        check_betas(defaults["betas"])
-        check_nonnegative("weight_decay value", "weight_decay", defaults["weight_decay"])
-
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_nonnegative("epsilon value", "eps", group["eps"])
         check_nonnegative("relative epsilon value", "relative_eps", group["relative_eps"])
         if group["shampoo_beta"] not in (None, -1) and not 0.0 <= group["shampoo_beta"] < 1.0:
             raise ValueError(f"shampoo_beta must be None, -1 or in [0, 1), got {group['shampoo_beta']}")
-        for name in ("precondition_frequency", "max_precond_dim"):
-            if not group[name] >= 1:
-                raise ValueError(f"{name} must be >= 1, got {group[name]}")
-        if group.get("state_format") in ("int8", torch.int8, "int4"):
-            raise ValueError(f"state_format must not have codes for SOAP, got {group['state_format']!r}")
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
         raise TypeError("base must have no basis, got a SOAP")
@@ -121,92 +113,31 @@ class SOAP(MultiPass):
         hyper["beta1"], hyper["beta2"] = map(number, group["betas"])
         return Row(self._decayed("adamw", group), -1.0 if group["maximize"] else 1.0, hyper)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _update(self) -> None:
-        rows = [self._checked_row(group) for group in self.param_groups]
-        work = [
-            [(p, g, self._bases_of(name, p, group)) for name, p, g in self._gradients(group)]
-            for group in self.param_groups
-        ]
-        only_states = self._only_makes_states(rows, {p: g for items in work for p, g, _ in items})
-        for index, (group, row) in enumerate(zip(self.param_groups, rows, strict=True)):
-            if not only_states:
-                self._step_group(index, group, row, work[index])
-                continue
-            for p, g, turn in work[index]:
-                self._init_state(p, group, row.rule)
-                if turn is not None:
-                    turn.make_states(as_matrix(g.to(torch.promote_types(p.dtype, torch.float32))))
+    def _for_factors(self, p: Tensor, g: Tensor) -> Tensor:
+        return g.to(torch.promote_types(p.dtype, torch.float32))
 
-    def _step_group(
-        self, index: int, group: dict[str, Any], row: Row, work: list[tuple[Tensor, Tensor, Kronecker | None]]
-    ) -> None:
-        found, jobs, before, turns = [], [], [], []
-        has_l1 = float(group.get("l1_decay", 0.0)) != 0.0
-        for p, g, turn in work:
-            wide = torch.promote_types(p.dtype, torch.float32)
-            if turn is not None and not turn.ready:
-                turn.update_factors(as_matrix(g.to(wide)), self._factor_beta(group))
-                turn.refresh("exp_avg", "exp_avg_sq")
-                self._init_state(p, group, row.rule)
-                self.state[p]["basis_step"] = 1
-                continue
-            self._init_state(p, group, row.rule)
-            buffer = self._buffer(p, wide)
-            if has_l1:
-                buffer.copy_(_rotated(p.detach().to(wide), turn))
-            else:
-                buffer.zero_()
-            before.append(buffer.clone() if has_l1 else None)
-            names = ("exp_avg", "exp_avg_sq", "step")
-            hyper = self._hyper_of(p, group, row, turn, has_l1)
-            rotated, asked = _rotated(g.to(wide), turn), group.get("state_format")
-            jobs.append(self._job(p, buffer, rotated, names, hyper, row.sign, state_format=asked))
-            found.append((p, g))
-            turns.append(turn)
-        self._pass(row.rule, ("exp_avg", "exp_avg_sq"), of=index, counts=True).run(jobs)
-        lr, decay = row.hyper["lr"], row.hyper["weight_decay"]
-        steps = []
-        for (p, _), job, start, turn in zip(found, jobs, before, turns, strict=True):
-            direction = _rotated(-job.p if start is None else start - job.p, turn, back=True)
-            # The published order: the decay takes the new weight.
-            kept = 1.0 - lr * decay
-            step = plain_step(1.0, 0.0) if has_l1 else plain_step(lr * kept, decay / kept)
-            steps.append(self._job(p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
-        self._pass("sgdw", of=index).run(steps)
-        for (p, g), turn in zip(found, turns, strict=True):
-            if turn is None:
-                continue
-            turn.update_factors(as_matrix(g.to(torch.promote_types(p.dtype, torch.float32))), self._factor_beta(group))
-            state = self.state[p]
-            if state["basis_step"] % group["precondition_frequency"] == 0:
-                turn.refresh("exp_avg", "exp_avg_sq")
-            state["basis_step"] += 1
+    def _before(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> bool:
+        """The first gradient of a matrix only builds its bases."""
+        if basis.kronecker is None or basis.kronecker.ready:
+            return True
+        self._feed(p, g, basis, group)
+        self._init_state(p, group, self._row(group).rule)
+        return False
 
-    def _bases_of(self, name: str, p: Tensor, group: dict[str, Any]) -> Kronecker | None:
-        if not is_matrix(p):
-            return None
-        check_matrix(name, p)
-        return Kronecker(p.shape, self.state[p], group["max_precond_dim"])
+    def _after(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> None:
+        self._feed(p, g, basis, group)
 
-    def _factor_beta(self, group: dict[str, Any]) -> float:
-        given = group["shampoo_beta"]
-        return float(group["betas"][1] if given in (None, -1) else given)
-
-    def _hyper_of(
-        self, p: Tensor, group: dict[str, Any], row: Row, turn: Kronecker | None, has_l1: bool
-    ) -> dict[str, float | Tensor]:
+    def _hyper_in_basis(self, p: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> dict[str, float | Tensor]:
         """The rule's eps stands beside the corrected root: so published eps, and the relative one, are divided as the root is."""
         eps: float | Tensor = group["eps"]
-        if turn is not None and group["relative_eps"] > 0.0:
-            eps = turn.mean_square_norm().double().sqrt() * group["relative_eps"] + eps
+        if basis.kronecker is not None and group["relative_eps"] > 0.0:
+            eps = basis.kronecker.mean_square_norm().double().sqrt() * group["relative_eps"] + eps
         step = float(self.state[p]["step"]) + 1.0
         eps = eps / (1.0 - float(group["betas"][1]) ** step) ** 0.5
-        plain = {} if has_l1 else {"lr": 1.0, "weight_decay": 0.0}
-        return {**row.hyper, **plain, "eps": number(eps)}
+        return {**row.hyper, "eps": number(eps)}
 
-
-def _rotated(t: Tensor, turn: Kronecker | None, back: bool = False) -> Tensor:
-    if turn is None:
-        return t
-    return (turn.rotate_back if back else turn.rotate)(as_matrix(t)).view(t.shape)
+    def _plain_hyper(self, row: Row) -> dict[str, float | Tensor]:
+        """The published order: the decay takes the new weight."""
+        lr, decay = row.hyper["lr"], row.hyper["weight_decay"]
+        kept = 1.0 - lr * decay
+        return plain_step(lr * kept, decay / kept)

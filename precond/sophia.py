@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import arguments
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.plan import Row
 from ._core.settings import Settings
 from .gauss_newton import GaussNewton
 
@@ -55,6 +54,17 @@ class Sophia(GaussNewton):
     """
 
     _corrected = False
+    #: GaussNewton's options that are no arguments here.
+    _fixed: ClassVar[dict[str, Any]] = dict(
+        eps=1e-15,
+        power=-1.0,
+        clip=1.0,
+        curvature="gnb",
+        basis="identity",
+        basis_beta=None,
+        basis_frequency=10,
+        max_size=8192,
+    )
 
     def __init__(
         self,
@@ -76,11 +86,8 @@ class Sophia(GaussNewton):
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
-        defaults = arguments(locals())
-        fixed = dict(eps=1e-15, power=-1.0, clip=1.0, curvature="gnb", basis="identity", basis_beta=None)
-        FusedOptimizer.__init__(
-            self, params, {**defaults, **fixed, "basis_frequency": 10, "max_size": 8192}, settings=settings
-        )
+        defaults = arguments(locals()) | self._fixed
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -88,8 +95,5 @@ class Sophia(GaussNewton):
             if not group[name] > 0:
                 raise ValueError(f"{name} must be > 0, got {group[name]}")
 
-    def _row(self, group: dict[str, Any]) -> Row:
-        row = super()._row(group)
-        row.hyper["scale"] = float(group["rho"]) * float(group["batch_size"])
-        row.hyper["corrected"] = 0.0
-        return row
+    def _curvature_scale(self, group: dict[str, Any]) -> float:
+        return float(group["rho"]) * float(group["batch_size"])

@@ -4,7 +4,7 @@ in a basis that is given. Called by SOAP and GaussNewton.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,14 @@ class Kronecker:
                 self.state[f"factor_{side}"] = square * (1 - beta)
             else:
                 factor.lerp_(square, 1 - beta)
+
+    def learn(self, g: Tensor, beta: float, frequency: int, mean: str, square: str) -> None:
+        """Fold a gradient into the factors; the first one, and every ``frequency``-th after it, refreshes the bases."""
+        self.update_factors(g, beta)
+        count = self.state.get("basis_step", 0)
+        if count % frequency == 0:
+            self.refresh(mean, square)
+        self.state["basis_step"] = count + 1
 
     def refresh(self, mean: str, square: str) -> None:
         """New bases: eigenvectors at first, then a step of QR. The state called ``mean`` is expressed in them; ``square`` is
@@ -158,3 +166,25 @@ class Rotation:
             return t
         turn = self.kronecker.rotate_back if back else self.kronecker.rotate
         return turn(as_matrix(t)).view(self.shape)
+
+
+def rotation_of(
+    name: str, p: Tensor, given: str | Tensor | Sequence[Tensor], state: dict[str, Any], max_size: int
+) -> Rotation:
+    """The basis of a parameter: given as a matrix or a pair of them, or, for "kronecker", that which its state has."""
+    if isinstance(given, str) and not is_matrix(p):
+        return Rotation(p)
+    check_matrix(name, p)
+    if isinstance(given, str):
+        return Rotation(p, kronecker=Kronecker(p.shape, state, max_size))
+    if isinstance(given, Tensor):
+        if given.shape != (p.numel(), p.numel()):
+            raise RuntimeError(f"basis must have shape {(p.numel(), p.numel())} for {name}, got {tuple(given.shape)}")
+        return Rotation(p, flat=given)
+    rows, columns = (p.shape[0], p.shape[1:].numel()) if p.dim() > 0 else (1, 1)
+    if given[0].shape != (rows, rows) or given[1].shape != (columns, columns):
+        raise RuntimeError(
+            f"basis must be matrices of {rows} and {columns} for {name}, "
+            f"got {tuple(given[0].shape)} and {tuple(given[1].shape)}"
+        )
+    return Rotation(p, pair=(given[0], given[1]))

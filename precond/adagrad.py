@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
+from ._core.metric import Metric, steps_of, stored
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.plan import Row
 from ._core.settings import Settings
@@ -42,8 +43,10 @@ class _SumOfSquares(FusedOptimizer):
         value = group["initial_accumulator_value"]
         return complex(value, value) if p.is_complex() else value
 
-    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
-        return "sum", 1.0, float(group["eps"])
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        if not steps_of(self, p):
+            return None
+        return Metric(stored(self, p, group, "sum"), eps=float(group["eps"]))
 
     def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
         return 1.0

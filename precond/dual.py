@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from . import reference
 from ._core import backend as _backend
 from ._core.arguments import arguments, check_lr, check_nonnegative
+from ._core.metric import Metric
 from ._core.optimizer import ParamsT
 from ._core.passes import Job, MultiPass, plain_step
 from ._core.plan import Row
@@ -134,6 +135,11 @@ class DualDescent(MultiPass):
             raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
         if group["nesterov"] and group["momentum"] == 0.0:
             raise ValueError("nesterov needs a momentum > 0, got 0")
+
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        if group["kernel"] == "identity":
+            return Metric()
+        return Metric(why_not=f"the kernel {group['kernel']!r} is no linear map")
 
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group, "momentum", "scale", "exponent")

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, number
+from ._core.metric import Metric, steps_of, stored, widened
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.plan import Row
 from ._core.settings import Settings
@@ -148,15 +149,16 @@ class GaussNewton(Rotated):
         suffix = ("_own" if group["curvature"] == "gradient" else "") + ("_root" if group["power"] == -0.5 else "")
         return Row(self._decayed("gauss_newton", group, suffix), -1.0 if group["maximize"] else 1.0, hyper)
 
-    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
-        if self._rotates(group):
-            raise TypeError("base must have no basis, got a GaussNewton that rotates")
-        hyper = self._row(group).hyper
-        scale = float(hyper["scale"])
-        if group["curvature"] == "gradient":
-            scale /= 1.0 - float(hyper["beta2"]) ** float(self.state[p]["step"])
-        den = self._values(p, group, "curvature").clamp(min=0) * scale + float(hyper["eps"])
-        return (den if group["power"] == -0.5 else den * den), 1.0, 0.0
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        of_gradients = group["curvature"] == "gradient"
+        count = steps_of(self, p) if of_gradients else self.state.get(p, {}).get("curvature_step", 0)
+        if not count:
+            return None
+        scale = self._curvature_scale(group)
+        if of_gradients:
+            scale /= 1.0 - float(group["betas"][1]) ** count
+        h = widened(stored(self, p, group, "curvature")).clamp(min=0) * scale + float(group["eps"])
+        return Metric(h if group["power"] == -0.5 else h * h, basis=self._basis_of_metric(p, group))
 
     def _format_of_state(self, name: str, group: dict[str, Any]) -> Any:
         asked = super()._format_of_state(name, group)
@@ -183,7 +185,7 @@ class GaussNewton(Rotated):
                         raise RuntimeError("update_curvature must be called before the first step, or clip be given")
         super()._update()
 
-    def _before(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> bool:
+    def _before(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> bool:
         """A basis is of the gradients that feed the curvature; where that has estimates of its own, of those of the steps."""
         if group["curvature"] != "gnb":
             self._feed(p, g, basis, group)

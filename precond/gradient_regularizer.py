@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer
 from ._core.passes import Job, Pass
-from ._core.sharding import local
+from ._methods.rotated import Rotated
 from ._wrappers.wrapper import Wrapper
 
 T = TypeVar("T")
@@ -97,16 +98,20 @@ class GradientRegularizer(Wrapper):
 
     @torch.no_grad()
     def _combine(self, closure: Callable[[], T]) -> None:
-        first = {p: p.grad for p in self._params() if p.grad is not None and self._has_metric(p)}
+        base: Any = self.base
+        if isinstance(base, Rotated) and any(map(base._rotates, base.param_groups)):
+            raise TypeError(f"base must have no basis, got a {type(base).__name__}")
+        first: dict[Tensor, Tensor] = {}
         jobs: dict[str, list[Job]] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                if p in first:
-                    rule, job = self._job(p, first[p], group)
+                metric = None if p.grad is None else base._metric(p, group)
+                if metric is not None:
+                    first[p] = p.grad
+                    rule, job = self._job(p, p.grad, group, metric)
                     jobs.setdefault(rule, []).append(job)
         if not jobs:
             return
-        base: Any = self.base
         split = list(base._versions)
         base._drop_stale_remainders(split)
         others = {p: p.grad for p in self._params() if p not in first}
@@ -130,22 +135,15 @@ class GradientRegularizer(Wrapper):
         for p, grad in others.items():
             p.grad = grad
 
-    def _has_metric(self, p: Tensor) -> bool:
-        """False before a parameter's first step where P comes from states."""
-        return not getattr(self.base, "_second_moment", None) or bool(self.base.state.get(p))
-
-    def _job(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> tuple[str, Job]:
-        base: Any = self.base
+    def _job(self, p: Tensor, g: Tensor, group: dict[str, Any], metric: Metric) -> tuple[str, Job]:
+        """The rule that moves a parameter along P P^T g, which is g where the base has no P, and its operands."""
         if g.layout != torch.strided:
             raise RuntimeError(f"a gradient must have layout torch.strided, got {g.layout}")
         if p not in self._backups or self._backups[p].shape != p.shape or self._backups[p].dtype != p.dtype:
             self._backups[p] = torch.empty_like(p, requires_grad=False)
         state = {"backup": self._backups[p]}
-        v, scale, eps = base._metric(p, group)
-        hyper: dict[str, float | Tensor] = {"radius": self.radius, "scale": scale, "eps": eps}
+        hyper: dict[str, float | Tensor] = {"radius": self.radius, "scale": metric.scale, "eps": metric.eps}
         sign = -1.0 if group.get("maximize") else 1.0
-        if v is None:
+        if metric.v is None:
             return "perturb", Job(p, g, state, hyper, sign)
-        values = base._values(p, group, v) if isinstance(v, str) else v
-        whole = base.state[p][v] if isinstance(v, str) and values is local(base.state[p][v]) else values
-        return "perturb_adaptive", Job(p, g, {**state, "v": whole}, hyper, sign)
+        return "perturb_adaptive", Job(p, g, {**state, "v": metric.v}, hyper, sign)

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import arguments
+from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.passes import MultiPass, plain_step
 from ._core.plan import Row
@@ -114,6 +115,9 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
             if p.ndim != 2:
                 del self.param_groups[-1]
                 raise ValueError(f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()}")
+
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        return Metric(why_not="it takes all singular values to 1")
 
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group, "momentum")

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_nonnegative, number
+from ._core.metric import Metric, steps_of, stored
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.passes import plain_step
 from ._core.plan import Row
@@ -105,8 +106,14 @@ class SOAP(Rotated):
         if group["shampoo_beta"] not in (None, -1) and not 0.0 <= group["shampoo_beta"] < 1.0:
             raise ValueError(f"shampoo_beta must be None, -1 or in [0, 1), got {group['shampoo_beta']}")
 
-    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
-        raise TypeError("base must have no basis, got a SOAP")
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        step = steps_of(self, p)
+        if not step:
+            return None
+        basis = self._basis_of_metric(p, group)
+        correction = 1.0 - float(group["betas"][1]) ** step
+        eps = self._eps(group, basis) / correction**0.5
+        return Metric(stored(self, p, group, "exp_avg_sq"), 1.0 / correction, float(eps), basis)
 
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group, "eps")
@@ -116,12 +123,12 @@ class SOAP(Rotated):
     def _for_factors(self, p: Tensor, g: Tensor) -> Tensor:
         return g.to(torch.promote_types(p.dtype, torch.float32))
 
-    def _before(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> bool:
+    def _before(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> bool:
         """The first gradient of a matrix only builds its bases."""
         if basis.kronecker is None or basis.kronecker.ready:
             return True
         self._feed(p, g, basis, group)
-        self._init_state(p, group, self._row(group).rule)
+        self._init_state(p, group, row.rule)
         return False
 
     def _after(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> None:
@@ -129,12 +136,15 @@ class SOAP(Rotated):
 
     def _hyper_in_basis(self, p: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> dict[str, float | Tensor]:
         """The rule's eps stands beside the corrected root: so published eps, and the relative one, are divided as the root is."""
-        eps: float | Tensor = group["eps"]
-        if basis.kronecker is not None and group["relative_eps"] > 0.0:
-            eps = basis.kronecker.mean_square_norm().double().sqrt() * group["relative_eps"] + eps
-        step = float(self.state[p]["step"]) + 1.0
-        eps = eps / (1.0 - float(group["betas"][1]) ** step) ** 0.5
-        return {**row.hyper, "eps": number(eps)}
+        correction = 1.0 - float(group["betas"][1]) ** (float(self.state[p]["step"]) + 1.0)
+        return {**row.hyper, "eps": number(self._eps(group, basis) / correction**0.5)}
+
+    def _eps(self, group: dict[str, Any], basis: Rotation | None) -> float | Tensor:
+        """What is added to the uncorrected root, from the gradients before a step."""
+        eps: float = group["eps"]
+        if basis is None or basis.kronecker is None or not group["relative_eps"] > 0.0:
+            return eps
+        return basis.kronecker.mean_square_norm().double().sqrt() * group["relative_eps"] + eps
 
     def _plain_hyper(self, row: Row) -> dict[str, float | Tensor]:
         """The published order: the decay takes the new weight."""

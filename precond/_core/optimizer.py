@@ -18,6 +18,7 @@ from . import backend as _backend
 from . import formats as _formats
 from .arguments import STATE_FORMATS, check_nonnegative, number
 from .clipping import Report, home
+from .metric import Metric
 from .plan import Control, Row, StepPlan, counter_dtype, is_counter
 from .settings import DEFAULTS, LOST, Settings, own_settings
 from .sharding import aligned_gradients, local
@@ -341,11 +342,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What a new state is filled with."""
         return 0.0
 
-    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
-        """P P^T = 1 / (sqrt(scale v) + eps) as the last step left it: v, or the name of its state, scale and eps; v is None where
-        P is the identity, as for every rule without a second moment.
-        """
-        return None, 1.0, 0.0
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        """P P^T of a parameter; None where no step has made it yet."""
+        return Metric(why_not="it does not say what it multiplies a gradient with")
 
     def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
         """How much of the second moment a step keeps."""

@@ -142,6 +142,11 @@ class Rotation:
     ) -> None:
         self.shape, self.flat, self.pair, self.kronecker = p.shape, flat, pair, kronecker
 
+    @property
+    def is_identity(self) -> bool:
+        """True where nothing is rotated, or not yet."""
+        return self.flat is None and self.pair is None and (self.kronecker is None or not self.kronecker.ready)
+
     def matrix(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Dimension 0 by all others, in a dtype at least as wide."""
         return as_matrix(t.detach().to(torch.promote_types(t.dtype, dtype)))
@@ -162,7 +167,7 @@ class Rotation:
             left, right = (u.to(t) for u in self.pair)
             m = t.reshape(left.shape[0], -1)
             return (left @ m @ right.mT if back else left.mT @ m @ right).view(self.shape)
-        if self.kronecker is None or not self.kronecker.ready:
+        if self.kronecker is None or self.is_identity:
             return t
         turn = self.kronecker.rotate_back if back else self.kronecker.rotate
         return turn(as_matrix(t)).view(self.shape)

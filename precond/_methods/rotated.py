@@ -51,6 +51,11 @@ class Rotated(MultiPass):
         """The basis that a group gives a parameter; the identity for a vector without one."""
         return rotation_of(name, p, group.get("basis", "kronecker"), self.state[p], group[self._basis_options[2]])
 
+    def _basis_of_metric(self, p: Tensor, group: dict[str, Any]) -> Rotation | None:
+        """The basis of a parameter that has one by now."""
+        basis = self._basis("a parameter", p, group) if self._rotates(group) else None
+        return None if basis is None or basis.is_identity else basis
+
     def _for_factors(self, p: Tensor, g: Tensor) -> Tensor:
         """A gradient in the dtype that factors are computed in, but for halves, which are widened."""
         return g
@@ -66,7 +71,7 @@ class Rotated(MultiPass):
 
     # What a subclass adds to the step.
 
-    def _before(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> bool:
+    def _before(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> bool:
         """Called before a parameter's states are made and its gradient is rotated; False: the step is over for it."""
         return True
 
@@ -117,7 +122,7 @@ class Rotated(MultiPass):
         has_l1 = float(group.get("l1_decay", 0.0)) != 0.0
         moving, jobs, before = [], [], []
         for p, g, basis in work:
-            if not self._before(p, g, basis, group):
+            if not self._before(p, g, basis, group, row):
                 continue
             self._init_state(p, group, row.rule)
             # L1 decays the coordinates of the parameter itself; else the buffer holds the direction alone.

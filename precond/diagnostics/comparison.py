@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .operators import hessian_operator
-from .preconditioner import Preconditioner, preconditioner_of
+from .preconditioner import Preconditioner
 from .spectra import Spectrum, spectrum_of
 
 
@@ -80,14 +80,14 @@ def report(
 
     Args:
         loss: as for :func:`hessian_operator`.
-        optimizer: as for :func:`preconditioner_of`; its parameters that require a gradient are p.
+        optimizer: with a preconditioner, diagonal or in a basis; its parameters that require a gradient are p.
         nonzero, rtol, tol: as for :func:`condition_number`.
 
     Returns:
         The spectra of "identity" and of the optimizer, by the name of its class: :func:`compare`.
 
     Raises:
-        as :func:`preconditioner_of`, :func:`hessian_operator` and :func:`condition_number`.
+        as :func:`hessian_operator` and :func:`condition_number`.
 
     Source: METHODS A.1.
 
@@ -106,5 +106,5 @@ def report(
         Adam       1.000e+00   1.000e+00   1.000e+00
     """
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    rows = {"identity": None, type(optimizer).__name__: preconditioner_of(optimizer)}
+    rows: dict[str, Preconditioner] = {"identity": None, type(optimizer).__name__: optimizer}
     return compare(loss, params, rows, nonzero=nonzero, rtol=rtol, tol=tol)

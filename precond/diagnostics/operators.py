@@ -26,14 +26,15 @@ def hessian_operator(
         params: the tensors that p consists of, requiring a gradient: n elements in all. float64 where eigenvalues shall have more
             than about six digits.
         preconditioner: None (default) is the identity. A sequence with a tensor per parameter, or a mapping from parameters to
-            them, is a diagonal P. An optimizer stands for :func:`preconditioner_of` it. A pair of functions, P and its transpose,
-            each from a list of tensors to one, is any P: a method that mixes coordinates.
+            them, is a diagonal P. An optimizer stands for the P that its last step left: :func:`preconditioner_of`, or U times
+            that for SOAP and GaussNewton in a basis U. A pair of functions, P and its transpose, each from a list of tensors to
+            one, is any P.
 
     Returns:
         A symmetric operator (n, n) in float64, over the elements of params in order.
 
     Raises:
-        TypeError: loss is no scalar, or a preconditioner of another kind.
+        TypeError: loss is no scalar, a preconditioner of another kind, or an optimizer that has none (Lion, Muon, DualDescent).
         ValueError: complex parameters, or a preconditioner that does not fit or is not finite.
         ImportError: scipy is missing: ``pip install 'precond[diagnostics]'``.
 

@@ -141,10 +141,10 @@ class SOAP(Rotated):
 
     def _eps(self, group: dict[str, Any], basis: Rotation | None) -> float | Tensor:
         """What is added to the uncorrected root, from the gradients before a step."""
-        eps: float = group["eps"]
-        if basis is None or basis.kronecker is None or not group["relative_eps"] > 0.0:
+        eps, relative = float(group["eps"]), float(group["relative_eps"])
+        if basis is None or basis.kronecker is None or not relative > 0.0:
             return eps
-        return basis.kronecker.mean_square_norm().double().sqrt() * group["relative_eps"] + eps
+        return basis.kronecker.mean_square_norm().double().sqrt() * relative + eps
 
     def _plain_hyper(self, row: Row) -> dict[str, float | Tensor]:
         """The published order: the decay takes the new weight."""

@@ -4,15 +4,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .sharding import like
-
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
 
 
 class Basis(Protocol):
@@ -40,12 +37,23 @@ class Metric(NamedTuple):
     why_not: str = ""
 
 
-def steps_of(optimizer: FusedOptimizer, p: Tensor) -> float:
+class Stateful(Protocol):
+    """An optimizer, as far as its metric reads it."""
+
+    @property
+    def state(self) -> Any:
+        """The states of each parameter."""
+
+    def _values(self, p: Tensor, group: dict[str, Any], name: str) -> Tensor:
+        """What a state stands for, as plain numbers of the local tensor."""
+
+
+def steps_of(optimizer: Stateful, p: Tensor) -> float:
     """How many steps a parameter has taken."""
     return float(optimizer.state[p].get("step", 0)) if p in optimizer.state else 0.0
 
 
-def stored(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any], name: str) -> Tensor:
+def stored(optimizer: Stateful, p: Tensor, group: dict[str, Any], name: str) -> Tensor:
     """A state that a parameter has: itself, or decoded where it consists of codes."""
     state = optimizer.state[p]
     if f"{name}_scale" in state:

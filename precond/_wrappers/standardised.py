@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -62,6 +63,31 @@ class Coordinates:
         if self.bias is not None:
             moved = (self.bias - z[self.bias]) / math.sqrt(self.q2) - _row_sums(step, mean)
             self.bias.copy_(p[self.bias] + moved)
+
+
+def step_in_z(
+    layers: list[Coordinates], decays: dict[Tensor, float], step: Callable[[dict[Tensor, Tensor]], None]
+) -> None:
+    """Let an optimizer step on z with P^T g, by a function that is given the gradients, and move p by P (z_new - z)."""
+    p = {q: q.clone() for layer in layers for q in layer.params()}
+    z, gradients = {}, {}
+    for layer in layers:
+        values = layer.z()
+        # A penalty on p: what the optimizer adds of z itself is taken off.
+        given = {q: q.grad.add(q, alpha=decays.get(q, 0.0)) for q in layer.params() if q.grad is not None}
+        for q, g in layer.z_gradients(given).items():
+            gradients[q] = g.sub_(values[q], alpha=decays.get(q, 0.0))
+        z.update(values)
+    try:
+        for q, value in z.items():
+            q.copy_(value)
+        step(gradients)
+    except BaseException:
+        for q, value in p.items():
+            q.copy_(value)
+        raise
+    for layer in layers:
+        layer.move({q: p[q] for q in layer.params()}, {q: z[q] for q in layer.params()})
 
 
 def precondition_gradients(

@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 
 class BNP(Wrapper):
-    r"""Batch normalisation preconditioning: the gradients of a layer as if its inputs were standardised. For any optimizer.
+    r"""Batch normalisation preconditioning: gives any optimizer gradients as if the inputs of each layer were standardised.
 
-    For a layer with m inputs, of running mean mu and variance var, and N rows in the batch:
+    For a layer with m inputs of running mean mu and variance var, and a batch of N rows:
 
     .. math::
         s_j^2 = \mathrm{var}_j + \epsilon_1 \max_k \mathrm{var}_k + \epsilon_2, \qquad q^2 = \max(m / N, 1)
@@ -31,37 +31,39 @@ class BNP(Wrapper):
         \hat g_{b,i} = \frac{g_{b,i}}{q^2} - \sum_j \hat g_{W,ij}\, \mu_j
 
     This is P P^T g, with P the map from the parameters z of standardised inputs, z_W = q s W and z_b = q (b + W mu), to (W, b).
-    The model computes what it did: hooks read the inputs of its layers, and the step transforms gradients. Layers are nn.Linear,
-    with any leading dimensions, and nn.Conv1d, nn.Conv2d and nn.Conv3d, where mu and var belong to an input channel, m counts
-    channels of a group times taps, and N positions of the output. Without a bias that ``base`` updates there is nothing to centre
-    with: only the division is left. Every other parameter, and a layer that was never seen in training, takes base's plain step.
+    The model's outputs do not change: hooks read the inputs of its layers, and the step transforms gradients. Layers are
+    nn.Linear, with any leading dimensions, and nn.Conv1d, nn.Conv2d and nn.Conv3d. For a convolution mu and var are per input
+    channel, m is the channels of a group times the taps, and N is the number of output positions. A layer without a bias that
+    ``base`` updates cannot be centred; it is only scaled. All other parameters, and layers that were never seen in training,
+    take the plain step of ``base``.
 
-    Inputs count where the layer is in training mode and gradients are on. All that came since the last step are pooled, as if
-    they were one batch. A channel whose moments are not finite keeps those it had.
+    Inputs count when the layer is in training mode and gradients are enabled. All inputs since the last step are pooled as one
+    batch. A channel whose moments are not finite keeps its previous ones.
 
     Args:
-        module: the model, an nn.Module. Layers whose weight is in a group of ``base`` are preconditioned; float32, float64,
-            bfloat16 and float16. Left alone are transposed convolutions and subclasses with a forward of their own.
+        module: the model, an nn.Module. Its layers whose weight is in a group of ``base`` are preconditioned, in float32,
+            float64, bfloat16 and float16. Transposed convolutions, and subclasses that define ``forward``, are not.
         base: any ``torch.optim.Optimizer`` that steps without a closure. Its ``param_groups`` are those of this one.
-        stat_momentum: rho in [0, 1], of the running mean and variance (default 0.99; 1 freezes them).
+        stat_momentum: rho in [0, 1], decay rate of the running mean and variance (default 0.99; 1 freezes them).
         eps1: epsilon_1 >= 0, relative to the largest variance of the layer (default 1e-2).
         eps2: epsilon_2 > 0, absolute (default 1e-4).
-        compose: "gradient" (default): ``base`` gets (g_W, g_b) transformed, P P^T g. "direction": ``base`` steps in z, on the
-            gradient P^T g. For SGD without momentum both are the same; Adam undoes every scaling of its input, and of the first
-            it keeps only the centring. Directions need float32 or float64 parameters, and three copies of them during a step.
-        process_group: ``torch.distributed`` processes that train replicas (DDP): their statistics are pooled, or else the
-            replicas drift apart. None (default): one process. Neither copied nor pickled.
+        compose: "gradient" (default) gives ``base`` the transformed gradient P P^T g. "direction" lets ``base`` step in z, on the
+            gradient P^T g. For SGD without momentum both are the same. Adam undoes any scaling of its input, so with "gradient"
+            only the centring has an effect on it. "direction" needs float32 or float64 parameters, and three copies of them
+            during a step.
+        process_group: the ``torch.distributed`` processes that train replicas (DDP). Their statistics are pooled; without that
+            the replicas drift apart. None (default): one process. Neither copied nor pickled.
 
     Raises:
         TypeError: ``module`` or ``base`` is something else.
-        ValueError: an argument is out of range, no layer is there, one is lazy or sharded, or two layers share a weight and have
-            different numbers of input channels.
+        ValueError: an argument is out of range, the module has no such layer, a layer is lazy or sharded, or layers that share a
+            weight differ in their numbers of input channels.
 
-    State: ``mean`` (init 0), ``var`` (init 1) and ``rows``, N of the last step, per weight, in ``own``; in a checkpoint they are
-    beside the states of ``base`` as "bnp_mean", ...
+    State: per weight, in ``own``: ``mean`` (starts at 0), ``var`` (starts at 1) and ``rows``, the N of the last step. A
+    checkpoint has them among the states of ``base`` as "bnp_mean", "bnp_var" and "bnp_rows".
 
-    Source: Lange, Helfrich, Ye 2022, JMLR 23(72). Its constants and q for convolutions are recalled, not quoted: they are
-    arguments, or stand in METHODS A.3; "direction" is derived there (A.3.5).
+    Source: Lange, Helfrich, Ye 2022, JMLR 23(72). The constants, and q for convolutions, are recalled from it, not
+    quoted: METHODS A.3, which also derives "direction" (A.3.5).
 
     Example:
         >>> import torch, precond

@@ -22,52 +22,52 @@ CURVATURES = ("gnb", "hutchinson", "gradient")
 
 
 class GaussNewton(Rotated):
-    r"""A diagonal Gauss-Newton preconditioner to the power -1 or -1/2, in the coordinates or in a basis.
+    r"""Preconditions by the diagonal of the Gauss-Newton matrix, in the parameters' own coordinates or in a basis.
 
     .. math::
         m_t = \beta_1 m_{t-1} + (1-\beta_1)\,U^T g_t, \qquad
         u = \mathrm{clamp}\Big(\frac{m_t / (1-\beta_1^t)}{(h + \epsilon)^{-\mathrm{power}}}, \pm c\Big), \qquad
         p_t = p_{t-1} - \gamma\,(U u + \lambda\, p_{t-1})
 
-    h is a running mean of the diagonal of U^T G U, G the Gauss-Newton matrix: estimated now and then by the training loop, which
-    then calls :meth:`update_curvature`, or with ``curvature="gradient"`` of squared gradients at every step, which is Adam with
-    its eps inside the root for the power -1/2. A negative h counts as 0. Without a basis a step is one pass; with one, a matrix
-    is rotated before the pass and the result after it.
+    h is a running mean of the diagonal of U^T G U, where G is the Gauss-Newton matrix. The training loop estimates that diagonal
+    every few steps and calls :meth:`update_curvature`. With ``curvature="gradient"`` the step itself averages squared gradients;
+    for the power -1/2 this is Adam with eps inside the root. A negative h counts as 0. Without a basis a step is one pass. With
+    one, each gradient is rotated before the pass and the result is rotated back.
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. All options may differ between groups.
         lr: learning rate gamma >= 0, a float or a tensor of one element (default 1e-3).
-        betas: of the mean of gradients and of that of the curvature, each in [0, 1) (default (0.9, 0.99)).
-        eps: >= 0, added to the curvature before the power (default 1e-8).
+        betas: decay rates of the means of gradients and of curvature, each in [0, 1) (default (0.9, 0.99)).
+        eps: >= 0, added to the curvature before the power is taken (default 1e-8).
         power: -1 or -0.5 (default -1).
-        clip: c > 0, bounds every coordinate of u, so that those without curvature descend by their sign (default None: none).
-        curvature: "gnb" (default): ``update_curvature`` squares a gradient that was taken on labels sampled from the model;
-            "hutchinson": it is given estimates; "gradient": squares of the gradients themselves.
-        basis: "identity" (default); "kronecker": eigenvectors of means of G G^T and G^T G per matrix, of the gradients that feed
-            the curvature, with "hutchinson" of each step's; an orthogonal matrix (n, n): every parameter must have n elements; a
-            pair (m, m), (n, n): U = L (x) R, for matrices.
-        basis_beta: of the means behind "kronecker", in [0, 1) (default None: betas[1]).
-        basis_frequency: the basis is refreshed after so many steps or updates (default 10).
-        max_size: larger matrices are cut into blocks with a basis each (default 8192).
+        clip: c > 0 bounds each coordinate of u, so that coordinates without curvature move by sign (default None: no bound).
+        curvature: "gnb" (default): ``update_curvature`` squares the gradient of a loss on labels sampled from the model;
+            "hutchinson": ``update_curvature`` is given estimates; "gradient": each step squares its own gradient.
+        basis: "identity" (default). "kronecker": per matrix, the eigenvectors of running means of G G^T and G^T G, over the
+            gradients that feed the curvature, or with "hutchinson" over those of the steps. An orthogonal matrix (n, n): every
+            parameter must have n elements. A pair (m, m), (n, n): U = L (x) R, for m x n matrices.
+        basis_beta: decay rate of the means behind "kronecker", in [0, 1) (default None: betas[1]).
+        basis_frequency: steps, or curvature updates, between refreshes of the basis (default 10).
+        max_size: matrices with a longer side are cut into blocks with a basis each (default 8192).
         weight_decay: lambda >= 0, intrinsic L2, decoupled (default 0).
         maximize: ascend instead of descend (default False).
         foreach: accepted and ignored.
-        differentiable: without a basis, autograd sees the step, which runs on the reference backend (default False).
-        fused: without a basis, True lets ``torch.amp.GradScaler`` leave unscaling to the step.
+        differentiable: autograd records the step, which then runs on the reference backend; not with a basis (default False).
+        fused: True makes ``torch.amp.GradScaler`` leave unscaling to the step; not with a basis.
         l1_decay, l1_form, l1_cap: intrinsic L1 in the coordinates of the basis, as for :class:`precond.AdamW`.
-        state_format: as for :class:`precond.AdamW`, not "int8" or "int4" with a basis; curvature that ``update_curvature``
-            feeds is float32 where codes are asked for.
+        state_format: as for :class:`precond.AdamW`, but with a basis not "int8" or "int4". Without one, these two leave curvature
+            that ``update_curvature`` feeds in float32.
         weight_format: as for :class:`precond.AdamW`.
-        **settings: ``backend``, without a basis also ``max_grad_norm`` and the others: :class:`precond.Settings`.
+        **settings: :class:`precond.Settings`; with a basis only ``backend`` and ``seed``.
 
     Raises:
         ValueError: an argument is out of range or not one of its names.
-        RuntimeError: at the step: a curvature that was never updated, unless ``clip`` bounds the step; a basis that does not fit.
+        RuntimeError: at the step, if the curvature was never updated and no ``clip`` bounds the step, or a basis does not fit.
 
     State: ``step``, ``exp_avg`` and ``curvature`` (in the basis), ``curvature_step``; ``factor_...`` and ``basis_...`` of blocks.
 
-    Source: Liu et al., arXiv 2510.13680 (idea and estimators; order, damping and defaults are this project's, METHODS C.2).
-    Vectors have no Kronecker basis here.
+    Source: Liu et al., arXiv 2510.13680, for the idea and the estimators; order, damping and defaults are this project's (METHODS
+    C.2). Vectors have no Kronecker basis here.
 
     Example:
         >>> import torch, precond
@@ -86,7 +86,7 @@ class GaussNewton(Rotated):
     _basis_options = ("basis_beta", "basis_frequency", "max_size")
     _why_not_one_pass = "with a basis"
     _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS, "l1_cap": 10.0}
-    #: False: both means start at 0 and are not corrected for it.
+    #: False: the means start at 0 without bias correction.
     _corrected: ClassVar[bool] = True
 
     def __init__(
@@ -138,7 +138,7 @@ class GaussNewton(Rotated):
         return not (isinstance(group["basis"], str) and group["basis"] == "identity")
 
     def _curvature_scale(self, group: dict[str, Any]) -> float:
-        """What the curvature is multiplied with in a step."""
+        """The factor of the curvature in a step."""
         return 1.0
 
     def _row(self, group: dict[str, Any]) -> Row:
@@ -162,7 +162,7 @@ class GaussNewton(Rotated):
 
     def _format_of_state(self, name: str, group: dict[str, Any]) -> Any:
         asked = super()._format_of_state(name, group)
-        # A mean that moves every few steps by a hundredth is not for a few bits.
+        # Codes of 8 bits lose a change of a hundredth, which is all that an update every few steps makes.
         coded = name == "curvature" and group["curvature"] != "gradient" and asked in ("int8", torch.int8, "int4")
         return "fp32" if coded else asked
 
@@ -186,31 +186,31 @@ class GaussNewton(Rotated):
         super()._update()
 
     def _before(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> bool:
-        """A basis is of the gradients that feed the curvature; where that has estimates of its own, of those of the steps."""
+        """Feed the basis, unless ``update_curvature`` does: it feeds the gradients that it squares."""
         if group["curvature"] != "gnb":
             self._feed(p, g, basis, group)
         return True
 
     @torch.no_grad()
     def update_curvature(self, batch_size: float = 1.0, estimates: Sequence[Tensor | None] | None = None) -> None:
-        r"""Fold an estimate of the Gauss-Newton diagonal into the curvature.
+        r"""Averages a new estimate of the Gauss-Newton diagonal into the curvature.
 
         .. math:: h = h + \frac{1 - \beta_2}{1 - \beta_2^n}\,(\hat h_n - h), \qquad \hat h = B\,(U^T \hat g)^2
 
         Args:
-            batch_size: B, the number of samples behind the present ``.grad``: the gradient of their mean loss on labels that were
-                drawn from the model (default 1). :mod:`precond.curvature` draws them.
-            estimates: instead of gradients, of every parameter in the order of the groups: estimates of its diagonal, in the
-                coordinates of its basis, or None for one that has none. A Kronecker basis is there after the first step, with
-                "gnb" after the first update from gradients.
+            batch_size: B, the number of samples behind the present ``.grad``, which must be the gradient of their mean loss on
+                labels drawn from the model (default 1). :mod:`precond.curvature` draws such labels.
+            estimates: used instead of ``.grad``: one estimate of the diagonal per parameter, in the order of the groups and in
+                the coordinates of the basis, or None to leave a parameter as it is. A Kronecker basis exists after the first
+                step, with "gnb" after the first update from gradients.
 
         Raises:
-            RuntimeError: with curvature="gradient", which has nothing to fold; "hutchinson" without estimates; an estimate of
-                another shape, or in a basis that is not there yet.
-            ValueError: not one estimate per parameter.
+            RuntimeError: ``curvature`` is "gradient"; it is "hutchinson" and there are no estimates; an estimate has another
+                shape than its parameter, or its basis does not exist yet.
+            ValueError: the number of estimates is not that of the parameters.
 
-        Source: Liu et al., arXiv 2306.14342 (the estimator); the correction, which makes h a mean from the first on, is this
-        project's.
+        Source: Liu et al., arXiv 2305.14342 (the estimator). The bias correction, which makes h a mean from the first update on,
+        is this project's.
 
         Example:
             >>> import torch, precond

@@ -19,46 +19,48 @@ from ._methods.rotated import Rotated
 
 
 class SOAP(Rotated):
-    r"""SOAP: Adam on the rotated gradient of a matrix, its basis the eigenvectors of running means of G G^T and G^T G.
+    r"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner, the running means of G G^T and G^T G.
 
     .. math::
         G' = Q_L^T G\, Q_R, \qquad m = \beta_1 m + (1-\beta_1) G', \quad v = \beta_2 v + (1-\beta_2) G'^2, \qquad
         W = (1-\gamma\lambda)\Big(W - \gamma\frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\,
         Q_L \frac{m}{\sqrt{v} + \epsilon + \epsilon_r\,\lVert G \rVert} Q_R^T\Big)
 
-    The first step of a matrix only builds its bases. Every ``precondition_frequency`` steps they take a step of QR, after the
-    update; m is then expressed in the new basis and v is not, but for the order of its columns. Rotations are matrix products,
-    Adam and the step are one fused pass each.
+    The first step of a matrix only builds its bases and moves nothing. Every ``precondition_frequency`` steps, after the update,
+    one step of QR refreshes them: m is transformed to the new basis, while v only has its columns reordered. Rotations are
+    matrix products; Adam and the step are one fused pass each.
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. A tensor of more dimensions is a matrix of
             dimension 0 by all others; vectors get Adam from the first step on. float64 runs on the reference backend.
         lr: learning rate gamma >= 0, a float or a tensor of one element (default 3e-3).
-        betas: of the moments, each in [0, 1) (default (0.95, 0.95)).
-        shampoo_beta: of the means behind the bases, in [0, 1); None or -1: betas[1] (default None).
-        eps: >= 0, as published: beside the root before its correction (default 1e-8).
-        relative_eps: >= 0, times the gradient's Frobenius norm (rms over steps; default 3e-6). A gradient of deficient rank
-            leaves coordinates with nothing but rounding errors in them, which a tiny eps alone divides by themselves: weights
-            drift there. The errors of rotations in float32 grow with that norm: at 3e-6 weights drift by a quarter of what a
-            gradient of rank 1 moves them, at 1e-4 of its entries' rms by 2.5 times as much for 512 x 512. 0 for float64.
+        betas: decay rates of the moments, each in [0, 1) (default (0.95, 0.95)).
+        shampoo_beta: decay rate of the means behind the bases, in [0, 1); None (default) or -1 takes betas[1].
+        eps: >= 0, added to the root of v before the bias correction, as published (default 1e-8).
+        relative_eps: >= 0, added likewise after multiplication with the rms of the gradients' Frobenius norms (default 3e-6). A
+            rank-deficient gradient leaves coordinates that hold only rounding errors. A tiny eps alone would normalise these to
+            full steps, and the weights would drift. Rotations in float32 make errors in proportion to the norm: at 3e-6 the
+            drift is a quarter of what a gradient of rank 1 moves; 1e-4 times the rms of its entries instead leaves 2.5 times
+            as much, for 512 x 512. Use 0 for float64.
         weight_decay: lambda >= 0, decoupled (default 0.01).
         precondition_frequency: steps between refreshes of the bases (default 10).
-        max_precond_dim: matrices with a longer side are cut into blocks, each with bases of its own (default 10000).
+        max_precond_dim: matrices with a longer side are cut into blocks, each with its own bases (default 10000).
         maximize: ascend instead of descend (default False).
-        l1_decay, l1_form, l1_cap: intrinsic L1 with P = Q diag(den^-1/2), so in the eigenbasis: as for :class:`precond.AdamW`,
-            whose order the weight decay then has.
-        state_format: as for :class:`precond.AdamW`, but for "int8" and "int4".
+        l1_decay, l1_form, l1_cap: intrinsic L1 in the eigenbasis, with P = Q diag(den^-1/2); otherwise as for
+            :class:`precond.AdamW`. With it the weight decay is applied in AdamW's order too.
+        state_format: as for :class:`precond.AdamW`, except "int8" and "int4".
         weight_format: as for :class:`precond.AdamW`.
         **settings: ``backend`` and ``seed``: :class:`precond.Settings`.
 
     Raises:
         ValueError: an argument is out of range.
-        RuntimeError: at the step, for a sparse gradient, a sharded or complex matrix, or clipping: torch has functions for it.
+        RuntimeError: at the step, for a sparse gradient, a sharded or complex matrix, or a setting that clips: clip with torch's
+            functions before the step.
 
     State: ``step``, ``exp_avg``, ``exp_avg_sq`` (in the basis), ``basis_step``; ``factor_...`` and ``basis_...`` of blocks.
 
-    Source: Vyas et al., arXiv 2409.11321, in the order of the published code (METHODS C.6); relative_eps and blocks are this
-    project's, and m is kept in the basis.
+    Source: Vyas et al., arXiv 2409.11321, in the order of the published code (METHODS C.6). relative_eps and blocks are this
+    project's, as is that m is kept in the basis.
 
     Example:
         >>> import torch, precond
@@ -135,12 +137,12 @@ class SOAP(Rotated):
         self._feed(p, g, basis, group)
 
     def _hyper_in_basis(self, p: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> dict[str, float | Tensor]:
-        """The rule's eps stands beside the corrected root: so published eps, and the relative one, are divided as the root is."""
+        """The rule adds eps to the corrected root, the published order to the uncorrected one: eps is divided as the root is."""
         correction = 1.0 - float(group["betas"][1]) ** (float(self.state[p]["step"]) + 1.0)
         return {**row.hyper, "eps": number(self._eps(group, basis) / correction**0.5)}
 
     def _eps(self, group: dict[str, Any], basis: Rotation | None) -> float | Tensor:
-        """What is added to the uncorrected root, from the gradients before a step."""
+        """What is added to the uncorrected root, from the gradients before the step."""
         eps, relative = float(group["eps"]), float(group["relative_eps"])
         if basis is None or basis.kronecker is None or not relative > 0.0:
             return eps

@@ -1,4 +1,4 @@
-"""The inputs of layers: hooks that see them, and their moments, pooled from step to step."""
+"""The inputs of layers: hooks that see them, and their moments, pooled between steps and over processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHUNK = 1 << 17
 
 @dataclasses.dataclass
 class Inputs:
-    """What a layer has seen since the last step: rows of outputs, and the moments of ``count`` values of every channel."""
+    """What a layer has seen since the last step: the rows of its outputs, and the moments of ``count`` values per channel."""
 
     rows: int
     count: int
@@ -36,8 +36,8 @@ class Inputs:
 
 
 class Observer:
-    """A forward hook that hands what a layer sees in training to a method, as long as the method's object lives. A copy of the
-    layer gets one that does nothing.
+    """A forward hook that passes what a layer sees in training to a method, as long as the method's object lives. The hook of a
+    copied layer does nothing.
     """
 
     def __init__(self, method: Callable[[nn.Module, Tensor, Tensor], None] | None) -> None:
@@ -53,7 +53,7 @@ class Observer:
 
 
 def statistics_dtype(weight: Tensor) -> torch.dtype:
-    """What the moments of a layer's inputs are kept in."""
+    """The dtype of the moments of a layer's inputs."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
@@ -79,7 +79,8 @@ def moments(x: Tensor, dim: int, dtype: torch.dtype) -> tuple[int, Tensor, Tenso
 
 def add_seen(pending: dict[Tensor, Inputs], weight: Tensor, x: Tensor, output: Tensor) -> None:
     """Pool the inputs of one forward with what was seen since the last step."""
-    # In a backward a checkpoint runs its layers again. It counts where the first run had no gradients, and did not.
+    # Activation checkpointing runs a layer again during the backward. That run counts only if the first one had gradients
+    # disabled and therefore did not.
     recomputed = torch._C._current_graph_task_id() != -1
     known = pending.get(weight)
     if x.numel() == 0 or (recomputed and known is not None and not known.recomputed):

@@ -20,7 +20,7 @@ class Layer:
 
 
 def plain_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers that do with their weight what torch's classes do."""
+    """The dense layers and convolutions whose forward is that of torch's class."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             plain = type(layer).forward is nn.Linear.forward
@@ -58,7 +58,7 @@ def layers_of(module: nn.Module, params: Iterable[Tensor], *, in_z: bool) -> dic
             )
         if known.bias is not new.bias:
             known.bias = None
-    # Nor does a bias of several weights centre any.
+    # A bias that several weights share cannot centre any of them.
     users = [layer.bias for layer in found.values() if layer.bias is not None]
     for known in found.values():
         if known.bias is not None and sum(known.bias is other for other in users) > 1:

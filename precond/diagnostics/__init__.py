@@ -1,4 +1,4 @@
-"""What a preconditioner does to a loss: spectra and condition numbers of P^T H P, and of a layer's inputs however normalised.
+"""What a preconditioner does to a loss: spectra and condition numbers of P^T H P, and of the inputs of a layer.
 
 For experiments, not for training loops. scipy and matplotlib are imported when a function needs them.
 """

@@ -33,18 +33,18 @@ def compare(
     rtol: float = 1e-10,
     tol: float = 1e-6,
 ) -> Comparison:
-    """Both ends of the spectrum of P^T H P and their ratio, for several P.
+    """Compares the smallest and largest eigenvalue of P^T H P, and their ratio, for several P.
 
     Args:
         loss, params: as for :func:`hessian_operator`; a function is evaluated once.
-        preconditioners: names, and what :func:`hessian_operator` takes.
+        preconditioners: maps names to what :func:`hessian_operator` takes.
         nonzero, rtol, tol: as for :func:`condition_number`.
 
     Returns:
         A dictionary from names to ``Spectrum(smallest, largest, condition)``, which prints as a table.
 
     Raises:
-        as :func:`hessian_operator` and :func:`condition_number`.
+        As :func:`hessian_operator` and :func:`condition_number`.
 
     Source: METHODS A.1.
 
@@ -76,18 +76,18 @@ def report(
     rtol: float = 1e-10,
     tol: float = 1e-6,
 ) -> Comparison:
-    """What an optimizer's preconditioner does to the condition number of the loss where its parameters are now.
+    """Compares the spectrum of the Hessian with and without an optimizer's preconditioner, at the present parameters.
 
     Args:
         loss: as for :func:`hessian_operator`.
-        optimizer: with a preconditioner, diagonal or in a basis; its parameters that require a gradient are p.
+        optimizer: one that has a preconditioner, diagonal or in a basis. Its parameters that require a gradient are p.
         nonzero, rtol, tol: as for :func:`condition_number`.
 
     Returns:
-        The spectra of "identity" and of the optimizer, by the name of its class: :func:`compare`.
+        The spectra for "identity" and for the optimizer, under its class's name, as :func:`compare` returns them.
 
     Raises:
-        as :func:`hessian_operator` and :func:`condition_number`.
+        As :func:`hessian_operator` and :func:`condition_number`.
 
     Source: METHODS A.1.
 
@@ -106,5 +106,5 @@ def report(
         Adam       1.000e+00   1.000e+00   1.000e+00
     """
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    rows: dict[str, Preconditioner] = {"identity": None, type(optimizer).__name__: optimizer}
-    return compare(loss, params, rows, nonzero=nonzero, rtol=rtol, tol=tol)
+    named: dict[str, Preconditioner] = {"identity": None, type(optimizer).__name__: optimizer}
+    return compare(loss, params, named, nonzero=nonzero, rtol=rtol, tol=tol)

@@ -1,4 +1,4 @@
-"""Condition numbers of a layer's inputs, however they are normalised."""
+"""Condition numbers of the inputs of a layer, normalised in several ways."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Standardized(NamedTuple):
 
 
 def standardize(inputs: Tensor) -> Standardized:
-    """Inputs of mean 0 and variance 1 in each feature: what BNP makes of a layer's inputs without touching them.
+    """Standardizes inputs to mean 0 and variance 1 in each feature. BNP preconditions as if a layer had such inputs.
 
     Args:
-        inputs: (..., m), a feature per column, real; all other dimensions are samples.
+        inputs: (..., m), real, a feature per column; all other dimensions are samples.
 
     Returns:
-        ``Standardized(values, mean, scale)``, float32 for halves; test inputs take the same constants. A constant feature
-        becomes 0, with scale 1. The variance is the biased one.
+        ``Standardized(values, mean, scale)``, float32 for 16-bit inputs. Use the same constants for test inputs. A constant
+        feature becomes 0, with scale 1. The variance is the biased one.
 
     Raises:
-        ValueError: no sample.
+        ValueError: there is no sample.
 
     Source: METHODS A.3.2.
 
@@ -41,12 +41,12 @@ def standardize(inputs: Tensor) -> Standardized:
         >>> values.tolist(), mean.tolist(), scale.tolist()
         ([[-1.0, 0.0], [1.0, 0.0]], [2.0, 7.0], [1.0, 1.0])
     """
-    rows = _rows(inputs)
-    rows = rows.to(at_least_single(rows))
-    constant = (rows == rows[0]).all(0)  # its deviations from a rounded mean would be blown up
-    mean = torch.where(constant, rows[0], rows.mean(0))
-    scale = torch.where(constant, 1.0, rows.var(0, correction=0).sqrt())
-    return Standardized(((rows - mean) / scale).view(inputs.shape), mean, scale)
+    samples = _samples(inputs)
+    samples = samples.to(at_least_single(samples))
+    constant = (samples == samples[0]).all(0)  # its deviations from a rounded mean would be blown up
+    mean = torch.where(constant, samples[0], samples.mean(0))
+    scale = torch.where(constant, 1.0, samples.var(0, correction=0).sqrt())
+    return Standardized(((samples - mean) / scale).view(inputs.shape), mean, scale)
 
 
 def layer_conditions(
@@ -59,8 +59,8 @@ def layer_conditions(
 ) -> dict[str, float]:
     r"""Condition numbers of a dense layer's extended inputs, [1, inputs], as they are and normalised in several ways.
 
-    The Hessian of a mean loss with respect to one output's bias and weights is X^T S X, with X the extended inputs and S
-    diagonal, so kappa(H) <= kappa(X)^2 kappa(S). Small is good; 1 is best.
+    The Hessian of a mean loss with respect to the bias and the weights of one output is X^T S X, where X is the extended inputs
+    and S is diagonal, so kappa(H) <= kappa(X)^2 kappa(S). The best value is 1.
 
     ==============  ======================================================================================================
     "inputs"        as they are
@@ -72,19 +72,19 @@ def layer_conditions(
     ==============  ======================================================================================================
 
     Args:
-        inputs: (..., m), a feature per column; all other dimensions are samples, more than features to say something.
-        eps1, eps2: BNP's, >= 0 (defaults 1e-2 and 1e-4, as recalled from the paper). eps1 is relative to the largest
-            variance: features of less than 1 % of it stay small.
-        batch_size: of batch normalisation, >= 1; None (default): all samples are one batch.
-        eps: of batch and layer normalisation, >= 0 (default 1e-5, torch's).
+        inputs: (..., m), a feature per column; all other dimensions are samples, of which there should be more than features.
+        eps1, eps2: the constants of BNP, >= 0 (defaults 1e-2 and 1e-4, as recalled from the paper). eps1 is relative to the
+            largest variance: features with less than 1 % of it stay small.
+        batch_size: batch size of batch normalisation, >= 1; None (default): all samples are one batch.
+        eps: eps of batch and layer normalisation, >= 0 (default 1e-5, torch's).
 
     Returns:
-        The largest over the smallest nonzero singular value, computed in float64, for each name; nan where all are 0. Zero is
-        what is below numerical rank: layer normalisation always makes the columns sum to 0, and gradient descent does not move
-        along that direction.
+        For each name the ratio of the largest to the smallest nonzero singular value, computed in float64; nan if all are 0.
+        Values below the numerical rank count as 0: layer normalisation makes the columns sum to 0, and gradient descent does not
+        move along that direction.
 
     Raises:
-        ValueError: no sample, or an argument out of range.
+        ValueError: there is no sample, or an argument is out of range.
 
     Source: BNP (Lange, Helfrich, Ye, JMLR 23(72), 2022); METHODS A.3.
 
@@ -100,7 +100,7 @@ def layer_conditions(
             raise ValueError(f"{name} must be >= 0, got {value}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be None or >= 1, got {batch_size}")
-    x = _rows(inputs).detach().double()
+    x = _samples(inputs).detach().double()
     mean, var = x.mean(0), x.var(0, correction=0)
 
     def normalized(t: Tensor, dim: int) -> Tensor:
@@ -118,7 +118,7 @@ def layer_conditions(
     return {name: _kappa(t) for name, t in forms.items()}
 
 
-def _rows(inputs: Tensor) -> Tensor:
+def _samples(inputs: Tensor) -> Tensor:
     if inputs.ndim < 1 or inputs.numel() == 0 or not inputs.is_floating_point():
         raise ValueError(
             f"inputs must be real floats (..., m) with samples, got {tuple(inputs.shape)} of {inputs.dtype}"

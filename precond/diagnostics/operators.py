@@ -18,24 +18,24 @@ def hessian_operator(
 ) -> Any:
     r"""P^T H P as a ``scipy.sparse.linalg.LinearOperator``: the Hessian of the loss as a function of z, where p = P z.
 
-    H u is :func:`precond.curvature.hessian_product`, so nothing of H's size is stored. The graph of the gradient lives as long as
-    the operator; a function is evaluated once, so that dropout and batches do not change between products.
+    Products use :func:`precond.curvature.hessian_product`, so nothing of H's size is stored. The graph of the gradient lives as
+    long as the operator. A function is evaluated once, so that dropout and batches do not change between products.
 
     Args:
         loss: a scalar with its graph, or a function without arguments that returns one.
-        params: the tensors that p consists of, requiring a gradient: n elements in all. float64 where eigenvalues shall have more
-            than about six digits.
-        preconditioner: None (default) is the identity. A sequence with a tensor per parameter, or a mapping from parameters to
-            them, is a diagonal P. An optimizer stands for the P that its last step left: :func:`preconditioner_of`, or U times
-            that for SOAP and GaussNewton in a basis U. A pair of functions, P and its transpose, each from a list of tensors to
-            one, is any P.
+        params: the tensors that make up p, n elements in all, which require a gradient. Use float64 if you need more than about
+            six digits of an eigenvalue.
+        preconditioner: P. None (default) is the identity; a sequence with one tensor per parameter, or a mapping from parameters
+            to tensors, is a diagonal. An optimizer gives the P that its last step left: :func:`preconditioner_of`, or for SOAP
+            and GaussNewton in a basis U, U times such a diagonal. A pair of functions, P and its transpose, from a list of
+            tensors to a list of tensors, is any P.
 
     Returns:
         A symmetric operator (n, n) in float64, over the elements of params in order.
 
     Raises:
-        TypeError: loss is no scalar, a preconditioner of another kind, or an optimizer that has none (Lion, Muon, DualDescent).
-        ValueError: complex parameters, or a preconditioner that does not fit or is not finite.
+        TypeError: loss is not a scalar; preconditioner is of another kind, or an optimizer without one (Lion, Muon, DualDescent).
+        ValueError: a parameter is complex, or preconditioner does not fit or is not finite.
         ImportError: scipy is missing: ``pip install 'precond[diagnostics]'``.
 
     Source: Ye, arXiv 2410.00232; METHODS A.1.
@@ -61,7 +61,7 @@ def gauss_newton_operator(
     params: Iterable[Tensor],
     preconditioner: Preconditioner = None,
 ) -> Any:
-    """P^T G P as an operator, with G the Gauss-Newton matrix: positive semidefinite where the Hessian of a network is not.
+    """P^T G P as an operator, where G is the Gauss-Newton matrix. Unlike the Hessian of a network it is positive semidefinite.
 
     Args:
         outputs, loss_fn: as for :func:`precond.curvature.gauss_newton_product`.

@@ -1,4 +1,4 @@
-"""Pictures of spectral densities."""
+"""Plots of spectral densities."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .spectra import Density
 
 
 def plot(densities: Density | Mapping[str, Density], path: str | PathLike[str], *, title: str = "") -> None:
-    """Draw spectral densities into a file, on a logarithmic scale.
+    """Plots spectral densities into a file, on a logarithmic scale.
 
     Args:
-        densities: what :func:`spectral_density` gave, or names and several of them.
-        path: of the file; its suffix says the format (png, pdf, svg).
-        title: above the picture (default none).
+        densities: a result of :func:`spectral_density`, or a mapping from names to several.
+        path: the file; its suffix sets the format (png, pdf, svg).
+        title: the title of the plot (default none).
 
     Raises:
         ImportError: matplotlib is missing: ``pip install 'precond[diagnostics]'``.
@@ -33,7 +33,7 @@ def plot(densities: Density | Mapping[str, Density], path: str | PathLike[str], 
     """
     figures = need("matplotlib.figure", "a plot")
     named = {"": densities} if isinstance(densities, Density) else densities
-    # Not pyplot: it keeps figures, and looks for a display.
+    # Not pyplot, which keeps figures and looks for a display.
     figure = figures.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     top = 1e-300

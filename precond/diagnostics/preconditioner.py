@@ -1,4 +1,4 @@
-"""P and its transpose as functions of lists of tensors, from whatever stands for a preconditioner."""
+"""P and its transpose, as functions of lists of tensors, of anything that is accepted as a preconditioner."""
 
 from __future__ import annotations
 
@@ -90,26 +90,26 @@ def _diagonal_maps(diagonals: Sequence[Tensor], metrics: Sequence[Metric], param
 
 
 def preconditioner_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
-    r"""The diagonal P in whose variables z = P^{-1} p an optimizer is gradient descent, as its last step left it.
+    r"""The diagonal P of an optimizer, as its last step left it: the optimizer is gradient descent in z = P^{-1} p.
 
     .. math::
         P = \mathrm{den}^{-1/2}, \qquad \mathrm{den} = \sqrt{v / (1 - \beta_2^t)} + \epsilon
         \;\text{(Adam)}, \quad \sqrt{s} + \epsilon \;\text{(Adagrad)}, \quad \sqrt{v} + \epsilon \;\text{(RMSprop)},
         \quad (h + \epsilon)^{-\mathrm{power}} \;\text{(GaussNewton)}
 
-    amsgrad takes the largest v, centered RMSprop the variance. Momentum is not part of P, nor are the bounds of GaussNewton and
-    Sophia. SGD has P = 1.
+    With amsgrad v is the largest one, with centered RMSprop the variance. Momentum is not part of P, nor is the clamp of
+    GaussNewton and Sophia. SGD has P = 1.
 
     Args:
         optimizer: one of precond with any ``state_format``, or Adam, AdamW, Adagrad, RMSprop or SGD of torch.
 
     Returns:
-        P, in float32 or wider, for every real parameter that has been stepped, or whose curvature has been updated; for SGD for
+        P, in float32 or wider, for each real parameter that has taken a step or whose curvature has been updated; for SGD, for
         all parameters.
 
     Raises:
-        TypeError: an optimizer whose step is not P P^T times a mean of gradients (Lion, Muon, DualDescent), or one with a basis:
-            its P is no diagonal, and every function here takes the optimizer itself.
+        TypeError: the step of the optimizer is not P P^T times a mean of gradients (Lion, Muon, DualDescent); or it has a basis,
+            so that P is not diagonal: pass the optimizer itself to the other functions.
 
     Source: Ye, arXiv 2410.00232; the table of METHODS A.1.
 

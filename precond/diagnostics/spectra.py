@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .._core.extras import need
 
-#: Up to this size all eigenvalues are computed, by n products: a Lanczos iteration needs 500 to 10,000 for the smallest one.
+#: Up to this size all eigenvalues are computed, by n products: a Lanczos iteration takes 500 to 10,000 for the smallest one.
 _SMALL = 1024
-#: Up to this size they are where there is no other way: 128 MiB.
+#: Up to this size all are computed where nothing else works: the matrix takes 128 MiB.
 _DENSE = 4096
 
 
@@ -41,7 +41,7 @@ class Density(NamedTuple):
 
 
 def dense(operator: Any) -> Tensor:
-    """The matrix of a symmetric operator, (n, n) in float64, by n products; symmetrised.
+    """The matrix of a symmetric operator, (n, n) in float64, by n products and symmetrised.
 
     Example:
         >>> import numpy as np
@@ -57,21 +57,23 @@ def dense(operator: Any) -> Tensor:
 
 
 def extreme_eigenvalues(operator: Any, k: int = 1, *, tol: float = 1e-6) -> Extremes:
-    """Eigenvalues at both ends of the spectrum: up to n = 1024 all are computed, above by ARPACK's restarted Lanczos iteration.
+    """The k smallest and the k largest eigenvalues.
+
+    Up to n = 1024 all eigenvalues are computed; above, ARPACK's restarted Lanczos iteration finds both ends.
 
     Args:
         operator: symmetric, (n, n), such as :func:`hessian_operator` gives.
         k: how many at each end, from 1 to n (default 1).
-        tol: of the iteration's residual, relative to each eigenvalue (default 1e-6; the eigenvalue's own error is of the order of
-            its square). Small eigenvalues that lie close together, relative to the largest, need thousands of products; where
-            100 restarts are not enough, all eigenvalues are computed up to n = 4096.
+        tol: bound of the iteration's residual, relative to each eigenvalue (default 1e-6; the error of the eigenvalue is about
+            the square of that). Small eigenvalues that are close together, relative to the largest, need thousands of products.
+            If 100 restarts are not enough, all eigenvalues are computed, up to n = 4096.
 
     Returns:
         ``Extremes(smallest, largest)``.
 
     Raises:
-        ValueError: k out of range.
-        RuntimeError: no convergence above n = 4096, ``scipy.sparse.linalg.ArpackNoConvergence``: raise tol.
+        ValueError: k is out of range.
+        RuntimeError: no convergence above n = 4096 (``scipy.sparse.linalg.ArpackNoConvergence``): raise tol.
         ImportError: scipy is missing: ``pip install 'precond[diagnostics]'``.
 
     Source: ``scipy.sparse.linalg.eigsh``; Lehoucq, Sorensen and Yang 1998.
@@ -109,23 +111,23 @@ def _dense_extremes(operator: Any, k: int) -> Extremes:
 
 
 def condition_number(operator: Any, *, nonzero: bool = False, rtol: float = 1e-10, tol: float = 1e-6) -> float:
-    r"""The largest over the smallest eigenvalue, which says how fast gradient descent can converge.
+    r"""The ratio kappa of the largest to the smallest eigenvalue, which says how fast gradient descent can converge.
 
-    With the best learning rate an error shrinks by (kappa - 1) / (kappa + 1) per step near a minimiser.
+    Near a minimiser, with the best learning rate, each step shrinks the error by a factor (kappa - 1) / (kappa + 1).
 
     Args:
         operator: symmetric, (n, n).
-        nonzero: take the smallest eigenvalue that is not 0 (default False). Where a loss does not depend on some direction, as
-            that of a normalised network, gradient descent does not move there. Needs all eigenvalues, so n <= 4096.
+        nonzero: divide by the smallest eigenvalue that is not 0 (default False). Gradient descent does not move along directions
+            on which the loss does not depend, such as those of a normalised network. Needs all eigenvalues, so n <= 4096.
         rtol: eigenvalues within rtol times the largest magnitude count as 0, with nonzero (default 1e-10: for float64; take 1e-5
             for float32).
         tol: of :func:`extreme_eigenvalues`.
 
     Returns:
-        kappa >= 1; inf where the operator is not positive definite (with nonzero: not semidefinite, or 0).
+        kappa >= 1; inf if the operator is not positive definite (with nonzero: not semidefinite, or 0).
 
     Raises:
-        ValueError: nonzero for a larger operator.
+        ValueError: nonzero with n > 4096.
         ImportError: scipy is missing: ``pip install 'precond[diagnostics]'``.
 
     Source: Polyak; the nonzero form is that of the BNP paper (Lange, Helfrich, Ye, JMLR 23(72), 2022) as METHODS A.3.2 has it.
@@ -170,23 +172,25 @@ def spectral_density(
         \phi(t) = \frac1n \sum_i N(t; \lambda_i, \sigma^2)
         \approx \frac1{\text{probes}} \sum_v \sum_j \tau_{vj}^2\, N(t; \theta_{vj}, \sigma^2)
 
-    with theta and tau the eigenvalues and the first elements of the eigenvectors of the tridiagonal matrix of a Lanczos iteration
-    from a random unit vector v. scipy offers no such iteration: ARPACK's is restarted for single eigenvalues and keeps no
-    weights. Ours is orthogonalised in full, twice, since lost orthogonality would count eigenvalues again.
+    where theta are the eigenvalues, and tau the first elements of the eigenvectors, of the tridiagonal matrix that a Lanczos
+    iteration makes from a random unit vector v. The iteration is orthogonalised in full, twice, because lost orthogonality would
+    count eigenvalues again. (scipy has none that serves: ARPACK's restarts for single eigenvalues and keeps no weights.)
 
     Args:
         operator: symmetric, (n, n).
-        probes: random vectors, >= 1 (default 8). Means over the density have a relative error of about 1 / sqrt(n probes).
-        steps: products per probe, >= 1 (default 64), and nodes; at most n are made. Memory: steps vectors of n float64.
+        probes: number of random vectors, >= 1 (default 8). Means over the density have a relative error of about
+            1 / sqrt(n probes).
+        steps: products, and nodes, per probe, >= 1 (default 64; at most n are made). Memory: ``steps`` vectors of n float64.
         sigma: width of the Gaussians, > 0; None (default) is 1 % of the range of the nodes.
-        points: of the grid, at least (default 1000); more where sigma needs them. The grid reaches 5 sigma beyond the nodes.
-        seed: of the probes (default 0).
+        points: lower bound of the number of grid points (default 1000); a small sigma takes more. The grid reaches 5 sigma beyond
+            the nodes.
+        seed: seed of the probes (default 0).
 
     Returns:
         ``Density(grid, density, nodes, weights)``; density integrates to 1 on the grid, by the trapezoidal rule.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
 
     Source: Ubaru, Chen and Saad 2017; Ghorbani, Krishnan and Xiao, arXiv 1901.10159.
 
@@ -235,7 +239,7 @@ def _quadrature(operator: Any, steps: int, generator: torch.Generator) -> tuple[
         for _ in range(2):
             w = w - basis.T @ (basis @ w)
         rest = w.norm()
-        # What is left of an invariant subspace is rounding.
+        # In an invariant subspace only rounding errors are left.
         if len(diagonal) == min(steps, n) or rest <= 1e-12 * size:
             break
         beside.append(rest)

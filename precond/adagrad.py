@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
 from ._core.metric import Metric, steps_of, stored
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.plan import Row
+from ._core.rows import Row
 from ._core.settings import Settings
 
 
@@ -31,15 +31,17 @@ class _SumOfSquares(FusedOptimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, settings: Settings) -> None:
         FusedOptimizer.__init__(self, params, defaults, settings=settings)
         # As torch: these states exist before the first step.
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._init_state(p, group, self._name)
+        states = self.states
+        for index, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"]):
+                states.ensure(f"parameter {position} of group {index}", p, group, self._row(group))
 
     def _row(self, group: dict[str, Any]) -> Row:
         rule = self._decayed(self._name, group)
         return Row(rule, -1.0 if group["maximize"] else 1.0, self._hyper(group, "lr_decay", "eps"))
 
-    def _initial(self, p: Tensor, group: dict[str, Any]) -> complex:
+    @classmethod
+    def _initial(cls, p: Tensor, group: dict[str, Any]) -> complex:
         value = group["initial_accumulator_value"]
         return complex(value, value) if p.is_complex() else value
 
@@ -48,7 +50,8 @@ class _SumOfSquares(FusedOptimizer):
             return None
         return Metric(stored(self, p, group, "sum"), eps=float(group["eps"]))
 
-    def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
+    @classmethod
+    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
         return 1.0
 
 
@@ -136,8 +139,8 @@ class AdagradW(_SumOfSquares):
     as s^(1/4).
 
     Args:
-        params, lr, lr_decay, initial_accumulator_value, eps, foreach, maximize, differentiable, fused, state_format, settings:
-            as for :class:`precond.Adagrad`.
+        params, lr, lr_decay, initial_accumulator_value, eps, foreach, maximize, differentiable: as for :class:`precond.Adagrad`.
+        fused, state_format, weight_format, settings: the same.
         weight_decay: intrinsic L2, lambda >= 0 (default 1e-2, as for AdamW).
         l1_decay: intrinsic L1, lambda_1 >= 0 (default 0: the plain rule, bit for bit).
         l1_form: "proximal" (exact zeros; default) or "subgradient" (subtracts the threshold times the sign of p).

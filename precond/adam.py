@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
 from ._core.metric import Metric, steps_of, stored
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.plan import Row
+from ._core.rows import Row
 from ._core.settings import Settings
 
 
@@ -136,7 +136,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         v = stored(self, p, group, "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
         return Metric(v, 1.0 / (1.0 - float(group["betas"][1]) ** step), float(group["eps"]))
 
-    def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
+    @classmethod
+    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
         beta2: float | Tensor = group["betas"][1]
         return beta2
 

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from ._core.arguments import L1_OPTIONS, arguments, number
 from ._core.metric import Metric, steps_of, stored, widened
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.plan import Row
+from ._core.rows import Row
 from ._core.settings import Settings
 from ._methods.kronecker import Rotation
 from ._methods.rotated import Rotated
@@ -160,20 +160,20 @@ class GaussNewton(Rotated):
         h = widened(stored(self, p, group, "curvature")).clamp(min=0) * scale + float(group["eps"])
         return Metric(h if group["power"] == -0.5 else h * h, basis=self._basis_of_metric(p, group))
 
-    def _format_of_state(self, name: str, group: dict[str, Any]) -> Any:
+    @classmethod
+    def _format_of_state(cls, name: str, group: dict[str, Any]) -> Any:
         asked = super()._format_of_state(name, group)
         # Codes of 8 bits lose a change of a hundredth, which is all that an update every few steps makes.
         coded = name == "curvature" and group["curvature"] != "gradient" and asked in ("int8", torch.int8, "int4")
         return "fp32" if coded else asked
 
-    def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
+    @classmethod
+    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
         return number(group["betas"][1])
 
-    def _init_state(self, p: Tensor, group: dict[str, Any], rule: str) -> bool:
-        fresh = super()._init_state(p, group, rule)
-        if group["curvature"] != "gradient":
-            self.state[p].setdefault("curvature_step", 0)
-        return fresh
+    @classmethod
+    def _numbers(cls, group: dict[str, Any]) -> dict[str, int]:
+        return {} if group["curvature"] == "gradient" else {"curvature_step": 0}
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
@@ -252,7 +252,7 @@ class GaussNewton(Rotated):
                         raise RuntimeError(
                             f"{first} must come before estimates of parameter {index}, to make their basis"
                         )
-                self._init_state(p, group, row.rule)
+                self._init_state(p, group, row)
                 h = state["curvature"]
                 wide = torch.promote_types(h.dtype, torch.float32)
                 new = given.to(wide) if estimates is not None else given.to(wide).square() * batch_size

@@ -114,15 +114,15 @@ class GradientRegularizer(Wrapper):
                     jobs.setdefault(rule, []).append(job)
         if not jobs:
             return
-        split = list(base._versions)
-        base._drop_stale_remainders(split)
+        split = base.states.remainders.watched()
+        base.states.begin(split)
         others = {p: p.grad for p in self._params() if p not in first}
         for p in self._params():
             p.grad = None  # else a closure could zero the first gradient in place
         for rule, of_rule in jobs.items():
             names = ("backup", "v") if rule == "perturb_adaptive" else ("backup",)
             if rule not in self._passes:
-                self._passes[rule] = Pass(rule, names, base._own["backend"], counts=False)
+                self._passes[rule] = Pass(rule, names, base.engine.settings["backend"], counts=False)
             self._passes[rule].run(of_rule)
         try:
             with torch.enable_grad():
@@ -131,7 +131,7 @@ class GradientRegularizer(Wrapper):
             for p in first:
                 p.copy_(self._backups[p])
             # p is what it was, so the remainder of a split weight still belongs to it.
-            base._note_versions(split)
+            base.states.end(split)
         for p, g in first.items():
             p.grad = g if p.grad is None else g.lerp(p.grad, self.rho / self.radius)
         for p, grad in others.items():

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
 from ._core.metric import Metric, steps_of, stored, widened
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.plan import Row
+from ._core.rows import Row
 from ._core.settings import Settings
 
 
@@ -48,7 +48,8 @@ class _MeanOfSquares(FusedOptimizer):
             v = (widened(v) - widened(stored(self, p, group, "grad_avg")).square()).clamp_(min=0)
         return Metric(v, eps=float(group["eps"]))
 
-    def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
+    @classmethod
+    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
         alpha: float = group["alpha"]
         return alpha
 
@@ -147,8 +148,9 @@ class RMSpropW(_MeanOfSquares):
     and thresholds are large: warm l1_decay up.
 
     Args:
-        params, lr, alpha, eps, momentum, centered, capturable, foreach, maximize, differentiable, fused, state_format, settings:
-            as for :class:`precond.RMSprop`.
+        params, lr, alpha, eps, momentum, centered, capturable, foreach, maximize, differentiable: as for
+            :class:`precond.RMSprop`.
+        fused, state_format, weight_format, settings: the same.
         weight_decay: intrinsic L2, lambda >= 0 (default 1e-2, as for AdamW).
         l1_decay: intrinsic L1, lambda_1 >= 0 (default 0: the plain rule, bit for bit).
         l1_form: "proximal" (exact zeros; default) or "subgradient" (subtracts the threshold times the sign of p).

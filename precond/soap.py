@@ -12,7 +12,7 @@ from ._core.arguments import L1_OPTIONS, arguments, check_nonnegative, number
 from ._core.metric import Metric, steps_of, stored
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.passes import plain_step
-from ._core.plan import Row
+from ._core.rows import Row
 from ._core.settings import Settings
 from ._methods.kronecker import Rotation
 from ._methods.rotated import Rotated
@@ -130,7 +130,7 @@ class SOAP(Rotated):
         if basis.kronecker is None or basis.kronecker.ready:
             return True
         self._feed(p, g, basis, group)
-        self._init_state(p, group, row.rule)
+        self._init_state(p, group, row)
         return False
 
     def _after(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> None:

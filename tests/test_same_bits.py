@@ -8,7 +8,7 @@ from cases import BACKEND, bits_equal, gradient, guarded, nasty_values, random_v
 from optimizers import ALL_RULES, BY_RULE, BY_STATES
 
 from precond import _C
-from precond._core import plan as _plan
+from precond._core import executors
 
 rows = pytest.mark.parametrize("row", ALL_RULES, ids=str)
 # For what depends on where operands lie and not on what a rule does with them.
@@ -31,7 +31,7 @@ def train(row, dtype, *, sizes=SIZES, steps=20, layout="contiguous", backend=BAC
             g = make(p.numel()) if make is nasty_values else make(p.shape)
             p.grad = g.to(g_dtype or dtype)
         optimizer.step()
-    return [t for p in params for t in (p.detach(), *optimizer._states(p, row.rule).values())]
+    return [t for p in params for t in (p.detach(), *optimizer.states.present(p, row.rule).values())]
 
 
 def assert_same(a, b):
@@ -77,7 +77,7 @@ def test_thread_counts_agree(row, dtype, threads, one_thread):
 @pytest.mark.parametrize("chunk", [1, 256, 1000, 1 << 20])
 def test_chunk_sizes_agree(row, chunk, monkeypatch):
     expected = train(row, torch.float32, sizes=LONG)
-    monkeypatch.setattr(_plan, "_CHUNK", chunk)
+    monkeypatch.setattr(executors, "_CHUNK", chunk)
     assert_same(train(row, torch.float32, sizes=LONG), expected)
 
 
@@ -98,7 +98,7 @@ def test_gradient_layouts_agree(row):
         for _ in range(3):
             p.grad = gradient(random_values(p.shape), layout, p)
             optimizer.step()
-        return [p.detach(), *optimizer._states(p, row.rule).values()]
+        return [p.detach(), *optimizer.states.present(p, row.rule).values()]
 
     for layout in ("transposed", "channels_last", "strided"):
         assert_same(step(layout), step("contiguous"))
@@ -137,7 +137,7 @@ def test_flushing_denormals_outside_does_not_change_the_update(row):
         finally:
             torch.set_flush_denormal(False)
         assert flushes == flush, "the caller's setting must survive the step"
-        return [p.detach(), *optimizer._states(p, row.rule).values()]
+        return [p.detach(), *optimizer.states.present(p, row.rule).values()]
 
     expected = step(False)
     assert any(((t.abs() < 1.1e-38) & (t != 0)).any() for t in (*expected, values))
@@ -216,41 +216,23 @@ def test_triton_takes_states_of_different_formats():
         for _ in range(3):
             p.grad = random_values((300,))
             optimizer.step()
-        results += [p.detach(), *optimizer._states(p, row.rule).values()]
+        results += [p.detach(), *optimizer.states.present(p, row.rule).values()]
     assert_same(results[:3], results[3:])
 
 
 @pytest.mark.parametrize("row", ALL_RULES, ids=str)
 def test_the_scalars_of_both_texts_are_the_same_bits(row):
-    from precond import triton_kernels
-    from precond.triton_kernels import kernel, scalars
+    from precond.triton_kernels import RULES
+    from precond.triton_kernels.launch import job_table, run_prologue
+    from precond.triton_kernels.prologue import SCALAR_FLOATS
 
-    rule = triton_kernels.RULES[row.rule]
+    rule = RULES[row.rule]
     _number, states, names, _ = _C.rules[row.rule]
-    assert (rule.states, list(rule.hyper)) == (states, names)
+    assert (len(rule.states), list(rule.hyper)) == (states, names)
     generator = torch.Generator().manual_seed(0)
     for step in (1, 2, 3, 10, 1000, 123_456, 2**24):
         hyper = torch.rand(len(names), generator=generator, dtype=torch.float64)
         expected = torch.tensor(_C.scalars(row.rule, hyper.tolist(), step, step == 1))
-        written = torch.full((scalars.ROW_FLOATS.value,), 7.0)
-        scalars.prologue[(1,)](
-            hyper,
-            torch.tensor([0, 1, step == 1, 0, step, 0]),
-            written,
-            torch.empty(2),
-            None,
-            None,
-            1.0,
-            1,
-            *kernel.NO_CLIP[:5],
-            INF=False,
-            SKIP_NONFINITE=False,
-            SCALARS=rule.scalars,
-            DECAY=rule.decay,
-            OPTION=rule.option,
-            HYPERS=len(rule.hyper),
-            JOB=kernel.JOB,
-            ROW=scalars.ROW_FLOATS.value,
-            BLOCK=1,
-        )
+        written = torch.full((SCALAR_FLOATS.value,), 7.0)
+        run_prologue(rule, hyper, job_table([0, 1, step == 1, 0, step, 0, 0, 0]), written, torch.empty(2))
         assert bits_equal(written[: len(expected)], expected)

@@ -126,7 +126,7 @@ def test_a_number_may_take_the_place_of_a_tensor(row):
 
 @formats
 def test_a_loss_scaler_unscales_and_a_skipped_step_changes_nothing(row, formats, monkeypatch):
-    monkeypatch.setattr(_formats, "SMALLEST_CODED_FLAT", 1)
+    monkeypatch.setattr(_formats.layout, "SMALLEST_CODED_FLAT", 1)
     ours, theirs, a, b = pair(row, formats=formats)
     scale = device_tensor(3.0)
     for i, overflow in enumerate((False, True, False, True, False)):
@@ -142,7 +142,7 @@ def test_a_loss_scaler_unscales_and_a_skipped_step_changes_nothing(row, formats,
             b.step()
         assert_same(a, ours, b, theirs, row.rule)
         for p in ours:
-            if a._counts(p):
+            if a.states.counts(p):
                 assert a.state[p]["step"].item() == (i + 2) // 2
                 assert a.state[p]["step"].device == p.device
 
@@ -179,13 +179,13 @@ def test_counters_of_parameters_without_elements_count_too():
 
 @rows
 def test_tables_are_made_again_only_where_an_address_or_a_shape_changed(row, monkeypatch):
-    from precond.triton_kernels import kernel, tables
+    from precond.triton_kernels import launch, tables
 
     made = []
     for name in ("address_table", "chunk_table"):
-        real = getattr(kernel, name)
+        real = getattr(launch, name)
         monkeypatch.setattr(
-            kernel, name, lambda *args, real=real, name=name, **kw: made.append(name) or real(*args, **kw)
+            launch, name, lambda *args, real=real, name=name, **kw: made.append(name) or real(*args, **kw)
         )
     tables._tables.clear()
     values = random_values((40, 30))
@@ -212,7 +212,7 @@ def test_tables_are_made_again_only_where_an_address_or_a_shape_changed(row, mon
     # The same memory in another order, for the parameter, its gradient and its states.
     for owner, optimizer in ((p, a), (q, b)):
         owner.data = owner.data.view(30, 40).t()
-        for name, state in optimizer._states(owner, row.rule).items():
+        for name, state in optimizer.states.present(owner, row.rule).items():
             optimizer.state[owner][name] = state.view(30, 40).t()
     p.grad = first.view(30, 40).t()
     assert step() == []
@@ -238,20 +238,21 @@ import itertools, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from precond.triton_kernels import kernel, scalars
+from precond.triton_kernels import RULES
+from precond.triton_kernels.launch import prologue_constants
+from precond.triton_kernels.prologue import prologue
 
 targets = ("cuda", 90, 32), ("hip", "gfx942", 64)
-rules = {(rule.scalars, rule.decay, rule.option): rule for rule in kernel.RULES.values()}.values()
+rules = {(rule.set_scalars, rule.decay, rule.option): rule for rule in RULES.values()}.values()
 for target, rule, has_scaler in itertools.product(targets, rules, (False, True)):
     types = ["*fp64", "*i64", "*fp32", "*fp32", "*fp32", "*fp32", "fp32", "i32", "*fp64", "*fp32", "*fp32", "*i64", "fp32"]
-    constants = dict(SCALARS=rule.scalars, DECAY=rule.decay, OPTION=rule.option, HYPERS=len(rule.hyper), JOB=kernel.JOB,
-                     ROW=scalars.ROW_FLOATS.value, BLOCK=kernel.PROLOGUE_BLOCK, INF=False, SKIP_NONFINITE=has_scaler)
+    constants = dict(prologue_constants(rule), INF=False, SKIP_NONFINITE=has_scaler)
     if not has_scaler:
         constants |= dict(grad_scale_ptr=None, found_inf_ptr=None, total_ptr=None, grad_norm_ptr=None, clip_coef_ptr=None,
                           skipped_ptr=None)
-    names = scalars.prologue.arg_names
+    names = prologue.arg_names
     signature = dict(zip(names, types)) | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(scalars.prologue, {name: signature[name] for name in names}, constants)
+    source = ASTSource(prologue, {name: signature[name] for name in names}, constants)
     options = {"num_warps": 1, "enable_fp_fusion": False}
     asm = triton.compile(source, target=GPUTarget(*target), options=options).asm
     # One layout: a thread that reads a counter is the one that writes it.

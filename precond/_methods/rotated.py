@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .._core.arguments import check_betas, check_lr, check_nonnegative
-from .._core.passes import MultiPass, plain_step
-from .._core.plan import Row
+from .._core.passes import plain_step
+from .._core.rows import Row
 from .kronecker import Rotation, rotation_of
+from .multipass import MultiPass
 
 #: A parameter, its gradient and its basis.
 Work = tuple[Tensor, Tensor, Rotation]
@@ -113,7 +114,7 @@ class Rotated(MultiPass):
 
     def _make_states(self, group: dict[str, Any], row: Row, work: list[Work]) -> None:
         for p, g, basis in work:
-            self._init_state(p, group, row.rule)
+            self._init_state(p, group, row)
             if basis.kronecker is not None:
                 basis.kronecker.make_states(basis.matrix(self._for_factors(p, g), torch.float32))
 
@@ -124,7 +125,7 @@ class Rotated(MultiPass):
         for p, g, basis in work:
             if not self._before(p, g, basis, group, row):
                 continue
-            self._init_state(p, group, row.rule)
+            self._init_state(p, group, row)
             # L1 decays the coordinates of the parameter itself; else the buffer holds the direction alone.
             buffer = self._buffer(p, torch.promote_types(p.dtype, torch.float32))
             buffer.copy_(basis.rotate(p, buffer.dtype)) if has_l1 else buffer.zero_()

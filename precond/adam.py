@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
+from ._core.formats import StateFormat
 from ._core.metric import Metric, steps_of, stored
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
@@ -70,9 +71,6 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         [0.9, -1.9]
     """
 
-    _second_moment = "exp_avg_sq"
-    _counts_steps = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -88,7 +86,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -135,11 +133,6 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             return None
         v = stored(self, p, group, "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
         return Metric(v, 1.0 / (1.0 - float(group["betas"][1]) ** step), float(group["eps"]))
-
-    @classmethod
-    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
-        beta2: float | Tensor = group["betas"][1]
-        return beta2
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -224,7 +217,7 @@ class AdamW(Adam, torch.optim.AdamW):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:

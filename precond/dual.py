@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from . import reference
 from ._core import backend as _backend
 from ._core.arguments import arguments, check_lr, check_nonnegative
+from ._core.formats import StateFormat
 from ._core.metric import Metric
 from ._core.optimizer import ParamsT
 from ._core.passes import Job, plain_step
@@ -111,7 +112,7 @@ class DualDescent(MultiPass):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:

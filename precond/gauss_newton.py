@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, number
+from ._core.formats import StateFormat, is_coded
 from ._core.metric import Metric, steps_of, stored, widened
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
@@ -80,8 +81,6 @@ class GaussNewton(Rotated):
         [0.5, -1.0]
     """
 
-    _counts_steps = True
-    _second_moment = "curvature"
     _in_basis = ("exp_avg", "curvature")
     _basis_options = ("basis_beta", "basis_frequency", "max_size")
     _why_not_one_pass = "with a basis"
@@ -111,7 +110,7 @@ class GaussNewton(Rotated):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -161,15 +160,11 @@ class GaussNewton(Rotated):
         return Metric(h if group["power"] == -0.5 else h * h, basis=self._basis_of_metric(p, group))
 
     @classmethod
-    def _format_of_state(cls, name: str, group: dict[str, Any]) -> Any:
+    def _format_of_state(cls, name: str, group: dict[str, Any]) -> StateFormat:
         asked = super()._format_of_state(name, group)
         # Codes of 8 bits lose a change of a hundredth, which is all that an update every few steps makes.
-        coded = name == "curvature" and group["curvature"] != "gradient" and asked in ("int8", torch.int8, "int4")
+        coded = name == "curvature" and group["curvature"] != "gradient" and is_coded(asked)
         return "fp32" if coded else asked
-
-    @classmethod
-    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
-        return number(group["betas"][1])
 
     @classmethod
     def _numbers(cls, group: dict[str, Any]) -> dict[str, int]:

@@ -122,7 +122,7 @@ class GradientRegularizer(Wrapper):
         for rule, of_rule in jobs.items():
             names = ("backup", "v") if rule == "perturb_adaptive" else ("backup",)
             if rule not in self._passes:
-                self._passes[rule] = Pass(rule, names, base.engine.settings["backend"], counts=False)
+                self._passes[rule] = Pass(rule, names, base.engine.settings["backend"])
             self._passes[rule].run(of_rule)
         try:
             with torch.enable_grad():

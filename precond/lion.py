@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
+from ._core.formats import StateFormat
 from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
@@ -77,7 +78,7 @@ class Lion(FusedOptimizer):
         fused: bool | None = None,
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import arguments
+from ._core.formats import StateFormat
 from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.passes import plain_step
@@ -83,7 +84,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         adjust_lr_fn: str | None = None,
         *,
         maximize: bool = False,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:

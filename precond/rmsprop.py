@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
+from ._core.formats import StateFormat
 from ._core.metric import Metric, steps_of, stored, widened
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
@@ -19,7 +20,6 @@ class _MeanOfSquares(FusedOptimizer):
     """What RMSprop and RMSpropW share; ``_name`` is that of the rule without momentum and centering."""
 
     _name: str
-    _second_moment = "square_avg"
     _counts_steps = True
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
@@ -47,11 +47,6 @@ class _MeanOfSquares(FusedOptimizer):
         if group["centered"]:
             v = (widened(v) - widened(stored(self, p, group, "grad_avg")).square()).clamp_(min=0)
         return Metric(v, eps=float(group["eps"]))
-
-    @classmethod
-    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
-        alpha: float = group["alpha"]
-        return alpha
 
 
 class RMSprop(_MeanOfSquares, torch.optim.RMSprop):
@@ -128,7 +123,7 @@ class RMSprop(_MeanOfSquares, torch.optim.RMSprop):
         differentiable: bool = False,
         *,
         fused: bool | None = None,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -201,7 +196,7 @@ class RMSpropW(_MeanOfSquares):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_nonnegative, number
+from ._core.formats import StateFormat
 from ._core.metric import Metric, steps_of, stored
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.passes import plain_step
@@ -73,7 +74,6 @@ class SOAP(Rotated):
         [[0.9, 1.0], [1.0, 0.9]]
     """
 
-    _counts_steps = True
     _in_basis = ("exp_avg", "exp_avg_sq")
     _basis_options = ("shampoo_beta", "precondition_frequency", "max_precond_dim")
     _why_not_one_pass = "for SOAP"
@@ -95,7 +95,7 @@ class SOAP(Rotated):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import arguments
+from ._core.formats import StateFormat
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.settings import Settings
 from .gauss_newton import GaussNewton
@@ -82,7 +83,7 @@ class Sophia(GaussNewton):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:

@@ -30,6 +30,11 @@ class Optimizer:
         return self.rule
 
 
+def counts_steps(row: Optimizer) -> bool:
+    """True where every parameter of a row's optimizer has a step counter."""
+    return row.cls._counts_steps or precond.reference.RULES[row.rule].reads_step
+
+
 def intrinsic(name, cls, kwargs, ulps, suffix="", steep=False, peer=None, **l1) -> list[Optimizer]:
     """A rule with each intrinsic decay; with L2 alone it may have a peer."""
     forms = {"": {}, "_l1": l1, "_l1_subgradient": l1 | {"l1_form": "subgradient"}}

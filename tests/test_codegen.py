@@ -14,6 +14,7 @@ from machine_code.listed import CASES, HANDFUL
 from optimizers import ALL_RULES, OVERWRITING
 
 from precond import _C
+from precond._core.formats import CODED
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
@@ -35,7 +36,7 @@ MOST_SPECIAL_WITH_CODES = 9
 
 
 def has_codes(row) -> bool:
-    return row["formats"].endswith(("int8", "int4"))
+    return row["formats"].endswith(CODED)
 
 
 @pytest.fixture(scope="module", params=["--quick", pytest.param("", marks=pytest.mark.large)])

@@ -21,7 +21,7 @@ rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 classes = pytest.mark.parametrize("row", CLASSES, ids=str)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 WEIGHTS = (None, "stochastic", "split24", "split32")
-STATES = (None, "fp32", "bf16", "fp16", "int8", "int4")
+STATES = (None, *(name for name in _formats.STATE_FORMATS if isinstance(name, str)))
 #: Every format at least once, and what is used most.
 MIXES = [
     (BF16, "split24", "int8"),
@@ -422,7 +422,7 @@ def test_small_and_odd_tensors_keep_float32_states():
 def test_flat_buffers_take_codes_with_a_last_group_that_is_not_full(monkeypatch):
     monkeypatch.setattr(_formats.layout, "SMALLEST_CODED_FLAT", 1)
     for n in (3, 63, 64, 65, 1000, 70_001):
-        for state_format in ("int8", "int4"):
+        for state_format in _formats.CODED:
             pairs = [
                 make(BY_RULE["adamw"], BF16, "split24", state_format, shapes=[(n,)], backend=backend)
                 for backend in (BACKEND, "cpu", "reference")
@@ -636,7 +636,7 @@ def test_formats_may_change_between_steps():
         state = optimizer.state[p]
         assert keys <= state.keys()
         assert ("remainder" in state) == (weight_format in ("split24", "split32"))
-        assert ("exp_avg_scale" in state) == (state_format in ("int8", "int4"))
+        assert ("exp_avg_scale" in state) == _formats.is_coded(state_format)
         after = precond.to_torch_state_dict(optimizer)["state"][0]
         if before:
             # One more step with the same gradient: the mean goes a tenth of the way, give or take a code.

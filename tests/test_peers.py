@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from cases import BACKEND, guarded, random_values
-from optimizers import BY_STATES, CLASSES, DROP_INS, OPTIMIZERS
+from optimizers import BY_STATES, CLASSES, DROP_INS, OPTIMIZERS, counts_steps
 
 import precond
 
@@ -65,7 +65,7 @@ def test_transformerengine_skips_everybody_for_an_empty_tensor(row, position):
     assert all(p.numel() == 0 or not torch.equal(p, torch.ones_like(p)) for p in params)
 
 
-@pytest.mark.parametrize("row", [r for r in CLASSES if r.cls._counts_steps], ids=lambda row: row.cls.__name__)
+@pytest.mark.parametrize("row", [r for r in CLASSES if counts_steps(r)], ids=lambda row: row.cls.__name__)
 def test_deepspeed_shares_one_step_counter_and_doubles_it_for_mixed_dtypes(row):
     """DeepSpeed #8471."""
     params = [torch.nn.Parameter(torch.ones(3, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.float16)]

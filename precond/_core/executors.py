@@ -99,7 +99,7 @@ class Compiled:
             group=index,
             rule=_backend._C.rules[row.rule][0],
             fresh=fresh,
-            counts=states.counts(p),
+            counts=states.counts(p, row.rule),
             step_on_device=counts_beside(group, self.backend),
             formats=numbers,
             draws=layout.draws,
@@ -200,10 +200,11 @@ class Interpreted:
             return True
         if checks.backend_of(entry.name, p, step, row, self.states) != self.backend or self.states.missing(p, row.rule):
             return False
-        if not self.states.counts(p):
+        if not self.states.counts(p, row.rule):
             return True
         beside = counts_beside(step.groups[entry.group], "triton")
-        return is_counter(step.state[p]["step"], p, p.device if beside else torch.device("cpu"))
+        device = p.device if beside else torch.device("cpu")
+        return all(is_counter(step.state[p][name], p, device) for name in ("step", *self.states.scalars(row.rule)))
 
     def has_gradients(self, step: Step) -> bool:
         """True where one of the parameters is updated."""
@@ -215,20 +216,30 @@ class Interpreted:
 
     def _counts_on_host(self, step: Step, entry: Entry) -> bool:
         return (
-            self.states.counts(entry.param)
+            self.states.counts(entry.param, step.rows[entry.group].rule)
             and step.input_of(entry.param) is not None
             and not counts_beside(step.groups[entry.group], self.backend)
         )
 
     def _number(self, step: Step, entry: Entry) -> Any:
         """The number of a parameter's step: its counter, already advanced where the host does that."""
-        if not self.states.counts(entry.param):
+        if not self.states.counts(entry.param, step.rows[entry.group].rule):
             return 0
         counter = step.state[entry.param]["step"]
         if not self._counts_on_host(step, entry):
             return counter
         counter += 1
         return int(counter.item())
+
+    def _scalars(self, step: Step, entry: Entry, number: int) -> dict[str, float]:
+        """A parameter's states of one number, advanced by the host: computed in float64, and read as they were stored."""
+        rule, _, hyper = step.rows[entry.group]
+        found = {}
+        for name in self.states.scalars(rule):
+            value, advance = step.state[entry.param][name], reference.RULES[rule].advance
+            assert advance is not None
+            found[name] = float(value.fill_(advance(hyper, number, float(value))))
+        return found
 
 
 class Reference(Interpreted):
@@ -257,7 +268,8 @@ class Reference(Interpreted):
             layout = self.states.layout(p, step.groups[entry.group], rule)
             # Where autograd watches, a tensor lr stays one.
             numbers = hyper if torch.is_grad_enabled() else {name: float(value) for name, value in hyper.items()}
-            arguments = numbers, number, p in self.fresh, sign * control.grad_coef, control.clip_value
+            scalars = self._scalars(step, entry, number)
+            arguments = {**numbers, **scalars}, number, p in self.fresh, sign * control.grad_coef, control.clip_value
             if not layout.plain:
                 formats.update(rule, p, local(g), step.state[p], self.states.names(rule), layout, *arguments)
                 continue
@@ -302,22 +314,26 @@ class Triton(Interpreted):
             rule, sign, hyper = step.rows[entry.group]
             layout = self.states.layout(p, step.groups[entry.group], rule)
             state = step.state[p] if p in step.state else {}
+            number = self._number(step, entry)
+            # A counter on the device is advanced there, and so is a state of one number.
+            scalars = self._scalars(step, entry, number) if isinstance(number, int) else state
             scales = [state.get(f"{name}_scale") for name in self.states.names(rule)]
-            items.append(
-                triton_kernels.Item(
-                    rule=rule,
-                    p=_real(local(p)),
-                    g=_real(local(g)),
-                    states=[_real(local(t)) for t in self.states.present(p, rule).values()],
-                    hyper=hyper,
-                    step=self._number(step, entry),
-                    fresh=p in self.fresh,
-                    sign=sign,
-                    layout=layout,
-                    beside=[None if t is None else local(t) for t in (state.get("remainder"), None, *scales)],
-                    key=state["key"] if layout.draws else 0,
-                )
+            item = triton_kernels.Item(
+                rule=rule,
+                p=_real(local(p)),
+                g=_real(local(g)),
+                states=[_real(local(t)) for t in self.states.present(p, rule).values()],
+                hyper=hyper,
+                step=number,
+                fresh=p in self.fresh,
+                sign=sign,
+                layout=layout,
+                beside=[None if t is None else local(t) for t in (state.get("remainder"), None, *scales)],
+                key=state["key"] if layout.draws else 0,
             )
+            for name in self.states.scalars(rule):
+                item = item._replace(scalar_state=scalars[name])
+            items.append(item)
         if items:
             given = {name: getattr(clip, name) for name in triton_kernels.Clip._fields}
             triton_kernels.update(items, **control._asdict(), clip=triton_kernels.Clip(**given))

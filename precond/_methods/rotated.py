@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core.arguments import check_betas, check_lr, check_nonnegative
+from .._core.formats import is_coded
 from .._core.passes import plain_step
 from .._core.rows import Row
 from .kronecker import Rotation, rotation_of
@@ -19,7 +20,7 @@ from .multipass import MultiPass
 Work = tuple[Tensor, Tensor, Rotation]
 
 
-class Rotated(MultiPass):
+class Rotated(MultiPass, abstract=True):
     """A method whose rule runs in a basis, in all groups or in some. A subclass says what feeds the basis, and when."""
 
     #: The states that are kept in the basis: a mean of gradients, and one of squares or of curvature.
@@ -39,7 +40,7 @@ class Rotated(MultiPass):
         for name in self._basis_options[1:]:
             if not group[name] >= 1:
                 raise ValueError(f"{name} must be >= 1, got {group[name]}")
-        if self._rotates(group) and group.get("state_format") in ("int8", torch.int8, "int4"):
+        if self._rotates(group) and is_coded(group.get("state_format")):
             raise ValueError(
                 f"state_format must not have codes {self._why_not_one_pass}, got {group['state_format']!r}"
             )
@@ -136,7 +137,7 @@ class Rotated(MultiPass):
             names = (*self._in_basis, "step")
             jobs.append(self._job(p, buffer, rotated, names, hyper, row.sign, state_format=asked))
             moving.append((p, g, basis))
-        self._pass(row.rule, self._in_basis, of=index, counts=True).run(jobs)
+        self._pass(row.rule, self._in_basis, of=index).run(jobs)
         step = plain_step(1.0, 0.0) if has_l1 else self._plain_hyper(row)
         last = []
         for (p, _, basis), job, start in zip(moving, jobs, before, strict=True):

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
 from ._core.formats import StateFormat
+from ._core.metric import Metric, steps_of, stored
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -43,8 +44,10 @@ class _SumOfSquares(FusedOptimizer):
         value = group["initial_accumulator_value"]
         return complex(value, value) if p.is_complex() else value
 
-    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
-        return "sum", 1.0, float(group["eps"])
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        if not steps_of(self, p):
+            return None
+        return Metric(stored(self, p, group, "sum"), eps=float(group["eps"]))
 
 
 class Adagrad(_SumOfSquares, torch.optim.Adagrad):

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
 from ._core.formats import StateFormat
+from ._core.metric import Metric, steps_of, stored
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -126,9 +127,12 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         hyper["beta1"], hyper["beta2"] = map(number, group["betas"])
         return Row(rule, -1.0 if group["maximize"] else 1.0, hyper)
 
-    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
-        name = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
-        return name, 1.0 / (1.0 - float(group["betas"][1]) ** float(self.state[p]["step"])), float(group["eps"])
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        step = steps_of(self, p)
+        if not step:
+            return None
+        v = stored(self, p, group, "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
+        return Metric(v, 1.0 / (1.0 - float(group["betas"][1]) ** step), float(group["eps"]))
 
 
 class AdamW(Adam, torch.optim.AdamW):

@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
 from ._core.formats import StateFormat
+from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -88,6 +89,9 @@ class Lion(FusedOptimizer):
         check_lr(defaults["lr"])
         check_betas(defaults["betas"])
         check_nonnegative("weight_decay value", "weight_decay", defaults["weight_decay"])
+
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        return Metric(why_not="its steps are signs")
 
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group)

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
 from ._core.formats import StateFormat
+from ._core.metric import Metric, steps_of, stored, widened
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -39,11 +40,13 @@ class _MeanOfSquares(FusedOptimizer):
         hyper = self._hyper(group, "alpha", "eps", "momentum")
         return Row(self._decayed(self._name, group, suffix), -1.0 if group["maximize"] else 1.0, hyper)
 
-    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
-        if not group["centered"]:
-            return "square_avg", 1.0, float(group["eps"])
-        square, mean = (self._values(p, group, name) for name in ("square_avg", "grad_avg"))
-        return (square - mean * mean).clamp_(min=0), 1.0, float(group["eps"])
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        if not steps_of(self, p):
+            return None
+        v = stored(self, p, group, "square_avg")
+        if group["centered"]:
+            v = (widened(v) - widened(stored(self, p, group, "grad_avg")).square()).clamp_(min=0)
+        return Metric(v, eps=float(group["eps"]))
 
 
 class RMSprop(_MeanOfSquares, torch.optim.RMSprop):

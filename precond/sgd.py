@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
 from ._core.formats import StateFormat
+from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -34,6 +35,9 @@ class _Momentum(FusedOptimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("nesterov", False)
+
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        return Metric()
 
     def _row(self, group: dict[str, Any]) -> Row:
         suffix = "" if group["momentum"] == 0 else "_nesterov" if group["nesterov"] else "_momentum"

@@ -16,6 +16,7 @@ from .checkpoint import KeptOptions, states_as_saved
 from .checks import Checks, check_capturable, check_defaults, check_numbers, check_options
 from .engine import Engine
 from .formats import StateFormat
+from .metric import Metric
 from .rows import Row, Step
 from .settings import DEFAULTS, LOST, Settings, own_settings
 from .states import ParamStates, Recipe
@@ -105,11 +106,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Numbers that stand among a parameter's states, as they are before the first step."""
         return {}
 
-    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
-        """P P^T = 1 / (sqrt(scale v) + eps) as the last step left it: v, or the name of its state, scale and eps; v is None where
-        P is the identity, as for every rule without a second moment.
-        """
-        return None, 1.0, 0.0
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        """P P^T of a parameter; None where no step has made it yet."""
+        return Metric(why_not="it does not say what it multiplies a gradient with")
 
     # What a subclass declares it with.
 

@@ -1,0 +1,67 @@
+"""P P^T, by which a preconditioned step multiplies a gradient: data that an optimizer gives, and that GradientRegularizer and
+``precond.diagnostics`` read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .sharding import like
+
+
+class Basis(Protocol):
+    """An orthogonal U."""
+
+    def rotate(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """U^T t."""
+
+    def rotate_back(self, t: Tensor) -> Tensor:
+        """U t."""
+
+
+class Metric(NamedTuple):
+    """P P^T = U diag(1 / (sqrt(scale v) + eps)) U^T of one parameter, as its last step left it; the identity where v is None.
+
+    Momentum and decay are no part of it, and where a method bounds its steps it holds below that bound.
+    """
+
+    v: Tensor | None = None
+    scale: float = 1.0
+    eps: float = 0.0
+    #: None: the parameter's own coordinates.
+    basis: Basis | None = None
+    #: Why a step is not P P^T times a mean of gradients, whatever P; the other fields then say nothing.
+    why_not: str = ""
+
+
+class Stateful(Protocol):
+    """An optimizer, as far as its metric reads it."""
+
+    @property
+    def state(self) -> Any:
+        """The states of each parameter."""
+
+    def _values(self, p: Tensor, group: dict[str, Any], name: str) -> Tensor:
+        """What a state stands for, as plain numbers of the local tensor."""
+
+
+def steps_of(optimizer: Stateful, p: Tensor) -> float:
+    """How many steps a parameter has taken."""
+    return float(optimizer.state[p].get("step", 0)) if p in optimizer.state else 0.0
+
+
+def stored(optimizer: Stateful, p: Tensor, group: dict[str, Any], name: str) -> Tensor:
+    """A state that a parameter has: itself, or decoded where it consists of codes."""
+    state = optimizer.state[p]
+    if f"{name}_scale" in state:
+        return like(p, optimizer._values(p, group, name))
+    found: Tensor = state[name]
+    return found
+
+
+def widened(t: Tensor) -> Tensor:
+    """A tensor in float32 where it is shorter."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))

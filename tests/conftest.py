@@ -7,9 +7,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads of one worker that wait for work would spin on the core of another.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import device
 import pytest
 import torch
+from support import device
 
 device.stand_in_extension()  # tests/test_cuda_on_host.py
 
@@ -57,6 +57,6 @@ def triton_interpreter():
 @pytest.fixture(scope="session")
 def extension():
     """The path of the extension with the CUDA backend compiled for the CPU, tests/cuda_on_host."""
-    from builds import emulated_extension
+    from support.builds import emulated_extension
 
     return emulated_extension()

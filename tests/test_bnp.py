@@ -11,10 +11,10 @@ import pickle
 
 import pytest
 import torch
-from cases import bits_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import on_two_ranks
+from support.cases import bits_equal
+from support.ranks import on_two_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

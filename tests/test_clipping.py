@@ -8,9 +8,9 @@ import pickle
 
 import pytest
 import torch
-from cases import BACKEND, bits_equal, gradient, nasty_values, random_values
-from optimizers import BY_RULE, CLASSES
-from ranks import on_two_ranks
+from families import BY_RULE, CLASSES
+from support.cases import BACKEND, bits_equal, gradient, nasty_values, random_values
+from support.ranks import on_two_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import precond

@@ -8,7 +8,7 @@ import os
 import sys
 
 import pytest
-from builds import ROOT, build, run
+from support.builds import ROOT, build, run
 
 pytestmark = pytest.mark.source
 

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 import torch
-from cases import bits_equal
-from optimizers import CLASSES
+from families import CLASSES
+from support.cases import bits_equal
 from test_api import backward, model, train
 
 import precond

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKEND, bits_equal
-from optimizers import OPTIMIZERS
+from families import OPTIMIZERS
+from support.cases import BACKEND, bits_equal
 
 import precond
 

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from cases import BACKEND, bits_equal, random_values
-from optimizers import BY_RULE, CLASSES, OPTIMIZERS
+from families import BY_RULE, CLASSES, OPTIMIZERS
+from support.cases import BACKEND, bits_equal, random_values
 
 import precond
 from precond import reference

@@ -9,8 +9,8 @@ import pickle
 
 import pytest
 import torch
-from cases import bits_equal
-from ranks import on_two_ranks
+from support.cases import bits_equal
+from support.ranks import on_two_ranks
 
 import precond
 from precond.fop import _norm_bound

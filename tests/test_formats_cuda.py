@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKEND, gradient, guarded, memory, nasty_values, random_values
-from optimizers import BEYOND, BY_RULE, BY_STATES, OPTIMIZERS
+from families import BEYOND, BY_RULE, BY_STATES, OPTIMIZERS
+from support.cases import BACKEND, gradient, guarded, memory, nasty_values, random_values
 
 import precond
 from precond._core import formats as _formats

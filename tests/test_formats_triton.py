@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 import torch
-from cases import bits_equal, gradient, guarded, nasty_values, random_values
-from optimizers import BEYOND, BY_RULE, BY_STATES, OPTIMIZERS
+from families import BEYOND, BY_RULE, BY_STATES, OPTIMIZERS
+from support.cases import bits_equal, gradient, guarded, nasty_values, random_values
 
 import precond
 from precond import _C

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import multipass
 import pytest
 import torch
-from cases import BACKEND, bits_equal
-from multipass import BF16, F32, F64, assert_close, give, params_of
+from support import multipass
+from support.cases import BACKEND, bits_equal
+from support.multipass import BF16, F32, F64, assert_close, give, params_of
 
 import precond
 from precond import bases, curvature, reference

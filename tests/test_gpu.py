@@ -9,11 +9,11 @@ from __future__ import annotations
 import gc
 import os
 
-import device
 import pytest
 import torch
-from cases import LAYOUTS, bits_equal, gradient, guarded, nasty_values, random_values
-from optimizers import ALL_RULES, BY_STATES, CLASSES, OPTIMIZERS
+from families import ALL_RULES, BY_STATES, CLASSES, OPTIMIZERS
+from support import device
+from support.cases import LAYOUTS, bits_equal, gradient, guarded, nasty_values, random_values
 
 import precond
 from precond._core import backend as _backend

@@ -12,7 +12,7 @@ import tarfile
 import xml.etree.ElementTree
 
 import pytest
-from builds import ROOT
+from support.builds import ROOT
 
 RUN = ROOT / ".ci" / "gpu" / "run"
 pytestmark = [

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from cases import bits_equal, nasty_values, random_values
+from support.cases import bits_equal, nasty_values, random_values
 
 import precond
 

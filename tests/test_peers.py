@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-from cases import BACKEND, guarded, random_values
-from optimizers import BY_STATES, CLASSES, DROP_INS, OPTIMIZERS
+from families import BY_STATES, CLASSES, DROP_INS, OPTIMIZERS
+from support.cases import BACKEND, guarded, random_values
 
 import precond
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKEND, bits_equal, gradient, guarded, nasty_values, random_values
-from optimizers import ALL_RULES, BY_RULE, BY_STATES
+from families import ALL_RULES, BY_RULE, BY_STATES
+from support.cases import BACKEND, bits_equal, gradient, guarded, nasty_values, random_values
 
 from precond import _C
 from precond._core import plan as _plan

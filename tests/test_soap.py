@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import multipass
 import pytest
 import torch
-from cases import bits_equal
-from multipass import BF16, F32, F64, assert_close, give, params_of, train
+from support import multipass
+from support.cases import bits_equal
+from support.multipass import BF16, F32, F64, assert_close, give, params_of, train
 
 import precond
 from precond import bases

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import torch
-from cases import bits_equal, random_values
-from optimizers import BY_STATES, OPTIMIZERS
+from families import BY_STATES, OPTIMIZERS
+from support.cases import bits_equal, random_values
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from precond._core import backend as _backend

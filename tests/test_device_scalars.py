@@ -12,7 +12,8 @@ from support.cases import BACKEND, bits_equal
 
 import precond
 
-pytestmark = pytest.mark.skipif(BACKEND != "cuda", reason="run by tests/test_cuda_on_host.py and on a GPU")
+if BACKEND != "cuda":
+    pytest.skip("run by tests/test_cuda_on_host.py and on a GPU", allow_module_level=True)
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

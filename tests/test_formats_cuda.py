@@ -12,7 +12,8 @@ from support.cases import BACKEND, gradient, guarded, memory, nasty_values, rand
 import precond
 from precond._core import formats as _formats
 
-pytestmark = pytest.mark.skipif(BACKEND != "cuda", reason="is about the CUDA backend")
+if BACKEND != "cuda":
+    pytest.skip("is about the CUDA backend", allow_module_level=True)
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 shapes = pytest.mark.parametrize("row", BY_STATES, ids=str)
 DEVICE = "cuda" if BACKEND == "cuda" and not precond._core.backend.cuda_on_host() else "cpu"

@@ -20,9 +20,8 @@ from precond._core import backend as _backend
 
 CUDA = device.device()
 EMULATED = CUDA is None or CUDA.emulated
-pytestmark = pytest.mark.skipif(
-    CUDA is None, reason="needs a CUDA device: run by tests/test_cuda_on_host.py and .ci/gpu"
-)
+if CUDA is None:
+    pytest.skip("needs a CUDA device: run by tests/test_cuda_on_host.py and .ci/gpu", allow_module_level=True)
 
 
 def needs(hardware):

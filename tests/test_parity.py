@@ -13,22 +13,31 @@ from support.parity import DTYPES, worst_error
 import precond
 
 rows = pytest.mark.parametrize("row", ALL_RULES, ids=str)
+shapes = pytest.mark.parametrize("row", BY_STATES, ids=str)
+dtypes = pytest.mark.parametrize(("p_dtype", "g_dtype", "state_format"), DTYPES)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @rows
-@pytest.mark.parametrize(("p_dtype", "g_dtype", "state_format"), DTYPES)
-def test_every_size_matches_the_reference(row, p_dtype, g_dtype, state_format, isa):
+@dtypes
+def test_every_size_matches_the_reference(row, p_dtype, g_dtype, state_format):
     worst_error(row, [(n,) for n in SIZES] + [()], p_dtype, g_dtype, state_format)
 
 
-@pytest.mark.parametrize("row", BY_STATES, ids=str)
+# All instruction sets have the same bits for every rule: test_same_bits.py. How they read and write does not depend on the rule.
+@shapes
+@dtypes
+def test_every_size_matches_the_reference_with_lesser_instruction_sets(row, p_dtype, g_dtype, state_format, isa):
+    worst_error(row, [(n,) for n in SIZES] + [()], p_dtype, g_dtype, state_format)
+
+
+@shapes
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_chunks_match_the_reference(row, dtype, isa):
+def test_chunks_match_the_reference(row, dtype):
     worst_error(row, [(n,) for n in CHUNK_SIZES], dtype, dtype, None)
 
 
-@pytest.mark.parametrize("row", BY_STATES, ids=str)
+@shapes
 @pytest.mark.parametrize("p_dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("p_layout", LAYOUTS)
 @pytest.mark.parametrize("g_layout", GRADIENT_LAYOUTS)

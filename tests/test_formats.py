@@ -14,7 +14,7 @@ from support.cases import BACKEND, bits_equal, guarded, nasty_values, random_val
 from support.formats import MIXES, check_against_reference, give_gradients, make
 
 import precond
-from precond import _C
+from precond import _C, reference
 from precond._core import formats as _formats
 from precond._core import plan as _plan
 
@@ -483,10 +483,9 @@ def test_a_scaled_step_is_the_plain_one_on_scaled_gradients():
     assert_same(*results)
 
 
+@pytest.mark.skipif(BACKEND != "cpu", reason="memory is measured once, on the CPU")
 def test_resident_bytes_per_parameter():
     """Measured as what the process holds, not computed: bf16 parameters and gradients included."""
-    if BACKEND != "cpu":
-        pytest.skip("memory is measured once, on the CPU")
     code = """
 import torch, precond
 def resident():
@@ -508,13 +507,11 @@ for formats in ("split24", "int8"), ("stochastic", "int8"), ("stochastic", "int4
         assert target - 0.2 < found <= target
 
 
-@rows
-def test_python_and_the_kernels_mean_the_same_second_moments(row):
-    from precond import reference
-
-    squares = _C.rules[row.rule][3]
-    names = reference.RULES[row.rule].states
-    assert [bool(squares >> k & 1) for k in range(len(names))] == [name in _formats.SECOND_MOMENTS for name in names]
+def test_python_and_the_kernels_mean_the_same_second_moments():
+    for name, (_, count, _, squares) in _C.rules.items():
+        states = reference.RULES[name].states
+        assert len(states) == count
+        assert [bool(squares >> k & 1) for k in range(count)] == [s in _formats.SECOND_MOMENTS for s in states], name
     assert _C.group == _formats.GROUP
 
 

@@ -597,14 +597,6 @@ def test_states_may_be_made_before_the_first_step(options):
     multipass.check_states_may_be_made_first(lambda ps: precond.GaussNewton(ps, **options), feed)
 
 
-def test_python_and_the_kernels_mean_the_same_second_moments():
-    """For every rule, of which tests/test_formats.py looks at the family's."""
-    for name, (_, count, _, squares) in precond._C.rules.items():
-        states = reference.RULES[name].states
-        assert len(states) == count
-        assert [bool(squares >> k & 1) for k in range(count)] == [s in _formats.SECOND_MOMENTS for s in states], name
-
-
 @pytest.mark.parametrize("basis", ["identity", "kronecker"])
 def test_every_backend_takes_the_same_steps(basis, triton_interpreter):
     def make(params, backend):

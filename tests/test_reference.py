@@ -54,7 +54,7 @@ def quadratic(seed=0, n=12):
 
 
 @pytest.mark.parametrize("penalty", ["l2", "proximal", "subgradient"])
-def test_f1_intrinsic_decay_is_the_penalty_on_z(penalty):
+def test_intrinsic_decay_is_the_penalty_on_z(penalty):
     """With den frozen, the rule in p-space is gradient descent with a penalty on z = p / P, P = den^(-1/2)."""
     h, b = quadratic()
     v = torch.rand(12, generator=torch.Generator().manual_seed(1), dtype=F64) + 0.1
@@ -112,7 +112,7 @@ def lasso():
 
 
 @pytest.mark.parametrize("lam", [0.3, 0.1])
-def test_f2_fixed_points_have_gradients_of_lambda_squared(lam):
+def test_fixed_points_have_gradients_of_lambda_squared(lam):
     """Full-batch Adam with intrinsic L1 solves L + lam^2 |p|_1: METHODS A.2.2, deterministic limit."""
     a, b = lasso()
     hessian, linear = a.T @ a / 60, a.T @ b / 60
@@ -129,7 +129,7 @@ def test_f2_fixed_points_have_gradients_of_lambda_squared(lam):
     assert (g[~active] <= lam**2 + 1e-6).all()
 
 
-def test_f3_the_loss_scale_law():
+def test_the_loss_scale_law():
     """Multiplying L by c, l1_decay by sqrt(c) and eps by c leaves the trajectory unchanged."""
     h, b = quadratic()
     c = 1e4
@@ -145,7 +145,7 @@ def test_f3_the_loss_scale_law():
     assert (train(1.0) - train(c)).abs().max() <= 1e-13
 
 
-def test_f4_kkt_conditions_with_frozen_p():
+def test_kkt_conditions_with_frozen_p():
     """Active coordinates: g = -lam sqrt(den) sign(p); the others: |g| <= lam sqrt(den)."""
     h, b = quadratic(3)
     v = torch.rand(12, generator=torch.Generator().manual_seed(4), dtype=F64) + 0.5

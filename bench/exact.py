@@ -108,11 +108,13 @@ def build(variant: str, arch: str) -> Path:
     """The extension of a variant, compiled for one architecture."""
     import pybind11
 
+    import precond
+
     directory = ROOT / "build" / f"bench_{variant}"
     configure = [
         "cmake", "-S", ROOT, "-B", directory, "-G", "Ninja", "-DPRECOND_FEW_RULES=ON", "-DPRECOND_CUDA=ON",
         f"-DPRECOND_EXACT={VARIANTS[variant]}", f"-DPRECOND_CUDA_ARCHS={arch}", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPRECOND_VERSION={precond.__version__}",
     ]  # fmt: skip
     for command in (configure, ["cmake", "--build", directory]):
         subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.plan import Row
+from ._core.rows import Row
 from ._core.settings import Settings
 
 
@@ -30,22 +30,25 @@ class _SumOfSquares(FusedOptimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, settings: Settings) -> None:
         FusedOptimizer.__init__(self, params, defaults, settings=settings)
         # As torch: these states exist before the first step.
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._init_state(p, group, self._name)
+        states = self.states
+        for index, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"]):
+                states.ensure(f"parameter {position} of group {index}", p, group, self._row(group))
 
     def _row(self, group: dict[str, Any]) -> Row:
         rule = self._decayed(self._name, group)
         return Row(rule, -1.0 if group["maximize"] else 1.0, self._hyper(group, "lr_decay", "eps"))
 
-    def _initial(self, p: Tensor, group: dict[str, Any]) -> complex:
+    @classmethod
+    def _initial(cls, p: Tensor, group: dict[str, Any]) -> complex:
         value = group["initial_accumulator_value"]
         return complex(value, value) if p.is_complex() else value
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
         return "sum", 1.0, float(group["eps"])
 
-    def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
+    @classmethod
+    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
         return 1.0
 
 

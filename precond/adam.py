@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.plan import Row
+from ._core.rows import Row
 from ._core.settings import Settings
 
 
@@ -132,7 +132,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         name = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
         return name, 1.0 / (1.0 - float(group["betas"][1]) ** float(self.state[p]["step"])), float(group["eps"])
 
-    def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
+    @classmethod
+    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
         beta2: float | Tensor = group["betas"][1]
         return beta2
 

@@ -13,10 +13,11 @@ from . import reference
 from ._core import backend as _backend
 from ._core.arguments import arguments, check_lr, check_nonnegative
 from ._core.optimizer import ParamsT
-from ._core.passes import Job, MultiPass, plain_step
-from ._core.plan import Row
+from ._core.passes import Job, plain_step
+from ._core.rows import Row
 from ._core.settings import Settings
 from ._core.sharding import local
+from ._methods.multipass import MultiPass
 
 GRANULARITIES = ("global", "tensor", "unit", "entry", "spectral")
 #: Kernels that are one ratio of magnitudes: offset and slope of its denominator, from the scale.
@@ -156,7 +157,7 @@ class DualDescent(MultiPass):
         if entrywise:
             self._step_in_one_pass(entrywise)
         for group, row, _, p, _ in found:
-            self._init_state(p, group, row.rule)
+            self._init_state(p, group, row)
         directions = self._averaged([(row, p, g) for _, row, _, p, g in found])
         jobs = []
         for (group, row, name, p, _), u in zip(found, directions, strict=True):

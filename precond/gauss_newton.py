@@ -12,10 +12,11 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.passes import MultiPass, plain_step
-from ._core.plan import Row
+from ._core.passes import plain_step
+from ._core.rows import Row
 from ._core.settings import Settings
 from ._methods.kronecker import Kronecker, Rotation, check_matrix, is_matrix
+from ._methods.multipass import MultiPass
 
 CURVATURES = ("gnb", "hutchinson", "gradient")
 
@@ -163,20 +164,20 @@ class GaussNewton(MultiPass):
         den = self._values(p, group, "curvature").clamp(min=0) * scale + float(hyper["eps"])
         return (den if group["power"] == -0.5 else den * den), 1.0, 0.0
 
-    def _format_of_state(self, name: str, group: dict[str, Any]) -> Any:
+    @classmethod
+    def _format_of_state(cls, name: str, group: dict[str, Any]) -> Any:
         asked = super()._format_of_state(name, group)
         # A mean that moves every few steps by a hundredth is not for a few bits.
         coded = name == "curvature" and group["curvature"] != "gradient" and asked in ("int8", torch.int8, "int4")
         return "fp32" if coded else asked
 
-    def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
+    @classmethod
+    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
         return number(group["betas"][1])
 
-    def _init_state(self, p: Tensor, group: dict[str, Any], rule: str) -> bool:
-        fresh = super()._init_state(p, group, rule)
-        if group["curvature"] != "gradient":
-            self.state[p].setdefault("curvature_step", 0)
-        return fresh
+    @classmethod
+    def _numbers(cls, group: dict[str, Any]) -> dict[str, int]:
+        return {} if group["curvature"] == "gradient" else {"curvature_step": 0}
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
@@ -205,7 +206,7 @@ class GaussNewton(MultiPass):
                 self._rotated_step(index, group, row, work[index])
                 continue
             for p, g, basis in work[index]:
-                self._init_state(p, group, row.rule)
+                self._init_state(p, group, row)
                 if basis.kronecker is not None:
                     basis.kronecker.make_states(basis.matrix(g, torch.float32))
         return None
@@ -220,7 +221,7 @@ class GaussNewton(MultiPass):
         for p, g, basis in work:
             if group["curvature"] != "gnb":
                 self._feed(basis, g, group)
-            self._init_state(p, group, row.rule)
+            self._init_state(p, group, row)
             buffer = self._buffer(p, torch.promote_types(p.dtype, torch.float32))
             buffer.copy_(basis.rotate(p, buffer.dtype)) if has_l1 else buffer.zero_()
             before.append(buffer.clone() if has_l1 else None)
@@ -329,7 +330,7 @@ class GaussNewton(MultiPass):
                         raise RuntimeError(
                             f"{first} must come before estimates of parameter {index}, to make their basis"
                         )
-                self._init_state(p, group, row.rule)
+                self._init_state(p, group, row)
                 h = state["curvature"]
                 wide = torch.promote_types(h.dtype, torch.float32)
                 new = given.to(wide) if estimates is not None else given.to(wide).square() * batch_size

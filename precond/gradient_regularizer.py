@@ -107,15 +107,15 @@ class GradientRegularizer(Wrapper):
         if not jobs:
             return
         base: Any = self.base
-        split = list(base._versions)
-        base._drop_stale_remainders(split)
+        split = base.states.remainders.watched()
+        base.states.begin(split)
         others = {p: p.grad for p in self._params() if p not in first}
         for p in self._params():
             p.grad = None  # a closure may zero gradients in place
         for rule, of_rule in jobs.items():
             names = ("backup", "v") if rule == "perturb_adaptive" else ("backup",)
             if rule not in self._passes:
-                self._passes[rule] = Pass(rule, names, base._own["backend"], counts=False)
+                self._passes[rule] = Pass(rule, names, base.engine.settings["backend"], counts=False)
             self._passes[rule].run(of_rule)
         try:
             with torch.enable_grad():
@@ -124,7 +124,7 @@ class GradientRegularizer(Wrapper):
             for p in first:
                 p.copy_(self._backups[p])
             # What a split weight lacks of its master still belongs to it.
-            base._note_versions(split)
+            base.states.end(split)
         for p, g in first.items():
             p.grad = g if p.grad is None else g.lerp(p.grad, self.rho / self.radius)
         for p, grad in others.items():
@@ -146,6 +146,6 @@ class GradientRegularizer(Wrapper):
         sign = -1.0 if group.get("maximize") else 1.0
         if v is None:
             return "perturb", Job(p, g, state, hyper, sign)
-        values = base._values(p, group, v) if isinstance(v, str) else v
+        values = base.states.values(p, group, base.rule_of(group), v) if isinstance(v, str) else v
         whole = base.state[p][v] if isinstance(v, str) and values is local(base.state[p][v]) else values
         return "perturb_adaptive", Job(p, g, {**state, "v": whole}, hyper, sign)

@@ -11,10 +11,11 @@ from typing_extensions import Unpack
 
 from ._core.arguments import arguments
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.passes import MultiPass, plain_step
-from ._core.plan import Row
+from ._core.passes import plain_step
+from ._core.rows import Row
 from ._core.settings import Settings
 from ._methods.kronecker import check_matrix
+from ._methods.multipass import MultiPass
 
 #: torch's, from 2.9 on.
 _TorchMuon: Final[Any] = getattr(torch.optim, "Muon", torch.optim.Optimizer)
@@ -134,7 +135,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
             if p.is_complex():
                 raise RuntimeError("Muon does not support complex parameters")
             check_matrix(name, p)
-            self._init_state(p, group, "average")
+            self._init_state(p, group, row)
             names = ("momentum_buffer", "momentum_buffer_scale")
             means.append(self._job(p, self._buffer(p, torch.bfloat16), g, names, row.hyper, row.sign))
         self._pass("average", ("momentum_buffer",)).run(means)

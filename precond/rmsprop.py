@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.plan import Row
+from ._core.rows import Row
 from ._core.settings import Settings
 
 
@@ -45,7 +45,8 @@ class _MeanOfSquares(FusedOptimizer):
         square, mean = (self._values(p, group, name) for name in ("square_avg", "grad_avg"))
         return (square - mean * mean).clamp_(min=0), 1.0, float(group["eps"])
 
-    def _smoothing(self, group: dict[str, Any]) -> float | Tensor:
+    @classmethod
+    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
         alpha: float = group["alpha"]
         return alpha
 

@@ -10,10 +10,11 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.passes import MultiPass, plain_step
-from ._core.plan import Row
+from ._core.passes import plain_step
+from ._core.rows import Row
 from ._core.settings import Settings
 from ._methods.kronecker import Kronecker, as_matrix, check_matrix, is_matrix
+from ._methods.multipass import MultiPass
 
 
 class SOAP(MultiPass):
@@ -134,7 +135,7 @@ class SOAP(MultiPass):
                 self._step_group(index, group, row, work[index])
                 continue
             for p, g, turn in work[index]:
-                self._init_state(p, group, row.rule)
+                self._init_state(p, group, row)
                 if turn is not None:
                     turn.make_states(as_matrix(g.to(torch.promote_types(p.dtype, torch.float32))))
 
@@ -148,10 +149,10 @@ class SOAP(MultiPass):
             if turn is not None and not turn.ready:
                 turn.update_factors(as_matrix(g.to(wide)), self._factor_beta(group))
                 turn.refresh("exp_avg", "exp_avg_sq")
-                self._init_state(p, group, row.rule)
+                self._init_state(p, group, row)
                 self.state[p]["basis_step"] = 1
                 continue
-            self._init_state(p, group, row.rule)
+            self._init_state(p, group, row)
             buffer = self._buffer(p, wide)
             if has_l1:
                 buffer.copy_(_rotated(p.detach().to(wide), turn))

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import arguments
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.plan import Row
+from ._core.rows import Row
 from ._core.settings import Settings
 from .gauss_newton import GaussNewton
 

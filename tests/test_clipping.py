@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import precond
 from precond import _C
-from precond._core import plan as _plan
+from precond._core import executors
 
 classes = pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.cls.__name__)
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.complex64]
@@ -173,7 +173,7 @@ LONG = [0, 1, 7, 1023, 1024, 1025, 8191, 8192, 8193, 70_000, 300_001]
 def total_of(params, backend=BACKEND, norm_type=2.0, **settings):
     optimizer = precond.SGD(params, lr=0.0, max_grad_norm=1.0, norm_type=norm_type, backend=backend, **settings)
     optimizer.step()
-    return optimizer._report.total.clone(), optimizer.grad_norm.clone(), optimizer.clip_coef.clone()
+    return optimizer.engine.report.found.total.clone(), optimizer.grad_norm.clone(), optimizer.clip_coef.clone()
 
 
 @kernel_dtypes
@@ -194,7 +194,7 @@ def test_thread_counts_agree(dtype, norm_type, threads):
 @pytest.mark.parametrize("chunk", [1, 1000, 1 << 20])
 def test_chunk_sizes_agree(norm_type, chunk, monkeypatch):
     expected = total_of(made(sizes=LONG), norm_type=norm_type)
-    monkeypatch.setattr(_plan, "_CHUNK", chunk)
+    monkeypatch.setattr(executors, "_CHUNK", chunk)
     assert same(total_of(made(sizes=LONG), norm_type=norm_type), expected)
 
 

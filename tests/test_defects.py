@@ -92,7 +92,7 @@ def test_load_hooks_of_the_user_are_obeyed(row):
     loaded.register_load_state_dict_pre_hook(by_name)
     loaded.register_load_state_dict_post_hook(lambda o: o.state[a].update(marked=torch.ones(1)))
     loaded.load_state_dict(copy.deepcopy(saved.state_dict()))
-    key = loaded._names(row.rule)[0]
+    key = loaded.states.names(row.rule)[0]
     for p in (a, b):
         assert torch.equal(loaded.state[p][key], saved.state[p][key])
     assert "marked" in loaded.state[a]
@@ -212,7 +212,7 @@ def test_many_groups_stepped_one_at_a_time_keep_their_plans(row):
             group["params"][0].grad = torch.ones(3)
             optimizer.param_groups = [group]
             optimizer.step()
-    assert len(optimizer._plans) == 20
+    assert len(optimizer.engine.plans) == 20
 
 
 def test_states_replaced_by_another_thread_during_a_step_stay_alive():

@@ -45,8 +45,8 @@ def test_tensor_hyper_parameters_are_read_on_the_device(row):
         a.step()
         b.step()
     assert all(bits_equal(p.cpu(), q) for p, q in zip(ours, theirs, strict=True))
-    ((_, _, plan),) = next(iter(a._plans.values())).compiled
-    assert plan.launches == 3, "two for the scalars, one for all tensors"
+    (compiled,) = next(iter(a.engine.plans.values())).compiled
+    assert compiled.plan.launches == 3, "two for the scalars, one for all tensors"
 
 
 @rows
@@ -75,8 +75,8 @@ def test_one_launch_for_all_tensors_of_all_groups(row):
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer.step()
-    ((_, _, plan),) = next(iter(optimizer._plans.values())).compiled
-    assert plan.launches == 1
+    (compiled,) = next(iter(optimizer.engine.plans.values())).compiled
+    assert compiled.plan.launches == 1
 
 
 def test_a_scaler_with_counters_on_the_host_is_an_error():

@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import precond
 from precond._core import backend as _backend
 from precond._core import formats as _formats
-from precond._core.plan import Row, table_of
+from precond._core.executors import table_of
+from precond._core.rows import Row
+from precond._core.states import make_counter
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 emulated = pytest.mark.skipif(not _backend.cuda_on_host(), reason="run by tests/test_cuda_on_host.py")
@@ -40,7 +42,8 @@ def test_states_are_made_without_waiting_for_the_device(fake, row, formats):
     group = {"params": [p], "weight_format": formats[0], "state_format": formats[1]}
     with device.HostReads():
         optimizer = row.cls([group], **{**row.kwargs, "fused": True})
-        optimizer._init_state(p, optimizer.param_groups[0], row.rule)
+        group = optimizer.param_groups[0]
+        optimizer.states.ensure("p", p, group, optimizer._row(group))
     made = [t for t in optimizer.state[p].values() if isinstance(t, torch.Tensor)]
     assert all(t.device == FIRST for t in made)
 
@@ -51,7 +54,7 @@ def test_a_loaded_counter_of_another_dtype_is_converted_on_its_device(fake):
     loaded = torch.zeros((), device=FIRST, dtype=torch.float64)
     optimizer.state[p]["step"] = loaded
     with device.HostReads():
-        optimizer._make_counter(p, optimizer.param_groups[0])
+        make_counter(p, optimizer.state[p], optimizer.param_groups[0])
     step = optimizer.state[p]["step"]
     assert (step.dtype, step.device, step.shape) == (torch.float32, FIRST, ())
     assert step is not loaded

@@ -165,7 +165,7 @@ def test_a_state_of_the_wrong_shape_is_named(row):
     optimizer = row.cls([p], **row.kwargs)
     p.grad = torch.ones(4)
     optimizer.step()
-    key = optimizer._names(row.rule)[0]
+    key = optimizer.states.names(row.rule)[0]
     optimizer.state[p][key] = torch.zeros(5)
     with pytest.raises(RuntimeError, match=rf"{key} of parameter 0 of group 0 must have shape \(4,\)"):
         optimizer.step()
@@ -213,7 +213,7 @@ def test_wrong_environment_variables_are_errors(env, message):
 
 def test_environment_variables_choose():
     result = run_python(
-        "import precond; from precond import _C, _backend; print(_C.selected_isa(), _backend.check(None))",
+        "from precond import _C; from precond._core import backend; print(_C.selected_isa(), backend.check(None))",
         PRECOND_ISA="baseline",
         PRECOND_BACKEND="reference",
     )

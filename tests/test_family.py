@@ -119,7 +119,7 @@ def test_a_complex_parameter_is_two_real_ones(row, backend, triton_interpreter):
         a.step()
         b.step()
         assert bits_equal(torch.view_as_real(p.detach()).contiguous(), q.detach().contiguous())
-        for name, state in a._states(p, row.rule).items():
+        for name, state in a.states.present(p, row.rule).items():
             assert state.dtype == torch.complex64
             assert bits_equal(torch.view_as_real(state).contiguous(), b.state[q][name].contiguous())
 
@@ -238,7 +238,7 @@ def test_a_first_step_at_lr_zero_counts_where_a_gradient_is_not_zero(row):
     p.grad = torch.tensor([0.0, 0.0, 1.0])
     optimizer.step()
     assert optimizer.state[p].get("step", torch.ones(())) == 1
-    assert any(state.any() for state in optimizer._states(p, row.rule).values())
+    assert any(state.any() for state in optimizer.states.present(p, row.rule).values())
 
 
 @classes

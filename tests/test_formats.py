@@ -15,8 +15,8 @@ from support.formats import MIXES, check_against_reference, give_gradients, make
 
 import precond
 from precond import _C, reference
+from precond._core import executors
 from precond._core import formats as _formats
-from precond._core import plan as _plan
 
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 classes = pytest.mark.parametrize("row", CLASSES, ids=str)
@@ -80,7 +80,7 @@ def test_instruction_sets_and_threads_agree(dtype, weight_format, state_format, 
 def test_chunks_agree(row, dtype, weight_format, state_format, chunk, monkeypatch):
     expected = make(row, dtype, weight_format, state_format)
     train(*expected)
-    monkeypatch.setattr(_plan, "_CHUNK", chunk)
+    monkeypatch.setattr(executors, "_CHUNK", chunk)
     other = make(row, dtype, weight_format, state_format)
     train(*other)
     assert_same(everything(*other), everything(*expected))
@@ -359,7 +359,7 @@ def test_small_and_odd_tensors_keep_float32_states():
 
 
 def test_flat_buffers_take_codes_with_a_last_group_that_is_not_full(monkeypatch):
-    monkeypatch.setattr(_formats, "SMALLEST_CODED_FLAT", 1)
+    monkeypatch.setattr(_formats.layout, "SMALLEST_CODED_FLAT", 1)
     for n in (3, 63, 64, 65, 1000, 70_001):
         for state_format in ("int8", "int4"):
             pairs = [
@@ -409,7 +409,7 @@ def test_states_go_to_torch_and_come_back(row, state_format):
     own = {"state_format", "weight_format", "l1_decay", "l1_form", "l1_cap"}
     assert not own & set().union(*(group.keys() for group in plain["param_groups"]))
     for i, p in enumerate(params):
-        for name in optimizer._states(p, optimizer._row(optimizer.param_groups[0]).rule):
+        for name in optimizer.states.present(p, optimizer._row(optimizer.param_groups[0]).rule):
             value = plain["state"][i][name]
             assert value.dtype == F32
             assert value.shape == p.shape

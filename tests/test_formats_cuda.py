@@ -59,7 +59,7 @@ def assert_the_bits_of_the_cpu(*args, **kwargs):
 
 @pytest.fixture(autouse=True)
 def _small_buffers_take_codes(monkeypatch):
-    monkeypatch.setattr(_formats, "SMALLEST_CODED_FLAT", 4096)
+    monkeypatch.setattr(_formats.layout, "SMALLEST_CODED_FLAT", 4096)
 
 
 @shapes
@@ -139,5 +139,5 @@ def test_many_tensors_of_mixed_formats_take_one_launch_for_each_kernel():
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    (plan,) = next(iter(optimizer._plans.values())).compiled
+    (plan,) = next(iter(optimizer.engine.plans.values())).compiled
     assert plan.plan.launches == 2

@@ -40,8 +40,8 @@ SIZES = [(3,), (1025,), (8, 128)]
 
 @pytest.fixture
 def _codes_for_small_tensors(monkeypatch):
-    monkeypatch.setattr(_formats, "SMALLEST_CODED_FLAT", 1)
-    monkeypatch.setattr(_formats, "SMALLEST_CODED", 1)
+    monkeypatch.setattr(_formats.layout, "SMALLEST_CODED_FLAT", 1)
+    monkeypatch.setattr(_formats.layout, "SMALLEST_CODED", 1)
 
 
 def mixed_values(shape) -> torch.Tensor:
@@ -84,8 +84,8 @@ def assert_same(a, b):
 def test_the_names_are_those_of_the_compiled_part():
     from precond.triton_kernels import formats
 
-    assert {name for name in _C.formats if formats.is_plain(name)} == set(_formats._SHORT.values())
-    assert {name for name in _C.formats if formats.is_coded(name)} == set(_formats._LEVELS)
+    assert {name for name in _C.formats if formats.is_plain(name)} == set(_formats.names.PLAIN.values())
+    assert {name for name in _C.formats if formats.is_coded(name)} == set(_formats.names.LEVELS)
     for name in _C.formats:
         layout = _formats.Layout(name, (), (0, 0, 0))
         assert (formats.is_plain(name), formats.draws(name, "fp32")) == (layout.plain, layout.draws)

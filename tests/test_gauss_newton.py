@@ -11,8 +11,7 @@ from support.cases import BACKEND, bits_equal
 from support.multipass import BF16, F32, F64, assert_close, give, params_of
 
 import precond
-from precond import bases, curvature, reference
-from precond._core import formats as _formats
+from precond import bases, curvature
 
 KRONECKER = ((4, 6), (5,), (3, 2, 2, 2), ())
 

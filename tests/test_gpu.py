@@ -58,7 +58,7 @@ def steps(row, backend, dtype, make, count=STEPS):
         for p in params:
             p.grad = make(p.numel()).to(dtype).to(where)
         optimizer.step()
-    return [t.cpu() for p in params for t in (p.detach(), *optimizer._states(p, row.rule).values())]
+    return [t.cpu() for p in params for t in (p.detach(), *optimizer.states.present(p, row.rule).values())]
 
 
 @pytest.mark.parametrize("row", ALL_RULES, ids=str)
@@ -166,12 +166,12 @@ def test_every_plan_that_a_graph_was_captured_from_is_kept(granularity):
     warmed_up(optimizer.step)
     CUDA.capture(optimizer.step)
     plans = [
-        *optimizer._plans.values(),
-        *(plan for each in optimizer._passes.values() for plan in each._plans.values()),
+        *optimizer.engine.plans.values(),
+        *(plan for each in optimizer._passes.values() for plan in each.engine.plans.values()),
     ]
     captured = [compiled.plan for plan in plans for compiled in plan.compiled if compiled.plan.was_captured]
     assert captured
-    assert {id(plan) for plan in captured} <= {id(plan) for plan in optimizer._captured}
+    assert {id(plan) for plan in captured} <= {id(plan) for plan in optimizer.engine.captured}
 
 
 @pytest.mark.capture

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import xml.etree.ElementTree
+from pathlib import Path
 
 import pytest
 from support.builds import ROOT
@@ -87,3 +88,12 @@ def test_a_wrong_argument_is_refused(arguments, env, message, tmp_path):
     assert result.returncode == 2
     assert message in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_copy_of_the_sources_can_be_configured(tmp_path):
+    names = re.search(r"for name in (.*?); do cp", RUN.read_text())[1].split()
+    for name in names:
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    options = ["-DPRECOND_PYTHON=OFF", "-DPRECOND_CUDA=OFF", "-DPRECOND_VERSION=0"]
+    subprocess.run([cmake, "-S", tmp_path, "-B", tmp_path / "build", *options], check=True, capture_output=True)

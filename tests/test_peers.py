@@ -90,7 +90,7 @@ def test_unsloth_zoos_coordinates_without_gradient_drift(row, dtype):
     steps(optimizer, [p], [[g]] * 500)
     assert torch.equal(p[1::2], torch.ones(32, dtype=dtype))
     initial = optimizer._initial(p, optimizer.param_groups[0])
-    for state in optimizer._states(p, row.rule).values():
+    for state in optimizer.states.present(p, row.rule).values():
         assert torch.equal(state[1::2], torch.full((32,), initial, dtype=dtype))
 
 
@@ -135,7 +135,7 @@ def test_torch_casts_bf16_states_to_the_parameters_dtype_when_it_loads(row):
     steps(optimizer, [p], [[torch.ones(5)]])
     again = row.cls([p], **row.kwargs)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    states = again._states(p, row.rule)
+    states = again.states.present(p, row.rule)
     assert states
     assert all(state.dtype == torch.bfloat16 for state in states.values())
 

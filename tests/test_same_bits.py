@@ -8,7 +8,7 @@ from families import ALL_RULES, BY_RULE, BY_STATES
 from support.cases import BACKEND, bits_equal, gradient, guarded, nasty_values, random_values
 
 from precond import _C
-from precond._core import plan as _plan
+from precond._core import executors
 
 rows = pytest.mark.parametrize("row", ALL_RULES, ids=str)
 # For what depends on where operands lie and not on what a rule does with them.
@@ -36,7 +36,7 @@ def train(row, dtype, *, sizes=SIZES, steps=20, layout="contiguous", backend=BAC
             p.grad_dtype = None
             p.grad = mixed_values(p.numel()).to(g_dtype or dtype)
         optimizer.step()
-    return [t for p in params for t in (p.detach(), *optimizer._states(p, row.rule).values())]
+    return [t for p in params for t in (p.detach(), *optimizer.states.present(p, row.rule).values())]
 
 
 def assert_same(a, b):
@@ -75,7 +75,7 @@ def test_thread_counts_agree(row, dtype, threads, one_thread):
 @pytest.mark.parametrize("chunk", [1, 256, 1000, 1 << 20])
 def test_chunk_sizes_agree(row, chunk, monkeypatch):
     expected = train(row, torch.float32, sizes=LONG)
-    monkeypatch.setattr(_plan, "_CHUNK", chunk)
+    monkeypatch.setattr(executors, "_CHUNK", chunk)
     assert_same(train(row, torch.float32, sizes=LONG), expected)
 
 
@@ -96,7 +96,7 @@ def test_gradient_layouts_agree(row):
         for _ in range(3):
             p.grad = gradient(random_values(p.shape), layout, p)
             optimizer.step()
-        return [p.detach(), *optimizer._states(p, row.rule).values()]
+        return [p.detach(), *optimizer.states.present(p, row.rule).values()]
 
     for layout in ("transposed", "channels_last", "strided"):
         assert_same(step(layout), step("contiguous"))
@@ -135,7 +135,7 @@ def test_flushing_denormals_outside_does_not_change_the_update(row):
         finally:
             torch.set_flush_denormal(False)
         assert flushes == flush, "the caller's setting must survive the step"
-        return [p.detach(), *optimizer._states(p, row.rule).values()]
+        return [p.detach(), *optimizer.states.present(p, row.rule).values()]
 
     expected = step(False)
     assert any(((t.abs() < 1.1e-38) & (t != 0)).any() for t in (*expected, values))
@@ -212,7 +212,7 @@ def test_triton_takes_states_of_different_formats():
         for _ in range(3):
             p.grad = random_values((300,))
             optimizer.step()
-        results += [p.detach(), *optimizer._states(p, row.rule).values()]
+        results += [p.detach(), *optimizer.states.present(p, row.rule).values()]
     assert_same(results[:3], results[3:])
 
 

@@ -38,9 +38,9 @@ def test_a_dtensor_is_updated_like_its_local_tensor(row, mesh):
         a.step()
         b.step()
     assert bits_equal(plain, sharded.to_local())
-    for key in b._names(row.rule):
+    for key in b.states.names(row.rule):
         assert b.state[sharded][key].placements == sharded.placements
-    assert len(b._plans) == 1
+    assert len(b.engine.plans) == 1
 
 
 def test_local_gives_plain_tensors_back():

@@ -126,7 +126,7 @@ def test_a_number_may_take_the_place_of_a_tensor(row):
 @shapes
 @formats
 def test_a_loss_scaler_unscales_and_a_skipped_step_changes_nothing(row, formats, monkeypatch):
-    monkeypatch.setattr(_formats, "SMALLEST_CODED_FLAT", 1)
+    monkeypatch.setattr(_formats.layout, "SMALLEST_CODED_FLAT", 1)
     ours, theirs, a, b = pair(row, formats=formats)
     scale = device_tensor(3.0)
     for i, overflow in enumerate((False, True, False, True, False)):
@@ -142,7 +142,7 @@ def test_a_loss_scaler_unscales_and_a_skipped_step_changes_nothing(row, formats,
             b.step()
         assert_same(a, ours, b, theirs, row.rule)
         for p in ours:
-            if a._counts(p):
+            if a.states.counts(p):
                 assert a.state[p]["step"].item() == (i + 2) // 2
                 assert a.state[p]["step"].device == p.device
 
@@ -212,7 +212,7 @@ def test_tables_are_made_again_only_where_an_address_or_a_shape_changed(row, mon
     # The same memory in another order, for the parameter, its gradient and its states.
     for owner, optimizer in ((p, a), (q, b)):
         owner.data = owner.data.view(30, 40).t()
-        for name, state in optimizer._states(owner, row.rule).items():
+        for name, state in optimizer.states.present(owner, row.rule).items():
             optimizer.state[owner][name] = state.view(30, 40).t()
     p.grad = first.view(30, 40).t()
     assert step() == []

@@ -22,7 +22,7 @@ from support.cases import memory
 
 import precond
 from precond._core import formats as _formats
-from precond._core.arguments import STATE_FORMATS
+from precond._core.formats import STATE_FORMATS
 
 F32, BF16, F16, C64 = torch.float32, torch.bfloat16, torch.float16, torch.complex64
 STEPS = 4

@@ -9,13 +9,6 @@ from torch import Tensor
 
 from . import backend as _backend
 
-STATE_FORMATS: dict[str | torch.dtype, torch.dtype | str] = {
-    name: dtype
-    for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
-    for name in (short, dtype)
-}
-#: What ``state_format`` takes: dtypes, and formats with codes.
-STATE_FORMATS |= {"int8": "int8", torch.int8: "int8", "int4": "int4"}
 L1_OPTIONS = {"l1_decay": 0.0, "l1_form": "proximal"}
 
 

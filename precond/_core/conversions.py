@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import formats as _formats
+from . import formats
+from .optimizer import FusedOptimizer
+from .rows import Group
 from .sharding import like, local
-
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+from .states import ParamStates
 
 _BESIDE = ("key", "remainder")
 
@@ -52,25 +52,24 @@ def to_torch_state_dict(optimizer: FusedOptimizer) -> dict[str, Any]:
     states = {}
     for i, p, group in zip(ids, params, groups, strict=True):
         if i in packed["state"]:
-            states[i] = _plain_state(optimizer, p, group, packed["state"][i])
-    own = optimizer._group_options.keys()
+            states[i] = _plain_state(optimizer.states, p, group, optimizer.rule_of(group), packed["state"][i])
+    own = optimizer.states.recipe.options
     stripped = [{k: v for k, v in group.items() if k not in own} for group in packed["param_groups"]]
     return {"state": states, "param_groups": stripped}
 
 
-def _plain_state(optimizer: FusedOptimizer, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    rule = optimizer._row(group).rule
-    forms = optimizer._layout(p, group, rule).states
+def _plain_state(states: ParamStates, p: Tensor, group: Group, rule: str, state: dict[str, Any]) -> dict[str, Any]:
+    forms = states.layout(p, group, rule).states
     plain = {}
-    for name, form in zip(optimizer._states(p, rule), forms, strict=True):
+    for name, form in zip(states.present(p, rule), forms, strict=True):
         value = state[name]
         if value.dtype in (torch.float64, torch.complex64, torch.complex128):
             plain[name] = value.clone()
         else:
-            plain[name] = like(p, _formats.values_of(state, name, form, p).clone())
+            plain[name] = like(p, formats.values_of(state, name, form, p).clone())
     left = {*_BESIDE, *plain, *(f"{name}_scale" for name in plain)}
     for name, value in state.items():
-        if name not in left and (name != "step" or optimizer._counts_steps):
+        if name not in left and (name != "step" or states.recipe.counts_steps):
             plain[name] = value.clone() if isinstance(value, Tensor) else value
     return plain
 
@@ -101,7 +100,7 @@ def master_weights(optimizer: FusedOptimizer, model: nn.Module) -> dict[str, Ten
         ([[1.0, 1.0]], [[0.9998999834060669, 0.9998999834060669]])
     """
     _check(optimizer)
-    optimizer._drop_stale_remainders(p for p, state in optimizer.state.items() if "remainder" in state)
+    optimizer.states.begin(p for p, state in optimizer.state.items() if "remainder" in state)
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     masters = {}
     for name, p in model.named_parameters():
@@ -109,15 +108,13 @@ def master_weights(optimizer: FusedOptimizer, model: nn.Module) -> dict[str, Ten
         group = group_of.get(p)
         remainder = optimizer.state[p].get("remainder") if p in optimizer.state else None
         if group is not None and remainder is not None and group.get("weight_format") in ("split24", "split32"):
-            form = _formats.layout_of(p, group, {}, ()).param
-            masters[name] = like(p, _formats.decode(plain, local(remainder), form, plain.shape))
+            form = formats.layout_of(p, group, {}, ()).param
+            masters[name] = like(p, formats.decode(plain, local(remainder), form, plain.shape))
         else:
-            masters[name] = like(p, plain.float().clone() if _formats.is_half(p) else plain.clone())
+            masters[name] = like(p, plain.float().clone() if formats.is_half(p) else plain.clone())
     return masters
 
 
 def _check(optimizer: object) -> None:
-    from .optimizer import FusedOptimizer
-
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"optimizer must be one of precond, got a {type(optimizer).__name__}")

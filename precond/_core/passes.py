@@ -1,22 +1,24 @@
-"""Steps of several passes: one rule over tensors that some optimizer has, with hyper-parameters per tensor, by the same kernels,
-formats and backends. For methods that have a matrix product or a norm between two passes.
+"""One rule over tensors that some optimizer has, with hyper-parameters per tensor, by the same kernels, formats and backends. For
+methods that have a matrix product or a norm between two passes.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .clipping import NormClasses, combined, parts_of_norms
-from .optimizer import FusedOptimizer
-from .plan import Control, Row, StepPlan
+from . import formats
+from .checks import Checks
+from .engine import Engine
+from .formats import Layout
+from .norm import NormClasses
+from .rows import Control, Group, Row, Step
 from .settings import DEFAULTS
-from .sharding import aligned_gradients, local, reduce, shard_groups
-
-_NO_CONTROL = Control(1.0, None, None, math.inf)
+from .sharding import reduce, shard_groups
+from .states import Remainders, State, make_counter, present_of
 
 
 class Job(NamedTuple):
@@ -33,46 +35,87 @@ class Job(NamedTuple):
     state_format: str | torch.dtype | None = None
 
 
-class Pass(FusedOptimizer):
-    """An optimizer in form alone: it has a group for each tensor of the last call, and its states are dictionaries of the
-    caller's, which hold everything but ``step`` already. Not copied or saved: its owner makes another.
+class JobStates:
+    """The states of tensors that a pass updates: dictionaries of its caller, which hold everything but ``step`` already."""
+
+    def __init__(self, names: tuple[str, ...], counts: bool, remainders: Remainders) -> None:
+        self.state: State = {}
+        self._names, self._counts, self._remainders = names, counts, remainders
+
+    def bind(self, state: State, groups: list[Group]) -> None:
+        """Take the dictionaries of the next jobs."""
+        self.state = state
+
+    def names(self, rule: str) -> tuple[str, ...]:
+        """What the caller calls the rule's states."""
+        return self._names
+
+    def present(self, p: Tensor, rule: str) -> dict[str, Tensor]:
+        """Those that exist."""
+        return present_of(self.state, p, self._names)
+
+    def missing(self, p: Tensor, rule: str) -> bool:
+        """True where the caller has not given a state."""
+        return (self.counts(p) and "step" not in self.state[p]) or len(self.present(p, rule)) < len(self._names)
+
+    def layout(self, p: Tensor, group: Group, rule: str) -> Layout:
+        """The formats of a tensor and of its states."""
+        return formats.layout_of(p, group, self.state[p], self._names)
+
+    def ensure(self, name: str, p: Tensor, group: Group, row: Row) -> bool:
+        """Make a step counter. False: the caller has made the states."""
+        if self.counts(p):
+            make_counter(p, self.state[p], group)
+        return False
+
+    def counts(self, p: Tensor) -> bool:
+        """True where the pass counts steps, or random bits depend on them."""
+        return self._counts or "key" in self.state[p]
+
+    def begin(self, split: Iterable[Tensor]) -> None:
+        """Forget what split weights lacked of their masters where somebody else has written them."""
+        self._remainders.drop_stale(self.state, split)
+
+    def end(self, split: Iterable[Tensor]) -> None:
+        """Split weights are now as the pass left them."""
+        self._remainders.note(split)
+
+
+class Pass:
+    """Runs one rule over tensors of its caller: a group for each, so that plans serve. Not copied or saved: its owner makes
+    another.
     """
 
-    def __init__(self, rule: str, names: tuple[str, ...], backend: str | None, counts: bool) -> None:
-        self._rule, self._rule_names, self._counts_steps = rule, names, counts  # type: ignore[misc]
-        self._own = {**DEFAULTS, "backend": backend}
-        self.defaults = {"differentiable": False}
-        self.param_groups, self.state = [], {}  # type: ignore[assignment]
-        self._rebuild()
+    def __init__(
+        self,
+        rule: str,
+        names: tuple[str, ...],
+        backend: str | None,
+        counts: bool,
+        *,
+        remainders: Remainders | None = None,
+        captured: list[Any] | None = None,
+    ) -> None:
+        """``names``: what the caller calls the rule's states. ``remainders``, ``captured``: those of the caller's engine."""
+        self._rule = rule
+        self._states = JobStates(names, counts, Remainders() if remainders is None else remainders)
+        checks = Checks(Pass, frozenset(), {**DEFAULTS, "backend": backend})
+        self.engine = Engine(self._states, checks, captured=captured)
+        self._groups: list[Group] = []
 
     def run(self, jobs: list[Job]) -> None:
         """Update every job's tensor in one region."""
         if jobs:
-            self._take(jobs)
-            self._run_rows(self._rows(jobs), _NO_CONTROL)
-            self._inputs = {}
+            self.engine.run(self._step(jobs))
 
     def squared_norms(self, jobs: list[Job], classes: list[int]) -> list[Tensor]:
         """Per job the sum of squares of every ``g`` of its class, classes being numbered from 0, over all processes that have a
         piece of one: float64 numbers on the first one's device, in the order of csrc/plan/norm.h.
         """
-        self._take(jobs)
         shards = [shard_groups(job.p) or {} for job in jobs]
         measured = range(len(jobs)) if any(shards) else classes  # pieces are added up over their own processes
-        rows, key = self._rows(jobs), tuple(map(id, self.param_groups))
-        plan = self._plans.get(key) or StepPlan(self, rows)
-        if not plan.refresh(self, rows):
-            plan = StepPlan(self, rows)
-            if not plan.refresh(self, rows):
-                raise RuntimeError("a tensor changed while its norm was measured")
         of = {job.p: number for job, number in zip(jobs, measured, strict=True)}
-        plan.set_norm_classes(self, NormClasses(of, [()] * (max(measured) + 1)))
-        found, *others = parts_of_norms(plan, self, inf=False)
-        for part in others:
-            found = combined(found, part.to(found.device), inf=False)
-        plan.new = False
-        self._keep(key, plan)
-        self._inputs = {}
+        found = self.engine.norms(self._step(jobs), NormClasses(of, [()] * (max(measured) + 1)))
         # No index by numbers of the host, which torch would copy to the device and wait.
         parts = found.unbind()
         if not any(shards):
@@ -83,125 +126,21 @@ class Pass(FusedOptimizer):
             totals[number] = totals[number] + parts[i] if number in totals else parts[i]
         return [totals[number] for number in classes]
 
-    def _take(self, jobs: list[Job]) -> None:
-        if len(jobs) != len(self.param_groups) or any(
-            group["params"][0] is not job.p for group, job in zip(self.param_groups, jobs, strict=True)
+    def _step(self, jobs: list[Job]) -> Step:
+        if len(jobs) != len(self._groups) or any(
+            group["params"][0] is not job.p for group, job in zip(self._groups, jobs, strict=True)
         ):
-            self.param_groups = [{"params": [job.p]} for job in jobs]
-            self._plans = {}
-        for group, job in zip(self.param_groups, jobs, strict=True):
+            self._groups = [{"params": [job.p]} for job in jobs]
+            self.engine.forget_plans()
+        for group, job in zip(self._groups, jobs, strict=True):
             group["weight_format"], group["state_format"] = job.weight_format, job.state_format
-        self.state = {job.p: job.state for job in jobs}  # type: ignore[assignment]
-        self._inputs = {job.p: job.g for job in jobs}
-
-    def _rows(self, jobs: list[Job]) -> list[Row]:
-        return [Row(self._rule, job.sign, job.hyper) for job in jobs]
-
-    def _names(self, rule: str) -> tuple[str, ...]:
-        return self._rule_names
-
-    def _asks_for_states_only(self, plan: StepPlan, rows: list[Row]) -> bool:
-        return False
-
-    def _convert_states(self, group: dict[str, Any], index: int) -> None:
-        pass  # the owner's
-
-
-class MultiPass(FusedOptimizer):
-    """A method whose step, or that of some groups, has several passes. It takes gradients as they are: a ``GradScaler`` unscales
-    them before the step, and clipping is torch's.
-    """
-
-    #: Why the settings that need one pass are refused.
-    _why_not_one_pass: ClassVar[str]
-    _passes: dict[tuple[str, int], Pass]
-    #: Tensors that a pass writes and the next one reads, by parameter: memory that no checkpoint has.
-    _buffers: dict[Tensor, Tensor]
-    #: Copies of step counters, for a pass that draws after the one that counts.
-    _counters: dict[Tensor, Tensor]
-
-    def _rebuild(self) -> None:
-        super()._rebuild()
-        self._passes, self._buffers, self._counters = {}, {}, {}
-
-    def _step_in_one_pass(self, groups: list[dict[str, Any]]) -> None:
-        """The one-pass step of some of the groups."""
-        everything = self.param_groups
-        for p in (p for group in everything for p in group["params"]):
-            if p not in self._stream_names:
-                self._key(p)  # by its place among all
-        self.param_groups = groups
-        try:
-            FusedOptimizer._update(self)
-        finally:
-            self.param_groups = everything
-
-    def _only_makes_states(self, rows: list[Row], gradients: dict[Tensor, Tensor]) -> bool:
-        """What ``_asks_for_states_only`` says of a plan."""
-        if any(isinstance(row.hyper["lr"], Tensor) or row.hyper["lr"] != 0.0 for row in rows):
-            return False
-        return not any(self.state.get(p) or bool(local(g).any()) for p, g in gradients.items())
-
-    def _buffer(self, p: Tensor, dtype: torch.dtype) -> Tensor:
-        made = self._buffers.get(p)
-        if made is None or (made.dtype, made.shape, made.device) != (dtype, p.shape, p.device):
-            self._buffers[p] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
-        return self._buffers[p]
-
-    def _job(
-        self,
-        p: Tensor,
-        target: Tensor,
-        g: Tensor,
-        names: tuple[str, ...],
-        hyper: dict[str, float | Tensor],
-        sign: float = 1.0,
-        weight_format: str | None = None,
-        state_format: str | torch.dtype | None = None,
-    ) -> Job:
-        """A job with the states of these names that a parameter has, and what random bits need. Each pass that draws counts a
-        step of the parameter, so that no two draw alike; where the method counts them itself, a later pass has a copy to count.
-        """
-        state = self.state[p] if p in self.state else {}
-        given = {name: state[name] for name in names if name in state}
-        if "key" in state:
-            given["key"] = state["key"]
-            if self._counts_steps and "step" not in names:
-                given["step"] = self._counters.setdefault(p, state["step"].clone()).copy_(state["step"])
-            else:
-                given["step"] = state["step"]
-        return Job(target, g, given, hyper, sign, weight_format, state_format)
-
-    def _pass(self, rule: str, names: tuple[str, ...] = (), *, of: int = 0, counts: bool = False) -> Pass:
-        """The pass of a rule, for those who call it once per group: of a group."""
-        if (rule, of) not in self._passes:
-            self._passes[rule, of] = Pass(rule, names, self._own["backend"], counts)
-            self._passes[rule, of]._captured = self._captured
-        return self._passes[rule, of]
-
-    def _gradients(self, group: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
-        """Name, parameter and gradient of each parameter that has one, checked; raise for settings that need one pass."""
-        for name in ("max_grad_norm", "clip_grad_value"):
-            if self._own[name] is not None:
-                raise RuntimeError(
-                    f"{name} must be None {self._why_not_one_pass}, got {self._own[name]}: "
-                    "call torch.nn.utils.clip_grad_norm_ or clip_grad_value_ before the step"
-                )
-        for name in ("fused", "differentiable", "capturable"):
-            # By its default a GradScaler leaves all gradients as they are.
-            if group.get(name) or self.defaults.get(name):
-                raise RuntimeError(f"{name} must be False {self._why_not_one_pass}")
-        index = next(i for i, other in enumerate(self.param_groups) if other is group)
-        aligned = aligned_gradients([group])
-        found = []
-        row = Row("sgdw", 1.0, {})
-        for position, p in enumerate(group["params"]):
-            if p.grad is None:
-                continue
-            name = f"parameter {position} of group {index}"
-            self._backend_of(name, p, row)
-            found.append((name, p, aligned.get(p, p.grad)))
-        return found
+        return Step(
+            groups=self._groups,
+            state={job.p: job.state for job in jobs},
+            inputs={job.p: job.g for job in jobs},
+            rows=[Row(self._rule, job.sign, job.hyper) for job in jobs],
+            control=Control(),
+        )
 
 
 def plain_step(lr: float | Tensor, weight_decay: float | Tensor) -> dict[str, float | Tensor]:

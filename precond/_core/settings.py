@@ -7,8 +7,6 @@ from typing import Any, Final
 
 from typing_extensions import TypedDict
 
-from . import backend as _backend
-
 
 class Settings(TypedDict, total=False):
     """Keyword arguments of every optimizer of precond. They concern the whole step, so no group and no checkpoint has them;
@@ -70,7 +68,6 @@ def own_settings(owner: str, given: Settings) -> dict[str, Any]:
         if name not in DEFAULTS:
             raise TypeError(f"{owner}.__init__() got an unexpected keyword argument {name!r}")
     own: dict[str, Any] = {**DEFAULTS, **given}
-    own["backend"] = _backend.check(own["backend"])
     for name in ("max_grad_norm", "clip_grad_value"):
         if own[name] is not None:
             own[name] = float(own[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from precond._core.optimizer import FusedOptimizer
-from precond._core.plan import Row
+from precond._core.rows import Row
 
 
 class Alone(FusedOptimizer):

@@ -16,7 +16,7 @@ class Curved(precond.GaussNewton):
         super().__init__(params, **kwargs)
         for group in self.param_groups:
             for p in group["params"]:
-                self._init_state(p, group, self._row(group).rule)
+                self._init_state(p, group, self._row(group))
                 # An estimate of a Hessian's diagonal may be negative, a mean of squares not.
                 lowest = 0.0 if group["curvature"] == "gradient" else -0.1
                 values = torch.linspace(lowest, 2.0, p.numel(), device=p.device).view(p.shape)

@@ -31,18 +31,20 @@ def worst_error(
         for p in params:
             p.grad_dtype = None
             p.grad = gradient(random_values(p.shape, g_dtype), g_layout, p)
-            states = optimizer._states(p, row.rule).values()
+            states = optimizer.states.present(p, row.rule).values()
             dtype = {"fp32": F32, "bf16": BF16, "fp16": F16, None: p_dtype}[state_format]
-            names = optimizer._names(row.rule)
+            names = optimizer.states.names(row.rule)
             initial = optimizer._initial(p, optimizer.param_groups[0])
             before.append(Snapshot.of(p, list(states) or [torch.full_like(p, initial, dtype=dtype) for _ in names]))
         optimizer.step()
         group = optimizer.param_groups[0]
         _, sign, hyper = optimizer._row(group)
         for p, snapshot, buffer in zip(params, before, buffers, strict=True):
-            states = list(optimizer._states(p, row.rule).values())
+            states = list(optimizer.states.present(p, row.rule).values())
             asked_for = state_format is not None
-            drawn = [k for k, name in enumerate(optimizer._names(row.rule)) if asked_for and name in SECOND_MOMENTS]
+            drawn = [
+                k for k, name in enumerate(optimizer.states.names(row.rule)) if asked_for and name in SECOND_MOMENTS
+            ]
             error = snapshot.check(row, p.grad, hyper, sign, step, step == 1, p.detach(), states, drawn)
             worst = max(worst, error)
             buffer.check()

@@ -1,0 +1,46 @@
+"""What torch's ``load_state_dict`` does to states and groups, and what precond's optimizers keep of theirs all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from .rows import Group
+from .states import State
+
+
+def restore_states(state: State, groups: list[Group], loaded: dict[str, Any]) -> None:
+    """Give loaded states the dtype they were saved in and memory of their own; torch casts and aliases them."""
+    saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
+    params = [p for group in groups for p in group["params"]]
+    for saved_id, p in zip(saved_ids, params, strict=True):
+        for name, saved in loaded["state"].get(saved_id, {}).items():
+            if isinstance(saved, Tensor) and name == "step":
+                state[p][name] = state[p][name].clone()
+            elif isinstance(saved, Tensor):
+                state[p][name] = saved.detach().to(p.device, copy=True)
+
+
+class KeptOptions:
+    """What groups keep when a checkpoint is loaded: a tensor stays the same tensor and takes the loaded value, an option that
+    torch does not have stays what it is where the checkpoint has none.
+    """
+
+    def __init__(self, groups: list[Group], own: Iterable[str]) -> None:
+        names = list(own)
+        self._own = [{name: group[name] for name in names if name in group} for group in groups]
+        self._tensors = [
+            {name: value for name, value in group.items() if isinstance(value, Tensor) and value.numel() == 1}
+            for group in groups
+        ]
+
+    def restore(self, groups: list[Group]) -> None:
+        """Bring them into the groups that were loaded."""
+        for group, tensors, own in zip(groups, self._tensors, self._own, strict=True):
+            for name, tensor in tensors.items():
+                if name in group:
+                    tensor.data.fill_(float(group[name]))
+                    group[name] = tensor
+            group.update({name: value for name, value in own.items() if name not in group})

@@ -1,0 +1,108 @@
+"""Runs steps: keeps plans, and builds one where none holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from . import backend as _backend
+from .checks import Checks
+from .clipping import Report
+from .norm import NormClasses
+from .plan import Outcome, StepPlan
+from .rows import Step
+from .sharding import aligned_gradients, local
+from .states import States
+
+_PLANS_KEPT = 64
+
+
+class Engine:
+    """What runs the steps of one optimizer. ``plans`` only caches checks on groups and states."""
+
+    def __init__(
+        self,
+        states: States,
+        checks: Checks,
+        report: Report | None = None,
+        captured: list[Any] | None = None,
+        *,
+        may_only_make_states: bool = False,
+    ) -> None:
+        """``report`` and ``captured`` are those of an engine that this one replaces or works for. ``may_only_make_states``: the
+        first step may be one that ``torch.distributed.checkpoint`` makes to have states.
+        """
+        self.states, self.checks = states, checks
+        self.report = Report() if report is None else report
+        #: Compiled plans that graphs were captured from. A replay needs their memory, also when there is a newer plan.
+        self.captured: list[Any] = [] if captured is None else captured
+        self.plans: dict[tuple[int, ...], StepPlan] = {}
+        self._may_only_make_states = may_only_make_states
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What concerns the whole step: :class:`precond.Settings`."""
+        return self.checks.settings
+
+    def run(self, step: Step) -> None:
+        """Run each group's rule on its parameters, by the plan for these groups or a new one."""
+        self.states.bind(step.state, step.groups)
+        # DeepSpeed steps once per group with param_groups cut to it: one plan for each view of the groups.
+        key = tuple(map(id, step.groups))
+        plan = self.plans.get(key)
+        if plan is not None and not plan.has_wrappers and plan.run(step) is not Outcome.STALE:
+            return
+        # Only wrapped parameters can have a gradient that is placed otherwise, and a plan knows whether it has any.
+        step = step._replace(inputs={**aligned_gradients(step.groups), **step.inputs})
+        if plan is None or not plan.has_wrappers or plan.run(step) is Outcome.STALE:
+            self._keep(key, self._run_new(step))
+
+    def norms(self, step: Step, classes: NormClasses) -> Tensor:
+        """For each class the sum of squares of this process' gradients: float64 numbers on the first one's device."""
+        self.states.bind(step.state, step.groups)
+        key = tuple(map(id, step.groups))
+        plan = self.plans.get(key)
+        found = None if plan is None else plan.norms(step, classes)
+        if plan is None or found is None:
+            plan = self._new(step)
+            found = plan.norms(step, classes)
+            if found is None:
+                raise RuntimeError("a tensor changed while its norm was measured")
+        self._keep(key, plan)
+        return found
+
+    def forget_plans(self) -> None:
+        """Build a plan for the next step, with every check."""
+        self.plans = {}
+
+    def _new(self, step: Step) -> StepPlan:
+        return StepPlan(step, self.states, self.checks, self.report, self.captured)
+
+    def _run_new(self, step: Step) -> StepPlan:
+        plan = self._new(step)
+        if self._may_only_make_states and _asks_for_states_only(plan, step):
+            plan.new = False
+        elif plan.run(step) is Outcome.STALE:
+            raise RuntimeError("a gradient or state changed while the step was prepared")
+        return plan
+
+    def _keep(self, key: tuple[int, ...], plan: StepPlan) -> None:
+        """Keep a plan for the next step. Without a compiled part the checks are all there is, and nothing is worth keeping."""
+        self.plans.pop(key, None)
+        while len(self.plans) >= _PLANS_KEPT:
+            del self.plans[next(iter(self.plans))]
+        if plan.compiled:
+            self.plans[key] = plan
+
+
+def _asks_for_states_only(plan: StepPlan, step: Step) -> bool:
+    """True for a first step at lr 0 on gradients of zeros, which is how torch.distributed.checkpoint has states made. A step
+    counted there spoils the bias corrections of all that follow (pytorch#164929).
+    """
+    if not plan.fresh or any(_backend.on_device(row.hyper["lr"]) or row.hyper["lr"] != 0.0 for row in step.rows):
+        return False
+    given = {p: step.input_of(p) for group in step.groups for p in group["params"]}
+    gradients = {p: g for p, g in given.items() if g is not None}
+    return plan.fresh == gradients.keys() and not any(local(g).any() for g in gradients.values())

@@ -1,0 +1,329 @@
+"""What updates the parameters of a step: a compiled plan for each device, Triton's kernels, the reference text. A compiled plan
+compares every address with what it saw; what the other two update is checked anew at each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import backend as _backend
+from . import formats
+from .checks import Checks
+from .norm import NOTHING, Clip, NormClasses, reference_part
+from .rows import Control, Row, Step
+from .sharding import local
+from .states import States, counts_beside, is_counter
+
+# Elements per chunk; 0 lets the plan choose.
+_CHUNK = 0
+
+
+def table_of(rows: list[Row], device: torch.device | None) -> tuple[list[Any], list[Tensor]]:
+    """Rows as a compiled plan takes them. For a plan on a device tensors become addresses, else numbers; also returned are the
+    tensors at these addresses: copies of those that are on another device.
+    """
+    assert _backend._C is not None
+    table: list[tuple[int, float, tuple[float, ...], list[tuple[int, int, int]]]] = []
+    used = []
+    for rule, sign, hyper in rows:
+        number, _, names, _ = _backend._C.rules[rule]
+        values, overrides = [], []
+        for index, name in enumerate(names):
+            value = hyper[name]
+            if device is not None and isinstance(value, Tensor):
+                if value.dtype not in (torch.float32, torch.float64):
+                    raise TypeError(f"{name} must be a float32 or float64 tensor, got {value.dtype}")
+                used.append(value.to(device, non_blocking=True))
+                overrides.append((index, used[-1].data_ptr(), int(value.dtype == torch.float64)))
+                values.append(0.0)
+            else:
+                values.append(float(value))
+        table.append((number, sign, tuple(values), overrides))
+    return table, used
+
+
+class Compiled:
+    """A plan of the extension: every parameter of a device that its kernels take, in one pass."""
+
+    measures_itself: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        step: Step,
+        states: States,
+        backend: str,
+        device: torch.device,
+        homes: dict[Tensor, tuple[str, torch.device]],
+        fresh: set[Tensor],
+        captured: list[Any],
+    ) -> None:
+        """``homes``: backend and device of each parameter that is updated; the plan takes its own. ``captured``: where plans
+        are kept that graphs were captured from.
+        """
+        assert _backend._C is not None
+        self.backend, self.device = backend, device
+        self._captured = captured
+        self._hyper_tensors: list[Tensor] = []  # whose addresses the plan has
+        rules = _backend._C.rules
+        self.plan = _backend._C.Plan(
+            reader=_backend.reader(),
+            state_names={rules[row.rule][0]: states.names(row.rule) for row in step.rows},
+            step_name="step",
+            chunk=_CHUNK,
+            device=-1 if backend == "cpu" else device.index or 0,
+        )
+        self.params: list[Tensor] = []
+        for index, (group, row) in enumerate(zip(step.groups, step.rows, strict=True)):
+            for p in group["params"]:
+                if homes.get(p) == (backend, device):
+                    self._add(step, states, p, index, row, p in fresh)
+                elif step.input_of(p) is None:
+                    self.plan.defer(p, index)
+                else:
+                    self.plan.ignore(p, index)
+        self.plan.seal(step.state)
+
+    def _add(self, step: Step, states: States, p: Tensor, index: int, row: Row, fresh: bool) -> None:
+        assert _backend._C is not None
+        group = step.groups[index]
+        layout = states.layout(p, group, row.rule)
+        numbers = [] if layout.plain else [_backend._C.formats[name] for name in (layout.param, *layout.states)]
+        self.plan.add(
+            param=p,
+            state=step.state.get(p),
+            group=index,
+            rule=_backend._C.rules[row.rule][0],
+            fresh=fresh,
+            counts=states.counts(p),
+            step_on_device=counts_beside(group, self.backend),
+            formats=numbers,
+            draws=layout.draws,
+            place=layout.place,
+        )
+        self.params.append(p)
+
+    def refresh(self, step: Step) -> bool:
+        """Bring the plan up to a step. False where it no longer holds."""
+        table, self._hyper_tensors = table_of(step.rows, self.device if self.backend == "cuda" else None)
+        return bool(self.plan.refresh(step.groups, step.state, step.inputs, table))
+
+    def has_gradients(self, step: Step) -> bool:
+        """True: a plan is made for parameters with gradients."""
+        return True
+
+    def set_norm_classes(self, classes: NormClasses) -> None:
+        """Have norms measured for each class of parameters."""
+        self.plan.set_norm_classes([classes.of[p] for p in self.params])
+
+    def norms(self, step: Step, classes: NormClasses, inf: bool) -> Iterator[Tensor]:
+        """Parts of the norm: float64 numbers, one for each class."""
+        count = len(classes.groups)
+        part = torch.zeros(count, dtype=torch.float64, device=self.device)
+        clip = NOTHING._replace(total=part, inf=inf).compiled(count)
+        if self.backend == "cpu":
+            self.plan.norm(clip, torch.get_num_threads())
+        else:
+            with _backend.current(self.device):
+                self.plan.norm_cuda(clip, _backend.current_stream(self.device))
+            self._keep_captured()
+        yield part
+
+    def run(self, step: Step, control: Control, clip: Clip) -> bool:
+        """Update the parameters. False where the norm said to skip the step."""
+        if self.backend == "cpu":
+            threads = torch.get_num_threads()
+            updated = self.plan.run(control.grad_coef, control.clip_value, clip.compiled(), threads)
+            torch.autograd.graph.increment_version(updated)
+            return not self.plan.skipped
+        scaler = [None if t is None else t.to(self.device) for t in (control.grad_scale, control.found_inf)]
+        stream = _backend.current_stream(self.device)
+        addresses = [0 if t is None else t.data_ptr() for t in scaler]
+        with _backend.current(self.device):
+            updated = self.plan.run_cuda(control.grad_coef, control.clip_value, clip.compiled(), *addresses, stream)
+        self._keep_captured()
+        if _backend.is_side_stream(self.device, stream):
+            # The gradients' memory may belong to another stream: not to be reused before this one has read it.
+            for g in self._given(step):
+                g.record_stream(torch.cuda.current_stream(self.device))
+        torch.autograd.graph.increment_version(updated)
+        return True
+
+    def _given(self, step: Step) -> list[Tensor]:
+        """What the parameters on the device are updated with."""
+        given = (step.input_of(p) for group in step.groups for p in group["params"])
+        return [local(g) for g in given if g is not None and g.device == self.device and g.layout == torch.strided]
+
+    def _keep_captured(self) -> None:
+        """Keep the plan, which has just run, if a graph was captured from it: a replay needs its memory."""
+        if self.plan.was_captured and not any(self.plan is kept for kept in self._captured):
+            self._captured.append(self.plan)
+
+
+class Entry(NamedTuple):
+    """A parameter that no compiled plan updates."""
+
+    name: str
+    param: Tensor
+    group: int
+
+
+class Interpreted:
+    """Parameters that no compiled plan updates, so that Python looks at each of them at each step."""
+
+    backend: ClassVar[str]
+    measures_itself: ClassVar[bool] = False
+
+    def __init__(self, entries: list[Entry], states: States, fresh: set[Tensor]) -> None:
+        self.entries, self.states, self.fresh = entries, states, fresh
+        self.device = local(entries[0].param).device
+
+    def check_formats(self, step: Step) -> None:
+        """Raise where states are not what their formats say: a checkpoint can bring anything."""
+        for name, p, index in self.entries:
+            rule = step.rows[index].rule
+            layout = self.states.layout(p, step.groups[index], rule)
+            if not layout.plain:
+                formats.check(name, p, step.state[p], self.states.names(rule), layout)
+
+    def holds(self, step: Step, checks: Checks) -> bool:
+        """True where every parameter that has a gradient is as it was checked."""
+        return all(self._holds(step, checks, entry) for entry in self.entries)
+
+    def _holds(self, step: Step, checks: Checks, entry: Entry) -> bool:
+        p, row = entry.param, step.rows[entry.group]
+        if step.input_of(p) is None:
+            return True
+        if checks.backend_of(entry.name, p, step, row, self.states) != self.backend or self.states.missing(p, row.rule):
+            return False
+        if not self.states.counts(p):
+            return True
+        beside = counts_beside(step.groups[entry.group], "triton")
+        return is_counter(step.state[p]["step"], p, p.device if beside else torch.device("cpu"))
+
+    def has_gradients(self, step: Step) -> bool:
+        """True where one of the parameters is updated."""
+        return any(step.input_of(entry.param) is not None for entry in self.entries)
+
+    def counts_on_host(self, step: Step) -> bool:
+        """True where the step moves a counter on the host."""
+        return any(self._counts_on_host(step, entry) for entry in self.entries)
+
+    def _counts_on_host(self, step: Step, entry: Entry) -> bool:
+        return (
+            self.states.counts(entry.param)
+            and step.input_of(entry.param) is not None
+            and not counts_beside(step.groups[entry.group], self.backend)
+        )
+
+    def _number(self, step: Step, entry: Entry) -> Any:
+        """The number of a parameter's step: its counter, already advanced where the host does that."""
+        if not self.states.counts(entry.param):
+            return 0
+        counter = step.state[entry.param]["step"]
+        if not self._counts_on_host(step, entry):
+            return counter
+        counter += 1
+        return int(counter.item())
+
+
+class Reference(Interpreted):
+    """The reference text, tensor by tensor."""
+
+    backend: ClassVar[str] = "reference"
+
+    def norms(self, step: Step, classes: NormClasses, inf: bool) -> Iterator[Tensor]:
+        """Parts of the norm: float64 numbers, one for each class."""
+        for entry in self.entries:
+            if (g := step.input_of(entry.param)) is None:
+                continue
+            p = local(entry.param)
+            part = torch.zeros(len(classes.groups), dtype=torch.float64, device=p.device)
+            part[classes.of[entry.param]] = reference_part(local(g), inf)
+            yield part
+
+    def run(self, step: Step, control: Control, clip: Clip) -> bool:
+        """Update the parameters. The host has read the norm, and ``control`` has what it comes to."""
+        for entry in self.entries:
+            p, g = entry.param, step.input_of(entry.param)
+            if g is None:
+                continue
+            rule, sign, hyper = step.rows[entry.group]
+            number = self._number(step, entry)
+            layout = self.states.layout(p, step.groups[entry.group], rule)
+            # Where autograd watches, a tensor lr stays one.
+            numbers = hyper if torch.is_grad_enabled() else {name: float(value) for name, value in hyper.items()}
+            arguments = numbers, number, p in self.fresh, sign * control.grad_coef, control.clip_value
+            if not layout.plain:
+                formats.update(rule, p, local(g), step.state[p], self.states.names(rule), layout, *arguments)
+                continue
+            update = reference.update_sparse if g.is_sparse else reference.update
+            states = [local(t) for t in self.states.present(p, rule).values()]
+            update(rule, local(p), local(g), states, *arguments)
+        return True
+
+
+class Triton(Interpreted):
+    """Triton's kernels: one launch for those that share a rule, formats and a device."""
+
+    backend: ClassVar[str] = "triton"
+
+    def norms(self, step: Step, classes: NormClasses, inf: bool) -> Iterator[Tensor]:
+        """Parts of the norm: float64 numbers, one for each class, on each device."""
+        from .. import triton_kernels  # type: ignore[attr-defined]
+
+        by_device: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
+        for entry in self.entries:
+            if (g := step.input_of(entry.param)) is not None:
+                p = local(entry.param)
+                by_device.setdefault(p.device, []).append((_real(p), _real(local(g)), classes.of[entry.param]))
+        for items in by_device.values():
+            yield triton_kernels.norm(items, len(classes.groups), inf)
+
+    def check_capture(self) -> None:
+        """Raise where the step is being captured into a graph."""
+        if any(entry.param.is_cuda for entry in self.entries) and torch.cuda.is_current_stream_capturing():
+            # A replay would upload its tables again, from memory that is somebody else's by then.
+            raise RuntimeError("backend='triton' must not be captured into a graph")
+
+    def run(self, step: Step, control: Control, clip: Clip) -> bool:
+        """Update the parameters."""
+        from .. import triton_kernels  # type: ignore[attr-defined]
+
+        items = []
+        for entry in self.entries:
+            p, g = entry.param, step.input_of(entry.param)
+            if g is None:
+                continue
+            rule, sign, hyper = step.rows[entry.group]
+            layout = self.states.layout(p, step.groups[entry.group], rule)
+            state = step.state[p] if p in step.state else {}
+            scales = [state.get(f"{name}_scale") for name in self.states.names(rule)]
+            items.append(
+                triton_kernels.Item(
+                    rule=rule,
+                    p=_real(local(p)),
+                    g=_real(local(g)),
+                    states=[_real(local(t)) for t in self.states.present(p, rule).values()],
+                    hyper=hyper,
+                    step=self._number(step, entry),
+                    fresh=p in self.fresh,
+                    sign=sign,
+                    layout=layout,
+                    beside=[None if t is None else local(t) for t in (state.get("remainder"), None, *scales)],
+                    key=state["key"] if layout.draws else 0,
+                )
+            )
+        if items:
+            given = {name: getattr(clip, name) for name in triton_kernels.Clip._fields}
+            triton_kernels.update(items, **control._asdict(), clip=triton_kernels.Clip(**given))
+            torch.autograd.graph.increment_version([item.p for item in items])
+        return True
+
+
+def _real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t) if t.is_complex() else t

@@ -1,0 +1,118 @@
+"""How a parameter and its states lie in memory, and making what they need beside themselves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import sharding
+from ..sharding import like, local
+from .names import GROUP, LEVELS, PLAIN, SECOND_MOMENTS, code_format
+
+#: Below this many elements of the unsharded tensor, and where rows are no multiple of GROUP, states stay in float32.
+SMALLEST_CODED = 4096
+#: The same for tensors of one dimension: biases and gains stay, a flat buffer of many parameters does not.
+SMALLEST_CODED_FLAT = 1 << 20
+
+
+class Layout(NamedTuple):
+    """How a parameter and its states lie in memory: names of formats, and where elements are in the unsharded tensor."""
+
+    param: str
+    states: tuple[str, ...]
+    #: First element, elements of a row and from row to row there; a row of 0: all in one stretch.
+    place: tuple[int, int, int]
+
+    @property
+    def plain(self) -> bool:
+        """True where the dtypes say it all."""
+        return all(name in PLAIN.values() for name in (self.param, *self.states))
+
+    @property
+    def draws(self) -> bool:
+        """True where something is rounded stochastically."""
+        return any(name not in (*PLAIN.values(), "bf16_split32") for name in (self.param, *self.states))
+
+
+def is_half(p: Tensor) -> bool:
+    """True for parameters that a weight format is for."""
+    return p.dtype in (torch.bfloat16, torch.float16)
+
+
+def takes_codes(p: Tensor) -> bool:
+    """True where the states of a parameter can have codes: by its unsharded shape, so on every mesh alike."""
+    if p.is_complex():
+        return False
+    if p.dim() == 1:
+        return p.numel() >= SMALLEST_CODED_FLAT and local(p) is p
+    return p.dim() > 1 and p.numel() >= SMALLEST_CODED and math.prod(p.shape[1:]) % GROUP == 0
+
+
+def layout_of(p: Tensor, group: dict[str, Any], state: dict[str, Any], names: tuple[str, ...]) -> Layout:
+    """The formats of a parameter and of those states that exist."""
+    asked = group.get("state_format")
+    found = []
+    for name in names:
+        value = state.get(name)
+        if value is None:
+            continue
+        if state.get(f"{name}_scale") is not None:
+            found.append(code_format(name, "int8" if value.shape == p.shape else "int4"))
+        else:
+            short = PLAIN.get(value.dtype, "fp32")
+            drawn = asked is not None and name in SECOND_MOMENTS and short != "fp32" and not value.is_complex()
+            found.append(short + "_stochastic" if drawn else short)
+    short = PLAIN.get(p.dtype, "fp32")
+    weight_format = group.get("weight_format")
+    param = f"{short}_{weight_format}" if weight_format is not None and is_half(p) else short
+    layout = Layout(param, tuple(found), (0, 0, 0))
+    return layout if layout.plain else layout._replace(place=sharding.place_of(p))
+
+
+def new_codes(p: Tensor, name: str, state_format: str) -> dict[str, Tensor]:
+    """Zeros for a state of a parameter: its codes and their scales."""
+    root = name in SECOND_MOMENTS
+    if state_format == "int8":
+        dtype = torch.uint8 if root else torch.int8
+        codes = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False)
+    else:
+        codes = sharding.zeros_per_row(p, 2, torch.uint8)
+    return {name: codes, f"{name}_scale": sharding.zeros_per_row(p, GROUP, torch.bfloat16)}
+
+
+def new_remainder(p: Tensor, weight_format: str) -> Tensor:
+    """Zeros for what a parameter lacks of its master: a byte each, or two, in a last dimension, since neither NCCL nor gloo
+    gathers integers of 16 bits.
+    """
+    plain = local(p)
+    if weight_format == "split24":
+        return like(p, torch.zeros(plain.shape, dtype=torch.int8, device=plain.device))
+    return like(p, torch.zeros(*plain.shape, 2, dtype=torch.int8, device=plain.device), torch.Size((*p.shape, 2)))
+
+
+def check(name: str, p: Tensor, state: dict[str, Any], names: tuple[str, ...], layout: Layout) -> None:
+    """Raise where codes, scales or a remainder are not what a layout says: a checkpoint can bring anything."""
+    n = local(p).numel()
+    expected = {}
+    if layout.param.endswith(("split24", "split32")):
+        expected["remainder"] = torch.int8, n if layout.param.endswith("24") else 2 * n
+    for key, form in zip(names, layout.states, strict=True):
+        if form in LEVELS:
+            expected[key] = torch.int8 if form == "int8" else torch.uint8, n if form.endswith("8") else (n + 1) // 2
+            expected[f"{key}_scale"] = torch.bfloat16, -(-n // GROUP)
+    for key, (dtype, count) in expected.items():
+        t = local(state[key])
+        if (t.dtype, t.numel(), t.device) != (dtype, count, local(p).device) or not t.is_contiguous():
+            raise TypeError(
+                f"{key} of {name} must have {count} contiguous elements of {dtype} on {p.device}, "
+                f"got shape {tuple(t.shape)} with strides {t.stride()} of {t.dtype} on {t.device}"
+            )
+
+
+def has_remainder(state: dict[str, Any], weight_format: str, p: Tensor) -> bool:
+    remainder = state.get("remainder")
+    shape = p.shape if weight_format == "split24" else (*p.shape, 2)
+    return isinstance(remainder, Tensor) and (remainder.dtype, remainder.shape) == (torch.int8, torch.Size(shape))

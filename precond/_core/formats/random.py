@@ -1,0 +1,44 @@
+"""Random words, csrc/base/random.h: one for each element, from a key, the step and the element's place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+M32 = 0xFFFFFFFF
+_M64 = (1 << 64) - 1
+
+
+def seed_of(key: int, step: int) -> tuple[int, int]:
+    """The two halves of a hash of key and step."""
+    z = (key + (step + 1) * 0x9E3779B97F4A7C15) & _M64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _M64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _M64
+    z ^= z >> 31
+    return z & M32, z >> 32
+
+
+def random_words(key: int, step: int, place: tuple[int, int, int], shape: torch.Size, device: torch.device) -> Tensor:
+    """A word of 32 bits, as int64, for each element."""
+    a, b = seed_of(key, step)
+    begin, row, row_step = place
+    i = torch.arange(shape.numel(), dtype=torch.int64, device=device)
+    index = begin + (i if row == 0 else i // row * row_step + i % row)
+    x = ((index & M32) + a) & M32
+    x = x ^ (x >> 16)
+    x = _times(x, 0x7FEB352D)
+    x = x ^ ((b + (index >> 32) * 0x9E3779B9) & M32)
+    x = x ^ (x >> 15)
+    x = _times(x, 0x846CA68B)
+    return (x ^ (x >> 16)).view(shape)
+
+
+def _times(x: Tensor, factor: int) -> Tensor:
+    """x * factor modulo 2^32, in halves: the whole product of two words may not fit into an int64."""
+    low, high = factor & 0xFFFF, factor >> 16
+    return (x * low + (((x * high) & 0xFFFF) << 16)) & M32
+
+
+def draw_of(words: Tensor | None, operand: int) -> Tensor | int:
+    """16 bits of an operand; without words, half."""
+    return 0x8000 if words is None else (words >> (0, 8, 16, 4)[operand]) & 0xFFFF

@@ -1,0 +1,132 @@
+"""The norm of a step's gradients: over which processes it is added up, and how the parts of several backends are put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import backend as _backend
+from .rows import Group, Step
+from .settings import LOST
+from .sharding import reduce, shard_groups
+
+
+class Clip(NamedTuple):
+    """What a backend on a device does with the norm; csrc/plan/norm.h. Tensors are None where it has nothing to read or write."""
+
+    total: Tensor | None  # sum of squares, or largest magnitude, of the stored gradients
+    grad_norm: Tensor | None
+    clip_coef: Tensor | None
+    skipped: Tensor | None
+    max_norm: float
+    inf: bool
+    skip_nonfinite: bool
+    measure: bool = False
+
+    def on(self, device: torch.device) -> Clip:
+        """The same for another backend of the step: it reads the norm and writes no result."""
+        total = None if self.total is None else self.total.to(device)
+        return self._replace(total=total, grad_norm=None, clip_coef=None, skipped=None, measure=False)
+
+    def compiled(self, classes: int = 1) -> Any:
+        """As the compiled plans take it."""
+        assert _backend._C is not None
+        addresses = [0 if t is None else t.data_ptr() for t in self[:4]]
+        return _backend._C.Clip(*addresses, self.max_norm, classes, self.inf, self.skip_nonfinite, self.measure)
+
+
+NOTHING = Clip(None, None, None, None, 0.0, False, False)
+
+
+class NormClasses(NamedTuple):
+    """Parameters whose norms are added up over the same process groups, and those groups."""
+
+    of: dict[Tensor, int]
+    groups: list[tuple[Any, ...]]
+
+
+def norm_classes(param_groups: list[Group], given: Any) -> NormClasses:
+    """The classes of all parameters, with a gradient or without: every process must come to the same list. ``given`` is the
+    setting ``norm_process_group``.
+    """
+    if isinstance(given, str) and given == LOST:
+        raise RuntimeError("norm_process_group must be set again: a process group is neither copied nor pickled")
+    of: dict[Tensor, int] = {}
+    groups: list[tuple[Any, ...]] = [() if given is None else (given,)]
+    names: list[tuple[str, ...]] = [("plain",)]
+    for group in param_groups:
+        for p in group["params"]:
+            shards = shard_groups(p)
+            if shards is None:
+                if given is None and _is_flat_shard(p):
+                    raise RuntimeError(
+                        "norm_process_group must be given with max_grad_norm where parameters are flat shards (FSDP1): "
+                        "the norm of the local shard is not the global one"
+                    )
+                of[p] = 0
+                continue
+            name = tuple(sorted(shards))
+            if name not in names:
+                names.append(name)
+                groups.append(tuple(shards[key] for key in name))
+            of[p] = names.index(name)
+    return NormClasses(of, groups)
+
+
+def _is_flat_shard(p: Tensor) -> bool:
+    """True for a flat parameter of FSDP1 that other processes have the rest of."""
+    if not (getattr(p, "_is_flat_param", False) or type(p).__name__ == "FlatParameter"):
+        return False
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+class Measures(Protocol):
+    """What updates some of the parameters of a step, and can measure their gradients."""
+
+    def norms(self, step: Step, classes: NormClasses, inf: bool) -> Iterable[Tensor]:
+        """Parts of the norm: float64 numbers, one for each class, on some device."""
+
+
+def total(executors: Iterable[Measures], step: Step, classes: NormClasses, inf: bool) -> Tensor:
+    """The sum of squares, or the largest magnitude, of all gradients of all processes."""
+    found = local_total(executors, step, classes, inf)
+    if found is None:
+        found = torch.zeros(len(classes.groups), dtype=torch.float64)
+    for index, over in enumerate(classes.groups):
+        reduce(found[index : index + 1], over, inf)
+    norm = found[:1]
+    for index in range(1, len(classes.groups)):
+        norm = combined(norm, found[index : index + 1], inf)
+    return norm
+
+
+def local_total(executors: Iterable[Measures], step: Step, classes: NormClasses, inf: bool) -> Tensor | None:
+    """For each class what this process has of it, on the device of the first part. None where nothing has a gradient."""
+    found = None
+    for executor in executors:
+        for part in executor.norms(step, classes, inf):
+            found = part if found is None else combined(found, part.to(found.device), inf)
+    return found
+
+
+def combined(a: Tensor, b: Tensor, inf: bool) -> Tensor:
+    """Two parts of a norm as one. Magnitudes are compared as bits, where NaN is the largest."""
+    return torch.maximum(a.view(torch.int64), b.view(torch.int64)).view(torch.float64) if inf else a + b
+
+
+@torch.no_grad()
+def reference_part(g: Tensor, inf: bool) -> Tensor:
+    """The sum of squares, or the largest magnitude, of any gradient, in float64."""
+    values = g.coalesce().values() if g.is_sparse else g.resolve_conj()
+    values = (torch.view_as_real(values) if values.is_complex() else values).double()
+    if not inf:
+        return values.square().sum()
+    if values.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=g.device)
+    most = values.abs().amax()
+    return torch.where(most.isnan(), math.nan, most)

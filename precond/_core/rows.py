@@ -1,0 +1,53 @@
+"""What one step is about: data that an optimizer hands to a plan."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Group = dict[str, Any]
+Hyper = dict[str, float | Tensor]
+
+
+class Row(NamedTuple):
+    """What a group asks for in this step: a rule, the sign of its gradients, and the rule's hyper-parameters.
+
+    A hyper-parameter is a float, or a tensor of one element: on an accelerator, which reads it, or where autograd watches.
+    """
+
+    rule: str
+    sign: float
+    hyper: Hyper
+
+
+class Control(NamedTuple):
+    """What the whole step shares: a factor on all gradients, a loss scaler's tensors where they are on a device, and what a
+    gradient is clamped to.
+    """
+
+    grad_coef: float = 1.0
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    clip_value: float = float("inf")
+
+
+class Step(NamedTuple):
+    """One step of some parameter groups."""
+
+    groups: list[Group]
+    #: Of each parameter its states, by name.
+    state: dict[Tensor, dict[str, Any]]
+    #: What parameters are updated with where that is not their ``.grad``.
+    inputs: dict[Tensor, Tensor]
+    #: One for each group.
+    rows: list[Row]
+    control: Control
+
+    def input_of(self, p: Tensor) -> Tensor | None:
+        """What a parameter is updated with; None leaves it alone."""
+        return self.inputs.get(p, p.grad) if self.inputs else p.grad
+
+    def formats(self) -> list[tuple[Any, Any]]:
+        """The formats that groups ask for."""
+        return [(group.get("state_format"), group.get("weight_format")) for group in self.groups]

@@ -1,0 +1,309 @@
+"""The states of parameters: what a rule needs, made where it is missing and converted where another format is asked for."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import backend as _backend
+from . import formats
+from .formats import STATE_FORMATS, Layout
+from .rows import Group, Row
+from .sharding import local
+
+State = dict[Tensor, dict[str, Any]]
+
+
+class PrecisionWarning(UserWarning):
+    """A setting is legal but loses more precision than its user may expect."""
+
+
+class States(Protocol):
+    """What a plan must know about the states of parameters, and has made. A rule has names for its own."""
+
+    #: Of each parameter its states, by name: the dictionary of the step that is being prepared or run.
+    state: State
+
+    def bind(self, state: State, groups: list[Group]) -> None:
+        """Take the dictionaries of a step: torch makes new ones when it loads a checkpoint."""
+
+    def names(self, rule: str) -> tuple[str, ...]:
+        """The names of a rule's states, in its order."""
+
+    def present(self, p: Tensor, rule: str) -> dict[str, Tensor]:
+        """Those of a rule's states that exist, in its order."""
+
+    def missing(self, p: Tensor, rule: str) -> bool:
+        """True where a rule cannot run before ``ensure``."""
+
+    def layout(self, p: Tensor, group: Group, rule: str) -> Layout:
+        """The formats of a parameter and of its states as they are."""
+
+    def ensure(self, name: str, p: Tensor, group: Group, row: Row) -> bool:
+        """Make what is missing. True if none of the rule's states was there: the rule's first step."""
+
+    def counts(self, p: Tensor) -> bool:
+        """True where a parameter has a step counter: as in torch, and where random bits depend on the step."""
+
+    def begin(self, split: Iterable[Tensor]) -> None:
+        """Before a step that writes these split weights."""
+
+    def end(self, split: Iterable[Tensor]) -> None:
+        """After it."""
+
+
+# Step counters.
+
+
+def counter_dtype(p: Tensor) -> torch.dtype:
+    """The dtype of a parameter's step counter: torch's, but float32 wherever a compiled plan or Triton may count."""
+    wide = torch.get_default_dtype() == torch.float64 and p.dtype not in _backend.FUSED_DTYPES
+    return torch.float64 if wide else torch.float32
+
+
+def is_counter(value: object, p: Tensor, device: torch.device) -> bool:
+    """True for a parameter's step counter as torch keeps it, on a device."""
+    return isinstance(value, Tensor) and (value.dtype, value.dim(), value.device) == (counter_dtype(p), 0, device)
+
+
+def counts_beside(group: Group, backend: str) -> bool:
+    """Where torch keeps a parameter's step counter: beside it if capturable or fused, else on the host."""
+    return backend in ("cuda", "triton") and bool(group.get("capturable") or group.get("fused"))
+
+
+def make_counter(p: Tensor, state: dict[str, Any], group: Group) -> None:
+    """Make a parameter's step counter, or one of the right kind in place of what a checkpoint brought."""
+    step = state.get("step", 0.0)
+    device = p.device if p.device.type != "cpu" and counts_beside(group, "cuda") else torch.device("cpu")
+    if is_counter(step, p, device):
+        return
+    if isinstance(step, Tensor):
+        state["step"] = step.detach().to(device, counter_dtype(p), copy=True).reshape(())
+    else:
+        # torch.tensor() would wait for a device, once per parameter; on the host a fake one knows its value.
+        make = torch.tensor if device.type == "cpu" else functools.partial(torch.full, ())
+        state["step"] = make(float(step), dtype=counter_dtype(p), device=device)
+
+
+# Split weights.
+
+
+class Remainders:
+    """Watches split weights: what a weight lacks of its master, its remainder, is void once somebody else wrote the weight."""
+
+    def __init__(self) -> None:
+        #: Version counters after the last step: one that moved since was written by somebody else.
+        self._versions: dict[Tensor, tuple[int, int]] = {}
+
+    def drop_stale(self, state: State, split: Iterable[Tensor]) -> None:
+        """Forget the remainders of weights that somebody else has written since the last step."""
+        for p in split:
+            if p in self._versions and self._versions[p] != _versions_of(p):
+                local(state[p]["remainder"]).zero_()
+
+    def note(self, split: Iterable[Tensor]) -> None:
+        """These weights are as their remainders have them."""
+        self._versions.update((p, _versions_of(p)) for p in split)
+
+    def watched(self) -> list[Tensor]:
+        """The weights of past steps."""
+        return list(self._versions)
+
+
+def _versions_of(p: Tensor) -> tuple[int, int]:
+    return p._version, local(p)._version
+
+
+# Those of an optimizer.
+
+
+class Recipe(NamedTuple):
+    """What an optimizer's class declares about its states."""
+
+    #: True where torch keeps a ``step`` per parameter.
+    counts_steps: bool
+    #: The state that holds a mean or a sum of squares: the one that a short format harms.
+    second_moment: str | None
+    #: What a new state is filled with.
+    initial: Callable[[Tensor, Group], complex]
+    #: What a group asks for a state to be stored in.
+    format_of: Callable[[str, Group], Any]
+    #: How much of the second moment a step keeps.
+    smoothing: Callable[[Group], float | Tensor]
+    #: Numbers that stand among the states of a parameter, as they are before the first step.
+    numbers: Callable[[Group], dict[str, int]]
+    #: Options of groups that torch does not have, with their defaults.
+    options: Mapping[str, Any]
+
+
+class ParamStates:
+    """The states of an optimizer's parameters."""
+
+    def __init__(self, recipe: Recipe, seed: int) -> None:
+        self.recipe = recipe
+        self.remainders = Remainders()
+        self.state: State = {}
+        self._groups: list[Group] = []
+        self._seed = seed
+        #: What each parameter's stream of random bits is named by: its name, or its position among the parameters.
+        self._stream_names: dict[Tensor, str] = {}
+        self._warned = False
+
+    def bind(self, state: State, groups: list[Group]) -> None:
+        """Take the dictionaries of a step: torch makes new ones when it loads a checkpoint."""
+        self.state, self._groups = state, groups
+
+    def names(self, rule: str) -> tuple[str, ...]:
+        """The names of a rule's states, in its order."""
+        return reference.RULES[rule].states
+
+    def present(self, p: Tensor, rule: str) -> dict[str, Tensor]:
+        """Those of a rule's states that exist, in its order."""
+        return present_of(self.state, p, self.names(rule))
+
+    def missing(self, p: Tensor, rule: str) -> bool:
+        """True where a rule cannot run before ``ensure``."""
+        if self.counts(p) and "step" not in (self.state[p] if p in self.state else {}):
+            return True
+        return len(self.present(p, rule)) < len(self.names(rule))
+
+    def counts(self, p: Tensor) -> bool:
+        """True where a parameter has a step counter: as in torch, and where random bits depend on the step."""
+        return self.recipe.counts_steps or (p in self.state and "key" in self.state[p])
+
+    def layout(self, p: Tensor, group: Group, rule: str) -> Layout:
+        """The formats of a parameter and of its states as they are."""
+        return formats.layout_of(p, group, self.state[p] if p in self.state else {}, self.names(rule))
+
+    def begin(self, split: Iterable[Tensor]) -> None:
+        """Forget what split weights lacked of their masters where somebody else has written them."""
+        self.remainders.drop_stale(self.state, split)
+
+    def end(self, split: Iterable[Tensor]) -> None:
+        """Split weights are now as the step left them."""
+        self.remainders.note(split)
+
+    def values(self, p: Tensor, group: Group, rule: str, name: str) -> Tensor:
+        """What a state stands for, as plain numbers of the local tensor."""
+        state = self.state[p]
+        if f"{name}_scale" not in state:
+            return local(state[name])
+        form = self.layout(p, group, rule).states[self.names(rule).index(name)]
+        return formats.values_of(state, name, form, p)
+
+    def ensure(self, name: str, p: Tensor, group: Group, row: Row) -> bool:
+        """Make what is missing, convert what is stored otherwise than asked. True if none of the rule's states was there."""
+        names = self.names(row.rule)
+        weight_format = group.get("weight_format") if formats.is_half(p) else None
+        if not names and not self.recipe.counts_steps and weight_format is None:
+            return False
+        self.convert(name, p, group, row.rule)
+        state = self.state[p]
+        fresh = not self.present(p, row.rule)
+        if self.recipe.counts_steps:  # before the states, as in torch
+            make_counter(p, state, group)
+        for key in names:
+            if state.get(key) is None:
+                state.update(self._new_state(p, key, group))
+        if weight_format in ("split24", "split32"):
+            if not formats.has_remainder(state, weight_format, p):
+                state["remainder"] = formats.new_remainder(p, weight_format)
+        else:
+            state.pop("remainder", None)  # a parameter that is updated without it is not what it belongs to
+        if self.layout(p, group, row.rule).draws and not isinstance(state.get("key"), int):
+            state["key"] = self._key(p)
+        if self.counts(p):
+            make_counter(p, state, group)
+        for key, number in self.recipe.numbers(group).items():
+            state.setdefault(key, number)
+        return fresh
+
+    def convert(self, name: str, p: Tensor, group: Group, rule: str) -> None:
+        """Bring states that exist, loaded or made under another option, into the format that a group asks for by name."""
+        if group.get("state_format") is None or p not in self.state or p.is_complex():
+            return
+        state = self.state[p]
+        forms = self.layout(p, group, rule).states
+        for key, form in zip(self.present(p, rule), forms, strict=True):
+            wanted = STATE_FORMATS[self.recipe.format_of(key, group)]
+            coded = isinstance(wanted, str) and formats.takes_codes(p)
+            dtype = torch.float32 if isinstance(wanted, str) else wanted
+            if coded and form == formats.code_format(key, str(wanted)):
+                continue
+            alone = f"{key}_scale" not in state
+            # Of another shape: the step says so.
+            if alone and (state[key].shape != p.shape or (not coded and state[key].dtype == dtype)):
+                continue
+            formats.check(name, p, state, (key,), Layout("fp32", (form,), (0, 0, 0)))
+            values = formats.values_of(state, key, form, p)
+            state.pop(f"{key}_scale", None)
+            if coded:
+                state.update(formats.new_codes(p, key, str(wanted)))
+                formats.fill(state, key, values, formats.code_format(key, str(wanted)))
+            else:
+                state[key] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+                local(state[key]).copy_(values)
+
+    def name_streams(self) -> None:
+        """Name every parameter's random bits by its name, or by its position among those that are bound now."""
+        if all(p in self._stream_names for group in self._groups for p in group["params"]):
+            return
+        position = 0
+        for group in self._groups:
+            for i, p in enumerate(group["params"]):
+                self._stream_names[p] = group["param_names"][i] if "param_names" in group else str(position)
+                position += 1
+
+    def _key(self, p: Tensor) -> int:
+        """What names the stream of a parameter's random bits: from the seed and its name, or its position."""
+        if p not in self._stream_names:
+            self.name_streams()
+        named = f"{self._seed}:{self._stream_names[p]}"
+        return int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "little") >> 1
+
+    def _new_state(self, p: Tensor, name: str, group: Group) -> dict[str, Tensor]:
+        """A state with its initial value, and what lies beside it."""
+        initial = self.recipe.initial(p, group)
+        # A complex state has its parameter's dtype: a pair of other floats is no dtype of torch.
+        state_format = None if p.is_complex() else self.recipe.format_of(name, group)
+        dtype = p.dtype if state_format is None else STATE_FORMATS[state_format]
+        if isinstance(dtype, str):
+            if formats.takes_codes(p):
+                made = formats.new_codes(p, name, dtype)
+                if initial != 0.0:
+                    values = torch.full(local(p).shape, initial, device=p.device, dtype=torch.float32)
+                    formats.fill(made, name, values, formats.code_format(name, dtype))
+                return made
+            dtype = torch.float32
+        self._warn_precision(name, dtype, group)
+        full = torch.full_like(p, initial, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+        return {name: full}
+
+    def _warn_precision(self, name: str, dtype: torch.dtype, group: Group) -> None:
+        """Warn once where a new state's dtype cannot hold what the rule needs."""
+        if name != self.recipe.second_moment or self._warned:
+            return
+        smoothing = self.recipe.smoothing(group)
+        if dtype == torch.bfloat16 and group.get("state_format") is None and smoothing > 0.995:
+            what = f"stands still: rounding to nearest loses what a step adds or removes at {smoothing} > 0.995"
+        elif dtype == torch.float16:
+            what = "is 0 for gradients below about 1e-3, and the step is then divided by eps alone"
+        else:
+            return
+        self._warned = True
+        warnings.warn(
+            f"a {dtype} {name} {what}; state_format='fp32' keeps the states in float32", PrecisionWarning, stacklevel=2
+        )
+
+
+def present_of(state: State, p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Those of a parameter's states that exist, in the order of the names."""
+    held = state[p] if p in state else {}
+    return {name: held[name] for name in names if held.get(name) is not None}

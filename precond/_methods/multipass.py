@@ -1,0 +1,114 @@
+"""Methods whose step has several passes, with matrix products or norms between them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._core.optimizer import FusedOptimizer
+from .._core.passes import Job, Pass
+from .._core.rows import Control, Row, Step
+from .._core.sharding import aligned_gradients, local
+
+
+class MultiPass(FusedOptimizer):
+    """A method whose step, or that of some groups, has several passes. It takes gradients as they are: a ``GradScaler`` unscales
+    them before the step, and clipping is torch's.
+    """
+
+    #: Why the settings that need one pass are refused.
+    _why_not_one_pass: ClassVar[str]
+    _passes: dict[tuple[str, int], Pass]
+    #: Tensors that a pass writes and the next one reads, by parameter: memory that no checkpoint has.
+    _buffers: dict[Tensor, Tensor]
+    #: Copies of step counters, for a pass that draws after the one that counts.
+    _counters: dict[Tensor, Tensor]
+
+    def _rebuild(self) -> None:
+        super()._rebuild()
+        self._passes, self._buffers, self._counters = {}, {}, {}
+
+    def _step_in_one_pass(self, groups: list[dict[str, Any]]) -> None:
+        """The one-pass step of some of the groups."""
+        self.states.name_streams()  # by places among all
+        super()._step_in_one_pass(groups)
+
+    def _init_state(self, p: Tensor, group: dict[str, Any], row: Row) -> None:
+        """Make what a parameter's rule needs and has not."""
+        self.states.ensure("a parameter", p, group, row)
+
+    def _only_makes_states(self, rows: list[Row], gradients: dict[Tensor, Tensor]) -> bool:
+        """True for a first step at lr 0 on gradients of zeros, which is how torch.distributed.checkpoint has states made."""
+        if any(isinstance(row.hyper["lr"], Tensor) or row.hyper["lr"] != 0.0 for row in rows):
+            return False
+        return not any(self.state.get(p) or bool(local(g).any()) for p, g in gradients.items())
+
+    def _buffer(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        made = self._buffers.get(p)
+        if made is None or (made.dtype, made.shape, made.device) != (dtype, p.shape, p.device):
+            self._buffers[p] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+        return self._buffers[p]
+
+    def _job(
+        self,
+        p: Tensor,
+        target: Tensor,
+        g: Tensor,
+        names: tuple[str, ...],
+        hyper: dict[str, float | Tensor],
+        sign: float = 1.0,
+        weight_format: str | None = None,
+        state_format: str | torch.dtype | None = None,
+    ) -> Job:
+        """A job with the states of these names that a parameter has, and what random bits need. Each pass that draws counts a
+        step of the parameter, so that no two draw alike; where the method counts them itself, a later pass has a copy to count.
+        """
+        state = self.state[p] if p in self.state else {}
+        given = {name: state[name] for name in names if name in state}
+        if "key" in state:
+            given["key"] = state["key"]
+            if self._counts_steps and "step" not in names:
+                given["step"] = self._counters.setdefault(p, state["step"].clone()).copy_(state["step"])
+            else:
+                given["step"] = state["step"]
+        return Job(target, g, given, hyper, sign, weight_format, state_format)
+
+    def _pass(self, rule: str, names: tuple[str, ...] = (), *, of: int = 0, counts: bool = False) -> Pass:
+        """The pass of a rule, for those who call it once per group: of a group."""
+        if (rule, of) not in self._passes:
+            self._passes[rule, of] = Pass(
+                rule,
+                names,
+                self._own["backend"],
+                counts,
+                remainders=self.states.remainders,
+                captured=self.engine.captured,
+            )
+        return self._passes[rule, of]
+
+    def _gradients(self, group: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
+        """Name, parameter and gradient of each parameter that has one, checked; raise for settings that need one pass."""
+        for name in ("max_grad_norm", "clip_grad_value"):
+            if self._own[name] is not None:
+                raise RuntimeError(
+                    f"{name} must be None {self._why_not_one_pass}, got {self._own[name]}: "
+                    "call torch.nn.utils.clip_grad_norm_ or clip_grad_value_ before the step"
+                )
+        for name in ("fused", "differentiable", "capturable"):
+            # By its default a GradScaler leaves all gradients as they are.
+            if group.get(name) or self.defaults.get(name):
+                raise RuntimeError(f"{name} must be False {self._why_not_one_pass}")
+        index = next(i for i, other in enumerate(self.param_groups) if other is group)
+        step = Step([group], self.state, aligned_gradients([group]), [], Control())
+        states = self.states
+        found = []
+        row = Row("sgdw", 1.0, {})
+        for position, p in enumerate(group["params"]):
+            if p.grad is None:
+                continue
+            name = f"parameter {position} of group {index}"
+            self.engine.checks.backend_of(name, p, step, row, states)
+            found.append((name, p, step.inputs.get(p, p.grad)))
+        return found

@@ -201,8 +201,9 @@ def test_columns_of_a_tensor_have_the_bits_of_the_whole(formats, monkeypatch):
 
 
 def test_a_row_has_the_seed_of_its_key_and_step():
-    from precond import triton_kernels
     from precond.triton_kernels import kernel, scalars
+
+    from precond import triton_kernels
 
     rule = triton_kernels.RULES["lion"]
     width = scalars.ROW_FLOATS.value

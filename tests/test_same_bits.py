@@ -218,8 +218,9 @@ def test_triton_takes_states_of_different_formats():
 
 @pytest.mark.parametrize("row", ALL_RULES, ids=str)
 def test_the_scalars_of_both_texts_are_the_same_bits(row):
-    from precond import triton_kernels
     from precond.triton_kernels import kernel, scalars
+
+    from precond import triton_kernels
 
     rule = triton_kernels.RULES[row.rule]
     _number, states, names, _ = _C.rules[row.rule]

@@ -13,11 +13,10 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from precond.triton_kernels import kernel, scalars
 from precond.triton_kernels.formats import BESIDE
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from .listed import CASES
 

@@ -1,4 +1,4 @@
-"""GaussNewton and Sophia against their formulas (METHODS C), in the coordinates and in every basis."""
+"""GaussNewton and Sophia against their formulas (docs/theory.md, C), in the coordinates and in every basis."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Text:
         if self.l1 == 0.0:
             self.p = self.p - self.lr * (self.u @ u) - self.lr * self.decay * self.p
             return
-        # METHODS A.2.2: P = U den^(-1/2); the threshold is on z's coordinates.
+        # docs/theory.md, A.2.2: P = U den^(-1/2); the threshold is on z's coordinates.
         q = self.u.T @ self.p
         q = q - self.lr * u - self.lr * self.decay * q
         threshold = torch.where(self.h == 0, 0.0, self.lr * (self.l1 / den.sqrt()).clamp(max=10.0))
@@ -493,7 +493,7 @@ def test_wrong_uses_are_named():
 
 
 class SophiaText:
-    """METHODS C.6, in the published order."""
+    """docs/theory.md, C.6, in the published order."""
 
     def __init__(self, p, lr, b1=0.965, b2=0.99, rho=0.04, decay=0.1, batch=5120.0):
         self.p, self.m, self.h = p.detach().double(), torch.zeros_like(p, dtype=F64), torch.zeros_like(p, dtype=F64)

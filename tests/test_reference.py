@@ -1,4 +1,4 @@
-"""The reference itself: against torch.optim in float64, and against the theory of METHODS A.2 (tests F.1 to F.4)."""
+"""The reference itself: against torch.optim in float64, and against what docs/theory.md, A.2 derives."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def lasso():
 
 @pytest.mark.parametrize("lam", [0.3, 0.1])
 def test_fixed_points_have_gradients_of_lambda_squared(lam):
-    """Full-batch Adam with intrinsic L1 solves L + lam^2 |p|_1: METHODS A.2.2, deterministic limit."""
+    """Full-batch Adam with intrinsic L1 solves L + lam^2 |p|_1: docs/theory.md, A.2.2, deterministic limit."""
     a, b = lasso()
     hessian, linear = a.T @ a / 60, a.T @ b / 60
     rule = reference.RULES["adamw_l1"].update

@@ -1,6 +1,5 @@
-"""What the theory behind the methods promises, of the classes as they are: METHODS F.1, F.2, F.6 to F.8, F.10 and F.14. The
-reference's own share of F.1 to F.4 is in test_reference.py, BNP's F.5 in test_bnp.py, F.9 and F.11 in test_curvature.py, F.12
-in test_bases.py and F.13 in test_fop.py.
+"""What docs/theory.md promises, of the classes as they are. What it says of the rules alone is in test_reference.py, of BNP in
+test_bnp.py, of estimates in test_curvature.py, of geodesics in test_bases.py and of FOP in test_fop.py.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def spd(d, seed):
     return a @ a.T / d
 
 
-# F.1: a penalty on z = P^-1 p, where P is not diagonal.
+# A penalty on z = P^-1 p, where P is not diagonal.
 
 
 def penalised(penalty, lam):
@@ -106,11 +105,11 @@ def test_gradient_regularisation_is_that_of_the_gradient_in_z():
     assert (p - P * z).abs().max() <= 1e-12
 
 
-# F.2, of the class: its groups, its steps and their count.
+# Intrinsic L1 of the class: its groups, its steps and their count.
 
 
 def test_adamw_with_intrinsic_l1_settles_where_gradients_are_lambda_squared():
-    """4000 steps instead of METHODS' 60,000, on a better conditioned problem and with a shorter memory of squares."""
+    """4000 steps instead of 60,000, on a better conditioned problem and with a shorter memory of squares."""
     a = randn(60, 30, seed=0) * torch.logspace(-0.5, 0.5, 30, dtype=F64)
     x = torch.zeros(30, dtype=F64)
     x[::3] = randn(10, seed=1)
@@ -134,7 +133,7 @@ def test_adamw_with_intrinsic_l1_settles_where_gradients_are_lambda_squared():
         assert g[~active].max() <= lam**2
 
 
-# F.6: implicit bias. METHODS B.4's instance, to its random numbers.
+# Implicit bias: the instance of docs/theory.md, B.4, to its random numbers.
 
 
 class Interpolation:
@@ -188,7 +187,7 @@ def dual(interpolation, eta, **kwargs):
     return lambda params: precond.DualDescent(params, lr=eta / interpolation.s1**2, scale=1.0, **kwargs)
 
 
-def test_the_instance_is_that_of_methods(interpolation):
+def test_the_instance_is_that_of_the_theory(interpolation):
     assert torch.linalg.cond(interpolation.X).item() == pytest.approx(4.72, abs=5e-3)
     assert interpolation.descend(dual(interpolation, 1.8, kernel="identity"), 1000)[2] == 294
 
@@ -204,7 +203,7 @@ def test_maps_that_only_mix_columns_end_at_the_solution_nearest_to_the_start(int
     assert interpolation.c(W) == pytest.approx(1.0, abs=1e-8)
 
 
-# METHODS B.4: delta and steps, both at eta = 1.8.
+# docs/theory.md, B.4: delta and steps, both at eta = 1.8.
 ENTRYWISE = {"adam": (0.378, 358), "smoothed": (0.424, 343), "clip": (0.444, 340), "asinh": (0.253, 307)}
 
 
@@ -226,7 +225,7 @@ def test_maps_of_entries_end_elsewhere_and_where_depends_on_the_rate(interpolati
 @pytest.mark.parametrize(("granularity", "stall"), [("entry", 3.5e-3), ("tensor", 8.8e-4)])
 @pytest.mark.parametrize("scale", [0.5, 1.0])
 def test_the_largest_rate_is_2_over_m_s1_squared(interpolation, granularity, stall, scale):
-    """M = 1 / scale. Beyond it, the residual in numbers of Y stands still; METHODS has its size for scale 1."""
+    """M = 1 / scale. Beyond it, the residual in numbers of Y stands still; the sizes here are those of scale 1."""
 
     def residual(eta, steps):
         lr = eta * scale / interpolation.s1**2
@@ -247,7 +246,7 @@ def test_exact_signs_stop_at_a_floor_in_proportion_to_the_rate(interpolation):
 
 
 def test_adam_ends_elsewhere_and_where_depends_on_the_rate(interpolation):
-    """METHODS B.4 has 40,000 steps, one column and a start at 0: see bench/papers/ghane.py."""
+    """docs/theory.md, B.4 has 40,000 steps, one column and a start at 0: see bench/papers/ghane.py."""
     ends = []
     for lr in (1e-2, 1e-1):
         make = lambda ps, lr=lr: precond.Adam(ps, lr=lr)  # noqa: E731
@@ -260,7 +259,7 @@ def test_adam_ends_elsewhere_and_where_depends_on_the_rate(interpolation):
 
 
 def test_spectral_descent_with_momentum_stays_in_the_row_space(interpolation):
-    """METHODS B.4: 6e-14 outside, at the residual's distance from W_GD."""
+    """docs/theory.md, B.4: 6e-14 outside, at the residual's distance from W_GD."""
 
     def make(params):
         return precond.DualDescent(
@@ -282,7 +281,7 @@ def test_muon_stays_in_the_row_space_as_far_as_bfloat16_goes(interpolation):
     assert interpolation.delta(W) <= 0.05
 
 
-# F.7: grad K.
+# The gradient of K.
 
 
 #: Of each kernel h, c being the scale, and the Lipschitz constant of h'; None where there is none.
@@ -361,11 +360,11 @@ def test_a_lipschitz_constant_is_no_larger_than_it_must_be():
             assert moved.item() == pytest.approx(1e-9 * lipschitz(0.3), rel=1e-6)
 
 
-# F.8: Maddison et al.
+# Dual space preconditioning as Maddison et al. have it.
 
 
 def test_a_quartic_contracts_by_the_factors_of_its_dual():
-    """f = sum (a x)^4 / 4, K' = |.|^(1/3): x (1 - eta a^(4/3)); METHODS: .9536, .9, .7846, .5358, 0."""
+    """f = sum (a x)^4 / 4, K' = |.|^(1/3): x (1 - eta a^(4/3)); factors .9536, .9, .7846, .5358, 0."""
     a = torch.logspace(0, 1, 5, dtype=F64)
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0, -0.5, 1.0], dtype=F64))
     optimizer = precond.DualDescent(
@@ -399,7 +398,7 @@ def test_with_k_the_conjugate_of_f_one_step_is_enough():
     assert max(p.abs().item() for p in params) <= 1e-14
 
 
-# F.10: instances on which Adam beats Gauss-Newton, over a search of the learning rate.
+# Instances on which Adam beats Gauss-Newton, over a search of the learning rate.
 
 
 def searched(make, gradient, loss, start, steps, decay, exponents=range(-20, 4), curvature=None):
@@ -435,7 +434,7 @@ def block_covariance():
 
 
 def test_on_a_block_wise_covariance_adam_beats_gauss_newton():
-    """METHODS C.3.1, T = 100: Gauss-Newton of either power 1.3e-3, Adam 3e-156."""
+    """docs/theory.md, C.3.1, T = 100: Gauss-Newton of either power 1.3e-3, Adam 3e-156."""
     H, ones = block_covariance(), torch.ones(12, dtype=F64)
     assert torch.linalg.cond(H).item() == pytest.approx(199.0)
     assert torch.equal(H.diagonal(), ones)
@@ -452,7 +451,7 @@ def test_on_a_block_wise_covariance_adam_beats_gauss_newton():
 
 
 def test_on_saturated_logistic_regression_adam_beats_gauss_newton():
-    """METHODS C.3.2, T = 50: Gauss-Newton 1.6e-2, its root 5.0e-3, Adam < 1e-16."""
+    """docs/theory.md, C.3.2, T = 50: Gauss-Newton 1.6e-2, its root 5.0e-3, Adam < 1e-16."""
     s, share = torch.tensor([1.0, 0.1], dtype=F64), 0.2
     best = math.log((1 - share) / share) / s
     start = torch.stack([torch.tensor(-8.0, dtype=F64), best[1] - 5.0])
@@ -486,7 +485,7 @@ def test_on_saturated_logistic_regression_adam_beats_gauss_newton():
 
 
 def test_gauss_newton_in_the_eigenbasis_is_newton():
-    """METHODS C.3.1: 6e-31 after one step."""
+    """docs/theory.md, C.3.1: 6e-31 after one step."""
     H = block_covariance()
     values, U = torch.linalg.eigh(H)
     p = torch.nn.Parameter(torch.ones(12, dtype=F64))
@@ -532,11 +531,11 @@ def test_a_pair_of_bases_is_their_kronecker_product():
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-13)
 
 
-# F.14: gradients of deficient rank in float32.
+# Gradients of deficient rank in float32.
 
 
 def test_soap_on_rank_deficient_gradients_stays_finite(interpolation):
-    """METHODS B.4: a SOAP that takes null columns as they come diverged with this eps, to a residual of 7e6."""
+    """docs/theory.md, B.4: a SOAP that takes null columns as they come diverged with this eps, to a residual of 7e6."""
 
     def make(params):
         return precond.SOAP(params, lr=0.1, eps=1e-15, weight_decay=0.0)

@@ -335,7 +335,7 @@ def test_squared_gradients_follow_the_gaussian_identity(batch, samples, rotated)
 
 
 def test_adam_and_the_root_of_gauss_newton_point_the_same_way():
-    """docs/theory.md, C.3.3: the ratio is in [1, B + 2], and at B = 1 the angle's cosine at least 0.9634, over random problems."""
+    """docs/theory.md, C.3.3: the ratio is in [1, B + 2], and at B = 1 the angle's cosine at least 0.9634, on random problems."""
     generator = torch.Generator().manual_seed(8)
     a = torch.randn(20_000, D, D, generator=generator, dtype=F64)
     sigma = a @ a.mT

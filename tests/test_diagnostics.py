@@ -1,4 +1,4 @@
-"""Diagnostics: known spectra, the preconditioners of every optimizer from its states, the tables of docs/theory.md, A.1 and A.3.6."""
+"""Diagnostics: known spectra, every optimizer's preconditioner from its states, the tables of docs/theory.md, A.1 and A.3.6."""
 
 from __future__ import annotations
 

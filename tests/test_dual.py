@@ -574,7 +574,7 @@ def test_states_may_be_made_before_the_first_step(granularity):
 
 @granularities
 def test_over_parameterised_models_end_at_the_nearest_solution_but_for_entries(granularity):
-    """docs/theory.md, B.4: X W = Y with more unknowns than equations; W0 + X^+ (Y - X W0) is the solution nearest to the start."""
+    """docs/theory.md, B.4: X W = Y with more unknowns than equations; nearest to the start is W0 + X^+ (Y - X W0)."""
     torch.manual_seed(0)
     x, goal = torch.randn(8, 16, dtype=F64), torch.randn(16, 3, dtype=F64)
     w = torch.nn.Parameter(0.1 * torch.randn(3, 16, dtype=F64))  # as a linear layer has it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import OPTIMIZERS
+from families import CLASSES
 from support.cases import random_values
 from support.parity import worst_error
 
@@ -13,7 +13,7 @@ SIZES = {"1M": [1 << 20], "200 x 500": [500] * 200}
 
 @pytest.mark.parametrize("census", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("row", CLASSES, ids=str)
 def test_step(benchmark, row, dtype, census):
     worst_error(row, [(70_001,)], dtype, dtype, None)  # not timed if it is wrong
     params = [torch.nn.Parameter(random_values((n,), dtype)) for n in SIZES[census]]

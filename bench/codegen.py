@@ -18,8 +18,8 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
+from families import ALL_RULES, BY_STATES
 from machine_code.triton_cubins import compiled as compiled_triton
-from optimizers import ALL_RULES, BY_STATES
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 

@@ -18,7 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from optimizers import ALL_RULES, BEYOND, BY_RULE, OPTIMIZERS
+from families import ALL_RULES, BEYOND, BY_RULE, OPTIMIZERS
+from support.formats import MIXES, check_against_reference
+from support.parity import DTYPES, worst_error
 from tqdm import tqdm
 
 import precond
@@ -54,17 +56,13 @@ def check_parity(quick: bool) -> None:
     """Refuse to time a kernel that is wrong: every rule and dtype, a few steps against the float64 reference. ``quick``: small
     tensors and one mix of dtypes, but for AdamW.
     """
-    from test_parity import DTYPES, run
-
     torch.manual_seed(0)
     for row in tqdm(ALL_RULES, desc="parity", leave=False):
         few = quick and row.rule != "adamw"
         for dtypes in DTYPES[: 1 if few else None]:
-            run(row, [(5,), (4097 if few else 70_001,), (33, 65)], *dtypes)
-    import test_formats
-
-    for formats in tqdm(test_formats.MIXES, desc="formats", leave=False):
-        test_formats.test_every_rule_and_format_matches_the_reference_text(test_formats.BY_RULE["adamw"], *formats)
+            worst_error(row, [(5,), (4097 if few else 70_001,), (33, 65)], *dtypes)
+    for formats in tqdm(MIXES, desc="formats", leave=False):
+        check_against_reference(BY_RULE["adamw"], *formats)
 
 
 def parameters(case: Case, contender: str = "") -> list[torch.nn.Parameter]:

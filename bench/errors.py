@@ -1,6 +1,6 @@
 """Worst errors of every rule against float64, in fp32 ulp of the operands, over seeds and mixes of dtypes.
 
-Fails where one is beyond its tolerance in tests/optimizers.py. Steep rules are held to what operands a few ulp away give.
+Fails where one is beyond its tolerance in tests/families. Steep rules are held to what operands a few ulp away give.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import warnings
 from typing import Any
 
 import torch
-from optimizers import ALL_RULES
-from test_parity import DTYPES
-from test_parity import run as worst_error
+from families import ALL_RULES
+from support.parity import DTYPES, worst_error
 
 import precond
 

@@ -36,7 +36,7 @@ def serve(extension: str, elements: int, device: str) -> None:
 
     Every variant has a process of its own, because an extension is loaded once; all stay, so that rounds are A B A B.
     """
-    from device import stand_in_extension
+    from support.device import stand_in_extension
 
     stand_in_extension(extension)
     import precond

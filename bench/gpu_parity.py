@@ -19,7 +19,7 @@ Mix = tuple[Any, torch.dtype, dict[str, object]]
 
 def mixes(tier: str) -> list[Mix]:
     """Rules, dtypes and formats: "quick", what is timed, or "full", every rule."""
-    from optimizers import BY_RULE, BY_STATES, OPTIMIZERS
+    from families import BY_RULE, BY_STATES, OPTIMIZERS
 
     def stored(row: Any) -> list[Mix]:
         formats = (("split24", "int8"), ("stochastic", "int8"), ("stochastic", "int4"))
@@ -38,7 +38,7 @@ def mixes(tier: str) -> list[Mix]:
 
 def trained(backend: str, device: str, mix: Mix) -> list[torch.Tensor]:
     """Parameters after a few steps, on the host."""
-    from cases import random_values
+    from support.cases import random_values
 
     row, dtype, options = mix
     torch.manual_seed(1)
@@ -53,7 +53,7 @@ def trained(backend: str, device: str, mix: Mix) -> list[torch.Tensor]:
 
 def wrong_backends(backends: dict[str, tuple[str, str]], tier: str) -> dict[str, str]:
     """Of ``name: (backend, device)``, those that fail or differ from the cpu backend, each with the reason."""
-    from cases import bits_equal
+    from support.cases import bits_equal
 
     wrong: dict[str, str] = {}
     for mix in mixes(tier):

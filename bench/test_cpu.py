@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import random_values
-from optimizers import OPTIMIZERS
-from test_parity import run
+from families import CLASSES
+from support.cases import random_values
+from support.parity import worst_error
 
 SIZES = {"1M": [1 << 20], "200 x 500": [500] * 200}
 
 
 @pytest.mark.parametrize("census", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("row", CLASSES, ids=str)
 def test_step(benchmark, row, dtype, census):
-    run(row, [(70_001,)], dtype, dtype, None)  # not timed if it is wrong
+    worst_error(row, [(70_001,)], dtype, dtype, None)  # not timed if it is wrong
     params = [torch.nn.Parameter(random_values((n,), dtype)) for n in SIZES[census]]
     for p in params:
         p.grad = random_values(p.shape, dtype)

@@ -9,8 +9,8 @@ import warnings
 
 import pytest
 import torch
-from cases import BACKEND, bits_equal
-from optimizers import CLASSES, DROP_INS, OPTIMIZERS, WITH_PEER, stock
+from families import CLASSES, DROP_INS, OPTIMIZERS, WITH_PEER, stock
+from support.cases import BACKEND, bits_equal
 
 import precond
 

@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from builds import ROOT, run
+from support.builds import ROOT, run
 from test_cpp import build  # noqa: F401 (a fixture)
 
 from precond import _C

@@ -1,4 +1,4 @@
-"""Bases: METHODS F.12 and the rank-deficient case of F.14; refreshes, shapes and blocks."""
+"""Bases: geodesics and gradients of deficient rank (docs/theory.md, C.4, C.7); refreshes, shapes and blocks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def off_identity(u):
     return (u.mT @ u - torch.eye(u.shape[-1], dtype=u.dtype)).abs().max().item()
 
 
-# The geodesic, METHODS F.12.
+# The geodesic.
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -189,7 +189,7 @@ def test_an_eigenbasis_diagonalises_largest_first(dtype):
 @pytest.mark.parametrize("scale", [1e-36, 1.0, 1e36])
 @pytest.mark.parametrize("rank", [1, 3, 20])
 def test_rank_deficient_matrices_have_orthogonal_finite_bases_in_float32(rank, scale):
-    """METHODS F.14. At the largest and smallest scales squares over- and underflow."""
+    """Of deficient rank. At the largest and smallest scales squares over- and underflow."""
     a = random_psd(48, 2, rank).div(48).float() * scale
     u = bases.eigenbasis(a)
     assert u.isfinite().all()

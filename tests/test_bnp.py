@@ -1,4 +1,4 @@
-"""Batch normalisation preconditioning: METHODS A.3 and F.5 in float64, the kernel, and being an optimizer around another. One
+"""Batch normalisation preconditioning: docs/theory.md, A.3 in float64, the kernel, and being an optimizer around another. One
 file, because the same layers and inputs serve all of it.
 """
 
@@ -11,10 +11,10 @@ import pickle
 
 import pytest
 import torch
-from cases import bits_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import on_two_ranks
+from support.cases import bits_equal
+from support.ranks import on_two_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -220,7 +220,7 @@ def test_an_l1_decay_in_z_makes_exact_zeros_of_weights():
 
 
 def test_gradients_given_to_adam_keep_only_the_centring():
-    """METHODS A.3.5: the first step of Adam is a sign, whatever s2 is, but not whatever mu is."""
+    """docs/theory.md, A.3.5: the first step of Adam is a sign, whatever s2 is, but not whatever mu is."""
     ends = []
     for scale in (1.0, 100.0):
         torch.manual_seed(0)
@@ -255,7 +255,7 @@ def best_scaling(a):
 
 
 KAPPAS = {
-    # METHODS A.3.6: of Hhat, Hhat U, Hhat U D and the best diagonal scaling, and the factor by which other random numbers vary.
+    # docs/theory.md, A.3.6: of Hhat, Hhat U, Hhat U D and the best diagonal scaling, and the factor by which random numbers vary.
     "independent": (5.9e4, 9.7e3, 1.304, 1.284, 1.03),
     "correlated": (9.5e4, 1.9e4, 4.40, 3.985, 2.0),
 }
@@ -288,7 +288,7 @@ def test_p_brings_the_condition_number_near_the_best_scaling(case):
 
 
 def test_least_squares_take_tens_of_steps_instead_of_billions():
-    """METHODS A.3.6: the rate of the preconditioned Hessian's condition number, 1.7 instead of 3.5e9."""
+    """docs/theory.md, A.3.6: the rate of the preconditioned Hessian's condition number, 1.7 instead of 3.5e9."""
     generator = torch.Generator().manual_seed(0)
     sigma = torch.logspace(-2, 2, 20, dtype=F64)
     H = torch.randn(1000, 20, generator=generator, dtype=F64) * sigma + torch.linspace(-5, 5, 20, dtype=F64) * sigma
@@ -764,7 +764,7 @@ def operands(shape, groups, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("shape", "groups"), KERNEL_SHAPES)
-def test_the_kernel_is_as_near_to_float64_as_its_operands(isa, shape, groups):
+def test_the_kernel_is_as_near_to_float64_as_its_operands(shape, groups):
     gW, gb, mean, inv_s2 = operands(shape, groups)
     GW, Gb = _standardised._by_kernel(gW, gb, mean, inv_s2 * 0.5, 0.5)
     exact_W, exact_b = precondition_gradients(*(t.double() for t in (gW, gb, mean, inv_s2)), 0.5)

@@ -7,8 +7,8 @@ import io
 
 import pytest
 import torch
-from cases import bits_equal
-from optimizers import OPTIMIZERS, WITH_PEER
+from families import OPTIMIZERS, WITH_PEER
+from support.cases import bits_equal
 from test_api import assert_close, model, train
 
 import precond

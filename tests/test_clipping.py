@@ -8,9 +8,9 @@ import pickle
 
 import pytest
 import torch
-from cases import BACKEND, bits_equal, gradient, nasty_values, random_values
-from optimizers import BY_RULE, CLASSES
-from ranks import on_two_ranks
+from families import BY_RULE, BY_STATES, CLASSES
+from support.cases import BACKEND, bits_equal, gradient, nasty_values, random_values
+from support.ranks import on_two_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import precond
@@ -18,8 +18,16 @@ from precond import _C
 from precond._core import executors
 
 classes = pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.cls.__name__)
-dtypes = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.float64], ids=str
+KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.complex64]
+kernel_dtypes = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+# float64 runs on the reference backend, whatever the other is.
+DTYPES = [*KERNEL_DTYPES, *([torch.float64] if BACKEND == "cpu" else [])]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+#: All classes where Python decides, and of each number of states one where Triton's interpreter, which is slow, does the rest.
+rows_and_backends = pytest.mark.parametrize(
+    ("row", "backend"),
+    [(row, backend) for backend in (BACKEND, "reference") for row in CLASSES] + [(row, "triton") for row in BY_STATES],
+    ids=str,
 )
 norm_types = pytest.mark.parametrize("norm_type", [2.0, math.inf])
 triton_bits = pytest.mark.usefixtures("triton_interpreter")
@@ -40,8 +48,6 @@ def _skipped_where_it_cannot_run(request):
     chosen = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if chosen.get("backend") == "triton":
         request.getfixturevalue("triton_interpreter")
-    if chosen.get("dtype") == torch.float64 and BACKEND != "cpu":
-        pytest.skip("runs on the reference backend alone")
 
 
 def made(dtype=torch.float32, sizes=SIZES, make=random_values, seed=1):
@@ -110,10 +116,10 @@ def test_it_steps_as_after_torchs_clip_grad_norm(row, dtype, norm_type, max_norm
 
 
 @classes
-@dtypes
+@pytest.mark.parametrize(
+    "dtype", [dtype for dtype in DTYPES if not dtype.is_complex], ids=str
+)  # torch clamps no complex gradient
 def test_it_steps_as_after_torchs_clip_grad_value(row, dtype):
-    if dtype.is_complex:
-        pytest.skip("torch clamps no complex gradient")
     make = random_values if row.cls is precond.Lion and dtype == torch.float64 else nasty_values
     ours, theirs = made(dtype, make=make), made(dtype, make=make)
     kwargs = row.kwargs | dict(backend=backend_of(dtype))
@@ -170,12 +176,10 @@ def total_of(params, backend=BACKEND, norm_type=2.0, **settings):
     return optimizer.engine.report.found.total.clone(), optimizer.grad_norm.clone(), optimizer.clip_coef.clone()
 
 
-@dtypes
+@kernel_dtypes
 @norm_types
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_thread_counts_agree(dtype, norm_type, threads):
-    if dtype == torch.float64:
-        pytest.skip("torch's own sum")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -197,26 +201,24 @@ def test_chunk_sizes_agree(norm_type, chunk, monkeypatch):
 @norm_types
 def test_instruction_sets_agree(norm_type, isa):
     expected = total_of(made(sizes=LONG), norm_type=norm_type)
-    _C.select_isa("baseline")
+    _C.select_isa("")
     assert same(total_of(made(sizes=LONG), norm_type=norm_type), expected)
 
 
-@dtypes
-@norm_types
-def test_this_backend_agrees_with_the_cpu(dtype, norm_type):
-    if dtype == torch.float64:
-        pytest.skip("runs on the reference backend alone")
-    for sizes in (LONG, [1] * 8200):  # the second has more blocks than one block of sums takes
-        params = made(dtype, sizes)
-        assert same(total_of(params, norm_type=norm_type), total_of(params, "cpu", norm_type))
+if BACKEND != "cpu":
+
+    @kernel_dtypes
+    @norm_types
+    def test_this_backend_agrees_with_the_cpu(dtype, norm_type):
+        for sizes in (LONG, [1] * 8200):  # the second has more blocks than one block of sums takes
+            params = made(dtype, sizes)
+            assert same(total_of(params, norm_type=norm_type), total_of(params, "cpu", norm_type))
 
 
 @triton_bits
-@dtypes
+@kernel_dtypes
 @norm_types
 def test_triton_agrees_with_the_cpu(dtype, norm_type):
-    if dtype == torch.float64:
-        pytest.skip("runs on the reference backend alone")
     params = made(dtype, [1, 300, 1025, 8193])
     assert same(total_of(params, "triton", norm_type), total_of(params, "cpu", norm_type))
 
@@ -364,9 +366,8 @@ def test_a_float64_gradient_is_clamped_in_float64():
     assert p.tolist() == [-0.1, 0.1]
 
 
-@classes
+@rows_and_backends
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-@pytest.mark.parametrize("backend", [BACKEND, "reference", "triton"])
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy's, in the interpreter
 def test_a_norm_that_is_not_finite_skips_the_step_where_that_was_asked_for(row, bad, backend):
     fused = {"fused": True} if backend == "triton" else FUSED if backend == BACKEND else {}
@@ -416,9 +417,8 @@ def test_counters_on_the_host_cannot_follow_a_device_that_skips():
     assert same([p.detach() for p in params], [p.detach() for p in before])
 
 
-@classes
+@rows_and_backends
 @norm_types
-@pytest.mark.parametrize("backend", [BACKEND, "reference", "triton"])
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy's, in the interpreter
 def test_a_norm_that_is_not_finite_raises_before_anything_changed(row, norm_type, backend):
     params = made(sizes=[5, 1025])

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from families import ALL_RULES, OVERWRITING
 from machine_code.listed import CASES, HANDFUL
-from optimizers import ALL_RULES, OVERWRITING
 
 from precond import _C
 from precond._core.formats import CODED

@@ -7,9 +7,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import builds
 import pytest
-from builds import ROOT, run
+from support import builds
+from support.builds import ROOT, run
 
 pytestmark = pytest.mark.source
 

@@ -1,4 +1,4 @@
-"""Estimates of curvature: METHODS F.11 and F.9, products against explicit matrices, variances."""
+"""Estimates of curvature: means that docs/theory.md, C.2 and C.3 derive, products against explicit matrices, variances."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def assert_unbiased(h, expected):
     "method", ["gnb", ("hessian", "rademacher"), ("hessian", "gaussian"), ("gauss_newton", "rademacher")], ids=str
 )
 def test_estimates_of_the_softmax_diagonal_are_unbiased(method, rotated):
-    """METHODS F.11: within 2 % at 5e4 draws, and within 5 standard errors everywhere."""
+    """Within 2 % at 5e4 draws, and within 5 standard errors everywhere."""
     assert_unbiased(estimates(method, rotated), expected_diagonal(rotated))
 
 
@@ -162,7 +162,7 @@ def test_products_are_those_of_the_explicit_matrices():
 
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
 def test_the_variance_of_a_probe_is_known(probe):
-    """METHODS C.2: the sum of G_ij^2 over j != i, and for Gaussian probes 2 G_ii^2 more."""
+    """docs/theory.md, C.2: the sum of G_ij^2 over j != i, and for Gaussian probes 2 G_ii^2 more."""
     generator = torch.Generator().manual_seed(5)
     a = torch.randn(6, 6, generator=generator, dtype=F64)
     g = a @ a.T
@@ -174,7 +174,7 @@ def test_the_variance_of_a_probe_is_known(probe):
 
 
 def test_gnb_is_the_squared_gradient_on_sampled_labels_times_the_batch():
-    """METHODS C.2: GN^-1/2 is Adam fed with these gradients, up to sqrt(B)."""
+    """docs/theory.md, C.2: GN^-1/2 is Adam fed with these gradients, up to sqrt(B)."""
     params, outputs = small_net()
     h = curvature.gauss_newton_bartlett(outputs(*params), params, generator=torch.Generator().manual_seed(6))
     assert all(p.grad is None for p in params)
@@ -290,7 +290,7 @@ def test_wrong_arguments_raise():
         curvature.hutchinson(curved(f), [torch.zeros(2, dtype=torch.complex64)])
 
 
-# METHODS F.9: what Adam's second moment is for linear regression on Gaussian data.
+# What Adam's second moment is for linear regression on Gaussian data.
 
 D = 6
 
@@ -335,7 +335,7 @@ def test_squared_gradients_follow_the_gaussian_identity(batch, samples, rotated)
 
 
 def test_adam_and_the_root_of_gauss_newton_point_the_same_way():
-    """METHODS C.3.3: the ratio is in [1, B + 2], and at B = 1 the angle's cosine at least 0.9634, over random problems."""
+    """docs/theory.md, C.3.3: the ratio is in [1, B + 2], and at B = 1 the angle's cosine at least 0.9634, on random problems."""
     generator = torch.Generator().manual_seed(8)
     a = torch.randn(20_000, D, D, generator=generator, dtype=F64)
     sigma = a @ a.mT

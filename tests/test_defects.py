@@ -7,8 +7,8 @@ import threading
 
 import pytest
 import torch
-from cases import bits_equal
-from optimizers import CLASSES, counts_steps
+from families import CLASSES
+from support.cases import bits_equal
 from test_api import backward, model, train
 
 import precond
@@ -148,7 +148,7 @@ def test_states_replaced_by_plain_values_are_read_anew(row, value):
     optimizer = row.cls(net.parameters(), **row.kwargs)
     train(net, optimizer, 2)
     for state in optimizer.state.values():
-        if counts_steps(row):
+        if row.counts_steps:
             state["step"] = 2 if value is None else value
         else:
             state["momentum_buffer"] = None

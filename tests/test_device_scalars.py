@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKEND, bits_equal
-from optimizers import OPTIMIZERS
+from families import CLASSES, OPTIMIZERS
+from support.cases import BACKEND, bits_equal
 
 import precond
 
-pytestmark = pytest.mark.skipif(BACKEND != "cuda", reason="run by tests/test_cuda_on_host.py and on a GPU")
+if BACKEND != "cuda":
+    pytest.skip("run by tests/test_cuda_on_host.py and on a GPU", allow_module_level=True)
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+classes = pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.cls.__name__)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -48,7 +50,7 @@ def test_tensor_hyper_parameters_are_read_on_the_device(row):
     assert compiled.plan.launches == 3, "two for the scalars, one for all tensors"
 
 
-@rows
+@classes
 def test_counters_on_the_device_count_and_a_skipped_step_does_not(row):
     ours, theirs, a, b = pair(row, fused=True)
     scale = torch.tensor(8.0, device=DEVICE)
@@ -67,7 +69,7 @@ def test_counters_on_the_device_count_and_a_skipped_step_does_not(row):
             assert a.state[p]["step"].device == p.device
 
 
-@rows
+@classes
 def test_one_launch_for_all_tensors_of_all_groups(row):
     params = [torch.nn.Parameter(torch.randn(n, device=DEVICE)) for n in (3, 100, 5000, 40_000)]
     optimizer = row.cls([{"params": params[:2]}, {"params": params[2:], "lr": 0.3}], **row.kwargs)
@@ -87,7 +89,7 @@ def test_a_scaler_with_counters_on_the_host_is_an_error():
         optimizer.step()
 
 
-@rows
+@classes
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_backends_that_read_on_the_host_unscale_and_skip_too(row, backend):
     """The scaler's tensors are on the device here, and these backends once ignored them."""
@@ -108,7 +110,7 @@ def test_backends_that_read_on_the_host_unscale_and_skip_too(row, backend):
         assert bits_equal(p.cpu(), q.cpu())
 
 
-@rows
+@classes
 def test_a_parameter_of_another_backend_in_the_same_step_is_unscaled_and_skipped(row):
     values = torch.randn(300)
     params = [torch.nn.Parameter(values.to(DEVICE, dtype, copy=True)) for dtype in (torch.float32, torch.float64) * 2]

@@ -7,10 +7,10 @@ from __future__ import annotations
 import contextlib
 import types
 
-import device
 import pytest
 import torch
-from optimizers import CLASSES
+from families import CLASSES
+from support import device
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import precond

@@ -1,4 +1,4 @@
-"""Diagnostics: known spectra, METHODS A.1's preconditioners from the states of every optimizer, the table of A.3.6."""
+"""Diagnostics: known spectra, every optimizer's preconditioner from its states, the tables of docs/theory.md, A.1 and A.3.6."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_wrong_preconditioners_raise():
         diagnostics.hessian_operator(params[0], params)
 
 
-# METHODS A.1's table.
+# The table of docs/theory.md, A.1.
 
 OPTIMIZERS = [
     (cls, options)
@@ -150,7 +150,7 @@ OPTIMIZERS = [
 
 
 def expected_den(name, options, gradients):
-    """METHODS A.1, from the gradients."""
+    """As docs/theory.md, A.1 has it, from the gradients."""
     v = torch.zeros_like(gradients[0]) + options.get("initial_accumulator_value", 0.0)
     mean, largest = torch.zeros_like(v), torch.zeros_like(v)
     for g in gradients:
@@ -354,7 +354,9 @@ def test_a_report_shows_what_a_preconditioner_does():
     def loss():
         return p @ h @ p / 2
 
-    for _ in range(300):  # METHODS A.1: E[g_i^2] is the squared norm of a row of H where p - p* has covariance I
+    for _ in range(
+        300
+    ):  # docs/theory.md, A.1: E[g_i^2] is the squared norm of a row of H where p - p* has covariance I
         p.grad = h @ torch.randn(30, dtype=F64)
         optimizer.step()
     found = diagnostics.report(loss, optimizer)
@@ -381,7 +383,7 @@ def inputs_of_the_table(correlated=False):
 
 
 def test_the_table_of_bnp_is_reproduced():
-    """METHODS A.3.6: 5.9e4, 9.7e3 and 1.304 for independent inputs; correlated ones have more left after scaling."""
+    """docs/theory.md, A.3.6: 5.9e4, 9.7e3 and 1.304 for independent inputs; correlated ones have more left after scaling."""
     found = diagnostics.layer_conditions(inputs_of_the_table(), eps1=0.0, eps2=0.0, eps=0.0)
     assert found["inputs"] == pytest.approx(5.9e4, rel=0.1)
     assert found["centred"] == pytest.approx(9.7e3, rel=0.1)
@@ -400,7 +402,7 @@ def test_the_table_of_bnp_is_reproduced():
 
 
 def test_bnps_preconditioner_takes_the_hessian_from_3_5e9_to_1_70():
-    """METHODS A.3.6: U D as a pair of functions, on least squares with a dense layer."""
+    """docs/theory.md, A.3.6: U D as a pair of functions, on least squares with a dense layer."""
     x = inputs_of_the_table()
     layer = torch.nn.Linear(20, 1, dtype=F64)
     _, mu, sigma = diagnostics.standardize(x)

@@ -1,14 +1,14 @@
-"""DualDescent against the formulas of METHODS B.2: every kernel of every magnitude."""
+"""DualDescent against the formulas of docs/theory.md, B.2: every kernel of every magnitude."""
 
 from __future__ import annotations
 
 import math
 
-import multipass
 import pytest
 import torch
-from cases import BACKEND, bits_equal
-from multipass import BF16, F32, F64, assert_close, give, params_of, train
+from support import multipass
+from support.cases import BACKEND, bits_equal
+from support.multipass import BF16, F32, F64, assert_close, give, params_of, train
 
 import precond
 from precond.dual import GRANULARITIES
@@ -510,7 +510,7 @@ def test_autograd_sees_a_step_by_entries(kernel):
 
 
 def test_two_steps_in_dual_space_end_where_the_kernel_says():
-    """METHODS B: descent in any of them finds the minimum of a quadratic; with identity it is gradient descent bit for bit."""
+    """Descent in any of them finds the minimum of a quadratic; with identity it is gradient descent bit for bit."""
     for granularity in GRANULARITIES:
         ours, theirs = params_of(), params_of()
         a = precond.DualDescent(ours, lr=0.1, kernel="identity", granularity=granularity)
@@ -574,7 +574,7 @@ def test_states_may_be_made_before_the_first_step(granularity):
 
 @granularities
 def test_over_parameterised_models_end_at_the_nearest_solution_but_for_entries(granularity):
-    """METHODS B.4: X W = Y with more unknowns than equations; W0 + X^+ (Y - X W0) is the solution nearest to the start."""
+    """docs/theory.md, B.4: X W = Y with more unknowns than equations; nearest to the start is W0 + X^+ (Y - X W0)."""
     torch.manual_seed(0)
     x, goal = torch.randn(8, 16, dtype=F64), torch.randn(16, 3, dtype=F64)
     w = torch.nn.Parameter(0.1 * torch.randn(3, 16, dtype=F64))  # as a linear layer has it

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from optimizers import CLASSES
+from families import CLASSES
 
 import precond
 

@@ -1,4 +1,4 @@
-"""What the rules of the family promise beyond parity: METHODS A.2.2, complex numbers, sparse and differentiable steps."""
+"""What the rules of the family promise beyond parity: intrinsic decay, complex numbers, sparse and differentiable steps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from cases import BACKEND, bits_equal, random_values
-from optimizers import BY_RULE, CLASSES, OPTIMIZERS
+from families import BY_RULE, CLASSES, OPTIMIZERS
+from support.cases import BACKEND, bits_equal, random_values
 
 import precond
 from precond import reference
@@ -95,7 +95,7 @@ def test_a_coordinate_that_never_had_a_gradient_is_spared(name):
 
 
 def test_adagrads_learning_rate_decay_reaches_its_weight_decays():
-    """METHODS A.2.2: a = lr / (1 + (t - 1) lr_decay) in the step and in both decays."""
+    """docs/theory.md, A.2.2: a = lr / (1 + (t - 1) lr_decay) in the step and in both decays."""
     p = torch.nn.Parameter(torch.ones(1, dtype=F64))
     optimizer = precond.AdagradW([p], lr=0.1, lr_decay=1.0, weight_decay=1.0)
     expected = 1.0

@@ -1,4 +1,4 @@
-"""FOP: METHODS D and F.13, against an explicit d x d preconditioner and autograd, and as an optimizer around others."""
+"""FOP: docs/theory.md, D, against an explicit d x d preconditioner and autograd, and as an optimizer around others."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pickle
 
 import pytest
 import torch
-from cases import bits_equal
-from ranks import on_two_ranks
+from support.cases import bits_equal
+from support.ranks import on_two_ranks
 
 import precond
 from precond.fop import _norm_bound
@@ -196,7 +196,7 @@ def test_maximizing_minus_the_loss_is_minimizing_it():
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
 
 
-# METHODS D.2: normalisation, lr, rho, largest best loss of 200 steps, largest condition number of M^T H M.
+# docs/theory.md, D.2: normalisation, lr, rho, largest best loss of 200 steps, largest condition number of M^T H M.
 QUADRATIC = [
     (None, 1.9, 0.0, 2.4e-6, 100.1),
     (None, 4.0, 0.03, 5e-10, 40.0),

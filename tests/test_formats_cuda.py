@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKEND, gradient, guarded, memory, nasty_values, random_values
-from optimizers import BEYOND, BY_RULE, BY_STATES, OPTIMIZERS
+from families import BEYOND, BY_RULE, BY_STATES, OPTIMIZERS
+from support.cases import BACKEND, gradient, guarded, memory, nasty_values, random_values
 
 import precond
 from precond._core import formats as _formats
 
-pytestmark = pytest.mark.skipif(BACKEND != "cuda", reason="is about the CUDA backend")
+if BACKEND != "cuda":
+    pytest.skip("is about the CUDA backend", allow_module_level=True)
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 shapes = pytest.mark.parametrize("row", BY_STATES, ids=str)
 DEVICE = "cuda" if BACKEND == "cuda" and not precond._core.backend.cuda_on_host() else "cpu"

@@ -7,18 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import BACKEND
-from ranks import launch as run
-from sharded_training import everything, model_of, train
+from support import sharded_training
+from support.cases import BACKEND
+from support.ranks import launch as run
+from support.sharded_training import everything, model_of, train
 
 import precond
 
-SCRIPT = Path(__file__).with_name("sharded_training.py")
 pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="gloo ranks are CPU processes")
 
 
 def launch(ranks: int, folder: Path, *arguments: str) -> None:
-    run([[sys.executable, str(SCRIPT), str(rank), str(ranks), str(folder), *arguments] for rank in range(ranks)])
+    run(
+        [
+            [sys.executable, sharded_training.__file__, str(rank), str(ranks), str(folder), *arguments]
+            for rank in range(ranks)
+        ]
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,17 @@
-"""GaussNewton and Sophia against their formulas (METHODS C), in the coordinates and in every basis."""
+"""GaussNewton and Sophia against their formulas (docs/theory.md, C), in the coordinates and in every basis."""
 
 from __future__ import annotations
 
 import math
 
-import multipass
 import pytest
 import torch
-from cases import BACKEND, bits_equal
-from multipass import BF16, F32, F64, assert_close, give, params_of
+from support import multipass
+from support.cases import BACKEND, bits_equal
+from support.multipass import BF16, F32, F64, assert_close, give, params_of
 
 import precond
-from precond import bases, curvature, reference
-from precond._core import formats as _formats
+from precond import bases, curvature
 
 KRONECKER = ((4, 6), (5,), (3, 2, 2, 2), ())
 
@@ -54,7 +53,7 @@ class Text:
         if self.l1 == 0.0:
             self.p = self.p - self.lr * (self.u @ u) - self.lr * self.decay * self.p
             return
-        # METHODS A.2.2: P = U den^(-1/2); the threshold is on z's coordinates.
+        # docs/theory.md, A.2.2: P = U den^(-1/2); the threshold is on z's coordinates.
         q = self.u.T @ self.p
         q = q - self.lr * u - self.lr * self.decay * q
         threshold = torch.where(self.h == 0, 0.0, self.lr * (self.l1 / den.sqrt()).clamp(max=10.0))
@@ -494,7 +493,7 @@ def test_wrong_uses_are_named():
 
 
 class SophiaText:
-    """METHODS C.6, in the published order."""
+    """docs/theory.md, C.6, in the published order."""
 
     def __init__(self, p, lr, b1=0.965, b2=0.99, rho=0.04, decay=0.1, batch=5120.0):
         self.p, self.m, self.h = p.detach().double(), torch.zeros_like(p, dtype=F64), torch.zeros_like(p, dtype=F64)
@@ -595,14 +594,6 @@ def test_sophias_wrong_arguments_are_named(options, message):
 def test_states_may_be_made_before_the_first_step(options):
     feed = None if options.get("curvature") == "gradient" else check_curvature
     multipass.check_states_may_be_made_first(lambda ps: precond.GaussNewton(ps, **options), feed)
-
-
-def test_python_and_the_kernels_mean_the_same_second_moments():
-    """For every rule, of which tests/test_formats.py looks at the family's."""
-    for name, (_, count, _, squares) in precond._C.rules.items():
-        states = reference.RULES[name].states
-        assert len(states) == count
-        assert [bool(squares >> k & 1) for k in range(count)] == [s in _formats.SECOND_MOMENTS for s in states], name
 
 
 @pytest.mark.parametrize("basis", ["identity", "kronecker"])

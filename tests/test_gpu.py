@@ -9,20 +9,19 @@ from __future__ import annotations
 import gc
 import os
 
-import device
 import pytest
 import torch
-from cases import LAYOUTS, bits_equal, gradient, guarded, nasty_values, random_values
-from optimizers import ALL_RULES, BY_STATES, CLASSES, OPTIMIZERS
+from families import ALL_RULES, BY_STATES, CLASSES
+from support import device
+from support.cases import LAYOUTS, bits_equal, gradient, guarded, nasty_values, random_values
 
 import precond
 from precond._core import backend as _backend
 
 CUDA = device.device()
 EMULATED = CUDA is None or CUDA.emulated
-pytestmark = pytest.mark.skipif(
-    CUDA is None, reason="needs a CUDA device: run by tests/test_cuda_on_host.py and .ci/gpu"
-)
+if CUDA is None:
+    pytest.skip("needs a CUDA device: run by tests/test_cuda_on_host.py and .ci/gpu", allow_module_level=True)
 
 
 def needs(hardware):
@@ -34,7 +33,6 @@ def needs(hardware):
     return mark
 
 
-rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 backends = pytest.mark.parametrize(
     "backend",
     [
@@ -62,7 +60,8 @@ def steps(row, backend, dtype, make, count=STEPS):
     return [t.cpu() for p in params for t in (p.detach(), *optimizer.states.present(p, row.rule).values())]
 
 
-@pytest.mark.parametrize("row", ALL_RULES, ids=str)
+# For every rule on the emulated device: test_same_bits.py.
+@pytest.mark.parametrize("row", BY_STATES if EMULATED else ALL_RULES, ids=str)
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", [lambda n: random_values((n,)), nasty_values], ids=["random", "nasty"])
@@ -287,7 +286,7 @@ def test_a_step_runs_on_the_current_stream(row):
         assert CUDA.enqueued(stream) >= 5
 
 
-@rows
+@pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.cls.__name__)
 @backends
 def test_a_scaler_skips_without_a_sync(row, backend):
     p = torch.nn.Parameter(torch.ones(1000, device=CUDA.name))

@@ -13,7 +13,7 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
-from builds import ROOT
+from support.builds import ROOT
 
 RUN = ROOT / ".ci" / "gpu" / "run"
 pytestmark = [

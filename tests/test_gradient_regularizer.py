@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from cases import bits_equal, nasty_values, random_values
+from support.cases import bits_equal, nasty_values, random_values
 
 import precond
 
@@ -46,7 +46,7 @@ def closure_of(optimizer, loss_of, seen=None):
 
 
 def den_of(optimizer, w):
-    """den as METHODS A.1 has it, from the states as they are."""
+    """den as docs/theory.md, A.1 has it, from the states as they are."""
     state, group = optimizer.state[w], optimizer.param_groups[0]
     if isinstance(optimizer, precond.GaussNewton):
         h = state["curvature"] / (1 - group["betas"][1] ** float(state["step"])) + group["eps"]
@@ -64,7 +64,7 @@ def den_of(optimizer, w):
 
 @bases
 def test_the_step_is_on_the_gradient_of_the_penalised_loss(cls, kwargs):
-    """For a quadratic the two gradients give g + rho H P P^T g exactly: METHODS A.2.3, F.1."""
+    """For a quadratic the two gradients give g + rho H P P^T g exactly: docs/theory.md, A.2.3."""
     w, h, loss_of = quadratic()
     other = torch.nn.Parameter(w.detach().clone())
     base, plain = cls([w], lr=0.05, **kwargs), cls([other], lr=0.05, **kwargs)

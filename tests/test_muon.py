@@ -7,11 +7,11 @@ import inspect
 import subprocess
 import sys
 
-import multipass
 import pytest
 import torch
-from cases import bits_equal
-from multipass import BF16, F32, F64, give, params_of
+from support import multipass
+from support.cases import bits_equal
+from support.multipass import BF16, F32, F64, give, params_of
 
 import precond
 from precond.muon import newton_schulz

@@ -4,70 +4,48 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKEND, CHUNK_SIZES, GRADIENT_LAYOUTS, LAYOUTS, SIZES, Snapshot, gradient, guarded, random_values
+from families import ALL_RULES, BY_STATES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from optimizers import ALL_RULES, BY_STATES
+from support.cases import BACKEND, CHUNK_SIZES, GRADIENT_LAYOUTS, LAYOUTS, SIZES
+from support.parity import DTYPES, worst_error
 
 import precond
-from precond._core.formats import SECOND_MOMENTS
 
-rows = pytest.mark.parametrize("row", ALL_RULES, ids=str)
+# Another backend has the CPU's bits for every rule: test_same_bits.py.
+rows = pytest.mark.parametrize("row", ALL_RULES if BACKEND == "cpu" else BY_STATES, ids=str)
+shapes = pytest.mark.parametrize("row", BY_STATES, ids=str)
+dtypes = pytest.mark.parametrize(("p_dtype", "g_dtype", "state_format"), DTYPES)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# Parameter, gradient, state.
-DTYPES = [(F32, F32, None), (BF16, BF16, None), (BF16, F32, None), (F32, BF16, None), (BF16, BF16, "fp32"),
-          (F32, F32, "bf16"), (F16, F16, None), (F16, F32, "fp32"), (F32, F16, "fp16")]  # fmt: skip
-
-
-def run(row, shapes, p_dtype, g_dtype, state_format, p_layout="contiguous", g_layout="same", steps=3, **override):
-    """Step an optimizer over guarded tensors, checking each parameter after each step. Returns the worst error in ulp."""
-    buffers = [guarded(random_values(shape, p_dtype), p_layout) for shape in shapes]
-    params = [buffer.tensor.requires_grad_() for buffer in buffers]
-    optimizer = row.cls(params, **{**row.kwargs, **override}, state_format=state_format, backend=BACKEND)
-    worst = 0.0
-    for step in range(1, steps + 1):
-        before = []
-        for p in params:
-            p.grad_dtype = None
-            p.grad = gradient(random_values(p.shape, g_dtype), g_layout, p)
-            states = optimizer.states.present(p, row.rule).values()
-            dtype = {"fp32": F32, "bf16": BF16, "fp16": F16, None: p_dtype}[state_format]
-            names = optimizer.states.names(row.rule)
-            initial = optimizer._initial(p, optimizer.param_groups[0])
-            before.append(Snapshot.of(p, list(states) or [torch.full_like(p, initial, dtype=dtype) for _ in names]))
-        optimizer.step()
-        group = optimizer.param_groups[0]
-        _, sign, hyper = optimizer._row(group)
-        for p, snapshot, buffer in zip(params, before, buffers, strict=True):
-            states = list(optimizer.states.present(p, row.rule).values())
-            asked_for = state_format is not None
-            drawn = [
-                k for k, name in enumerate(optimizer.states.names(row.rule)) if asked_for and name in SECOND_MOMENTS
-            ]
-            error = snapshot.check(row, p.grad, hyper, sign, step, step == 1, p.detach(), states, drawn)
-            worst = max(worst, error)
-            buffer.check()
-    return worst
 
 
 @rows
-@pytest.mark.parametrize(("p_dtype", "g_dtype", "state_format"), DTYPES)
-def test_every_size_matches_the_reference(row, p_dtype, g_dtype, state_format, isa):
-    run(row, [(n,) for n in SIZES] + [()], p_dtype, g_dtype, state_format)
+@dtypes
+def test_every_size_matches_the_reference(row, p_dtype, g_dtype, state_format):
+    worst_error(row, [(n,) for n in SIZES] + [()], p_dtype, g_dtype, state_format)
 
 
-@pytest.mark.parametrize("row", BY_STATES, ids=str)
+# All instruction sets have the same bits for every rule: test_same_bits.py. How they read and write does not depend on the rule.
+@shapes
+@dtypes
+def test_every_size_matches_the_reference_with_lesser_instruction_sets(row, p_dtype, g_dtype, state_format, isa):
+    worst_error(row, [(n,) for n in SIZES] + [()], p_dtype, g_dtype, state_format)
+
+
+@shapes
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_chunks_match_the_reference(row, dtype, isa):
-    run(row, [(n,) for n in CHUNK_SIZES], dtype, dtype, None)
+def test_chunks_match_the_reference(row, dtype):
+    worst_error(row, [(n,) for n in CHUNK_SIZES], dtype, dtype, None)
 
 
-@pytest.mark.parametrize("row", BY_STATES, ids=str)
+@shapes
 @pytest.mark.parametrize("p_dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("p_layout", LAYOUTS)
 @pytest.mark.parametrize("g_layout", GRADIENT_LAYOUTS)
 def test_every_layout_matches_the_reference(row, p_dtype, p_layout, g_layout):
-    run(row, [(4, 6, 5, 7), (37, 53), (300,), (1, 9), (2, 0, 3), (3, 1, 5)], p_dtype, p_dtype, None, p_layout, g_layout)
+    worst_error(
+        row, [(4, 6, 5, 7), (37, 53), (300,), (1, 9), (2, 0, 3), (3, 1, 5)], p_dtype, p_dtype, None, p_layout, g_layout
+    )
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
@@ -81,7 +59,7 @@ def test_every_layout_matches_the_reference(row, p_dtype, p_layout, g_layout):
 )
 def test_any_hyper_parameters_match_the_reference(row, sizes, lr, weight_decay, dtypes, seed):
     torch.manual_seed(seed)
-    run(row, [(n,) for n in sizes], *dtypes, lr=lr, weight_decay=weight_decay)
+    worst_error(row, [(n,) for n in sizes], *dtypes, lr=lr, weight_decay=weight_decay)
 
 
 @settings(max_examples=40, deadline=None)
@@ -97,7 +75,7 @@ def test_any_hyper_parameters_match_the_reference(row, sizes, lr, weight_decay, 
 def test_any_adamw_parameters_match_the_reference(beta1, beta2, eps, l1_decay, l1_cap, seed):
     torch.manual_seed(seed)
     row = next(row for row in ALL_RULES if row.rule == "adamw_l1")
-    run(row, [(700,)], F32, F32, None, betas=(beta1, beta2), eps=eps, l1_decay=l1_decay, l1_cap=l1_cap)
+    worst_error(row, [(700,)], F32, F32, None, betas=(beta1, beta2), eps=eps, l1_decay=l1_decay, l1_cap=l1_cap)
 
 
 def test_a_missing_l1_decay_is_bitwise_adamw():

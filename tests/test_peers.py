@@ -1,4 +1,4 @@
-"""Defects of other libraries, each by its name and its place, on the CPU. Those of stock torch come last."""
+"""What other libraries are known to get wrong, done right on the CPU; a docstring says who does what. Stock torch comes last."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-from cases import BACKEND, guarded, random_values
-from optimizers import BY_STATES, CLASSES, DROP_INS, OPTIMIZERS, counts_steps
+from families import BY_STATES, CLASSES, DROP_INS, OPTIMIZERS
+from support.cases import BACKEND, guarded, random_values
 
 import precond
 
@@ -26,7 +26,8 @@ def steps(optimizer, params, gradients):
 
 
 @classes
-def test_deepspeed_cpuadam_loses_updates_on_non_contiguous_tensors(row):
+def test_parameters_of_every_layout_take_the_same_steps(row):
+    """DeepSpeed's CPUAdam loses updates of tensors that are not contiguous."""
     values, g = random_values((6, 8)), random_values((6, 8))
     plain = torch.nn.Parameter(values.clone())
     odd = [guarded(values, layout).tensor.requires_grad_() for layout in ("transposed", "strided", "offset")]
@@ -37,7 +38,8 @@ def test_deepspeed_cpuadam_loses_updates_on_non_contiguous_tensors(row):
 
 
 @classes
-def test_deepspeed_cpuadam_does_not_check_the_gradients_dtype(row):
+def test_a_gradient_is_read_in_its_own_dtype(row):
+    """DeepSpeed's CPUAdam does not check it."""
     values, g = random_values((50,)), random_values((50,)).bfloat16()
     p, q = (torch.nn.Parameter(values.clone()) for _ in range(2))
     steps(row.cls([p], **row.kwargs, backend=BACKEND), [p], [[g]] * 2)
@@ -46,7 +48,8 @@ def test_deepspeed_cpuadam_does_not_check_the_gradients_dtype(row):
 
 
 @classes
-def test_apex_updates_wrong_elements_for_a_channels_last_gradient(row):
+def test_a_channels_last_gradient_reaches_its_own_elements(row):
+    """Apex updates wrong elements."""
     values, g = random_values((2, 3, 4, 5)), random_values((2, 3, 4, 5))
     p, q = (torch.nn.Parameter(values.clone()) for _ in range(2))
     steps(row.cls([p], **row.kwargs, backend=BACKEND), [p], [[g.contiguous(memory_format=torch.channels_last)]] * 2)
@@ -56,8 +59,8 @@ def test_apex_updates_wrong_elements_for_a_channels_last_gradient(row):
 
 @classes
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_transformerengine_skips_everybody_for_an_empty_tensor(row, position):
-    """TransformerEngine #3207, #3202: one at the end of a group."""
+def test_an_empty_tensor_keeps_nobody_from_the_step(row, position):
+    """TransformerEngine skips all tensors of a group for an empty one at its end: #3207, #3202."""
     shapes = [(4,), (5,)]
     shapes.insert(position, (0,))
     params = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
@@ -65,9 +68,9 @@ def test_transformerengine_skips_everybody_for_an_empty_tensor(row, position):
     assert all(p.numel() == 0 or not torch.equal(p, torch.ones_like(p)) for p in params)
 
 
-@pytest.mark.parametrize("row", [r for r in CLASSES if counts_steps(r)], ids=lambda row: row.cls.__name__)
-def test_deepspeed_shares_one_step_counter_and_doubles_it_for_mixed_dtypes(row):
-    """DeepSpeed #8471."""
+@pytest.mark.parametrize("row", [r for r in CLASSES if r.counts_steps], ids=lambda row: row.cls.__name__)
+def test_every_parameter_counts_its_own_steps(row):
+    """DeepSpeed shares one counter, and counts twice for mixed dtypes: #8471."""
     params = [torch.nn.Parameter(torch.ones(3, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.float16)]
     optimizer = row.cls(params, **row.kwargs, backend=BACKEND)
     for i in range(4):
@@ -80,23 +83,23 @@ def test_deepspeed_shares_one_step_counter_and_doubles_it_for_mixed_dtypes(row):
 
 @pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_unsloth_zoos_coordinates_without_gradient_drift(row, dtype):
-    """unsloth-zoo #962: a state that was zero stays exactly zero, and with it the parameter, but for a plain decay."""
+def test_a_coordinate_without_gradients_stays_where_it_is(row, dtype):
+    """A state that was zero stays exactly zero, and so does the parameter but for a plain decay. unsloth-zoo #962: they drift."""
     p = torch.nn.Parameter(torch.ones(64, dtype=dtype))
     kwargs = row.kwargs | {"weight_decay": 0.0} | ({"l1_decay": 1e-30} if "l1_decay" in row.kwargs else {})
     optimizer = row.cls([p], **kwargs, backend=BACKEND)
     g = torch.zeros(64, dtype=dtype)
     g[::2] = 0.5
-    steps(optimizer, [p], [[g]] * 500)
+    steps(optimizer, [p], [[g]] * 20)
     assert torch.equal(p[1::2], torch.ones(32, dtype=dtype))
     initial = optimizer._initial(p, optimizer.param_groups[0])
     for state in optimizer.states.present(p, row.rule).values():
         assert torch.equal(state[1::2], torch.full((32,), initial, dtype=dtype))
 
 
-@pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
-def test_bitsandbytes_decays_after_the_update_in_one_backend_and_before_it_in_another(row, triton_interpreter):
-    """bitsandbytes #2010; every backend, with a decay so large that the order shows."""
+@classes
+def test_every_backend_decays_at_the_same_place_of_the_step(row, triton_interpreter):
+    """With a decay so large that the order shows. In bitsandbytes the order depends on the backend: #2010."""
     results = []
     for backend in (BACKEND, "triton", "reference"):
         p = torch.nn.Parameter(torch.linspace(-2, 2, 33))
@@ -109,8 +112,8 @@ def test_bitsandbytes_decays_after_the_update_in_one_backend_and_before_it_in_an
 
 @pytest.mark.large
 @pytest.mark.parametrize("row", BY_STATES[:2], ids=str)
-def test_deepspeed_bitsandbytes_optimi_and_torch_break_beyond_two_to_the_31_elements(row):
-    """DeepSpeed #7640, pytorch #137368: nothing happens, or an index overflows. Takes up to 15 GB."""
+def test_elements_beyond_two_to_the_31_are_updated(row):
+    """Elsewhere nothing happens, or an index overflows: DeepSpeed #7640, pytorch #137368. Takes up to 15 GB."""
     n = (1 << 31) + 4099
     places = torch.tensor([0, 1, (1 << 31) - 1, 1 << 31, (1 << 31) + 1, n - 1])
     p = torch.nn.Parameter(torch.zeros(n, dtype=torch.bfloat16))
@@ -124,12 +127,12 @@ def test_deepspeed_bitsandbytes_optimi_and_torch_break_beyond_two_to_the_31_elem
     assert torch.count_nonzero(p) == len(places)
 
 
-# Where stock torch is itself wrong.
+# Stock torch.
 
 
 @classes
-def test_torch_casts_bf16_states_to_the_parameters_dtype_when_it_loads(row):
-    """pytorch#146542, torchtitan#4615."""
+def test_loading_keeps_the_dtype_of_bf16_states(row):
+    """torch casts them to the parameter's: pytorch#146542, torchtitan#4615."""
     p = torch.nn.Parameter(torch.ones(5))
     optimizer = row.cls([p], **row.kwargs, state_format="bf16")
     steps(optimizer, [p], [[torch.ones(5)]])
@@ -142,7 +145,8 @@ def test_torch_casts_bf16_states_to_the_parameters_dtype_when_it_loads(row):
 
 @classes
 @pytest.mark.parametrize("how", ["transposed", "expanded", "strided", "channels_last"])
-def test_torch_fused_updates_the_wrong_elements_for_other_strides(row, how):
+def test_fused_steps_follow_the_strides_of_the_gradient(row, how):
+    """torch's fused step updates the wrong elements."""
     values, g = random_values((2, 3, 4, 5)), random_values((2, 3, 4, 5))
     if how == "expanded":
         g = g[:1].expand(2, 3, 4, 5)
@@ -155,8 +159,8 @@ def test_torch_fused_updates_the_wrong_elements_for_other_strides(row, how):
 
 
 @classes
-def test_torch_refuses_a_gradient_dtype_that_it_offers(row):
-    """`p.grad_dtype = torch.float32` on a bf16 parameter."""
+def test_a_parameter_takes_gradients_of_its_grad_dtype(row):
+    """`p.grad_dtype = torch.float32` on a bf16 parameter, which torch offers and its optimizers refuse."""
     p = torch.nn.Parameter(torch.ones(7, dtype=torch.bfloat16))
     p.grad_dtype = torch.float32
     optimizer = row.cls([p], **row.kwargs)
@@ -168,12 +172,14 @@ def test_torch_refuses_a_gradient_dtype_that_it_offers(row):
 
 @classes
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
-def test_torch_loses_amp_support_in_a_copy(row, how):
+def test_a_copy_still_takes_a_loss_scaler_into_its_step(row, how):
+    """torch's copy loses the flag."""
     optimizer = row.cls([torch.nn.Parameter(torch.ones(2))], **row.kwargs, fused=True)
     assert how(optimizer)._step_supports_amp_scaling
 
 
-def test_torch_fused_sgd_fails_where_a_first_gradient_comes_late():
+def test_a_first_gradient_may_come_late():
+    """torch's fused SGD fails."""
     params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = precond.SGD(params, lr=1.0, momentum=0.9, fused=True)
     steps(optimizer, params, [[torch.ones(2), None], [torch.ones(2), torch.ones(2)]])

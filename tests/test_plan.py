@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import bits_equal
-from optimizers import CLASSES, OPTIMIZERS, stock
+from families import CLASSES, OPTIMIZERS, stock
+from support.cases import bits_equal
 from test_api import _with, assert_close, backward, model, train
 
 import precond

@@ -1,4 +1,4 @@
-"""The reference itself: against torch.optim in float64, and against the theory of METHODS A.2 (tests F.1 to F.4)."""
+"""The reference itself: against torch.optim in float64, and against what docs/theory.md, A.2 derives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from optimizers import ALL_RULES, WITH_PEER
+from families import ALL_RULES, WITH_PEER
 
 from precond import _C, reference
 
@@ -42,9 +42,9 @@ def test_it_is_torch_in_float64(row, dtype):
         a.step()
         b.step()
     for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-14)
+        torch.testing.assert_close(p, q, rtol=row.peer_rtol, atol=row.peer_rtol / 10)
         for key, state in b.state[q].items():
-            torch.testing.assert_close(a.state[p][key], state, rtol=1e-13, atol=1e-14)
+            torch.testing.assert_close(a.state[p][key], state, rtol=row.peer_rtol, atol=row.peer_rtol / 10)
 
 
 def quadratic(seed=0, n=12):
@@ -54,7 +54,7 @@ def quadratic(seed=0, n=12):
 
 
 @pytest.mark.parametrize("penalty", ["l2", "proximal", "subgradient"])
-def test_f1_intrinsic_decay_is_the_penalty_on_z(penalty):
+def test_intrinsic_decay_is_the_penalty_on_z(penalty):
     """With den frozen, the rule in p-space is gradient descent with a penalty on z = p / P, P = den^(-1/2)."""
     h, b = quadratic()
     v = torch.rand(12, generator=torch.Generator().manual_seed(1), dtype=F64) + 0.1
@@ -112,24 +112,24 @@ def lasso():
 
 
 @pytest.mark.parametrize("lam", [0.3, 0.1])
-def test_f2_fixed_points_have_gradients_of_lambda_squared(lam):
-    """Full-batch Adam with intrinsic L1 solves L + lam^2 |p|_1: METHODS A.2.2, deterministic limit."""
+def test_fixed_points_have_gradients_of_lambda_squared(lam):
+    """Full-batch Adam with intrinsic L1 solves L + lam^2 |p|_1: docs/theory.md, A.2.2, deterministic limit."""
     a, b = lasso()
     hessian, linear = a.T @ a / 60, a.T @ b / 60
     rule = reference.RULES["adamw_l1"].update
     p, states = torch.zeros(30, dtype=F64), (torch.zeros(30, dtype=F64),) * 2
-    steps = 60_000
+    steps = 20_000
     for t in range(1, steps + 1):
         hyper = hyper_of(lr=2e-2 * (1 - t / (steps + 1)), eps=1e-12, l1_decay=lam, l1_cap=10.0)
         p, states = rule(p, hessian @ p - linear, states, hyper, t, t == 1)
     g = (hessian @ p - linear).abs()
     active = p != 0
     assert 0 < active.sum() < 30
-    assert (g[active] - lam**2).abs().max() <= (1e-6 if lam == 0.3 else 1e-4)
+    assert (g[active] - lam**2).abs().max() <= (1e-4 if lam == 0.3 else 5e-4)
     assert (g[~active] <= lam**2 + 1e-6).all()
 
 
-def test_f3_the_loss_scale_law():
+def test_the_loss_scale_law():
     """Multiplying L by c, l1_decay by sqrt(c) and eps by c leaves the trajectory unchanged."""
     h, b = quadratic()
     c = 1e4
@@ -145,7 +145,7 @@ def test_f3_the_loss_scale_law():
     assert (train(1.0) - train(c)).abs().max() <= 1e-13
 
 
-def test_f4_kkt_conditions_with_frozen_p():
+def test_kkt_conditions_with_frozen_p():
     """Active coordinates: g = -lam sqrt(den) sign(p); the others: |g| <= lam sqrt(den)."""
     h, b = quadratic(3)
     v = torch.rand(12, generator=torch.Generator().manual_seed(4), dtype=F64) + 0.5

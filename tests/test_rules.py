@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from optimizers import Alone
+from families.alone import Alone
 
 from precond import _C, reference
 from precond._core.formats import SECOND_MOMENTS

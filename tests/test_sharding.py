@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from cases import bits_equal
-from optimizers import OPTIMIZERS
-from ranks import on_two_ranks
+from families import OPTIMIZERS
+from support.cases import bits_equal
+from support.ranks import on_two_ranks
 
 from precond._core import sharding as _sharding
 

@@ -1,14 +1,14 @@
-"""SOAP against the published code's order (METHODS C.6) in plain PyTorch, and what this project adds to it."""
+"""SOAP against the published code's order (docs/theory.md, C.6) in plain PyTorch, and what this project adds to it."""
 
 from __future__ import annotations
 
 import math
 
-import multipass
 import pytest
 import torch
-from cases import bits_equal
-from multipass import BF16, F32, F64, assert_close, give, params_of, train
+from support import multipass
+from support.cases import bits_equal
+from support.multipass import BF16, F32, F64, assert_close, give, params_of, train
 
 import precond
 from precond import bases
@@ -55,7 +55,7 @@ class Text:
             self.p = self.p - self.lr * correction * (left @ (self.m / den) @ right.T)
             self.p = self.p - self.lr * self.decay * self.p
         else:
-            # METHODS A.2.2: z = den^(1/2) Q^T p with the den that divides the corrected mean.
+            # docs/theory.md, A.2.2: z = den^(1/2) Q^T p with the den that divides the corrected mean.
             d = den / math.sqrt(1 - self.b2**self.t)
             q = left.T @ self.p @ right
             q = q - self.lr * self.decay * q - self.lr * self.m / (1 - self.b1**self.t) / d
@@ -236,7 +236,7 @@ def norm_of_first(params):
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (8, 8), (4, 3, 3, 3), (64, 48)])
 def test_zero_and_rank_one_gradients_stay_finite(shape, dtype):
-    """METHODS F.14, with the default eps: a coordinate of rounding errors alone is not divided by itself."""
+    """Gradients of deficient rank, with the default eps: a coordinate of rounding errors alone is not divided by itself."""
     for kind in ("zero", "rank 1", "zero first", "zero after"):
         (p,) = params_of((shape,), dtype)
         before = p.detach().clone()

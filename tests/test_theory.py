@@ -1,6 +1,5 @@
-"""What the theory behind the methods promises, of the classes as they are: METHODS F.1, F.2, F.6 to F.8, F.10 and F.14. The
-reference's own share of F.1 to F.4 is in test_reference.py, BNP's F.5 in test_bnp.py, F.9 and F.11 in test_curvature.py, F.12
-in test_bases.py and F.13 in test_fop.py.
+"""What docs/theory.md promises, of the classes as they are. What it says of the rules alone is in test_reference.py, of BNP in
+test_bnp.py, of estimates in test_curvature.py, of geodesics in test_bases.py and of FOP in test_fop.py.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def spd(d, seed):
     return a @ a.T / d
 
 
-# F.1: a penalty on z = P^-1 p, where P is not diagonal.
+# A penalty on z = P^-1 p, where P is not diagonal.
 
 
 def penalised(penalty, lam):
@@ -59,7 +58,7 @@ def step_in_z(z, grad_z, lr, lam, penalty):
 @pytest.mark.parametrize("power", [-1.0, -0.5])
 @pytest.mark.parametrize("penalty", ["l2", "proximal", "subgradient"])
 @pytest.mark.parametrize("basis", ["flat", "pair"])
-def test_f1_gauss_newton_in_a_basis_penalises_z(basis, penalty, power):
+def test_gauss_newton_in_a_basis_penalises_z(basis, penalty, power):
     """P = U (h + eps)^(power / 2), frozen: 200 steps against gradient descent on z."""
     rows, columns = 4, 3
     d = rows * columns
@@ -86,7 +85,7 @@ def test_f1_gauss_newton_in_a_basis_penalises_z(basis, penalty, power):
     assert (zeros > 0) == (penalty == "proximal")
 
 
-def test_f1_gradient_regularisation_is_that_of_the_gradient_in_z():
+def test_gradient_regularisation_is_that_of_the_gradient_in_z():
     """The second gradient of two, at p + radius u with u = g / den, is that of L + rho / 2 |P^T g|^2 for a quadratic."""
     H, b = spd(12, 0), randn(12, seed=1)
     v = torch.rand(12, generator=generator(2), dtype=F64) + 0.1
@@ -106,11 +105,11 @@ def test_f1_gradient_regularisation_is_that_of_the_gradient_in_z():
     assert (p - P * z).abs().max() <= 1e-12
 
 
-# F.2, of the class: its groups, its steps and their count.
+# Intrinsic L1 of the class: its groups, its steps and their count.
 
 
-def test_f2_adamw_with_intrinsic_l1_settles_where_gradients_are_lambda_squared():
-    """4000 steps instead of METHODS' 60,000, on a better conditioned problem and with a shorter memory of squares."""
+def test_adamw_with_intrinsic_l1_settles_where_gradients_are_lambda_squared():
+    """4000 steps instead of 60,000, on a better conditioned problem and with a shorter memory of squares."""
     a = randn(60, 30, seed=0) * torch.logspace(-0.5, 0.5, 30, dtype=F64)
     x = torch.zeros(30, dtype=F64)
     x[::3] = randn(10, seed=1)
@@ -134,7 +133,7 @@ def test_f2_adamw_with_intrinsic_l1_settles_where_gradients_are_lambda_squared()
         assert g[~active].max() <= lam**2
 
 
-# F.6: implicit bias. METHODS B.4's instance, to its random numbers.
+# Implicit bias: the instance of docs/theory.md, B.4, to its random numbers.
 
 
 class Interpolation:
@@ -188,14 +187,14 @@ def dual(interpolation, eta, **kwargs):
     return lambda params: precond.DualDescent(params, lr=eta / interpolation.s1**2, scale=1.0, **kwargs)
 
 
-def test_the_instance_is_that_of_methods(interpolation):
+def test_the_instance_is_that_of_the_theory(interpolation):
     assert torch.linalg.cond(interpolation.X).item() == pytest.approx(4.72, abs=5e-3)
     assert interpolation.descend(dual(interpolation, 1.8, kernel="identity"), 1000)[2] == 294
 
 
 @pytest.mark.parametrize("granularity", ["global", "tensor", "unit", "spectral"])
 @pytest.mark.parametrize("kernel", ["smoothed", "clip", "log", "rational", "asinh", "adam"])
-def test_f6_maps_that_only_mix_columns_end_at_the_solution_nearest_to_the_start(interpolation, kernel, granularity):
+def test_maps_that_only_mix_columns_end_at_the_solution_nearest_to_the_start(interpolation, kernel, granularity):
     """ "unit" divides rows of a torch weight: columns of W."""
     make = dual(interpolation, 1.8, kernel=kernel, granularity=granularity)
     W, residual, _ = interpolation.descend(make, 2000, transposed=granularity == "unit")
@@ -204,12 +203,12 @@ def test_f6_maps_that_only_mix_columns_end_at_the_solution_nearest_to_the_start(
     assert interpolation.c(W) == pytest.approx(1.0, abs=1e-8)
 
 
-# METHODS B.4: delta and steps, both at eta = 1.8.
+# docs/theory.md, B.4: delta and steps, both at eta = 1.8.
 ENTRYWISE = {"adam": (0.378, 358), "smoothed": (0.424, 343), "clip": (0.444, 340), "asinh": (0.253, 307)}
 
 
 @pytest.mark.parametrize("kernel", ENTRYWISE)
-def test_f6_maps_of_entries_end_elsewhere_and_where_depends_on_the_rate(interpolation, kernel):
+def test_maps_of_entries_end_elsewhere_and_where_depends_on_the_rate(interpolation, kernel):
     delta, steps = ENTRYWISE[kernel]
     ends = []
     for eta in (1.8, 0.2):
@@ -225,8 +224,8 @@ def test_f6_maps_of_entries_end_elsewhere_and_where_depends_on_the_rate(interpol
 
 @pytest.mark.parametrize(("granularity", "stall"), [("entry", 3.5e-3), ("tensor", 8.8e-4)])
 @pytest.mark.parametrize("scale", [0.5, 1.0])
-def test_f6_the_largest_rate_is_2_over_m_s1_squared(interpolation, granularity, stall, scale):
-    """M = 1 / scale. Beyond it, the residual in numbers of Y stands still; METHODS has its size for scale 1."""
+def test_the_largest_rate_is_2_over_m_s1_squared(interpolation, granularity, stall, scale):
+    """M = 1 / scale. Beyond it, the residual in numbers of Y stands still; the sizes here are those of scale 1."""
 
     def residual(eta, steps):
         lr = eta * scale / interpolation.s1**2
@@ -237,7 +236,7 @@ def test_f6_the_largest_rate_is_2_over_m_s1_squared(interpolation, granularity, 
     assert stall / 10 <= residual(2.05, 4000) <= 10 * stall
 
 
-def test_f6_exact_signs_stop_at_a_floor_in_proportion_to_the_rate(interpolation):
+def test_exact_signs_stop_at_a_floor_in_proportion_to_the_rate(interpolation):
     floors = []
     for lr in (1e-2, 1e-3):
         make = lambda ps, lr=lr: precond.DualDescent(ps, lr=lr, kernel="normalize", granularity="entry")  # noqa: E731
@@ -246,8 +245,8 @@ def test_f6_exact_signs_stop_at_a_floor_in_proportion_to_the_rate(interpolation)
     assert 5 < floors[0] / floors[1] < 20
 
 
-def test_f6_adam_ends_elsewhere_and_where_depends_on_the_rate(interpolation):
-    """METHODS B.4 has 40,000 steps, one column and a start at 0: see bench/papers/ghane.py."""
+def test_adam_ends_elsewhere_and_where_depends_on_the_rate(interpolation):
+    """docs/theory.md, B.4 has 40,000 steps, one column and a start at 0: see bench/papers/ghane.py."""
     ends = []
     for lr in (1e-2, 1e-1):
         make = lambda ps, lr=lr: precond.Adam(ps, lr=lr)  # noqa: E731
@@ -259,8 +258,8 @@ def test_f6_adam_ends_elsewhere_and_where_depends_on_the_rate(interpolation):
     assert (ends[0] - ends[1]).norm() / interpolation.distance > 0.05
 
 
-def test_f6_spectral_descent_with_momentum_stays_in_the_row_space(interpolation):
-    """METHODS B.4: 6e-14 outside, at the residual's distance from W_GD."""
+def test_spectral_descent_with_momentum_stays_in_the_row_space(interpolation):
+    """docs/theory.md, B.4: 6e-14 outside, at the residual's distance from W_GD."""
 
     def make(params):
         return precond.DualDescent(
@@ -273,7 +272,7 @@ def test_f6_spectral_descent_with_momentum_stays_in_the_row_space(interpolation)
     assert interpolation.delta(W) <= 10 * residual
 
 
-def test_f6_muon_stays_in_the_row_space_as_far_as_bfloat16_goes(interpolation):
+def test_muon_stays_in_the_row_space_as_far_as_bfloat16_goes(interpolation):
     """Each step leaves it by a rounding error of 2^-9 or so of its length; a map of entries by a fixed part of it."""
     W, residual, _ = interpolation.descend(
         lambda ps: precond.Muon(ps, lr=0.3, weight_decay=0.0), 1500, schedule=lambda part: (1 - part) ** 2
@@ -282,7 +281,7 @@ def test_f6_muon_stays_in_the_row_space_as_far_as_bfloat16_goes(interpolation):
     assert interpolation.delta(W) <= 0.05
 
 
-# F.7: grad K.
+# The gradient of K.
 
 
 #: Of each kernel h, c being the scale, and the Lipschitz constant of h'; None where there is none.
@@ -326,7 +325,7 @@ def test_every_kernel_and_granularity_has_a_potential_here():
 @pytest.mark.parametrize("granularity", MAGNITUDES)
 @pytest.mark.parametrize("kernel", POTENTIALS)
 @pytest.mark.parametrize("scale", [0.3, 2.0])
-def test_f7_a_step_is_the_gradient_of_k(kernel, granularity, scale):
+def test_a_step_is_the_gradient_of_k(kernel, granularity, scale):
     for seed in range(5):
         gradients = [randn(*shape, seed=seed).mul_(2.0**seed / 4).requires_grad_() for shape in SHAPES]
         K = POTENTIALS[kernel][0](MAGNITUDES[granularity](gradients), scale).sum()
@@ -339,7 +338,7 @@ def test_f7_a_step_is_the_gradient_of_k(kernel, granularity, scale):
 @pytest.mark.parametrize("granularity", MAGNITUDES)
 @pytest.mark.parametrize("kernel", POTENTIALS)
 @pytest.mark.parametrize("scale", [0.3, 2.0])
-def test_f7_grad_k_is_cocoercive(kernel, granularity, scale):
+def test_grad_k_is_cocoercive(kernel, granularity, scale):
     """<grad K(a) - grad K(b), a - b> >= |grad K(a) - grad K(b)|^2 / M, near and far; >= 0 where K is not smooth."""
     lipschitz = POTENTIALS[kernel][1]
     for seed in range(10):
@@ -353,7 +352,7 @@ def test_f7_grad_k_is_cocoercive(kernel, granularity, scale):
         assert inner >= (0.0 if lipschitz is None else square / lipschitz(scale)) - 1e-12 * (1.0 + square)
 
 
-def test_f7_a_lipschitz_constant_is_no_larger_than_it_must_be():
+def test_a_lipschitz_constant_is_no_larger_than_it_must_be():
     """Near 0, M |grad K(a) - grad K(b)|^-1 is the distance: else the test above would hold for any M."""
     for kernel, (_, lipschitz) in POTENTIALS.items():
         if lipschitz is not None:
@@ -361,11 +360,11 @@ def test_f7_a_lipschitz_constant_is_no_larger_than_it_must_be():
             assert moved.item() == pytest.approx(1e-9 * lipschitz(0.3), rel=1e-6)
 
 
-# F.8: Maddison et al.
+# Dual space preconditioning as Maddison et al. have it.
 
 
-def test_f8_a_quartic_contracts_by_the_factors_of_its_dual():
-    """f = sum (a x)^4 / 4, K' = |.|^(1/3): x (1 - eta a^(4/3)); METHODS: .9536, .9, .7846, .5358, 0."""
+def test_a_quartic_contracts_by_the_factors_of_its_dual():
+    """f = sum (a x)^4 / 4, K' = |.|^(1/3): x (1 - eta a^(4/3)); factors .9536, .9, .7846, .5358, 0."""
     a = torch.logspace(0, 1, 5, dtype=F64)
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0, -0.5, 1.0], dtype=F64))
     optimizer = precond.DualDescent(
@@ -387,7 +386,7 @@ def test_f8_a_quartic_contracts_by_the_factors_of_its_dual():
         assert f <= (1 - 10 ** (-4 / 3)) ** i * f0 * (1 + 1e-12)
 
 
-def test_f8_with_k_the_conjugate_of_f_one_step_is_enough():
+def test_with_k_the_conjugate_of_f_one_step_is_enough():
     """K'(y) = |y / a^4|^(1/3), so a scale of a^-2; a group for each a."""
     a = torch.logspace(0, 1, 5, dtype=F64)
     params = [torch.nn.Parameter(x.view(1)) for x in torch.tensor([1.0, -2.0, 3.0, -0.5, 1.0], dtype=F64)]
@@ -399,7 +398,7 @@ def test_f8_with_k_the_conjugate_of_f_one_step_is_enough():
     assert max(p.abs().item() for p in params) <= 1e-14
 
 
-# F.10: instances on which Adam beats Gauss-Newton, over a search of the learning rate.
+# Instances on which Adam beats Gauss-Newton, over a search of the learning rate.
 
 
 def searched(make, gradient, loss, start, steps, decay, exponents=range(-20, 4), curvature=None):
@@ -434,8 +433,8 @@ def block_covariance():
     return torch.block_diag(*blocks)
 
 
-def test_f10_on_a_block_wise_covariance_adam_beats_gauss_newton():
-    """METHODS C.3.1, T = 100: Gauss-Newton of either power 1.3e-3, Adam 3e-156."""
+def test_on_a_block_wise_covariance_adam_beats_gauss_newton():
+    """docs/theory.md, C.3.1, T = 100: Gauss-Newton of either power 1.3e-3, Adam 3e-156."""
     H, ones = block_covariance(), torch.ones(12, dtype=F64)
     assert torch.linalg.cond(H).item() == pytest.approx(199.0)
     assert torch.equal(H.diagonal(), ones)
@@ -451,8 +450,8 @@ def test_f10_on_a_block_wise_covariance_adam_beats_gauss_newton():
         assert min(ends) == pytest.approx(1.3e-3, rel=0.05)
 
 
-def test_f10_on_saturated_logistic_regression_adam_beats_gauss_newton():
-    """METHODS C.3.2, T = 50: Gauss-Newton 1.6e-2, its root 5.0e-3, Adam < 1e-16."""
+def test_on_saturated_logistic_regression_adam_beats_gauss_newton():
+    """docs/theory.md, C.3.2, T = 50: Gauss-Newton 1.6e-2, its root 5.0e-3, Adam < 1e-16."""
     s, share = torch.tensor([1.0, 0.1], dtype=F64), 0.2
     best = math.log((1 - share) / share) / s
     start = torch.stack([torch.tensor(-8.0, dtype=F64), best[1] - 5.0])
@@ -485,8 +484,8 @@ def test_f10_on_saturated_logistic_regression_adam_beats_gauss_newton():
     assert ends[1:] == pytest.approx([1.6e-2, 5.0e-3], rel=0.05)
 
 
-def test_f10_gauss_newton_in_the_eigenbasis_is_newton():
-    """METHODS C.3.1: 6e-31 after one step."""
+def test_gauss_newton_in_the_eigenbasis_is_newton():
+    """docs/theory.md, C.3.1: 6e-31 after one step."""
     H = block_covariance()
     values, U = torch.linalg.eigh(H)
     p = torch.nn.Parameter(torch.ones(12, dtype=F64))
@@ -498,7 +497,7 @@ def test_f10_gauss_newton_in_the_eigenbasis_is_newton():
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.99), (0.0, 0.99)])
-def test_f10_the_root_of_squared_gradients_in_a_basis_is_adam_on_rotated_variables(betas):
+def test_the_root_of_squared_gradients_in_a_basis_is_adam_on_rotated_variables(betas):
     """With its eps inside the root: so is the text here; and with eps 0, the class."""
     U, H = orthogonal(8, 0), spd(8, 1)
     for eps in (0.0, 1e-2):
@@ -519,7 +518,7 @@ def test_f10_the_root_of_squared_gradients_in_a_basis_is_adam_on_rotated_variabl
             torch.testing.assert_close(p.detach(), U @ q.detach(), rtol=1e-10, atol=1e-10)
 
 
-def test_f10_a_pair_of_bases_is_their_kronecker_product():
+def test_a_pair_of_bases_is_their_kronecker_product():
     left, right, H = orthogonal(4, 0), orthogonal(3, 1), spd(12, 2)
     ends = []
     for basis in ((left, right), torch.kron(left, right)):
@@ -532,11 +531,11 @@ def test_f10_a_pair_of_bases_is_their_kronecker_product():
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-13)
 
 
-# F.14: gradients of deficient rank in float32.
+# Gradients of deficient rank in float32.
 
 
-def test_f14_soap_on_rank_deficient_gradients_stays_finite(interpolation):
-    """METHODS B.4: a SOAP that takes null columns as they come diverged with this eps, to a residual of 7e6."""
+def test_soap_on_rank_deficient_gradients_stays_finite(interpolation):
+    """docs/theory.md, B.4: a SOAP that takes null columns as they come diverged with this eps, to a residual of 7e6."""
 
     def make(params):
         return precond.SOAP(params, lr=0.1, eps=1e-15, weight_decay=0.0)
@@ -550,7 +549,7 @@ def test_f14_soap_on_rank_deficient_gradients_stays_finite(interpolation):
 
 
 @pytest.mark.parametrize("frequency", [1, 10])
-def test_f14_weights_do_not_drift_where_the_gradient_is_rounding_error(frequency):
+def test_weights_do_not_drift_where_the_gradient_is_rounding_error(frequency):
     """Rank 5 of 50: 1.4 is the largest entry of what interpolates; without a relative eps entries reach 7 and more."""
     X = randn(5, 50, seed=0).float()
     Y, W0 = X @ randn(50, 50, seed=1).float(), 0.1 * randn(50, 50, seed=2).float()

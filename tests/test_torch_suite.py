@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizers import DROP_INS
+from families import DROP_INS
 from torch.autograd import gradcheck
 
 import precond

@@ -10,25 +10,24 @@ import sys
 
 import pytest
 import torch
-from cases import bits_equal, random_values
-from optimizers import BY_STATES, OPTIMIZERS
+from families import BY_RULE, BY_STATES
+from support.cases import bits_equal, random_values
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from precond._core import backend as _backend
 from precond._core import formats as _formats
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
-rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+# A rule's scalars are compared in test_same_bits.py. What else happens here depends on the number of states alone.
+shapes = pytest.mark.parametrize("row", BY_STATES, ids=str)
 # With formats beyond torch's dtypes: a parameter's dtype, weight_format and state_format.
 formats = pytest.mark.parametrize(
-    ("row", "formats"),
-    [(row, (torch.float32, None, None)) for row in OPTIMIZERS]
-    + [(row, (torch.bfloat16, "split24", "int8")) for row in BY_STATES]
-    + [(row, (torch.float16, "stochastic", "int4")) for row in BY_STATES],
+    "formats",
+    [(torch.float32, None, None), (torch.bfloat16, "split24", "int8"), (torch.float16, "stochastic", "int4")],
     ids=str,
 )
 DEVICE = "cuda" if os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available() else "cpu"
-ADAMW = next(row for row in OPTIMIZERS if row.rule == "adamw")
+ADAMW = BY_RULE["adamw"]
 
 
 class NoHostReads(TorchDispatchMode):
@@ -92,7 +91,7 @@ def assert_same(a, ours, b, theirs, rule):
     assert all(bits_equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-@rows
+@shapes
 def test_tensor_hyper_parameters_are_read_on_the_device(row):
     ours, theirs, a, b = pair(row)
     lr = device_tensor([0.05])
@@ -112,7 +111,7 @@ def test_tensor_hyper_parameters_are_read_on_the_device(row):
     assert_same(a, ours, b, theirs, row.rule)
 
 
-@rows
+@shapes
 def test_a_number_may_take_the_place_of_a_tensor(row):
     ours, theirs, a, b = pair(row)
     for value in (0.1, device_tensor(0.25), 0.0, device_tensor(0.5)):
@@ -124,6 +123,7 @@ def test_a_number_may_take_the_place_of_a_tensor(row):
         assert_same(a, ours, b, theirs, row.rule)
 
 
+@shapes
 @formats
 def test_a_loss_scaler_unscales_and_a_skipped_step_changes_nothing(row, formats, monkeypatch):
     monkeypatch.setattr(_formats.layout, "SMALLEST_CODED_FLAT", 1)
@@ -177,7 +177,7 @@ def test_counters_of_parameters_without_elements_count_too():
     assert [a.state[p]["step"].item() for p in ours] == [2, 2]
 
 
-@rows
+@shapes
 def test_tables_are_made_again_only_where_an_address_or_a_shape_changed(row, monkeypatch):
     from precond.triton_kernels import launch, tables
 

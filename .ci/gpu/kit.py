@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-import device
+from support import device
 
 if "precond" in sys.modules:
     raise ImportError("kit must be imported before precond")

@@ -16,9 +16,9 @@ from kit import CUDA
 
 # Before precond, which the tests' modules import.
 # isort: split
-from cases import memory
-from optimizers import ALL_RULES, BY_RULE, OPTIMIZERS
+from families import ALL_RULES, BY_RULE, OPTIMIZERS
 from results import finish, say
+from support.cases import memory
 
 import precond
 from precond._core import formats as _formats

@@ -1,4 +1,4 @@
-// The emulated runtime from Python: tests/device.py calls these by ctypes.
+// The emulated runtime from Python: tests/support/device.py calls these by ctypes.
 #include <cuda_runtime.h>
 
 #define HOOK extern "C" __attribute__((visibility("default")))

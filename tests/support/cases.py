@@ -1,4 +1,4 @@
-"""Tensors for tests: shapes around every boundary, layouts, sentinels, and one step compared with the reference."""
+"""Tensors for tests: shapes around every boundary, layouts, sentinels, values, bits."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ import math
 import os
 
 import torch
-from optimizers import Optimizer
-
-from precond import reference
-from precond._core.formats import SECOND_MOMENTS
 
 #: The compiled backend under test; tests/test_cuda_on_host.py runs the suites again with another one.
 BACKEND = os.environ.get("PRECOND_BACKEND", "cpu")
@@ -80,75 +76,6 @@ def gradient(values: torch.Tensor, layout: str, p: torch.Tensor) -> torch.Tensor
     if layout == "same":
         return torch.empty_strided(p.shape, p.stride(), dtype=values.dtype).copy_(values) if p.numel() else values
     return guarded(values, layout).tensor
-
-
-def ulp_bound(
-    scale: torch.Tensor, exact: torch.Tensor, ulps: float, dtype: torch.dtype, drawn: bool = False
-) -> torch.Tensor:
-    """``ulps`` fp32 ulp of the operands, plus the rounding of the store: to nearest, or ``drawn``, by up to a whole ulp."""
-    fp32 = torch.finfo(torch.float32)
-    bound = ulps * fp32.eps * scale + ulps * fp32.smallest_normal * fp32.eps
-    if dtype != torch.float32:
-        stored = torch.finfo(dtype)
-        bound = bound + stored.eps / (1 if drawn else 2) * (1.01 * exact.abs() + 1.01 * stored.smallest_normal)
-    return bound
-
-
-@dataclasses.dataclass
-class Snapshot:
-    """A parameter before a step, in float64, and what the reference makes of it."""
-
-    p: torch.Tensor
-    states: tuple[torch.Tensor, ...]
-
-    @classmethod
-    def of(cls, p: torch.Tensor, states: list[torch.Tensor]) -> Snapshot:
-        return cls(p.detach().double(), tuple(s.double() for s in states))
-
-    def check(self, row: Optimizer, g, hyper, sign, step, fresh, p, states, drawn=()) -> float:
-        """Assert that ``p`` and ``states`` are one step from here; return the largest error in ulp of the operands.
-
-        ``drawn``: positions of states that are rounded stochastically.
-        """
-        rule = reference.RULES[row.rule].update
-        g = sign * g.double()
-        exact_p, exact_states = rule(self.p, g, self.states, hyper, step, fresh)
-        # The same formula on magnitudes: how large its operands are. A coupled decay adds to the gradient.
-        plain = {**hyper, "l1_decay": 0.0}
-        q, _ = rule(self.p, g, self.states, plain, step, fresh)
-        zero = torch.zeros_like(self.p)
-        decay = getattr(rule, "keywords", {}).get("decay")
-        coupled = hyper["weight_decay"] if decay == "coupled" else 0.0
-        scale_g = g.abs() + coupled * self.p.abs()
-        # A negative second moment, an estimate of a curvature, counts as none.
-        names = reference.RULES[row.rule].states
-        sizes = [
-            s.clamp(min=0) if name in SECOND_MOMENTS else s.abs() for name, s in zip(names, self.states, strict=True)
-        ]
-        steps, scales = rule(zero, scale_g, tuple(sizes), plain, step, fresh)
-        scale_p = self.p.abs() + steps.abs() + (q - exact_p).abs()
-        slack = [torch.zeros_like(self.p) for _ in row.ulps]
-        if row.steep:
-            few_ulp = row.ulps[0] * torch.finfo(torch.float32).eps
-            operands = [(g, scale_g), *((s, s.abs()) for s in self.states)]
-            for k, (operand, size) in enumerate(operands):
-                for sign_of_error in (-1, 1):
-                    near = [o for o, _ in operands]
-                    near[k] = operand + sign_of_error * few_ulp * size
-                    near_p, near_states = rule(self.p, near[0], tuple(near[1:]), hyper, step, fresh)
-                    for room, exact, other in zip(slack, (exact_p, *exact_states), (near_p, *near_states), strict=True):
-                        room.copy_(torch.maximum(room, (other - exact).abs()))
-        worst = 0.0
-        results = [(p, exact_p, scale_p), *zip(states, exact_states, scales, strict=True)]
-        for k, ((actual, exact, scale), ulps, room) in enumerate(zip(results, row.ulps, slack, strict=True), -1):
-            error = (actual.double() - exact).abs()
-            bound = ulp_bound(scale, exact.abs() + room, ulps, actual.dtype, k in drawn) + room
-            assert torch.all(error <= bound), (
-                f"{row.rule}: error {error.max():.3e} is {(error / bound).max():.2f} times the bound"
-            )
-            if actual.numel() and actual.dtype == torch.float32:
-                worst = max(worst, (error / (torch.finfo(torch.float32).eps * scale + 1e-300)).max().item())
-        return worst
 
 
 def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -7,7 +7,8 @@ import io
 import pickle
 
 import torch
-from cases import BACKEND, bits_equal
+
+from support.cases import BACKEND, bits_equal
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 SHAPES = ((4, 6), (7, 3), (5,), (3, 2, 2, 2), (1, 4), ())

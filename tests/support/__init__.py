@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: tensors, parity with the reference, devices, builds, ranks. No module here imports pytest."""

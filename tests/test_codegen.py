@@ -26,7 +26,7 @@ pytestmark = [
 MOST_REGISTERS = 80
 # Of the kernels for all other formats: 128 leave two blocks. Those of three states keep up to 32 bytes per thread in local
 # memory: roots that the rule shares with the code of its last state.
-MOST_TILED_REGISTERS, MOST_STACK = 128, 32
+MOST_MIXED_REGISTERS, MOST_STACK = 128, 32
 
 
 # Of Triton's kernels with codes: 72 to 128 for sm_90, so that four programs of 128 threads share a multiprocessor. Special
@@ -69,11 +69,11 @@ def test_cuda_kernels_are_wide_exact_and_stay_in_registers(report):
 
 @pytest.mark.skipif(not _C.cuda, reason="the extension was built without CUDA: no nvcc")
 def test_cuda_kernels_of_all_formats_are_wide_and_exact_and_rarely_leave_registers(report):
-    rows = report["cuda_tiled"]
+    rows = report["cuda_mixed"]
     assert {row["rule"] for row in rows} == set(_C.rules)
     for row in rows:
         name, states = row["rule"], _C.rules[row["rule"]][1]
-        assert row["registers"] <= MOST_TILED_REGISTERS, name
+        assert row["registers"] <= MOST_MIXED_REGISTERS, name
         assert row["stack"] <= (MOST_STACK if states > 2 else 0), name
         assert row["double"] == 0, name
         # fp32 moves by twice 128 bits and what has 16 by once; remainders and codes by 128 or 64.

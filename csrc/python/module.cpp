@@ -8,6 +8,7 @@
 
 #include "cpu/dispatch.h"
 #include "python/tensors.h"
+#include "rules/registry.h"
 
 namespace py = pybind11;
 using namespace precond;
@@ -21,15 +22,15 @@ int rule_number(const std::string& name) {
   throw py::key_error("no rule named " + name);
 }
 
-// The scalars of a rule for one step: what fill_row writes into the plan.
+// The scalars of a rule for one step: what a plan's kernels read.
 std::vector<float> scalars(const std::string& rule, const std::vector<double>& hyper, double step, bool fresh) {
   const RuleInfo& info = rules()[rule_number(rule)];
   if (hyper.size() != info.hyper.size())
     throw py::value_error(rule + " takes " + std::to_string(info.hyper.size()) + " hyper-parameters, got " +
                           std::to_string(hyper.size()));
-  std::vector<float> row(kRowFloats);
-  info.fill_row(hyper.data(), step, fresh, row.data());
-  row.resize(info.row_floats);
+  std::vector<float> row(kScalarFloats);
+  info.fill(hyper.data(), step, fresh, 0.0f, row.data());
+  row.resize(size_t(info.scalars));
   return row;
 }
 
@@ -99,7 +100,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("rule_types") = types;
 
   py::dict formats;
-  for (int i = 0; i < kFormats; ++i) formats[kFormatNames[i]] = i;
+  for (int i = 0; i < kFormatCount; ++i) formats[kFormats[i].name] = i;
   m.attr("formats") = formats;
   m.attr("group") = kGroup;
 

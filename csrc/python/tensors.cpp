@@ -6,7 +6,9 @@
 #include <unordered_map>
 
 #include "base/denormals.h"
-#include "cpu/dispatch.h"
+#include "cpu/norm.h"
+#include "cpu/update.h"
+#include "rules/registry.h"
 
 namespace precond {
 namespace {
@@ -18,37 +20,11 @@ Format plain_format(Storage storage) {
   return storage == Storage::bf16 ? Format::bf16 : storage == Storage::fp16 ? Format::fp16 : Format::fp32;
 }
 
-// Of an operand itself; what lies beside it: scales are bf16.
-Storage storage_of(Format format) {
-  switch (format) {
-    case Format::fp32:
-      return Storage::fp32;
-    case Format::bf16:
-    case Format::bf16_stochastic:
-    case Format::bf16_split24:
-    case Format::bf16_split32:
-      return Storage::bf16;
-    case Format::fp16:
-    case Format::fp16_stochastic:
-    case Format::fp16_split24:
-    case Format::fp16_split32:
-      return Storage::fp16;
-    case Format::int8:
-      return Storage::int8;
-    case Format::uint8:
-    case Format::int4:
-    case Format::uint4:
-      break;
-  }
-  return Storage::uint8;
-}
-// A remainder's 16 bits lie in two int8, since NCCL and gloo gather no int16.
-int64_t remainder_bytes(Format format, int64_t numel) {
-  return format == Format::bf16_split24 || format == Format::fp16_split24 ? numel : 2 * numel;
-}
-int64_t code_bytes(Format format, int64_t numel) {
-  return format == Format::int8 || format == Format::uint8 ? numel : (numel + 1) / 2;
-}
+Storage storage_of(Format format) { return info_of(format).storage; }
+// Of what lies in a state beside a parameter or a state. Remainders of 16 bits lie in two int8, since NCCL and gloo
+// gather no int16.
+int64_t remainder_bytes(Format format, int64_t numel) { return numel * (remainder_bits(format) / 8); }
+int64_t code_bytes(Format format, int64_t numel) { return (numel * item_bits(format) + 7) / 8; }
 
 bool same_dims(const int64_t* a, const int64_t* b, int n) {
   for (int d = 0; d < n; ++d)
@@ -62,7 +38,7 @@ TensorPlan::TensorPlan(const Reader& reader, const std::map<int, std::vector<std
                        const std::string& step_name, int64_t chunk, int device)
     : reader_(reader), state_names_(rules().size()), scale_names_(rules().size()), plan_(chunk), device_(device) {
 #if defined(PRECOND_CUDA)
-  if (device_ >= 0) cuda_ = std::make_unique<CudaPlan>(device_);
+  if (device_ >= 0) cuda_ = std::make_unique<CudaExecutor>(device_);
 #if defined(PRECOND_CUDA_ON_HOST)
   device_ = kCpuDevice;
 #endif
@@ -447,20 +423,20 @@ void TensorPlan::set_norm_classes(const std::vector<int>& classes) {
 
 void TensorPlan::norm(const Clip& clip, int threads) {
   const py::gil_scoped_release release;
-  measure(plan_, clip, threads);
+  measure_on_cpu(plan_, clip, threads);
 }
 
 py::list TensorPlan::run(float grad_coef, float clip_value, const Clip& clip, int threads) {
   Control control{grad_coef, 0.0f, clip_value};
   {
     const py::gil_scoped_release release;
-    if (clip.measure) measure(plan_, clip, threads);
+    if (clip.measure) measure_on_cpu(plan_, clip, threads);
     {
       const IeeeDenormals ieee;
       finish(clip, &control);
     }
     skipped_ = control.skip != 0.0f;
-    if (!skipped_) plan_.run(rows_, control, threads);
+    if (!skipped_) run_on_cpu(&plan_, rows_, control, threads);
   }
   if (skipped_) return held_.clear(), py::list();
   return updated();

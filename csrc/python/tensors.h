@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/plan.h"
+#include "cuda/executor.h"
 #include "plan/plan.h"
 #include "python/reader.h"
 
@@ -109,7 +109,7 @@ class TensorPlan {
   // thread may give the optimizer others.
   std::vector<py::object> held_;
 #if defined(PRECOND_CUDA)
-  std::unique_ptr<CudaPlan> cuda_;
+  std::unique_ptr<CudaExecutor> cuda_;
 #endif
   std::vector<Entry> entries_;
   std::vector<Traces> traces_;  // of each entry

@@ -134,6 +134,7 @@ class GaussNewton(Rotated):
             raise ValueError(f"basis_beta must be None or in [0, 1), got {group['basis_beta']}")
 
     def rotates(self, group: dict[str, Any]) -> bool:
+        """True for a group that has a basis."""
         return not (isinstance(group["basis"], str) and group["basis"] == "identity")
 
     def _curvature_scale(self, group: dict[str, Any]) -> float:

@@ -226,8 +226,8 @@ def test_the_scalars_of_both_texts_are_the_same_bits(row):
     from precond.triton_kernels import kernel, scalars
 
     rule = triton_kernels.RULES[row.rule]
-    _number, states, names, _ = _C.rules[row.rule]
-    assert (rule.states, list(rule.hyper)) == (states, names)
+    states, names = _C.rules[row.rule].states, _C.rules[row.rule].hyper
+    assert (rule.states, tuple(rule.hyper)) == (states, names)
     generator = torch.Generator().manual_seed(0)
     for step in (1, 2, 3, 10, 1000, 123_456, 2**24):
         hyper = torch.rand(len(names), generator=generator, dtype=torch.float64)

@@ -43,8 +43,15 @@ class Clip(NamedTuple):
     def compiled(self, classes: int = 1) -> Any:
         """As the compiled plans take it."""
         assert _backend._C is not None
-        addresses = [0 if t is None else t.data_ptr() for t in self[:4]]
-        return _backend._C.Clip(*addresses, self.max_norm, classes, self.inf, self.skip_nonfinite, self.measure)
+        addresses = {name: 0 if t is None else t.data_ptr() for name, t in zip(self._fields[:4], self[:4], strict=True)}
+        return _backend._C.Clip(
+            **addresses,
+            max_norm=self.max_norm,
+            classes=classes,
+            inf=self.inf,
+            skip_nonfinite=self.skip_nonfinite,
+            measure=self.measure,
+        )
 
 
 NOTHING = Clip(None, None, None, None, 0.0, False, False)

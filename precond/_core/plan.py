@@ -49,22 +49,24 @@ def table_of(rows: list[Row], device: torch.device | None) -> tuple[list[Any], l
     tensors at these addresses: copies of those that are on another device.
     """
     assert _backend._C is not None
-    table: list[tuple[int, float, tuple[float, ...], list[tuple[int, int, int]]]] = []
+    table = []
     used = []
     for rule, sign, hyper in rows:
-        number, _, names, _ = _backend._C.rules[rule]
-        values, overrides = [], []
-        for index, name in enumerate(names):
+        known = _backend._C.rules[rule]
+        values, on_device = [], []
+        for index, name in enumerate(known.hyper):
             value = hyper[name]
             if device is not None and isinstance(value, Tensor):
                 if value.dtype not in (torch.float32, torch.float64):
                     raise TypeError(f"{name} must be a float32 or float64 tensor, got {value.dtype}")
                 used.append(value.to(device, non_blocking=True))
-                overrides.append((index, used[-1].data_ptr(), int(value.dtype == torch.float64)))
+                on_device.append((index, used[-1].data_ptr(), value.dtype == torch.float64))
                 values.append(0.0)
             else:
                 values.append(float(value))
-        table.append((number, sign, tuple(values), overrides))
+        table.append(_backend._C.Row(rule=known.number, sign=sign, hyper=values))
+        for where in on_device:
+            table[-1].read_from(*where)
     return table, used
 
 
@@ -256,7 +258,7 @@ class StepPlan:
         rules = _backend._C.rules
         plan = _backend._C.Plan(
             reader=_backend.reader(),
-            state_names={rules[row.rule][0]: optimizer._names(row.rule) for row in rows},
+            state_names={rules[row.rule].number: optimizer._names(row.rule) for row in rows},
             step_name="step",
             chunk=_CHUNK,
             device=-1 if backend == "cpu" else device.index or 0,
@@ -278,9 +280,18 @@ class StepPlan:
         group = optimizer.param_groups[index]
         layout = optimizer._layout(p, group, row.rule)
         formats = [] if layout.plain else [_backend._C.formats[name] for name in (layout.param, *layout.states)]
-        number = _backend._C.rules[row.rule][0]
-        state, counts = optimizer.state.get(p), optimizer._counts(p)
-        plan.add(p, state, index, number, p in self.fresh, counts, on_device, formats, layout.draws, layout.place)
+        plan.add(
+            p,
+            optimizer.state.get(p),
+            group=index,
+            rule=_backend._C.rules[row.rule].number,
+            fresh=p in self.fresh,
+            counts=optimizer._counts(p),
+            step_on_device=on_device,
+            formats=formats,
+            draws=layout.draws,
+            place=layout.place,
+        )
 
     def set_norm_classes(self, optimizer: FusedOptimizer, classes: NormClasses) -> None:
         """Have norms measured for each class of parameters."""

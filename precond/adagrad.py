@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
 from ._core.formats import StateFormat
-from ._core.metric import Metric, steps_of, stored
+from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -45,9 +45,9 @@ class _SumOfSquares(FusedOptimizer):
         return complex(value, value) if p.is_complex() else value
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
-        if not steps_of(self, p):
+        if not self._steps(p):
             return None
-        return Metric(stored(self, p, group, "sum"), eps=float(group["eps"]))
+        return Metric(self._decoded(p, group, "sum"), eps=float(group["eps"]))
 
 
 class Adagrad(_SumOfSquares, torch.optim.Adagrad):

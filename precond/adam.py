@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
 from ._core.formats import StateFormat
-from ._core.metric import Metric, steps_of, stored
+from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -128,10 +128,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         return Row(rule, -1.0 if group["maximize"] else 1.0, hyper)
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
-        step = steps_of(self, p)
+        step = self._steps(p)
         if not step:
             return None
-        v = stored(self, p, group, "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
+        v = self._decoded(p, group, "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
         return Metric(v, 1.0 / (1.0 - float(group["betas"][1]) ** step), float(group["eps"]))
 
 

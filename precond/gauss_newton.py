@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, number
 from ._core.formats import StateFormat, is_coded
-from ._core.metric import Metric, steps_of, stored, widened
+from ._core.metric import Metric, widened
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -133,7 +133,8 @@ class GaussNewton(Rotated):
         if group["basis_beta"] is not None and not 0.0 <= group["basis_beta"] < 1.0:
             raise ValueError(f"basis_beta must be None or in [0, 1), got {group['basis_beta']}")
 
-    def _rotates(self, group: dict[str, Any]) -> bool:
+    def rotates(self, group: dict[str, Any]) -> bool:
+        """True for a group that has a basis."""
         return not (isinstance(group["basis"], str) and group["basis"] == "identity")
 
     def _curvature_scale(self, group: dict[str, Any]) -> float:
@@ -150,13 +151,13 @@ class GaussNewton(Rotated):
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
         of_gradients = group["curvature"] == "gradient"
-        count = steps_of(self, p) if of_gradients else self.state.get(p, {}).get("curvature_step", 0)
+        count = self._steps(p) if of_gradients else self.state.get(p, {}).get("curvature_step", 0)
         if not count:
             return None
         scale = self._curvature_scale(group)
         if of_gradients:
             scale /= 1.0 - float(group["betas"][1]) ** count
-        h = widened(stored(self, p, group, "curvature")).clamp(min=0)
+        h = widened(self._decoded(p, group, "curvature")).clamp(min=0)
         den = h * scale + float(group["eps"])
         return Metric(den if group["power"] == -0.5 else den * den, basis=self._basis_of_metric(p, group), known=h > 0)
 
@@ -238,7 +239,7 @@ class GaussNewton(Rotated):
                 if p.is_complex():
                     raise RuntimeError(f"parameter {index} must be real for update_curvature, got {p.dtype}")
                 state = self.state[p]
-                if self._rotates(group):
+                if self.rotates(group):
                     basis = self._basis(f"parameter {index}", p, group)
                     if estimates is None:
                         self._feed(p, given, basis, group)

@@ -101,13 +101,13 @@ class GradientRegularizer(Wrapper):
     @torch.no_grad()
     def _combine(self, closure: Callable[[], T]) -> None:
         base: Any = self.base
-        if isinstance(base, Rotated) and any(map(base._rotates, base.param_groups)):
+        if isinstance(base, Rotated) and any(map(base.rotates, base.param_groups)):
             raise TypeError(f"base must have no basis, got a {type(base).__name__}")
         first: dict[Tensor, Tensor] = {}
         jobs: dict[str, list[Job]] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                metric = None if p.grad is None else base._metric(p, group)
+                metric = None if p.grad is None else base.metric_of(p, group)
                 if metric is not None:
                     first[p] = p.grad
                     rule, job = self._job(p, p.grad, group, metric)

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
 from ._core.formats import StateFormat
-from ._core.metric import Metric, steps_of, stored, widened
+from ._core.metric import Metric, widened
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -41,11 +41,11 @@ class _MeanOfSquares(FusedOptimizer):
         return Row(self._decayed(self._name, group, suffix), -1.0 if group["maximize"] else 1.0, hyper)
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
-        if not steps_of(self, p):
+        if not self._steps(p):
             return None
-        v = stored(self, p, group, "square_avg")
+        v = self._decoded(p, group, "square_avg")
         if group["centered"]:
-            v = (widened(v) - widened(stored(self, p, group, "grad_avg")).square()).clamp_(min=0)
+            v = (widened(v) - widened(self._decoded(p, group, "grad_avg")).square()).clamp_(min=0)
         return Metric(v, eps=float(group["eps"]))
 
 

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_nonnegative, number
 from ._core.formats import StateFormat
-from ._core.metric import Metric, steps_of, stored
+from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.passes import plain_step
 from ._core.rows import Row
@@ -109,13 +109,13 @@ class SOAP(Rotated):
             raise ValueError(f"shampoo_beta must be None, -1 or in [0, 1), got {group['shampoo_beta']}")
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
-        step = steps_of(self, p)
+        step = self._steps(p)
         if not step:
             return None
         basis = self._basis_of_metric(p, group)
         correction = 1.0 - float(group["betas"][1]) ** step
         eps = self._eps(group, basis) / correction**0.5
-        return Metric(stored(self, p, group, "exp_avg_sq"), 1.0 / correction, float(eps), basis)
+        return Metric(self._decoded(p, group, "exp_avg_sq"), 1.0 / correction, float(eps), basis)
 
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group, "eps")

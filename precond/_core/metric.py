@@ -4,12 +4,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from .sharding import like
 
 
 class Basis(Protocol):
@@ -37,31 +35,6 @@ class Metric(NamedTuple):
     known: Tensor | None = None
     #: Why a step is not P P^T times a mean of gradients, whatever P; the other fields then say nothing.
     why_not: str = ""
-
-
-class Stateful(Protocol):
-    """An optimizer, as far as its metric reads it."""
-
-    @property
-    def state(self) -> Any:
-        """The states of each parameter."""
-
-    def _values(self, p: Tensor, group: dict[str, Any], name: str) -> Tensor:
-        """What a state stands for, as plain numbers of the local tensor."""
-
-
-def steps_of(optimizer: Stateful, p: Tensor) -> float:
-    """How many steps a parameter has taken."""
-    return float(optimizer.state[p].get("step", 0)) if p in optimizer.state else 0.0
-
-
-def stored(optimizer: Stateful, p: Tensor, group: dict[str, Any], name: str) -> Tensor:
-    """A state that a parameter has: itself, or decoded where it consists of codes."""
-    state = optimizer.state[p]
-    if f"{name}_scale" in state:
-        return like(p, optimizer._values(p, group, name))
-    found: Tensor = state[name]
-    return found
 
 
 def widened(t: Tensor) -> Tensor:

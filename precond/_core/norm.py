@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
@@ -39,18 +40,28 @@ class Clip(NamedTuple):
 
     def compiled(self, classes: int = 1) -> Any:
         """As the compiled plans take it: addresses in place of tensors, and how many classes of parameters have a norm each."""
-        assert _backend._C is not None
-        return _backend._C.Clip(
-            total=_address(self.total),
-            grad_norm=_address(self.grad_norm),
-            clip_coef=_address(self.clip_coef),
-            skipped=_address(self.skipped),
-            max_norm=self.max_norm,
-            classes=classes,
-            inf=self.inf,
-            skip_nonfinite=self.skip_nonfinite,
-            measure=self.measure,
-        )
+        return _compiled_nothing() if self is NOTHING else _compiled(self, classes)
+
+
+def _compiled(clip: Clip, classes: int = 1) -> Any:
+    assert _backend._C is not None
+    return _backend._C.Clip(
+        total=_address(clip.total),
+        grad_norm=_address(clip.grad_norm),
+        clip_coef=_address(clip.clip_coef),
+        skipped=_address(clip.skipped),
+        max_norm=clip.max_norm,
+        classes=classes,
+        inf=clip.inf,
+        skip_nonfinite=clip.skip_nonfinite,
+        measure=clip.measure,
+    )
+
+
+@functools.cache
+def _compiled_nothing() -> Any:
+    """Made once: 1.5 us of the 25 that a step of one parameter takes."""
+    return _compiled(NOTHING)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -123,9 +123,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         hyper = {name: number(group[name]) for name in ("lr", "weight_decay", *names)}
         return hyper | {"l1_decay": float(group.get("l1_decay", 0.0)), "l1_cap": float(group.get("l1_cap", 10.0))}
 
-    def _values(self, p: Tensor, group: dict[str, Any], name: str) -> Tensor:
-        """What a state stands for, as plain numbers of the local tensor."""
-        return self.states.values(p, group, self._row(group).rule, name)
+    def _steps(self, p: Tensor) -> float:
+        """How many steps a parameter has taken."""
+        return float(self.state[p].get("step", 0)) if p in self.state else 0.0
+
+    def _decoded(self, p: Tensor, group: dict[str, Any], name: str) -> Tensor:
+        """A state that a parameter has: itself, or decoded where it consists of codes."""
+        return self.states.decoded(p, group, self._row(group).rule, name)
 
     # The step.
 
@@ -175,6 +179,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What makes, reads and converts the states of parameters; ``state`` has them."""
         self._states.bind(self.state, self.param_groups)
         return self._states
+
+    def metric_of(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        """P P^T of a parameter, by which a step multiplies its gradient; None where no step has made it yet."""
+        return self._metric(p, group)
 
     def rule_of(self, group: dict[str, Any]) -> str:
         """The name of the rule that a group's options ask for."""

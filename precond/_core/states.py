@@ -16,7 +16,7 @@ from . import backend as _backend
 from . import formats
 from .formats import STATE_FORMATS, Layout, StateFormat
 from .rows import Group, Row
-from .sharding import local
+from .sharding import like, local
 
 State = dict[Tensor, dict[str, Any]]
 _NO_SCALARS: Mapping[str, float] = {}
@@ -202,13 +202,14 @@ class ParamStates:
         """Split weights are now as the step left them."""
         self.remainders.note(split)
 
-    def values(self, p: Tensor, group: Group, rule: str, name: str) -> Tensor:
-        """What a state stands for, as plain numbers of the local tensor."""
+    def decoded(self, p: Tensor, group: Group, rule: str, name: str) -> Tensor:
+        """A state that a parameter has: itself, or decoded where it consists of codes."""
         state = self.state[p]
         if f"{name}_scale" not in state:
-            return local(state[name])
+            found: Tensor = state[name]
+            return found
         form = self.layout(p, group, rule).states[self.names(rule).index(name)]
-        return formats.values_of(state, name, form, p)
+        return like(p, formats.values_of(state, name, form, p))
 
     def ensure(self, name: str, p: Tensor, group: Group, row: Row) -> bool:
         """Make what is missing, convert what is stored otherwise than asked. True if none of the rule's states was there."""

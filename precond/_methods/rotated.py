@@ -40,12 +40,12 @@ class Rotated(MultiPass, abstract=True):
         for name in self._basis_options[1:]:
             if not group[name] >= 1:
                 raise ValueError(f"{name} must be >= 1, got {group[name]}")
-        if self._rotates(group) and is_coded(group.get("state_format")):
+        if self.rotates(group) and is_coded(group.get("state_format")):
             raise ValueError(
                 f"state_format must not have codes {self._why_not_one_pass}, got {group['state_format']!r}"
             )
 
-    def _rotates(self, group: dict[str, Any]) -> bool:
+    def rotates(self, group: dict[str, Any]) -> bool:
         """True for a group whose matrices have a basis."""
         return True
 
@@ -55,7 +55,7 @@ class Rotated(MultiPass, abstract=True):
 
     def _basis_of_metric(self, p: Tensor, group: dict[str, Any]) -> Rotation | None:
         """The basis of a parameter that has one by now."""
-        basis = self._basis("a parameter", p, group) if self._rotates(group) else None
+        basis = self._basis("a parameter", p, group) if self.rotates(group) else None
         return None if basis is None or basis.is_identity else basis
 
     def _for_factors(self, p: Tensor, g: Tensor) -> Tensor:
@@ -93,14 +93,14 @@ class Rotated(MultiPass, abstract=True):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
         groups = self.param_groups
-        straight = [group for group in groups if not self._rotates(group)]
+        straight = [group for group in groups if not self.rotates(group)]
         if len(straight) == len(groups):
             super()._update()
             return
         rows = [self._checked_row(group) for group in groups]
         work: list[list[Work]] = [
             [(p, g, self._basis(name, p, group)) for name, p, g in self._gradients(group)]
-            if self._rotates(group)
+            if self.rotates(group)
             else []
             for group in groups
         ]

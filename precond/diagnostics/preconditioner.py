@@ -135,7 +135,7 @@ def _metrics_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, Metric]:
     metrics = {}
     for group in ours.param_groups:
         for p in group["params"]:
-            metric = None if p.is_complex() else ours._metric(p, group)
+            metric = None if p.is_complex() else ours.metric_of(p, group)
             if metric is None:
                 continue
             if metric.why_not:

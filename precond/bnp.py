@@ -163,7 +163,7 @@ class BNP(Wrapper):
     def _observe(self, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         """Add the inputs of one forward to what the next step sees."""
         weight = layer._parameters["weight"]
-        # Not under torch.func: its values live no longer than a call.
+        # Values under torch.func must not outlive the call.
         if weight not in self._layers or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return
         if weight is not None and weight.requires_grad:

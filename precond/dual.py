@@ -227,7 +227,7 @@ def mapped(name: str, u: Tensor, group: dict[str, Any]) -> Tensor:
     rows = u.reshape(u.shape[0] if u.dim() > 0 else 1, -1)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if not spectral:
-        # In float64 no square is lost.
+        # In float64 no square overflows or underflows.
         wide = torch.promote_types(rows.dtype, torch.float64)
         r = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide)
         return (rows * coefficients(r, group)).to(rows.dtype).view(u.shape)

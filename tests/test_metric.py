@@ -133,6 +133,38 @@ def test_a_basis_is_no_diagonal_but_has_a_spectrum():
         diagnostics.preconditioner_of(optimizer)
 
 
+def points_of(optimizer, w, radius=0.1):
+    """Where a gradient regulariser evaluates a closure in a step."""
+    seen = []
+
+    def closure():
+        seen.append(w.detach().clone())
+        w.grad = torch.ones_like(w)
+
+    precond.GradientRegularizer(optimizer, rho=0.1, radius=radius).step(closure)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (precond.Adagrad, dict(initial_accumulator_value=0.1)),
+        (precond.GaussNewton, dict(clip=1.0)),
+        (precond.Sophia, {}),
+    ],
+)
+def test_before_there_is_a_preconditioner_nothing_is_moved_along_it(cls, options):
+    """An accumulator that nothing was added to, and a curvature that was never estimated: g / eps would be a leap."""
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = cls([w], lr=1e-3, **options)
+    for step in range(3):
+        assert len(points_of(optimizer, w)) == (2 if cls is precond.Adagrad and step > 0 else 1)
+    if cls is not precond.Adagrad:
+        optimizer.update_curvature()
+        first, second = points_of(optimizer, w)
+        assert (second > first).all()
+
+
 def test_states_made_before_the_first_step_are_no_preconditioner():
     """torch.distributed.checkpoint makes them by a step at lr 0 that does not count: there is no correction to divide by."""
     w = torch.nn.Parameter(torch.ones(3))
@@ -142,11 +174,4 @@ def test_states_made_before_the_first_step_are_no_preconditioner():
         base.step()
         assert float(base.state[w]["step"]) == 0
         assert diagnostics.preconditioner_of(base) == {}
-        seen = []
-
-        def closure(seen=seen):
-            seen.append(w.detach().clone())
-            w.grad = torch.ones(3)
-
-        precond.GradientRegularizer(base, rho=0.1, radius=0.1).step(closure)
-        assert all(torch.equal(p, seen[0]) for p in seen)
+        assert len(points_of(base, w)) == 1

@@ -59,7 +59,7 @@ class Rotated(MultiPass, abstract=True):
         return None if basis is None or basis.is_identity else basis
 
     def _for_factors(self, p: Tensor, g: Tensor) -> Tensor:
-        """A gradient in the dtype that factors are computed in, but for halves, which are widened."""
+        """A gradient in the dtype of the factors; 16-bit ones are widened later."""
         return g
 
     def _feed(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> None:

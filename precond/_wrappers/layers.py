@@ -36,8 +36,8 @@ def plain_layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def layers_of(module: nn.Module, params: Iterable[Tensor], *, in_z: bool) -> dict[Tensor, Layer]:
-    """The layers of a module whose weight is among these parameters, by weight. ``in_z``: their weights are moved in other
-    variables, which halves are too coarse for.
+    """The layers of a module whose weight is among these parameters, by weight. ``in_z``: weights will be moved in the variables
+    of standardised inputs, for which 16-bit ones are too coarse.
     """
     ours = set(params)
     found: dict[Tensor, Layer] = {}

@@ -19,7 +19,7 @@ Map = Callable[[list[Tensor]], Sequence[Tensor]]
 #: None; P elementwise, per parameter; an optimizer; or P and its transpose as functions of lists of tensors.
 Preconditioner = None | Mapping[Tensor, Tensor] | Sequence[Tensor] | torch.optim.Optimizer | tuple[Map, Map]
 
-#: torch's classes, and ours with the same groups and states.
+#: torch's classes, and the drop-ins for them, which have the same groups and states.
 _DROP_INS: tuple[tuple[type[torch.optim.Optimizer], type[FusedOptimizer]], ...] = (
     (torch.optim.Adam, Adam),
     (torch.optim.AdamW, Adam),

@@ -113,7 +113,7 @@ class MachineCode:
 def rule_named(type_: str) -> str:
     """The rule of a functor's type as it is demangled."""
     plain = re.sub(r"precond::\w+::", "", type_).replace(" ", "")
-    return next(rule for rule, name in _C.rule_types.items() if name.replace(" ", "") == plain)
+    return next(name for name, rule in _C.rules.items() if rule.type.replace(" ", "") == plain)
 
 
 def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
@@ -128,7 +128,7 @@ def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
             continue
         rule = rule_named(found[1])
         p, g, s = (CPP_FORMATS[f] for f in found.groups()[1:])
-        states = _C.rules[rule][1]
+        states = _C.rules[rule].states
         pack = 4 if (p, g, s) == PLAIN else 8
         packs = 2 if pack == 4 else 1
         # Copies of the rule in the code: the loop over packs, the single pack, the single element.

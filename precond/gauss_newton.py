@@ -157,8 +157,9 @@ class GaussNewton(Rotated):
         scale = self._curvature_scale(group)
         if of_gradients:
             scale /= 1.0 - float(group["betas"][1]) ** count
-        h = widened(self._decoded(p, group, "curvature")).clamp(min=0) * scale + float(group["eps"])
-        return Metric(h if group["power"] == -0.5 else h * h, basis=self._basis_of_metric(p, group))
+        h = widened(self._decoded(p, group, "curvature")).clamp(min=0)
+        den = h * scale + float(group["eps"])
+        return Metric(den if group["power"] == -0.5 else den * den, basis=self._basis_of_metric(p, group), known=h > 0)
 
     @classmethod
     def _format_of_state(cls, name: str, group: dict[str, Any]) -> StateFormat:

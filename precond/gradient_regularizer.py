@@ -148,4 +148,5 @@ class GradientRegularizer(Wrapper):
         sign = -1.0 if group.get("maximize") else 1.0
         if metric.v is None:
             return "perturb", Job(p, g, state, hyper, sign)
-        return "perturb_adaptive", Job(p, g, {**state, "v": metric.v}, hyper, sign)
+        v = metric.v if metric.known is None else torch.where(metric.known, metric.v, 0.0)
+        return "perturb_adaptive", Job(p, g, {**state, "v": v}, hyper, sign)

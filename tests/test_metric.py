@@ -165,6 +165,17 @@ def test_before_there_is_a_preconditioner_nothing_is_moved_along_it(cls, options
         assert (second > first).all()
 
 
+@pytest.mark.parametrize("power", [-1.0, -0.5])
+def test_coordinates_without_curvature_are_not_moved(power):
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = precond.GaussNewton([w], lr=1e-3, curvature="gradient", power=power)
+    w.grad = torch.tensor([1.0, 0.0, -1.0])
+    optimizer.step()
+    first, second = points_of(optimizer, w)
+    assert ((second - first).abs() > 0.01).tolist() == [True, False, True]
+    assert second[1] == first[1]
+
+
 def test_states_made_before_the_first_step_are_no_preconditioner():
     """torch.distributed.checkpoint makes them by a step at lr 0 that does not count: there is no correction to divide by."""
     w = torch.nn.Parameter(torch.ones(3))

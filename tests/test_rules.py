@@ -32,15 +32,29 @@ def test_a_formula_reads_the_step_where_its_rule_says_so(name):
         p, states = rule.update(values[0], values[1], values[2:2] + (values[2],) * len(rule.states), HYPER, step, False)
         found.append(torch.stack([p, *states]))
     assert torch.equal(*found) != rule.reads_step
-    numbers = [HYPER[key] for key in _C.rules[name][2]]
+    numbers = [HYPER[key] for key in _C.rules[name].hyper]
     assert (_C.scalars(name, numbers, 3.0, False) == _C.scalars(name, numbers, 4.0, False)) != rule.reads_step
+
+
+@rules
+def test_the_three_texts_say_the_same_of_a_rule(name):
+    from precond import triton_kernels
+
+    rule, compiled, triton = reference.RULES[name], _C.rules[name], triton_kernels.RULES[name]
+    facts = (rule.states, rule.second_moments, rule.reads_step, tuple(rule.scalars))
+    assert (triton.states, triton.second_moments, triton.reads_step, triton.scalar_states) == facts
+    assert (triton.advance is None) == (rule.advance is None)
+    moments = tuple(rule.states[k] for k in compiled.second_moments)
+    assert (compiled.states, moments, compiled.reads_step) == (len(rule.states), rule.second_moments, rule.reads_step)
+    assert compiled.scalar_states == len(rule.scalars)
+    assert tuple(triton.hyper) == compiled.hyper
 
 
 @rules
 def test_second_moments_are_states_and_say_how_much_a_step_keeps(name):
     rule = reference.RULES[name]
     assert set(rule.second_moments) == SECOND_MOMENTS & set(rule.states)
-    assert isinstance(rule.keeps, float) or rule.keeps in _C.rules[name][2]
+    assert isinstance(rule.keeps, float) or rule.keeps in _C.rules[name].hyper
     assert (rule.advance is None) == (not rule.scalars)
     # The one that is given a second moment by its caller keeps all of it.
     assert bool(rule.keeps) == bool(rule.second_moments) or name == "perturb_adaptive"

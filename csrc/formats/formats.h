@@ -65,6 +65,10 @@ constexpr int kFormatCount = int(sizeof kFormats / sizeof kFormats[0]);
 constexpr int kPlainFormats = 3;
 
 constexpr const FormatInfo& info_of(Format format) { return kFormats[int(format)]; }
+// What a tensor of this dtype is without any other format.
+constexpr Format plain_format(Storage storage) {
+  return storage == Storage::bf16 ? Format::bf16 : storage == Storage::fp16 ? Format::fp16 : Format::fp32;
+}
 
 // The same for kernels, which have no tables: comparisons of numbers.
 PRECOND_INLINE constexpr bool is_plain(Format format) { return int(format) < kPlainFormats; }

@@ -4,6 +4,7 @@ compares every address with what it saw; what the other two update is checked an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,23 +29,33 @@ def table_of(rows: list[Row], device: torch.device | None) -> tuple[list[Any], l
     tensors at these addresses: copies of those that are on another device.
     """
     assert _backend._C is not None
-    table: list[tuple[int, float, tuple[float, ...], list[tuple[int, int, int]]]] = []
-    used = []
+    table: list[Any] = []
+    used: list[Tensor] = []
     for rule, sign, hyper in rows:
-        number, _, names, _ = _backend._C.rules[rule]
-        values, overrides = [], []
+        number, names = _number_and_hyper(rule)
+        values, on_device = [], []
         for index, name in enumerate(names):
             value = hyper[name]
             if device is not None and isinstance(value, Tensor):
                 if value.dtype not in (torch.float32, torch.float64):
                     raise TypeError(f"{name} must be a float32 or float64 tensor, got {value.dtype}")
                 used.append(value.to(device, non_blocking=True))
-                overrides.append((index, used[-1].data_ptr(), int(value.dtype == torch.float64)))
+                on_device.append((index, used[-1].data_ptr(), value.dtype == torch.float64))
                 values.append(0.0)
             else:
                 values.append(float(value))
-        table.append((number, sign, tuple(values), overrides))
+        table.append(_backend._C.Row(rule=number, sign=sign, hyper=values))
+        for where in on_device:
+            table[-1].read_from(*where)
     return table, used
+
+
+@functools.cache
+def _number_and_hyper(rule: str) -> tuple[int, tuple[str, ...]]:
+    """Of a rule of the extension, whose properties are made anew each time that they are read."""
+    assert _backend._C is not None
+    known = _backend._C.rules[rule]
+    return known.number, known.hyper
 
 
 class Compiled:
@@ -69,10 +80,10 @@ class Compiled:
         self.backend, self.device = backend, device
         self._captured = captured
         self._hyper_tensors: list[Tensor] = []  # whose addresses the plan has
-        rules = _backend._C.rules
+        used = {row.rule for row in step.rows}
         self.plan = _backend._C.Plan(
             reader=_backend.reader(),
-            state_names={rules[row.rule][0]: states.names(row.rule) for row in step.rows},
+            state_names={_number_and_hyper(rule)[0]: [*states.names(rule), *states.scalars(rule)] for rule in used},
             step_name="step",
             chunk=_CHUNK,
             device=-1 if backend == "cpu" else device.index or 0,
@@ -97,7 +108,7 @@ class Compiled:
             param=p,
             state=step.state.get(p),
             group=index,
-            rule=_backend._C.rules[row.rule][0],
+            rule=_number_and_hyper(row.rule)[0],
             fresh=fresh,
             counts=states.counts(p, row.rule),
             step_on_device=counts_beside(group, self.backend),

@@ -31,6 +31,8 @@ class Metric(NamedTuple):
     eps: float = 0.0
     #: None: the parameter's own coordinates.
     basis: Basis | None = None
+    #: Where there is a second moment, if v does not say so by being 0 elsewhere: there eps alone is P.
+    known: Tensor | None = None
     #: Why a step is not P P^T times a mean of gradients, whatever P; the other fields then say nothing.
     why_not: str = ""
 

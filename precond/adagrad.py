@@ -152,7 +152,7 @@ class AdagradW(_SumOfSquares):
     State, from the constructor on as in torch: ``step``, ``sum``.
 
     Source: Duchi, Hazan and Singer 2011; intrinsic decay: Ye, arXiv 2410.00232, whose abstract states the idea; the formulas
-    for Adagrad are derived in METHODS A.2.2.
+    for Adagrad are derived in docs/theory.md, A.2.2.
 
     Example:
         >>> import torch, precond

@@ -186,7 +186,7 @@ class AdamW(Adam, torch.optim.AdamW):
     State: ``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq`` (amsgrad), as torch.
 
     Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2. Intrinsic decay: Ye, arXiv 2410.00232, whose abstract
-    states the L2 case and that an L1 generalisation exists; the L1 formula and the cap are derived here (METHODS A.2.2).
+    states the L2 case and that an L1 generalisation exists; the L1 formula and the cap are derived here (docs/theory.md, A.2.2).
 
     Example:
         >>> import torch, precond

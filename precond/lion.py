@@ -51,7 +51,7 @@ class Lion(FusedOptimizer):
 
     State: ``exp_avg``.
 
-    Source: Chen et al. 2023, arXiv 2302.06675, algorithm 2; the L1 form is derived in METHODS A.2.2.
+    Source: Chen et al. 2023, arXiv 2302.06675, algorithm 2; the L1 form is derived in docs/theory.md, A.2.2.
 
     Example:
         >>> import torch, precond

@@ -163,7 +163,7 @@ class RMSpropW(_MeanOfSquares):
     State: ``step``, ``square_avg``, ``momentum_buffer`` (momentum), ``grad_avg`` (centered).
 
     Source: Tieleman and Hinton 2012, lecture 6.5; intrinsic decay: Ye, arXiv 2410.00232, whose abstract states the idea; the
-    formulas for RMSprop are derived in METHODS A.2.2.
+    formulas for RMSprop are derived in docs/theory.md, A.2.2.
 
     Example:
         >>> import torch, precond

@@ -142,7 +142,7 @@ class SGDW(_Momentum):
     State: ``momentum_buffer``.
 
     Source: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 1 (with a constant schedule multiplier, and the decay
-    scaled by lr as in AdamW); the L1 form is derived in METHODS A.2.2.
+    scaled by lr as in AdamW); the L1 form is derived in docs/theory.md, A.2.2.
 
     Example:
         >>> import torch, precond

@@ -183,8 +183,8 @@ class Entry(NamedTuple):
     group: int
 
 
-class Interpreted:
-    """Parameters that no compiled plan updates, so that Python looks at each of them at each step."""
+class InPython:
+    """Parameters that no compiled plan updates: Python looks at each of them at every step."""
 
     backend: ClassVar[str]
     measures_itself: ClassVar[bool] = False
@@ -253,7 +253,7 @@ class Interpreted:
         return found
 
 
-class Reference(Interpreted):
+class Reference(InPython):
     """The reference text, tensor by tensor."""
 
     backend: ClassVar[str] = "reference"
@@ -290,7 +290,7 @@ class Reference(Interpreted):
         return True
 
 
-class Triton(Interpreted):
+class Triton(InPython):
     """Triton's kernels: one launch for those that share a rule, formats and a device."""
 
     backend: ClassVar[str] = "triton"

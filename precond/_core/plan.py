@@ -51,10 +51,10 @@ class StepPlan:
         self.before = {p: dict(state) for p, state in step.state.items()}
         try:
             self._make_states(step)
-            self.interpreted = [
+            self.in_python = [
                 kind(entries[kind.backend], states, self.fresh) for kind in (Reference, Triton) if entries[kind.backend]
             ]
-            for executor in self.interpreted:
+            for executor in self.in_python:
                 executor.check_formats(step)
             self.compiled = [
                 Compiled(step, states, backend, device, homes, self.fresh, captured)
@@ -65,7 +65,7 @@ class StepPlan:
         except BaseException:
             self._forget(step)
             raise
-        self.executors: Sequence[Executor] = [*self.compiled, *self.interpreted]
+        self.executors: Sequence[Executor] = [*self.compiled, *self.in_python]
 
     def _check(self, step: Step) -> tuple[dict[Tensor, tuple[str, torch.device]], dict[str, list[Entry]]]:
         """Check every parameter with a gradient before anything changes. Returns backend and device of those that compiled plans
@@ -140,7 +140,7 @@ class StepPlan:
         if self.rules != [row.rule for row in step.rows] or self.formats != step.formats():
             return Outcome.STALE
         # A plan that was built for this step has just made these checks.
-        if not self.new and not all(executor.holds(step, self.checks) for executor in self.interpreted):
+        if not self.new and not all(executor.holds(step, self.checks) for executor in self.in_python):
             return Outcome.STALE
         self.new = False
         self.states.begin(self.split)
@@ -169,7 +169,7 @@ class StepPlan:
 
     def _check_device_control(self, step: Step) -> None:
         """Raise where a step that a device decides about needs the host."""
-        triton = [executor for executor in self.interpreted if isinstance(executor, Triton)]
+        triton = [executor for executor in self.in_python if isinstance(executor, Triton)]
         may_skip = step.control.found_inf is not None or self.settings["nonfinite"] == "skip"
         by_device = all(executor.backend in ("cuda", "triton") for executor in self.executors)
         if may_skip and by_device and any(executor.counts_on_host(step) for executor in triton):

@@ -1,0 +1,84 @@
+"""Every rule in plain PyTorch, in the papers' own algebra: the text that tests hold the kernels against, and the backend
+that runs anywhere. Slow, and says so: several temporaries and passes per step.
+
+A rule is a function ``(p, g, states, hyper, step, fresh) -> (p, states)`` of tensors in one compute dtype; the names in
+``RULES`` are those of the compiled rules. A file has a family, as in csrc/rules and triton_kernels/families.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import adagrad, adam, dual, gauss_newton, lion, perturb, rmsprop, sgd
+from .decays import clamped, soft_threshold
+from .dual import KERNELS
+from .rule import Hyper, Rule
+
+__all__ = ["KERNELS", "RULES", "Hyper", "Rule", "clamped", "soft_threshold", "update", "update_sparse"]
+
+RULES: dict[str, Rule] = {
+    **sgd.RULES,
+    **adam.RULES,
+    **adagrad.RULES,
+    **rmsprop.RULES,
+    **lion.RULES,
+    **dual.RULES,
+    **gauss_newton.RULES,
+    **perturb.RULES,
+}
+
+
+def update(
+    rule: str,
+    p: Tensor,
+    g: Tensor,
+    states: list[Tensor],
+    hyper: Hyper,
+    step: int,
+    fresh: bool,
+    grad_coef: float,
+    clip_value: float = math.inf,
+) -> None:
+    """Run a rule on tensors of any dtype, layout and device, in place; computes in fp64 if one of them is, else fp32."""
+    wide = (
+        torch.float64 if any(t.dtype in (torch.float64, torch.complex128) for t in (p, g, *states)) else torch.float32
+    )
+    views = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (p, g, *states)]
+    # Autograd keeps what a formula read, so where it watches that must not be the tensor that is written below.
+    wide_p, wide_g, *wide_states = (t.to(wide, copy=torch.is_grad_enabled()) for t in views)
+    new_p, new_states = RULES[rule].update(
+        wide_p, clamped(wide_g * grad_coef, clip_value), tuple(wide_states), hyper, step, fresh
+    )
+    views[0].copy_(new_p)
+    for state, new in zip(views[2:], new_states, strict=True):
+        state.copy_(new)
+    # A lazy conjugate was resolved into another tensor.
+    for t, view in zip((p, *states), (views[0], *views[2:]), strict=True):
+        if t.is_conj():
+            t.copy_(torch.view_as_complex(view))
+
+
+def update_sparse(
+    rule: str,
+    p: Tensor,
+    g: Tensor,
+    states: list[Tensor],
+    hyper: Hyper,
+    step: int,
+    fresh: bool,
+    grad_coef: float,
+    clip_value: float = math.inf,
+) -> None:
+    """The same for a sparse g. Without momentum a zero gradient changes nothing, so only the places in g are touched."""
+    if "momentum_buffer" in RULES[rule].states or g.sparse_dim() == 0:
+        update(rule, p, g.to_dense(), states, hyper, step, fresh, grad_coef, clip_value)
+        return
+    g = g.coalesce()
+    places = tuple(g.indices())
+    touched = [t[places] for t in (p, *states)]
+    update(rule, touched[0], g.values(), touched[1:], hyper, step, fresh, grad_coef, clip_value)
+    for t, new in zip((p, *states), touched, strict=True):
+        t[places] = new

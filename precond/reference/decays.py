@@ -1,0 +1,49 @@
+"""Decays. ``decay`` is "coupled", "l2", "proximal" or "subgradient"."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .rule import Hyper, Number
+
+
+def soft_threshold(x: Tensor, t: Tensor) -> Tensor:
+    """S_t(x) = sign(x) max(|x| - t, 0)."""
+    return torch.sign(x) * torch.clamp(x.abs() - t, min=0)
+
+
+def intrinsic_l1_threshold(den: Tensor, v: Tensor, lr: Number, hyper: Hyper) -> Tensor:
+    """lr min(l1 den^(-1/2), cap), and no threshold where the coordinate never saw a gradient (docs/theory.md, A.2.2)."""
+    t = lr * torch.clamp(hyper["l1_decay"] * den**-0.5, max=hyper["l1_cap"])
+    return torch.where(v == 0, torch.zeros_like(t), t)
+
+
+def decayed_gradient(p: Tensor, g: Tensor, hyper: Hyper, decay: str) -> Tensor:
+    """What the statistics see: g, or with a penalty on p itself g + wd p."""
+    if decay != "coupled":
+        return g
+    return g + p * hyper["weight_decay"]
+
+
+def decayed(
+    p: Tensor, step: Tensor, lr: Number, hyper: Hyper, decay: str, den: Tensor | None = None, v: Tensor | None = None
+) -> Tensor:
+    """p - step, and the decay that a penalty on z = den^(1/2) p brings; den = 1 where there is none."""
+    if decay == "coupled":
+        return p - step
+    q = p - lr * hyper["weight_decay"] * p - step
+    if decay == "l2":
+        return q
+    if den is None or v is None:
+        t = torch.ones_like(p) * (lr * hyper["l1_decay"])
+    else:
+        t = intrinsic_l1_threshold(den, v, lr, hyper)
+    return soft_threshold(q, t) if decay == "proximal" else q - t * torch.sign(p)
+
+
+def clamped(g: Tensor, limit: float) -> Tensor:
+    """g between -limit and limit."""
+    return g if limit == math.inf else torch.clamp(g, -limit, limit)

@@ -136,8 +136,8 @@ class AdagradW(_SumOfSquares):
     as s^(1/4).
 
     Args:
-        params, lr, lr_decay, initial_accumulator_value, eps, foreach, maximize, differentiable, fused, state_format, settings:
-            as for :class:`precond.Adagrad`.
+        params, lr, lr_decay, initial_accumulator_value, eps, foreach, maximize, differentiable: as for :class:`precond.Adagrad`.
+        fused, state_format, weight_format, settings: the same.
         weight_decay: intrinsic L2, lambda >= 0 (default 1e-2, as for AdamW).
         l1_decay: intrinsic L1, lambda_1 >= 0 (default 0: the plain rule, bit for bit).
         l1_form: "proximal" (exact zeros; default) or "subgradient" (subtracts the threshold times the sign of p).

@@ -145,8 +145,9 @@ class RMSpropW(_MeanOfSquares):
     and thresholds are large: warm l1_decay up.
 
     Args:
-        params, lr, alpha, eps, momentum, centered, capturable, foreach, maximize, differentiable, fused, state_format, settings:
-            as for :class:`precond.RMSprop`.
+        params, lr, alpha, eps, momentum, centered, capturable, foreach, maximize, differentiable: as for
+            :class:`precond.RMSprop`.
+        fused, state_format, weight_format, settings: the same.
         weight_decay: intrinsic L2, lambda >= 0 (default 1e-2, as for AdamW).
         l1_decay: intrinsic L1, lambda_1 >= 0 (default 0: the plain rule, bit for bit).
         l1_form: "proximal" (exact zeros; default) or "subgradient" (subtracts the threshold times the sign of p).

@@ -124,8 +124,8 @@ class SGDW(_Momentum):
     ``SGD``, the same ``weight_decay`` pulls (1 - mu) times as strongly.
 
     Args:
-        params, lr, momentum, dampening, nesterov, maximize, foreach, differentiable, fused, state_format, settings: as for
-            :class:`precond.SGD`.
+        params, lr, momentum, dampening, nesterov, maximize, foreach, differentiable: as for :class:`precond.SGD`.
+        fused, state_format, weight_format, settings: the same.
         weight_decay: lambda >= 0, decoupled (default 1e-2, as for AdamW).
         l1_decay: lambda_1 >= 0, decoupled L1 (default 0: the plain rule, bit for bit).
         l1_form: "proximal" (a soft threshold S, exact zeros; default) or "subgradient".

@@ -200,36 +200,19 @@ def test_columns_of_a_tensor_have_the_bits_of_the_whole(formats, monkeypatch):
     assert_same({key: torch.cat([left[key], right[key]], dim=1) for key in whole}, whole)
 
 
-def test_a_row_has_the_seed_of_its_key_and_step():
-    from precond.triton_kernels import kernel, scalars
+def test_scalars_have_the_seed_of_their_key_and_step():
+    from precond.triton_kernels import RULES
+    from precond.triton_kernels.launch import job_table, run_prologue
+    from precond.triton_kernels.prologue import SCALAR_FLOATS, SEED
 
-    from precond import triton_kernels
-
-    rule = triton_kernels.RULES["lion"]
-    width = scalars.ROW_FLOATS.value
+    rule = RULES["lion"]
+    width = SCALAR_FLOATS.value
     cases = list(itertools.product([0, 1, 2**32 - 1, 0x0123456789ABCDEF, 2**63 - 1], [1, 2, 1000, 2**24]))
     written = torch.zeros(len(cases) * width)
-    scalars.prologue[(triton_kernels.kernel.triton.cdiv(len(cases), kernel.PROLOGUE_BLOCK),)](
-        torch.rand(len(rule.hyper), dtype=torch.float64),
-        torch.tensor([[0, 1, 0, 0, step, key] for key, step in cases]),
-        written,
-        torch.empty(1 + len(cases)),
-        None,
-        None,
-        1.0,
-        len(cases),
-        *kernel.NO_CLIP[:5],
-        INF=False,
-        SKIP_NONFINITE=False,
-        SCALARS=rule.scalars,
-        DECAY=rule.decay,
-        OPTION=rule.option,
-        HYPERS=len(rule.hyper),
-        JOB=kernel.JOB,
-        ROW=width,
-        BLOCK=kernel.PROLOGUE_BLOCK,
-    )
-    found = written.view(torch.int32).view(-1, width)[:, scalars.SEED.value :].long() & 0xFFFFFFFF
+    hyper = torch.rand(len(rule.hyper), dtype=torch.float64)
+    jobs = job_table([number for key, step in cases for number in (0, 1, 0, 0, step, 0, 0, key)])
+    run_prologue(rule, hyper, jobs, written, torch.empty(1 + len(cases)))
+    found = written.view(torch.int32).view(-1, width)[:, SEED.value :].long() & 0xFFFFFFFF
     assert found.tolist() == [list(_formats.seed_of(*case)) for case in cases]
 
 

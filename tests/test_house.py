@@ -18,6 +18,7 @@ import precond
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+WITHOUT_EXAMPLES = ("README", "design", "theory")
 PUBLIC = [getattr(precond, name) for name in precond.__all__]
 OPTIMIZERS = [item for item in PUBLIC if isinstance(item, type) and issubclass(item, torch.optim.Optimizer)]
 
@@ -105,12 +106,17 @@ def test_the_report_fails_where_a_step_raises(monkeypatch, capsys):
     assert "WRONG on cpu: clipped: RuntimeError: kernel launch: device not ready" in capsys.readouterr().out
 
 
-EXAMPLES = sorted(path.stem for path in Path(precond.__file__).parent.glob("*.py") if ">>> " in path.read_text("utf-8"))
+PACKAGE = Path(precond.__file__).parent
+EXAMPLES = sorted(
+    ".".join(("precond", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if ">>> " in path.read_text("utf-8")
+)
 
 
 @pytest.mark.parametrize("module", EXAMPLES)
 def test_examples_run(module):
-    results = doctest.testmod(importlib.import_module(f"precond.{module}"))
+    results = doctest.testmod(importlib.import_module(module))
     assert results.attempted > 0
     assert results.failed == 0
 
@@ -126,29 +132,87 @@ class Markdown(doctest.DocTestParser):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_examples_of_pages_run(page):
     results = doctest.testfile(str(page), module_relative=False, parser=Markdown(), encoding="utf-8")
-    assert results.attempted > 0 or page.stem == "README"
+    assert results.attempted > 0 or page.stem in WITHOUT_EXAMPLES
     assert results.failed == 0
+
+
+FUNCTIONS = [item for item in PUBLIC if inspect.isfunction(item)]
+
+
+def parameters(item):
+    return [p.name for p in inspect.signature(item).parameters.values()]
+
+
+def described(item):
+    """The names in the "Args" of a docstring."""
+    lines = re.search(r"(?ms)^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(item))[1].splitlines()
+    entries = [re.match(r"    (\*{0,2}\w+(?:, \*{0,2}\w+)*),?(?::|$)", line) for line in lines]
+    return [name.strip(" *") for entry in entries if entry for name in entry[1].split(",")]
+
+
+@pytest.mark.parametrize("item", [*OPTIMIZERS, *FUNCTIONS], ids=lambda item: item.__name__)
+def test_a_docstring_describes_every_argument_and_no_other(item):
+    assert sorted(described(item)) == sorted(parameters(item))
+
+
+def test_the_docstring_of_the_settings_describes_each_of_them():
+    assert described(precond.Settings) == list(precond.Settings.__annotations__)
 
 
 @pytest.mark.source
 @pytest.mark.parametrize("item", [*OPTIMIZERS, precond.param_groups], ids=lambda item: item.__name__)
-def test_a_page_names_every_argument_that_torch_does_not_have(item):
-    """A decoupled class is compared with the coupled one, Lion and functions with nothing."""
+def test_a_page_links_the_docstring_and_names_what_torch_does_not_have(item):
+    """A decoupled class is compared with the coupled one; one that torch lacks has its arguments in the docstring alone."""
     page = (ROOT / "docs" / f"{item.__name__.lower()}.md").read_text(encoding="utf-8")
-    names = [item.__name__, item.__name__.removesuffix("W")]
-    peer = next((getattr(torch.optim, name) for name in names if hasattr(torch.optim, name)), None)
-    theirs = set() if peer is None else set(inspect.signature(peer).parameters)
-    parameters = [str(p) if p.kind == p.VAR_KEYWORD else p.name for p in inspect.signature(item).parameters.values()]
-    parameters = [name.partition(":")[0] for name in parameters]
-    missing = [name for name in parameters if name not in theirs and f"`{name}`" not in page]
-    assert not missing
+    source = Path(inspect.getsourcefile(item)).relative_to(PACKAGE).as_posix()
+    assert f"[`help(precond.{item.__name__})`](../precond/{source})" in page
+    peers = [getattr(torch.optim, name, None) for name in (item.__name__, item.__name__.removesuffix("W"))]
+    for peer in [peer for peer in peers if peer is not None][:1]:
+        theirs = parameters(peer)
+        assert not [n for n in parameters(item) if n not in theirs and not re.search(rf"`(\*\*)?{n}`", page)]
     assert f"[`{item.__name__}`]({item.__name__.lower()}.md)" in (ROOT / "docs" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.source
+def test_the_readme_links_the_page_of_every_public_class():
+    """And is a page that somebody reads: 120 lines."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [item.__name__ for item in OPTIMIZERS if f"[`{item.__name__}`](docs/" not in readme]
+    assert not [name for name in precond.__all__ if not name.startswith("_") and f"`{name}`" not in readme]
+    assert len(readme.splitlines()) < 120
+
+
+def links(page):
+    """What a page links to in this repository, as paths and anchors."""
+    text = re.sub(r"(?ms)^```.*?^```", "", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)#\s]*)(#[^)\s]*)?\)", text):
+        path, anchor = target
+        if not path.startswith("http"):
+            yield (page.parent / path).resolve() if path else page, anchor.removeprefix("#")
+
+
+def anchors(page):
+    """Those that GitHub makes of a page's headings."""
+    headings = re.findall(r"(?m)^#+ (.*)$", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.source
+def test_every_link_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), *PAGES, *(ROOT / "bench").rglob("*.md"), *(ROOT / ".ci").rglob("*.md")]
+    broken = [
+        f"{page.relative_to(ROOT)}: {path.name}#{anchor}"
+        for page in pages
+        for path, anchor in links(page)
+        if not path.exists() or (anchor and anchor not in anchors(path))
+    ]
+    assert not broken
 
 
 @pytest.mark.source
 def test_a_page_names_every_setting():
     page = (ROOT / "docs" / "clipping.md").read_text(encoding="utf-8")
-    assert not [name for name in precond.Settings.__annotations__ if f"| `{name}` |" not in page]
+    assert not [name for name in precond.Settings.__annotations__ if f"`{name}`" not in page]
     assert "](clipping.md)" in (ROOT / "docs" / "README.md").read_text("utf-8")
 
 

@@ -218,36 +218,17 @@ def test_triton_takes_states_of_different_formats():
 
 @pytest.mark.parametrize("row", ALL_RULES, ids=str)
 def test_the_scalars_of_both_texts_are_the_same_bits(row):
-    from precond.triton_kernels import kernel, scalars
+    from precond.triton_kernels import RULES
+    from precond.triton_kernels.launch import job_table, run_prologue
+    from precond.triton_kernels.prologue import SCALAR_FLOATS
 
-    from precond import triton_kernels
-
-    rule = triton_kernels.RULES[row.rule]
+    rule = RULES[row.rule]
     _number, states, names, _ = _C.rules[row.rule]
-    assert (rule.states, list(rule.hyper)) == (states, names)
+    assert (len(rule.states), list(rule.hyper)) == (states, names)
     generator = torch.Generator().manual_seed(0)
     for step in (1, 2, 3, 10, 1000, 123_456, 2**24):
         hyper = torch.rand(len(names), generator=generator, dtype=torch.float64)
         expected = torch.tensor(_C.scalars(row.rule, hyper.tolist(), step, step == 1))
-        written = torch.full((scalars.ROW_FLOATS.value,), 7.0)
-        scalars.prologue[(1,)](
-            hyper,
-            torch.tensor([0, 1, step == 1, 0, step, 0]),
-            written,
-            torch.empty(2),
-            None,
-            None,
-            1.0,
-            1,
-            *kernel.NO_CLIP[:5],
-            INF=False,
-            SKIP_NONFINITE=False,
-            SCALARS=rule.scalars,
-            DECAY=rule.decay,
-            OPTION=rule.option,
-            HYPERS=len(rule.hyper),
-            JOB=kernel.JOB,
-            ROW=scalars.ROW_FLOATS.value,
-            BLOCK=1,
-        )
+        written = torch.full((SCALAR_FLOATS.value,), 7.0)
+        run_prologue(rule, hyper, job_table([0, 1, step == 1, 0, step, 0, 0, 0]), written, torch.empty(2))
         assert bits_equal(written[: len(expected)], expected)

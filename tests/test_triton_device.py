@@ -179,13 +179,13 @@ def test_counters_of_parameters_without_elements_count_too():
 
 @shapes
 def test_tables_are_made_again_only_where_an_address_or_a_shape_changed(row, monkeypatch):
-    from precond.triton_kernels import kernel, tables
+    from precond.triton_kernels import launch, tables
 
     made = []
     for name in ("address_table", "chunk_table"):
-        real = getattr(kernel, name)
+        real = getattr(launch, name)
         monkeypatch.setattr(
-            kernel, name, lambda *args, real=real, name=name, **kw: made.append(name) or real(*args, **kw)
+            launch, name, lambda *args, real=real, name=name, **kw: made.append(name) or real(*args, **kw)
         )
     tables._tables.clear()
     values = random_values((40, 30))
@@ -238,20 +238,21 @@ import itertools, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from precond.triton_kernels import kernel, scalars
+from precond.triton_kernels import RULES
+from precond.triton_kernels.launch import prologue_constants
+from precond.triton_kernels.prologue import prologue
 
 targets = ("cuda", 90, 32), ("hip", "gfx942", 64)
-rules = {(rule.scalars, rule.decay, rule.option): rule for rule in kernel.RULES.values()}.values()
+rules = {(rule.set_scalars, rule.decay, rule.option): rule for rule in RULES.values()}.values()
 for target, rule, has_scaler in itertools.product(targets, rules, (False, True)):
     types = ["*fp64", "*i64", "*fp32", "*fp32", "*fp32", "*fp32", "fp32", "i32", "*fp64", "*fp32", "*fp32", "*i64", "fp32"]
-    constants = dict(SCALARS=rule.scalars, DECAY=rule.decay, OPTION=rule.option, HYPERS=len(rule.hyper), JOB=kernel.JOB,
-                     ROW=scalars.ROW_FLOATS.value, BLOCK=kernel.PROLOGUE_BLOCK, INF=False, SKIP_NONFINITE=has_scaler)
+    constants = dict(prologue_constants(rule), INF=False, SKIP_NONFINITE=has_scaler)
     if not has_scaler:
         constants |= dict(grad_scale_ptr=None, found_inf_ptr=None, total_ptr=None, grad_norm_ptr=None, clip_coef_ptr=None,
                           skipped_ptr=None)
-    names = scalars.prologue.arg_names
+    names = prologue.arg_names
     signature = dict(zip(names, types)) | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(scalars.prologue, {name: signature[name] for name in names}, constants)
+    source = ASTSource(prologue, {name: signature[name] for name in names}, constants)
     options = {"num_warps": 1, "enable_fp_fusion": False}
     asm = triton.compile(source, target=GPUTarget(*target), options=options).asm
     # One layout: a thread that reads a counter is the one that writes it.

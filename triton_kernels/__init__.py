@@ -1,6 +1,8 @@
 """The rules in Triton, imported as precond.triton_kernels."""
 
-from .kernel import RULES, Clip, Item, update
+from .families import RULES
+from .items import Item
+from .launch import Clip, update
 from .norms import norm
 
 __all__ = ["RULES", "Clip", "Item", "norm", "update"]

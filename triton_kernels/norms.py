@@ -69,8 +69,8 @@ def sum_block(
 ):
     g_ptr = address(slots, G, FULL)
     lanes = tl.zeros((LANES,), dtype=tl.float64)
-    for row in tl.static_range(BLOCK // LANES):
-        offsets = begin + row * LANES + tl.arange(0, LANES)
+    for k in tl.static_range(BLOCK // LANES):
+        offsets = begin + k * LANES + tl.arange(0, LANES)
         lanes = combined(lanes, term(decode(g_ptr, offsets, offsets < numel, G, FULL), INF), INF)
     return lanes
 
@@ -87,7 +87,7 @@ def norm_kernel(
     LANES: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """One block. chunks_ptr: (tensor, first element, place of the block's sum)."""
+    """One block. chunks_ptr: (tensor, first element, index of the block's sum)."""
     chunk = chunks_ptr + 3 * tl.program_id(0).to(tl.int64)
     slots = tensors_ptr + tl.load(chunk) * SLOT
     begin = tl.multiple_of(tl.load(chunk + 1), BLOCK)
@@ -105,8 +105,8 @@ def fold_kernel(
     """A block of sums."""
     program = tl.program_id(0).to(tl.int64)
     lanes = tl.zeros((LANES,), dtype=tl.float64)
-    for row in tl.static_range(BLOCK // LANES):
-        offsets = program * BLOCK + row * LANES + tl.arange(0, LANES)
+    for k in tl.static_range(BLOCK // LANES):
+        offsets = program * BLOCK + k * LANES + tl.arange(0, LANES)
         lanes = combined(lanes, tl.load(sums_ptr + offsets, mask=offsets < count, other=0.0), INF)
     tl.store(out_ptr + program + tl.arange(0, 1), by_halves(lanes, LANES, LEVELS, INF))
 
@@ -122,7 +122,7 @@ def gradient_table(values: list[int]) -> Tensor:
 
 
 def block_table(values: list[int]) -> Tensor:
-    """(tensor, first element, place of the sum) of every block, from each tensor's number of elements and first place."""
+    """(tensor, first element, index of the sum) of every block, from each tensor's number of elements and first index."""
     sizes, first = torch.tensor(values, dtype=torch.int64).view(-1, 2).unbind(1)
     counts = (sizes + BLOCK - 1) // BLOCK
     tensor = torch.repeat_interleave(counts)
@@ -137,12 +137,12 @@ def norm(items: Sequence[tuple[Tensor, Tensor, int]], classes: int, inf: bool) -
     """
     device = items[0][0].device
     ends = []
-    places: dict[int, int] = {}
+    first_sum: dict[int, int] = {}
     end = 0
-    for of in range(classes):
-        for i, (_, g, its) in enumerate(items):
-            if its == of:
-                places[i] = end
+    for norm_class in range(classes):
+        for i, (_, g, of) in enumerate(items):
+            if of == norm_class:
+                first_sum[i] = end
                 end += triton.cdiv(g.numel(), BLOCK)
         ends.append(end)
     sums = torch.empty(max(end, 1), dtype=torch.float64, device=device)
@@ -158,7 +158,7 @@ def norm(items: Sequence[tuple[Tensor, Tensor, int]], classes: int, inf: bool) -
                 g = in_order(items[i][0], items[i][1])
                 alive.append(g)
                 values += [g.data_ptr(), g.numel()]
-                blocks += [g.numel(), places[i]]
+                blocks += [g.numel(), first_sum[i]]
             key = ("norm", device, name, len(members), values[0])
             chunks = table(("blocks", *key), blocks, block_table, device)
             if len(chunks) == 0:
@@ -177,13 +177,13 @@ def norm(items: Sequence[tuple[Tensor, Tensor, int]], classes: int, inf: bool) -
                 enable_fp_fusion=False,
             )
         begin = 0
-        for of, end in enumerate(ends):
+        for norm_class, end in enumerate(ends):
             part = sums[begin:end]
             begin = end
             while True:
                 count = len(part)
                 blocks = max(1, triton.cdiv(count, BLOCK))
-                out = total[of:] if blocks == 1 else torch.empty(blocks, dtype=torch.float64, device=device)
+                out = total[norm_class:] if blocks == 1 else torch.empty(blocks, dtype=torch.float64, device=device)
                 fold_kernel[(blocks,)](
                     part, count, out, INF=inf, BLOCK=BLOCK, LANES=LANES, LEVELS=_LEVELS, num_warps=WARPS, enable_fp_fusion=False
                 )  # fmt: skip

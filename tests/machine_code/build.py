@@ -18,6 +18,7 @@ from .listed import KERNELS, Case
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+INCLUDES = ("-I", str(ROOT), "-I", str(ROOT / "csrc"))
 # As CMakeLists.txt compiles, for one architecture.
 NVCC = (
     "nvcc -std=c++17 -O3 -fmad=false --extended-lambda --expt-relaxed-constexpr -Xcompiler=-ffp-contract=off "
@@ -42,7 +43,7 @@ def cuda_kernels(cases: list[Case], folder: Path) -> dict[str, Built]:
     found = ((line, re.match(r'CASE\("(.*?)"', line)) for line in KERNELS.read_text().splitlines())
     copy, cubin = folder / KERNELS.name, folder / "kernels.cubin"
     copy.write_text("".join(line + "\n" for line, case in found if case is None or case[1] in titles))
-    run([*NVCC.split(), "-I", str(ROOT), "-o", str(cubin), str(copy)])
+    run([*NVCC.split(), *INCLUDES, "-o", str(cubin), str(copy)])
     kernels = sass.read(cubin)
     return {case.title: Built(kernels[case.kernel], {}) for case in cases}
 
@@ -73,7 +74,7 @@ def library(name: str, folder: Path, *flags: str) -> ctypes.CDLL:
 
 
 def cpu_text(folder: Path) -> CpuText:
-    return CpuText(library("cpu_text.cpp", folder, "-std=c++17", "-I", str(ROOT)))
+    return CpuText(library("cpu_text.cpp", folder, "-std=c++17", *INCLUDES))
 
 
 def fp(folder: Path) -> ctypes.CDLL:

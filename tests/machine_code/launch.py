@@ -85,7 +85,7 @@ def cuda_tables(built, memory, operands, addresses, given, grad_coef, rows) -> b
 
 
 def triton_tables(built, memory, operands, addresses, given, grad_coef, rows) -> bytes:
-    """The tables of triton_kernels/kernel.py: address_table, chunk_table, and what its prologue leaves."""
+    """The tables of triton_kernels/launch.py, address_table and chunk_table, and what the prologue leaves."""
     layout = built.layout
     slots = np.zeros(2 * layout["slots"], np.int64)
     of_second = slots[layout["slots"] :]

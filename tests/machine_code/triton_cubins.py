@@ -13,34 +13,22 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
-from precond.triton_kernels import kernel, scalars
-from precond.triton_kernels.formats import BESIDE
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from precond.triton_kernels import RULES, kernel
+from precond.triton_kernels.formats import BESIDE
+from precond.triton_kernels.launch import update_constants
+from precond.triton_kernels.prologue import SCALAR_FLOATS
+
 from .listed import CASES
 
-POINTERS = {"chunks_ptr": "*i64", "tensors_ptr": "*i64", "rows_ptr": "*fp32", "control_ptr": "*fp32"}
+POINTERS = {"chunks_ptr": "*i64", "tensors_ptr": "*i64", "scalars_ptr": "*fp32", "control_ptr": "*fp32"}
 
 
 def compiled(rule: str, p: str, g: str, states: list[str], target: GPUTarget):
-    """update_kernel as kernel.launch calls it."""
-    spec = kernel.RULES[rule]
-    s0, s1, s2 = (*states, "fp32", "fp32", "fp32")[:3]
-    constants = {
-        "RULE": spec.update,
-        "DECAY": spec.decay,
-        "OPTION": spec.option,
-        "STATES": spec.states,
-        "P": p,
-        "G": g,
-        "S0": s0,
-        "S1": s1,
-        "S2": s2,
-        "ROW": scalars.ROW_FLOATS.value,
-        "SLOT": kernel.SLOTS.value,
-        "BLOCK": kernel.BLOCK,
-    }
+    """update_kernel as launch.py calls it."""
+    constants = update_constants(RULES[rule], [p, g, *states])
     signature = POINTERS | {"clip_value": "fp32"} | dict.fromkeys(constants, "constexpr")
     hints = {(i,): [["tt.divisibility", 16]] for i in range(len(POINTERS))}
     source = ASTSource(kernel.update_kernel, signature, constants, hints)
@@ -57,7 +45,7 @@ def main() -> None:
         layout = {
             "threads": 32 * kernel.WARPS,
             "block": kernel.BLOCK,
-            "row": scalars.ROW_FLOATS.value,
+            "row": SCALAR_FLOATS.value,
             "slots": kernel.SLOTS.value,
             "beside": BESIDE.value,
             "place": kernel.PLACE.value,

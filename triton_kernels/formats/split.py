@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .formats_plain import plain_stored, plain_value
-from .formats_stochastic import fp16_step, inverse_power
+from .plain import plain_stored, plain_value
+from .stochastic import fp16_step, inverse_power
 
 
 @triton.constexpr_function

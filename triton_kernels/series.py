@@ -1,7 +1,4 @@
-"""The kernels of csrc/rules/dual_maps.h and the functions of csrc/base/arithmetic.h behind them, line for line.
-
-KERNEL is "ratio", "smoothed", "clip", "asinh", "log" or "power"; ``at`` points at its numbers in a row.
-"""
+"""Logarithm and powers, csrc/base/series.h, line for line: those of libraries differ in their last bits."""
 
 import triton
 import triton.language as tl
@@ -9,24 +6,8 @@ import triton.language as tl
 _LN2 = tl.constexpr(float.fromhex("0x1.62e430p-1"))
 _LOG2_E = tl.constexpr(float.fromhex("0x1.715476p0"))
 _LARGEST = tl.constexpr(float.fromhex("0x1.fffffep127"))
-
-
-@triton.jit
-def clamped(x, limit):
-    """x between -limit and limit; a NaN stays a NaN."""
-    x = tl.where(x > limit, limit, x)
-    return tl.where(x < -limit, -limit, x)
-
-
-@triton.jit
-def magnitude_of(x):
-    return (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def with_sign_of(r, x):
-    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
-    return (r.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+# A float32 counter cannot pass 2^24.
+_STEP_BITS = tl.constexpr(25)
 
 
 @triton.jit
@@ -100,22 +81,11 @@ def power_of(r, exponent):
 
 
 @triton.jit
-def mapped(x, at, KERNEL: tl.constexpr):
-    first = tl.load(at)
-    if KERNEL == "ratio":
-        quotient = tl.div_rn(x, tl.fma(tl.load(at + 1), magnitude_of(x), first))
-        result = tl.where(x == 0.0, x, quotient)
-    elif KERNEL == "smoothed":
-        r = magnitude_of(x)
-        result = tl.div_rn(x, tl.where(r > 1152921504606846976.0, r, tl.sqrt_rn(tl.fma(x, x, first))))
-    elif KERNEL == "clip":
-        result = clamped(x, first)
-    elif KERNEL == "asinh":
-        r = tl.div_rn(magnitude_of(x), first)
-        root = tl.where(r > 1073741824.0, r, tl.sqrt_rn(tl.fma(r, r, 1.0)))
-        result = with_sign_of(first * log1p_of(tl.fma(r, tl.div_rn(r, 1.0 + root), r)), x)
-    elif KERNEL == "log":
-        result = with_sign_of(first * log1p_of(tl.div_rn(magnitude_of(x), first)), x)
-    else:
-        result = with_sign_of(first * power_of(tl.div_rn(magnitude_of(x), first), tl.load(at + 1)), x)
+def integer_power(base, n):
+    """base^n in fp64, by repeated squaring."""
+    result = base * 0.0 + 1.0
+    for _ in tl.static_range(_STEP_BITS):
+        result = tl.where((n & 1) != 0, result * base, result)
+        base = base * base
+        n = n >> 1
     return result

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .._core import formats as _formats
+from ..._core import formats as _formats
 
 # Elements that share a scale.
 GROUP = tl.constexpr(_formats.GROUP)

@@ -1,15 +1,13 @@
-"""Formats: how one logical fp32 value lives in memory, for formats.h and under the names of ``_C.formats``. Here what loads
-and stores a block of elements; what a stored value means is in formats_*.py.
-"""
+"""Loads and stores a block of elements of any format. What a stored value means is in the file of its kind."""
 
 import torch
 import triton
 import triton.language as tl
 
-from .formats_codes import GROUP, code_type, codes_per_byte, codes_stored, codes_value, is_coded
-from .formats_plain import plain_stored, plain_type, plain_value
-from .formats_split import has_remainder, remainder_type, split_stored, split_value
-from .formats_stochastic import is_stochastic, stochastic_stored
+from .codes import GROUP, code_type, codes_per_byte, codes_stored, codes_value, is_coded
+from .plain import plain_stored, plain_type, plain_value
+from .split import has_remainder, remainder_type, split_stored, split_value
+from .stochastic import is_stochastic, stochastic_stored
 
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

@@ -1,0 +1,167 @@
+"""Tensors to launches: one prologue and one update for each rule and set of formats, with all tensors that share them."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import kernel, prologue
+from .families import RULES, Rule
+from .formats import FORMATS
+from .items import Item, address_table, chunk_table, dense_operands, hyper_table, job_of, job_table, slots_of
+from .tables import table
+
+
+class Clip(NamedTuple):
+    """What a step does with the norm of the gradients; csrc/plan/norm.h. None where there is no tensor to read or write."""
+
+    total: Tensor | None
+    grad_norm: Tensor | None
+    clip_coef: Tensor | None
+    skipped: Tensor | None
+    max_norm: float
+    inf: bool
+    skip_nonfinite: bool
+
+    def to(self, device: torch.device) -> "Clip":
+        """With the total on a device."""
+        return self if self.total is None else self._replace(total=self.total.to(device))
+
+
+NO_CLIP = Clip(total=None, grad_norm=None, clip_coef=None, skipped=None, max_norm=0.0, inf=False, skip_nonfinite=False)
+
+
+def update(
+    items: list[Item],
+    grad_coef: float = 1.0,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip_value: float = math.inf,
+    clip: Clip = NO_CLIP,
+) -> None:
+    """Update every item in place; items that share a rule, formats and a device share a launch.
+
+    A loss scaler's tensors are on a device. Nothing here waits for one: what is there is read there.
+    """
+    launches: dict[tuple[object, ...], list[Item]] = {}
+    for item in items:
+        formats = [item.layout.param, FORMATS[item.g.dtype], *item.layout.states]
+        launches.setdefault((item.rule, item.p.device, *formats), []).append(item)
+    for (rule, device, *formats), members in launches.items():
+        scaler = [None if t is None else t.to(device) for t in (grad_scale, found_inf)]
+        # Triton launches on the current device.
+        with torch.cuda.device_of(members[0].p):
+            launch(rule, device, formats, members, grad_coef, *scaler, clip_value, clip.to(device))
+        clip = clip._replace(grad_norm=None, clip_coef=None, skipped=None)  # the first launch has written them
+
+
+def launch(
+    name: str,
+    device: torch.device,
+    formats: list[str],
+    items: list[Item],
+    grad_coef: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clip_value: float,
+    clip: Clip,
+) -> None:
+    """One prologue and one update for tensors of one rule and one set of formats."""
+    rule = RULES[name]
+    hypers = {id(item.hyper): item.hyper for item in items}
+    group_of = {name: group for group, name in enumerate(hypers)}
+    slots, sizes, jobs, copies, alive = [], [], [], [], []
+    for item in items:
+        operands, copied_back = dense_operands(item)
+        copies += copied_back
+        alive.append(operands)
+        sizes.append(item.p.numel())
+        slots += slots_of(item, operands)
+        jobs += job_of(item, group_of[id(item.hyper)])
+
+    key = (name, device, *formats, len(items), slots[1])
+    tensors = table(("tensors", *key), slots, address_table, device)
+    chunks = table(("chunks", *key), sizes, chunk_table, device)
+    jobs_table = table(("jobs", *key), jobs, job_table, device)
+    hyper = hyper_table(("hyper", *key), rule, list(hypers.values()), device)
+    scalars = torch.empty(len(items) * prologue.SCALAR_FLOATS.value, dtype=torch.float32, device=device)
+    control = torch.empty(1 + len(items), dtype=torch.float32, device=device)
+    run_prologue(rule, hyper, jobs_table, scalars, control, grad_coef, grad_scale, found_inf, clip)
+    kernel.update_kernel[(len(chunks),)](
+        chunks,
+        tensors,
+        scalars,
+        control,
+        clip_value,
+        **update_constants(rule, formats),
+        num_warps=kernel.WARPS,
+        enable_fp_fusion=False,
+    )
+    for to, back in copies:
+        to.copy_(back)
+
+
+def run_prologue(
+    rule: Rule,
+    hyper: Tensor,
+    jobs: Tensor,
+    scalars: Tensor,
+    control: Tensor,
+    grad_coef: float = 1.0,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    clip: Clip = NO_CLIP,
+) -> None:
+    """Fill ``scalars`` and ``control`` for the tensors of a table of jobs."""
+    prologue.prologue[(triton.cdiv(len(jobs), prologue.BLOCK),)](
+        hyper,
+        jobs,
+        scalars,
+        control,
+        grad_scale,
+        found_inf,
+        grad_coef,
+        len(jobs),
+        clip.total,
+        clip.grad_norm,
+        clip.clip_coef,
+        clip.skipped,
+        clip.max_norm,
+        INF=clip.inf,
+        SKIP_NONFINITE=clip.skip_nonfinite,
+        **prologue_constants(rule),
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
+
+
+def prologue_constants(rule: Rule) -> dict[str, object]:
+    """What the prologue is compiled for."""
+    return {
+        "SET_SCALARS": rule.set_scalars,
+        "READS_STEP": rule.reads_step,
+        "ADVANCE": rule.advance,
+        "DECAY": rule.decay,
+        "OPTION": rule.option,
+        "HYPERS": len(rule.hyper),
+        "BLOCK": prologue.BLOCK,
+    }
+
+
+def update_constants(rule: Rule, formats: list[str]) -> dict[str, object]:
+    """What the update is compiled for. formats: of p, g and the states."""
+    p, g, s0, s1, s2 = [*formats, "fp32", "fp32", "fp32"][: kernel.OPERANDS]
+    return {
+        "UPDATE": rule.update,
+        "DECAY": rule.decay,
+        "OPTION": rule.option,
+        "STATES": len(rule.states),
+        "P": p,
+        "G": g,
+        "S0": s0,
+        "S1": s1,
+        "S2": s2,
+        "BLOCK": kernel.BLOCK,
+    }

@@ -20,7 +20,7 @@ def rounded(value: float) -> float:
 
 @pytest.mark.parametrize("on_device", [True, False], ids=["on the device", "given as a number"])
 def test_a_scalar_state_goes_on_with_its_rounded_value_and_not_in_a_skipped_step(on_device, monkeypatch):
-    from product_rule import RULE, product_after
+    from support.product_rule import RULE, product_after
 
     from precond import triton_kernels
 
@@ -67,7 +67,7 @@ def test_a_scalar_state_goes_on_with_its_rounded_value_and_not_in_a_skipped_step
 
 @pytest.mark.parametrize("undeclared", [{"reads_step": False}, {"advance": None}], ids=["step", "scalar state"])
 def test_what_a_rule_reads_without_saying_so_is_an_error(undeclared):
-    from product_rule import RULE
+    from support.product_rule import RULE
 
     from precond.triton_kernels import RULES
     from precond.triton_kernels.launch import job_table, run_prologue

@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import BY_RULE, BY_STATES
 from support.cases import bits_equal, random_values
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.device import NoHostReads
 
 from precond._core import backend as _backend
 from precond._core import formats as _formats
@@ -28,24 +28,6 @@ formats = pytest.mark.parametrize(
 )
 DEVICE = "cuda" if os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available() else "cpu"
 ADAMW = BY_RULE["adamw"]
-
-
-class NoHostReads(TorchDispatchMode):
-    """An error where the host reads a tensor's value: item, float, int, bool, tolist."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func is not torch.ops.aten._local_scalar_dense.default, "the host read a tensor"
-        return func(*args, **(kwargs or {}))
-
-    def __enter__(self):
-        if DEVICE == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-        return super().__enter__()
-
-    def __exit__(self, *args):
-        if DEVICE == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-        return super().__exit__(*args)
 
 
 @pytest.fixture(autouse=True)

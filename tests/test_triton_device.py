@@ -224,9 +224,11 @@ from precond.triton_kernels import RULES
 from precond.triton_kernels.launch import prologue_constants
 from precond.triton_kernels.prologue import prologue
 
-targets = ("cuda", 90, 32), ("hip", "gfx942", 64)
+cuda, hip = ("cuda", 90, 32), ("hip", "gfx942", 64)
 rules = {(rule.set_scalars, rule.decay, rule.option): rule for rule in RULES.values()}.values()
-for target, rule, has_scaler in itertools.product(targets, rules, (False, True)):
+# The arithmetic is a rule's; where threads are and what is read beside it is not.
+cases = [(cuda, rule, True) for rule in rules] + [*itertools.product((cuda, hip), [RULES["adamw"]], (False, True))]
+for target, rule, has_scaler in cases:
     types = ["*fp64", "*i64", "*fp32", "*fp32", "*fp32", "*fp32", "fp32", "i32", "*fp64", "*fp32", "*fp32", "*i64", "fp32"]
     constants = dict(prologue_constants(rule), INF=False, SKIP_NONFINITE=has_scaler)
     if not has_scaler:
@@ -251,8 +253,8 @@ from triton.compiler import ASTSource
 from precond.triton_kernels import norms
 
 targets = ("cuda", 90, 32), ("hip", "gfx942", 64)
-kinds = ("fp32", False), ("fp32", True), ("bf16", False), ("fp16", False), (None, False), (None, True)
-for target, (name, inf) in itertools.product(targets, kinds):
+kinds = (None, False), ("fp32", True), ("bf16", False), ("fp16", False), ("fp32", False), (None, True)
+for target, (name, inf) in [*itertools.product(targets[:1], kinds), *itertools.product(targets[1:], kinds[-2:])]:
     constants = dict(INF=inf, BLOCK=norms.BLOCK, LANES=norms.LANES, LEVELS=10)
     if name is None:
         function, types = norms.fold_kernel, ["*fp64", "i32", "*fp64"]

@@ -113,7 +113,7 @@ class MachineCode:
 def rule_named(type_: str) -> str:
     """The rule of a functor's type as it is demangled."""
     plain = re.sub(r"precond::\w+::", "", type_).replace(" ", "")
-    return next(rule for rule, name in _C.rule_types.items() if name.replace(" ", "") == plain)
+    return next(name for name, rule in _C.rules.items() if rule.type.replace(" ", "") == plain)
 
 
 def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
@@ -128,7 +128,7 @@ def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
             continue
         rule = rule_named(found[1])
         p, g, s = (CPP_FORMATS[f] for f in found.groups()[1:])
-        states = _C.rules[rule][1]
+        states = _C.rules[rule].states
         pack = 4 if (p, g, s) == PLAIN else 8
         packs = 2 if pack == 4 else 1
         # Copies of the rule in the code: the loop over packs, the single pack, the single element.
@@ -155,11 +155,11 @@ def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
     return rows
 
 
-def tiled_kernels(machine: MachineCode) -> list[dict[str, object]]:
+def mixed_kernels(machine: MachineCode) -> list[dict[str, object]]:
     """One row per kernel of the other formats, all of whose branches are in one piece of code."""
     rows = []
     for mangled, code in machine.sass.items():
-        found = re.search(r"update_tiled_kernel<(.*), precond::\w+::FormatsOfTensor>\(", machine.names[mangled])
+        found = re.search(r"update_mixed_kernel<(.*), precond::\w+::FormatsOfTensor>\(", machine.names[mangled])
         if found is None:
             continue
         row: dict[str, object] = {"rule": rule_named(found[1]), **machine.counts(mangled)}
@@ -183,7 +183,7 @@ def fixed_paths(arch: str) -> list[dict[str, object]]:
     names = {number: name for name, number in _C.formats.items()}
     rows = []
     for mangled, code in machine.sass.items():
-        found = re.search(r"update_tiled_kernel<.*FixedFormats<(.*?)>\s*>\(", machine.names[mangled])
+        found = re.search(r"update_mixed_kernel<.*FixedFormats<(.*?)>\s*>\(", machine.names[mangled])
         if found is None:
             continue
         formats = [names[int(number)] for number in re.findall(r"\)(\d+)", found[1])]
@@ -266,7 +266,7 @@ def report(arch: str, targets: list[str], quick: bool) -> dict[str, object]:
     return {
         "environment": {"cuda": _C.cuda, "triton": triton.__version__, "commit": timing.commit()},
         "cuda": cuda_kernels(machine) if machine else [],
-        "cuda_tiled": tiled_kernels(machine) if machine else [],
+        "cuda_mixed": mixed_kernels(machine) if machine else [],
         "cuda_paths": fixed_paths(arch) if machine else [],
         "executed": executed_kernels(quick),
         "triton": [triton_kernel(*case) for case in tqdm(cases, desc="triton", leave=False)],
@@ -305,7 +305,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         "\n| rule, formats that do not stand alone | registers | bytes of stack | accesses to it |\n|---|---|---|---|"
     )
-    for row in sorted(result["cuda_tiled"], key=lambda row: row["rule"]):
+    for row in sorted(result["cuda_mixed"], key=lambda row: row["rule"]):
         print(f"| {row['rule']} | {row['registers']} | {row['stack']} | {row['local']} |")
     print("\n| AdamW, path | registers | special functions per element | instructions per element |\n|---|---|---|---|")
     for row in result["cuda_paths"]:

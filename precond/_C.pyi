@@ -8,16 +8,14 @@ compiler: str
 #: What the CUDA kernels were built with; empty if they were not.
 cuda: str
 cuda_on_host: bool
-#: name -> (number, count of states, names of the hyper-parameters, bits of the states that are second moments)
-rules: dict[str, tuple[int, int, list[str], int]]
-#: The functor of each rule as it is spelled in C++.
-rule_types: dict[str, str]
+rules: dict[str, Rule]
 #: name -> number of a format
 formats: dict[str, int]
 #: Elements that share a scale.
 group: int
 
-def scalars(rule: str, hyper: Sequence[float], step: float, fresh: bool) -> list[float]: ...
+def scalars(rule: str, hyper: Sequence[float], step: float, fresh: bool, scalar: float = 0.0) -> list[float]: ...
+def advance(rule: str, hyper: Sequence[float], step: float, scalar: float) -> float: ...
 def available_isas() -> list[str]: ...
 def select_isa(name: str) -> None: ...
 def selected_isa() -> str: ...
@@ -43,9 +41,31 @@ class Reader:
     @property
     def uses_exchange(self) -> bool: ...
 
+class Rule:
+    """What a rule says of itself."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def states(self) -> int: ...
+    #: Those of the states that are second moments.
+    @property
+    def second_moments(self) -> tuple[int, ...]: ...
+    #: The names of its hyper-parameters.
+    @property
+    def hyper(self) -> tuple[str, ...]: ...
+    @property
+    def reads_step(self) -> bool: ...
+    @property
+    def scalar_states(self) -> int: ...
+    #: The functor as it is spelled in C++.
+    @property
+    def type(self) -> str: ...
+
 class Clip:
     def __init__(
         self,
+        *,
         total: int = 0,
         grad_norm: int = 0,
         clip_coef: int = 0,
@@ -57,12 +77,28 @@ class Clip:
         measure: bool = False,
     ) -> None: ...
 
+class Row:
+    """What a group asks for in one step."""
+
+    def __init__(self, *, rule: int, sign: float, hyper: Sequence[float]) -> None: ...
+    #: NaN where it is read from a tensor.
+    @property
+    def hyper(self) -> list[float]: ...
+    #: Of those that are read from tensors, by index.
+    @property
+    def addresses(self) -> dict[int, int]: ...
+    def read_from(self, index: int, address: int, is_double: bool) -> None:
+        """Take a hyper-parameter from a tensor on the plan's device."""
+
 class Plan:
-    def __init__(self, reader: Reader, state_names: Sequence[str], step_name: str, chunk: int, device: int) -> None: ...
+    def __init__(
+        self, reader: Reader, state_names: dict[int, Sequence[str]], step_name: str, chunk: int, device: int
+    ) -> None: ...
     def add(
         self,
         param: Any,
         state: Any,
+        *,
         group: int,
         rule: int,
         fresh: bool,
@@ -76,7 +112,7 @@ class Plan:
     def ignore(self, param: Any, group: int) -> None: ...
     def seal(self, state: dict[Any, Any]) -> None: ...
     def refresh(
-        self, param_groups: list[Any], state: dict[Any, Any], inputs: dict[Any, Any], rows: list[Any]
+        self, param_groups: list[Any], state: dict[Any, Any], inputs: dict[Any, Any], rows: list[Row]
     ) -> bool: ...
     def set_norm_classes(self, classes: Sequence[int]) -> None: ...
     def norm(self, clip: Clip, threads: int) -> None: ...

@@ -9,6 +9,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
+from ._core.formats import StateFormat
+from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -18,8 +20,6 @@ class _SumOfSquares(FusedOptimizer):
     """What Adagrad and AdagradW share; ``_name`` is that of the rule."""
 
     _name: str
-    _second_moment = "sum"
-    _counts_steps = True
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])
@@ -44,12 +44,10 @@ class _SumOfSquares(FusedOptimizer):
         value = group["initial_accumulator_value"]
         return complex(value, value) if p.is_complex() else value
 
-    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
-        return "sum", 1.0, float(group["eps"])
-
-    @classmethod
-    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
-        return 1.0
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        if not self._steps(p):
+            return None
+        return Metric(self._decoded(p, group, "sum"), eps=float(group["eps"]))
 
 
 class Adagrad(_SumOfSquares, torch.optim.Adagrad):
@@ -114,7 +112,7 @@ class Adagrad(_SumOfSquares, torch.optim.Adagrad):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -185,7 +183,7 @@ class AdagradW(_SumOfSquares):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
+from ._core.formats import StateFormat
+from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -69,9 +71,6 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         [0.9, -1.9]
     """
 
-    _second_moment = "exp_avg_sq"
-    _counts_steps = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -87,7 +86,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -128,14 +127,12 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         hyper["beta1"], hyper["beta2"] = map(number, group["betas"])
         return Row(rule, -1.0 if group["maximize"] else 1.0, hyper)
 
-    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
-        name = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
-        return name, 1.0 / (1.0 - float(group["betas"][1]) ** float(self.state[p]["step"])), float(group["eps"])
-
-    @classmethod
-    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
-        beta2: float | Tensor = group["betas"][1]
-        return beta2
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        step = self._steps(p)
+        if not step:
+            return None
+        v = self._decoded(p, group, "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
+        return Metric(v, 1.0 / (1.0 - float(group["betas"][1]) ** step), float(group["eps"]))
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -220,7 +217,7 @@ class AdamW(Adam, torch.optim.AdamW):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:

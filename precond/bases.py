@@ -1,5 +1,5 @@
-"""Orthogonal bases in which a diagonal preconditioner works: of a matrix, refreshed step by step, Kronecker-factored, and the
-geodesic between two. Called by methods that rotate gradients, and by experiments.
+"""Orthogonal bases for diagonal preconditioners: eigenbases of matrices and their refresh, Kronecker-factored bases, and the
+geodesic between two bases. Called by methods that rotate gradients, and by experiments.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ def interpolate_basis(u0: Tensor, u1: Tensor, s: float | Tensor, *, match: bool 
     .. math::
         U_s = U_0 \exp(s \log(U_0^T U_1)), \qquad s \in [0, 1]
 
-    Column order and signs of eigenvectors are free, so U_1 is first brought close to U_0 by :func:`match_columns`. The logarithm
-    is the principal one, of the rotation nearest to U_0^T U_1: a sum of plane rotations, whose angles s multiplies, so U_s is
-    orthogonal whatever s is. Kronecker-factored bases stay so, U_s = L_s (x) R_s: interpolate the factors.
+    The order and the signs of eigenvectors are arbitrary, so :func:`match_columns` first brings U_1 close to U_0. The logarithm
+    is the principal one of the rotation nearest to U_0^T U_1. It is a sum of plane rotations whose angles are multiplied by s, so
+    U_s is orthogonal for every s. For Kronecker-factored bases interpolate the factors: U_s = L_s (x) R_s.
 
     Args:
-        u0, u1: orthogonal matrices (d, d), real; the basis vectors are columns. Halves are not orthogonal enough.
-        s: in [0, 1], or a tensor of n such numbers.
-        match: match columns first (default True), so that U_1 is reached up to the order and signs of its columns. False takes
-            u1 as it is: reached exactly, by a longer path.
+        u0, u1: real orthogonal matrices (d, d) whose columns are the basis vectors. 16-bit matrices are not orthogonal enough.
+        s: a number in [0, 1], or a tensor of n such numbers.
+        match: True (default) matches columns first; the path then ends at U_1 up to the order and signs of its columns. False
+            ends exactly at u1, by a longer path.
 
     Returns:
         U_s (d, d), or (n, d, d), of u0's dtype and on its device. Computed in float64 on the CPU, O(d^3) once for all s.
 
-    Where u1 turns a plane of u0 by exactly pi (an eigenvalue of -1, twice) both ways are as short, and one is taken.
+    If u1 turns a plane of u0 by exactly pi (an eigenvalue of -1, twice), both directions are equally short and one is taken.
 
     Raises:
-        ValueError: not square, not of one shape, not orthogonal within the square root of the dtype's precision, s outside
-            [0, 1]; with match=False also det(u0^T u1) < 0: no rotation leads there.
+        ValueError: the matrices are not square, differ in shape, or are not orthogonal within the square root of the dtype's
+            precision; s is outside [0, 1]; with match=False, det(u0^T u1) < 0, so that no rotation leads to u1.
         ImportError: scipy is missing: ``pip install 'precond[diagnostics]'``.
 
     Source: the summary of Liu et al., arXiv 2510.13680, names a "geodesic interpolation method between bases"; the construction
@@ -94,16 +94,17 @@ def distance(u0: Tensor, u1: Tensor, *, match: bool = True) -> float:
 
 
 def match_columns(u0: Tensor, u1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The columns of one basis in the order and with the signs that are closest to another.
+    """Orders and signs the columns of one basis so that they are closest to another.
 
-    The order maximises the sum of ``|u0^T u1|`` on the diagonal (an assignment problem); signs make the diagonal positive; if the
-    determinant of u0^T u1 is then -1, the column that fits worst is flipped back, so that a rotation leads from u0 to the result.
+    The order maximises the sum of ``|u0^T u1|`` on the diagonal (an assignment problem), and signs make the diagonal positive. If
+    the determinant of u0^T u1 is then -1, the worst fitting column is flipped back, so that a rotation leads from u0 to the
+    result.
 
     Args:
         u0, u1: as for :func:`interpolate_basis`, with its errors.
 
     Returns:
-        ``(matched, order, signs)`` with ``matched = u1[:, order] * signs``. A state per column of u1 is reordered alike.
+        ``(matched, order, signs)`` with ``matched = u1[:, order] * signs``. Reorder states per column of u1 likewise.
 
     Source: METHODS C.4.
 
@@ -156,7 +157,7 @@ def _rotation(q: Tensor) -> tuple[Tensor, list[tuple[int, int]], Tensor]:
     q = left @ right
     if torch.linalg.det(q) < 0:
         raise ValueError("u0^T u1 must have determinant 1, got -1: match=True flips a column")
-    # A normal matrix' real Schur form has blocks of size 1 and 2 only, and its basis is orthonormal also where angles repeat.
+    # The real Schur form of a normal matrix has blocks of size 1 and 2 only, and an orthonormal basis even if angles repeat.
     t, z = map(torch.from_numpy, scipy_linalg.schur(q.numpy(), output="real"))
     below = t.diagonal(-1)
     pairs = [i for i in range(len(below)) if below[i] != 0]
@@ -174,18 +175,18 @@ def eigenbasis(a: Tensor) -> Tensor:
     """Eigenvectors of a symmetric positive semidefinite matrix, largest eigenvalue first.
 
     Args:
-        a: (d, d), real, symmetric: the lower triangle is read. Of any scale: it is divided by its largest magnitude. Rank may be
-            deficient: the null space gets some orthonormal basis.
+        a: (d, d), real and symmetric; only the lower triangle is read. Any scale works, since a is divided by its largest
+            magnitude. A null space gets an arbitrary orthonormal basis.
 
     Returns:
-        (d, d), orthogonal, the eigenvectors as columns; of a's dtype, float32 for halves. If the decomposition fails, it is
+        (d, d), orthogonal, the eigenvectors as columns; of a's dtype, float32 for 16-bit ones. If the decomposition fails, it is
         tried again on a float64 copy with a little noise on the diagonal.
 
     Raises:
-        ValueError: not square, or inf or NaN inside.
+        ValueError: a is not square, or contains inf or NaN.
 
-    Source: the first step of SOAP (Vyas et al., arXiv 2409.11321, as its public code has it: ``eigh``, flipped); scaling and the
-    second try are ours.
+    Source: the first step of SOAP (Vyas et al., arXiv 2409.11321, as its public code has it: ``eigh``, flipped); the scaling
+    and the second try are this project's.
 
     Example:
         >>> import torch
@@ -197,35 +198,35 @@ def eigenbasis(a: Tensor) -> Tensor:
     try:
         _, vectors = torch.linalg.eigh(scaled)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        # Noise that differs per coordinate parts eigenvalues on which the iteration did not converge.
+        # Different noise per coordinate separates the eigenvalues on which the iteration did not converge.
         noise = torch.linspace(1.0, 2.0, len(a), dtype=torch.float64, device=a.device) * 1e-10
         _, vectors = torch.linalg.eigh(scaled.double() + noise.diag())
     return torch.flip(vectors, (-1,)).to(scaled.dtype)
 
 
 def refreshed(basis: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    r"""One step of orthogonal iteration: a basis, closer to the eigenvectors of a matrix that has changed a little.
+    r"""One step of orthogonal iteration: moves a basis towards the eigenvectors of a matrix that has changed a little.
 
     .. math::
         Q' = \mathrm{qr}((A + \epsilon \lVert A \rVert I)\, Q_{:,\, \mathrm{order}}), \qquad
         \mathrm{order} = \mathrm{argsort}(-\mathrm{diag}(Q^T A Q))
 
-    Signs are such that no column turns by more than 90 degrees. epsilon, 16 sqrt(d) times the dtype's precision, is above the
-    rounding errors of A Q, which would otherwise decide where columns in the null space of A go; A = 0 changes nothing. The
-    norm is the largest magnitude.
+    Signs are chosen so that no column turns by more than 90 degrees. epsilon is 16 sqrt(d) times the dtype's precision, which is
+    more than the rounding errors of A Q: without it these would decide where columns in the null space of A go. A = 0 changes
+    nothing. The norm is the largest magnitude.
 
     Args:
         basis: Q (d, d), orthogonal.
         a: A (d, d), symmetric positive semidefinite, of any scale.
 
     Returns:
-        ``(Q', order)``: Q' in basis' dtype, float32 for halves; order (d,), int64, by which states per column of Q are
-        permuted, ``state[:, order]``, before they are used with Q'.
+        ``(Q', order)``: Q' has the dtype of basis, float32 for 16-bit ones; order (d,), int64, permutes states per column of Q
+        for use with Q': ``state[:, order]``.
 
     Raises:
-        ValueError: not square, not of one shape, or inf or NaN inside.
+        ValueError: the matrices are not square, differ in shape, or a contains inf or NaN.
 
-    Source: SOAP (Vyas et al., arXiv 2409.11321), as its public code has it; signs and epsilon are ours.
+    Source: SOAP (Vyas et al., arXiv 2409.11321), as its public code has it; signs and epsilon are this project's.
 
     Example:
         >>> import torch
@@ -262,7 +263,7 @@ def _scaled(a: Tensor) -> Tensor:
 
 
 def rotate(g: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """A matrix in a Kronecker basis, L^T G R.
+    """Rotates a matrix into a Kronecker basis: L^T G R.
 
     Args:
         g: G (m, n), or a batch (..., m, n).
@@ -272,7 +273,7 @@ def rotate(g: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
         A tensor like g; ``rotate_back`` is the inverse.
 
     Raises:
-        ValueError: g has less than two dimensions, or a factor does not fit.
+        ValueError: g has fewer than two dimensions, or a factor does not fit.
 
     Source: METHODS C.1; SOAP, arXiv 2409.11321.
 
@@ -289,7 +290,7 @@ def rotate(g: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
 
 
 def rotate_back(g: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """A matrix out of a Kronecker basis, L G R^T: the inverse of :func:`rotate`, with its arguments and errors.
+    """Rotates a matrix out of a Kronecker basis, L G R^T: the inverse of :func:`rotate`, with its arguments and errors.
 
     Source: METHODS C.1; SOAP, arXiv 2409.11321.
 
@@ -317,21 +318,21 @@ def _check_factors(g: Tensor, left: Tensor | None, right: Tensor | None) -> None
 
 
 def merged_shape(shape: Sequence[int], max_size: int, *, keep: int = 0) -> tuple[int, ...]:
-    """A shape with fewer dimensions: neighbours are merged while their product is at most max_size.
+    """A shape with fewer dimensions: neighbours are merged as long as their product is at most max_size.
 
     Args:
-        shape: of a tensor, contiguous in its order.
-        max_size: >= 1; a dimension that is larger stays alone.
-        keep: this many leading dimensions are never merged (default 0, as in SOAP, which makes a vector of whatever is small
-            enough; 1 keeps a convolution a matrix of its output channels and its patches).
+        shape: the shape of a contiguous tensor.
+        max_size: >= 1; a dimension that is larger is not merged.
+        keep: number of leading dimensions that are never merged (default 0, as in SOAP, which makes vectors of small tensors; 1
+            keeps a convolution a matrix of output channels by patches).
 
     Returns:
-        The shape for ``reshape``; dimensions of 1 vanish, but for one where there is no other.
+        The shape for ``reshape``. Dimensions of 1 are dropped, except one if there is no other.
 
     Raises:
         ValueError: max_size < 1, or keep is not between 0 and the number of dimensions.
 
-    Source: ``merge_dims`` of SOAP's public code (arXiv 2409.11321); keep is ours.
+    Source: ``merge_dims`` of SOAP's public code (arXiv 2409.11321); keep is this project's.
 
     Example:
         >>> from precond import bases
@@ -354,11 +355,11 @@ def merged_shape(shape: Sequence[int], max_size: int, *, keep: int = 0) -> tuple
 
 
 def blocks(shape: Sequence[int], max_size: int) -> list[tuple[slice, ...]]:
-    """How a tensor is cut into blocks whose sides are at most max_size.
+    """Cuts a tensor into blocks whose sides are at most max_size.
 
     Args:
-        shape: of the tensor, any number of dimensions.
-        max_size: >= 1, the side of a block. The last one of a row is what is left.
+        shape: the shape of the tensor, with any number of dimensions.
+        max_size: >= 1, the side of a block; the last block of each dimension is what is left.
 
     Returns:
         Indices ``tensor[block]``, which tile the tensor, the last dimension fastest.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -10,39 +9,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._wrappers.inputs import Inputs, Observer, moments, plain_layers, statistics_dtype
-from ._wrappers.standardised import Coordinates
+from ._wrappers.decays import coupled_decays
+from ._wrappers.inputs import Inputs, Observer, add_seen, pooled
+from ._wrappers.layers import Layer, layers_of, plain_layers
+from ._wrappers.standardised import Coordinates, step_in_z
 from ._wrappers.standardised import precondition_gradients as precondition_gradients
 from ._wrappers.wrapper import Wrapper
 
 T = TypeVar("T")
 
-#: torch's classes whose ``weight_decay`` is added to the gradient; a group's "decoupled_weight_decay" comes first.
-_COUPLED = (
-    torch.optim.SGD,
-    torch.optim.ASGD,
-    torch.optim.Adam,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.Adadelta,
-    torch.optim.Adagrad,
-    torch.optim.RMSprop,
-)
-
-
-@dataclasses.dataclass
-class _Layer:
-    """What belongs to a weight: the bias that centres its gradients, if there is one, and its input channels."""
-
-    bias: Tensor | None
-    channels: int
-
 
 class BNP(Wrapper):
-    r"""Batch normalisation preconditioning: the gradients of a layer as if its inputs were standardised. For any optimizer.
+    r"""Batch normalisation preconditioning: gives any optimizer gradients as if the inputs of each layer were standardised.
 
-    For a layer with m inputs, of running mean mu and variance var, and N rows in the batch:
+    For a layer with m inputs of running mean mu and variance var, and a batch of N rows:
 
     .. math::
         s_j^2 = \mathrm{var}_j + \epsilon_1 \max_k \mathrm{var}_k + \epsilon_2, \qquad q^2 = \max(m / N, 1)
@@ -51,37 +31,39 @@ class BNP(Wrapper):
         \hat g_{b,i} = \frac{g_{b,i}}{q^2} - \sum_j \hat g_{W,ij}\, \mu_j
 
     This is P P^T g, with P the map from the parameters z of standardised inputs, z_W = q s W and z_b = q (b + W mu), to (W, b).
-    The model computes what it did: hooks read the inputs of its layers, and the step transforms gradients. Layers are nn.Linear,
-    with any leading dimensions, and nn.Conv1d, nn.Conv2d and nn.Conv3d, where mu and var belong to an input channel, m counts
-    channels of a group times taps, and N positions of the output. Without a bias that ``base`` updates there is nothing to centre
-    with: only the division is left. Every other parameter, and a layer that was never seen in training, takes base's plain step.
+    The model's outputs do not change: hooks read the inputs of its layers, and the step transforms gradients. Layers are
+    nn.Linear, with any leading dimensions, and nn.Conv1d, nn.Conv2d and nn.Conv3d. For a convolution mu and var are per input
+    channel, m is the channels of a group times the taps, and N is the number of output positions. A layer without a bias that
+    ``base`` updates cannot be centred; it is only scaled. All other parameters, and layers that were never seen in training,
+    take the plain step of ``base``.
 
-    Inputs count where the layer is in training mode and gradients are on. All that came since the last step are pooled, as if
-    they were one batch. A channel whose moments are not finite keeps those it had.
+    Inputs count when the layer is in training mode and gradients are enabled. All inputs since the last step are pooled as one
+    batch. A channel whose moments are not finite keeps its previous ones.
 
     Args:
-        module: the model, an nn.Module. Layers whose weight is in a group of ``base`` are preconditioned; float32, float64,
-            bfloat16 and float16. Left alone are transposed convolutions and subclasses with a forward of their own.
+        module: the model, an nn.Module. Its layers whose weight is in a group of ``base`` are preconditioned, in float32,
+            float64, bfloat16 and float16. Transposed convolutions, and subclasses that define ``forward``, are not.
         base: any ``torch.optim.Optimizer`` that steps without a closure. Its ``param_groups`` are those of this one.
-        stat_momentum: rho in [0, 1], of the running mean and variance (default 0.99; 1 freezes them).
+        stat_momentum: rho in [0, 1], decay rate of the running mean and variance (default 0.99; 1 freezes them).
         eps1: epsilon_1 >= 0, relative to the largest variance of the layer (default 1e-2).
         eps2: epsilon_2 > 0, absolute (default 1e-4).
-        compose: "gradient" (default): ``base`` gets (g_W, g_b) transformed, P P^T g. "direction": ``base`` steps in z, on the
-            gradient P^T g. For SGD without momentum both are the same; Adam undoes every scaling of its input, and of the first
-            it keeps only the centring. Directions need float32 or float64 parameters, and three copies of them during a step.
-        process_group: ``torch.distributed`` processes that train replicas (DDP): their statistics are pooled, or else the
-            replicas drift apart. None (default): one process. Neither copied nor pickled.
+        compose: "gradient" (default) gives ``base`` the transformed gradient P P^T g. "direction" lets ``base`` step in z, on the
+            gradient P^T g. For SGD without momentum both are the same. Adam undoes any scaling of its input, so with "gradient"
+            only the centring has an effect on it. "direction" needs float32 or float64 parameters, and three copies of them
+            during a step.
+        process_group: the ``torch.distributed`` processes that train replicas (DDP). Their statistics are pooled; without that
+            the replicas drift apart. None (default): one process. Neither copied nor pickled.
 
     Raises:
         TypeError: ``module`` or ``base`` is something else.
-        ValueError: an argument is out of range, no layer is there, one is lazy or sharded, or two layers share a weight and have
-            different numbers of input channels.
+        ValueError: an argument is out of range, the module has no such layer, a layer is lazy or sharded, or layers that share a
+            weight differ in their numbers of input channels.
 
-    State: ``mean`` (init 0), ``var`` (init 1) and ``rows``, N of the last step, per weight, in ``own``; in a checkpoint they are
-    beside the states of ``base`` as "bnp_mean", ...
+    State: per weight, in ``own``: ``mean`` (starts at 0), ``var`` (starts at 1) and ``rows``, the N of the last step. A
+    checkpoint has them among the states of ``base`` as "bnp_mean", "bnp_var" and "bnp_rows".
 
-    Source: Lange, Helfrich, Ye 2022, JMLR 23(72). Its constants and q for convolutions are recalled, not quoted: they are
-    arguments, or stand in METHODS A.3; "direction" is derived there (A.3.5).
+    Source: Lange, Helfrich, Ye 2022, JMLR 23(72). The constants, and q for convolutions, are recalled from it, not
+    quoted: METHODS A.3, which also derives "direction" (A.3.5).
 
     Example:
         >>> import torch, precond
@@ -99,7 +81,7 @@ class BNP(Wrapper):
 
     _prefix = "bnp"
 
-    _layers: dict[Tensor, _Layer]
+    _layers: dict[Tensor, Layer]
     _pending: dict[Tensor, Inputs]
 
     def __init__(
@@ -138,41 +120,12 @@ class BNP(Wrapper):
 
     def _attach(self) -> None:
         """Find the layers and put hooks on them."""
-        self._layers = self._found()
+        self._layers = layers_of(self.module, self._params(), in_z=self.compose == "direction")
         self._observer_hooks = [
             layer.register_forward_hook(Observer(self._observe), with_kwargs=True)
             for layer in plain_layers(self.module)
             if layer._parameters["weight"] in self._layers
         ]
-
-    def _found(self) -> dict[Tensor, _Layer]:
-        ours = set(self._params())
-        found: dict[Tensor, _Layer] = {}
-        for layer in plain_layers(self.module):
-            weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-            if weight not in ours or weight is None or weight.is_complex() or weight.numel() == 0:
-                continue
-            if hasattr(weight, "placements"):
-                raise ValueError(
-                    f"a weight must be a plain tensor, got a {type(weight).__name__} of {tuple(weight.shape)}"
-                )
-            if self.compose == "direction" and weight.dtype not in (torch.float32, torch.float64):
-                raise ValueError(f"compose='direction' needs float32 or float64 weights, got {weight.dtype}")
-            new = _Layer(bias if bias in ours else None, int(getattr(layer, "groups", 1)) * weight.shape[1])
-            known = found.setdefault(weight, new)
-            if known.channels != new.channels:
-                raise ValueError(
-                    "layers that share a weight must have the same number of input channels, "
-                    f"got {known.channels} and {new.channels} for {tuple(weight.shape)}"
-                )
-            if known.bias is not new.bias:
-                known.bias = None
-        # Nor does a bias of several weights centre any.
-        users = [layer.bias for layer in found.values() if layer.bias is not None]
-        for known in found.values():
-            if known.bias is not None and sum(known.bias is other for other in users) > 1:
-                known.bias = None
-        return found
 
     def remove(self) -> None:
         """Take the hooks off the model. Steps go on with the statistics as they are."""
@@ -195,7 +148,9 @@ class BNP(Wrapper):
         self._pending = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "process_group": None}
+        """What deepcopy and pickle keep; layers are found again."""
+        kept = {name: value for name, value in super().__getstate__().items() if name != "_layers"}
+        return {**kept, "process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -208,29 +163,17 @@ class BNP(Wrapper):
     def _observe(self, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         """Add the inputs of one forward to what the next step sees."""
         weight = layer._parameters["weight"]
-        known = self._layers.get(weight) if weight is not None and weight.requires_grad else None
-        # Not under torch.func: its values live no longer than a call.
-        if known is None or weight is None or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        # Values under torch.func must not outlive the call.
+        if weight not in self._layers or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return
-        # In a backward a checkpoint runs its layers again. It counts where the first run had no gradients, and did not.
-        recomputed = torch._C._current_graph_task_id() != -1
-        pending = self._pending.get(weight)
-        if x.numel() == 0 or (recomputed and pending is not None and not pending.recomputed):
-            return
-        dim = x.dim() + 1 - weight.dim()
-        count, mean, squares = moments(x.detach(), dim, statistics_dtype(weight))
-        inputs = Inputs(output.numel() // weight.shape[0], count, mean, squares, recomputed)
-        if pending is None:
-            self._pending[weight] = inputs
-        else:
-            pending.add(inputs)
-            pending.recomputed &= recomputed
+        if weight is not None and weight.requires_grad:
+            add_seen(self._pending, weight, x, output)
 
     def _update_statistics(self) -> None:
         """Move the running statistics to those of the inputs since the last step."""
         pending, self._pending = self._pending, {}
         if self.process_group is not None:
-            pending = self._pooled(pending)
+            pending = pooled(pending, self._layers, self.process_group)
         for weight, inputs in pending.items():
             if weight not in self.own:
                 self.own[weight] = {"mean": torch.zeros_like(inputs.mean), "var": torch.ones_like(inputs.mean)}
@@ -239,29 +182,6 @@ class BNP(Wrapper):
             for name, value in (("mean", inputs.mean), ("var", var)):
                 own[name] = torch.where(finite, own[name].lerp(value, 1.0 - self.stat_momentum), own[name])
             own["rows"] = inputs.rows
-
-    def _pooled(self, pending: dict[Tensor, Inputs]) -> dict[Tensor, Inputs]:
-        """The statistics of all processes, in one reduction of sums in float64."""
-        sums = []
-        for weight, layer in self._layers.items():
-            part = torch.zeros(2 + 2 * layer.channels, dtype=torch.float64, device=weight.device)
-            if (inputs := pending.get(weight)) is not None:
-                mean = inputs.mean.double()
-                part[0], part[1] = inputs.rows, inputs.count
-                part[2:] = torch.cat([mean, inputs.squares / inputs.count + mean.square()]) * inputs.count
-            sums.append(part)
-        total = torch.cat(sums)
-        torch.distributed.all_reduce(total, group=self.process_group)
-        pooled, begin = {}, 0
-        for weight, layer in self._layers.items():
-            part, begin = total[begin : begin + 2 + 2 * layer.channels], begin + 2 + 2 * layer.channels
-            rows, count = (int(n) for n in part[:2].tolist())
-            if count:
-                mean, square = (part[2:] / count).view(2, -1)
-                squares = (square - mean.square()).clamp_min(0.0) * count
-                dtype = statistics_dtype(weight)
-                pooled[weight] = Inputs(rows, count, mean.to(dtype), squares.to(dtype), False)
-        return pooled
 
     # The step.
 
@@ -281,7 +201,7 @@ class BNP(Wrapper):
                 transformed.update(layer.gradients())
             self._with_gradients(transformed)
         else:
-            self._step_in_z(list(self._with_statistics()))
+            step_in_z(list(self._with_statistics()), coupled_decays(self.base), self._with_gradients)
 
     def _with_statistics(self) -> Iterator[Coordinates]:
         """The layers whose gradients are transformed in this step."""
@@ -296,43 +216,3 @@ class BNP(Wrapper):
             s2 = var + self.eps1 * var.max() + self.eps2
             q2 = max(math.prod(weight.shape[1:]) / own["rows"], 1.0)
             yield Coordinates(weight, bias, own["mean"], s2, q2)
-
-    def _step_in_z(self, layers: list[Coordinates]) -> None:
-        """Let ``base`` step on z with P^T g, and move p by P (z_new - z)."""
-        decay = self._coupled_decays()
-        p = {q: q.clone() for layer in layers for q in layer.params()}
-        z, gradients = {}, {}
-        for layer in layers:
-            values = layer.z()
-            # A penalty on p: what base adds of z itself is taken off.
-            given = {q: q.grad.add(q, alpha=decay.get(q, 0.0)) for q in layer.params() if q.grad is not None}
-            for q, g in layer.z_gradients(given).items():
-                gradients[q] = g.sub_(values[q], alpha=decay.get(q, 0.0))
-            z.update(values)
-        try:
-            for q, value in z.items():
-                q.copy_(value)
-            self._with_gradients(gradients)
-        except BaseException:
-            for q, value in p.items():
-                q.copy_(value)
-            raise
-        for layer in layers:
-            layer.move({q: p[q] for q in layer.params()}, {q: z[q] for q in layer.params()})
-
-    def _coupled_decays(self) -> dict[Tensor, float]:
-        """The weight decay of parameters whose optimizer adds it to the gradient, with the sign of a gradient."""
-        decays: dict[Tensor, float] = {}
-        for group in self.param_groups:
-            weight_decay = group.get("weight_decay", 0.0)
-            decoupled = group.get("decoupled_weight_decay", not _is_coupled(self.base))
-            if weight_decay != 0.0 and not decoupled:
-                sign = -1.0 if group.get("maximize", False) else 1.0
-                decays.update((p, sign * float(weight_decay)) for p in group["params"])
-        return decays
-
-
-def _is_coupled(base: torch.optim.Optimizer) -> bool:
-    while isinstance(base, Wrapper):
-        base = base.base
-    return isinstance(base, _COUPLED)

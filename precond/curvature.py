@@ -21,27 +21,28 @@ _LOSSES = ("cross_entropy", "squared")
 def sampled_label_loss(
     outputs: Tensor, loss: str = "cross_entropy", *, generator: torch.Generator | None = None
 ) -> Tensor:
-    r"""The mean loss on labels that the model itself has drawn: the squares of its gradients estimate the Gauss-Newton diagonal.
+    r"""The mean loss on labels drawn from the model: the squares of its gradients estimate the Gauss-Newton diagonal.
 
     .. math::
         y_n \sim \mathrm{softmax}(f(x_n)), \quad L = -\frac1B \sum_n \log p_{n y_n}
         \qquad\text{or}\qquad
         y_n \sim N(f(x_n), I), \quad L = \frac1{2B} \sum_n \lVert f(x_n) - y_n \rVert^2
 
-    Labels are constants. For a loop that calls ``backward`` itself, or has a gradient reduced over processes:
-    ``h = batch_size_of(outputs) * p.grad**2``, with the samples of all processes where the gradient is their mean.
+    Labels are constants. In a loop that calls ``backward`` itself, or reduces gradients over processes, use
+    ``h = batch_size_of(outputs) * p.grad**2``, where a gradient averaged over processes counts the samples of all of them.
 
     Args:
-        outputs: f (..., C): the last dimension holds the classes' logits, or the outputs of a regression; all others are samples.
-            One output per sample is (B, 1), not (B,). Padding is left out with ``outputs[mask]``. Halves are widened to float32.
+        outputs: f (..., C): the last dimension holds the logits, or the outputs of a regression; all others are samples. With
+            one output per sample the shape is (B, 1), not (B,). Leave out padding by ``outputs[mask]``. 16-bit outputs are
+            widened to float32.
         loss: "cross_entropy" (default) or "squared", summed over outputs and with the factor 1/2.
-        generator: of the labels, on the device of outputs; None is torch's own (default).
+        generator: draws the labels, on the device of outputs; None (default) is torch's default generator.
 
     Returns:
         A scalar to differentiate.
 
     Raises:
-        ValueError: another loss, or outputs without samples or without a dimension.
+        ValueError: loss has another name, or outputs have no samples or no dimension.
 
     Source: Gauss-Newton-Bartlett as in Sophia's public code (Liu et al., arXiv 2305.14342); squared loss: METHODS C.2.
 
@@ -64,10 +65,10 @@ def sampled_label_loss(
 
 
 def batch_size_of(outputs: Tensor) -> int:
-    """The number of samples B in a model's outputs (..., C), by which a squared gradient of the mean loss is multiplied.
+    """The number of samples B in a model's outputs (..., C): the factor of a squared gradient of their mean loss.
 
     Raises:
-        ValueError: no dimension, or no sample.
+        ValueError: outputs have no dimension or no samples.
 
     Source: METHODS C.2.
 
@@ -98,24 +99,23 @@ def gauss_newton_bartlett(
         h = B\, \hat g \circ \hat g, \quad E[h] = \mathrm{diag}(G), \quad
         G = \frac1B \sum_n J_n^T \nabla^2_z \ell_n J_n; \qquad h = B\, (U^T \hat g)^2 \text{ in a basis}
 
-    One backward pass per draw. h >= 0, and it needs no labels. Its square root times the learning rate is Adam's denominator on
-    such gradients, times sqrt(B).
+    It takes one backward pass per draw, is never negative and needs no labels.
 
     Args:
         outputs: f (..., C) with the graph that leads to params: :func:`sampled_label_loss`.
-        params: tensors that require a gradient, real. Those that outputs do not depend on get zeros.
+        params: real tensors that require a gradient. Those that outputs do not depend on get zeros.
         loss: "cross_entropy" (default) or "squared".
-        bases: per parameter None or a pair (left, right) for a matrix: h is then of the rotated gradient, left^T g right. None
-            (default): the parameters' own coordinates.
-        draws: labels are drawn this often and the h averaged, >= 1 (default 1).
-        generator: of the labels; None is torch's own (default).
-        retain_graph: keep the graph of outputs, for another backward pass (default False).
+        bases: per parameter None, or for a matrix a pair (left, right): h is then that of the rotated gradient, left^T g right.
+            None (default): the parameters' own coordinates.
+        draws: how often labels are drawn, >= 1 (default 1); the results are averaged.
+        generator: draws the labels; None (default) is torch's default generator.
+        retain_graph: keep the graph of outputs for another backward pass (default False).
 
     Returns:
-        An h of each parameter's shape and dtype, float32 for halves, whose squares underflow.
+        An h of each parameter's shape and dtype; float32 for 16-bit ones, whose squares would underflow.
 
     Raises:
-        ValueError: another loss, no sample, draws < 1, complex parameters, or bases that do not fit.
+        ValueError: loss has another name, there is no sample, draws < 1, a parameter is complex, or bases do not fit.
 
     Source: Sophia's public code (Liu et al., arXiv 2305.14342), whose factor B stands in its step; rotated: METHODS C.2.
 
@@ -156,26 +156,26 @@ def hutchinson(
     .. math::
         h = u \circ (H u), \quad E[h] = \mathrm{diag}(H); \qquad h = u \circ (U^T H U u) \text{ in a basis}
 
-    With Rademacher probes the variance of h_i is the sum of H_ij^2 over j != i; Gaussian ones add 2 H_ii^2. An h can be negative,
-    also on average where the Hessian is indefinite: methods take ``h.abs()`` (AdaHessian, of H u) or ``h.clamp(min=0)`` (Sophia).
+    With Rademacher probes the variance of h_i is the sum of H_ij^2 over j != i; Gaussian ones add 2 H_ii^2. h can be negative,
+    and where the Hessian is indefinite its mean can be too: methods take ``h.abs()`` (AdaHessian) or ``h.clamp(min=0)`` (Sophia).
 
     Args:
         loss: for "hessian" the scalar, with its graph; for "gauss_newton" the function of outputs that gives it.
-        params: tensors that require a gradient, real. Those that the loss does not depend on get zeros.
+        params: real tensors that require a gradient. Those that the loss does not depend on get zeros.
         product: "hessian" (default) or "gauss_newton".
-        outputs: for "gauss_newton" what the model gives, with its graph.
-        probe: "rademacher" (default), signs, or "gaussian".
-        bases: per parameter None or a pair (left, right) for a matrix, whose h is then that of left^T W right. None (default):
-            the parameters' own coordinates.
-        draws: probes that are averaged, >= 1 (default 1).
-        generator: of the probes, on the parameters' device; None is torch's own (default).
+        outputs: for "gauss_newton" the model's outputs, with their graph.
+        probe: "rademacher" (default), random signs, or "gaussian".
+        bases: per parameter None, or for a matrix a pair (left, right): h is then that of left^T W right. None (default): the
+            parameters' own coordinates.
+        draws: number of probes, >= 1 (default 1); the results are averaged.
+        generator: draws the probes, on the parameters' device; None (default) is torch's default generator.
 
     Returns:
-        An h of each parameter's shape and dtype, float32 for halves. The graph is kept.
+        An h of each parameter's shape and dtype; float32 for 16-bit ones. The graph is kept.
 
     Raises:
-        ValueError: another product or probe, draws < 1, complex parameters, or bases that do not fit.
-        TypeError: a loss that is not what the product takes.
+        ValueError: product or probe has another name, draws < 1, a parameter is complex, or bases do not fit.
+        TypeError: loss is not what the product takes.
         RuntimeError: an operation of the model has no second derivative in torch (fused attention).
 
     Source: AdaHessian (Yao et al., arXiv 2006.00719) and Sophia-H (arXiv 2305.14342); variances: METHODS C.2.
@@ -207,19 +207,19 @@ def hutchinson(
 
 
 def hessian_product(loss: Tensor, params: Iterable[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
-    """H u, by differentiating the gradient along u.
+    """The Hessian times a vector, H u, by differentiating the gradient along u.
 
     Args:
         loss: a scalar with its graph, which is kept.
-        params: tensors that require a gradient, real.
-        vectors: u, a tensor of the shape of each parameter.
+        params: real tensors that require a gradient.
+        vectors: u, one tensor per parameter, of its shape.
 
     Returns:
         A tensor per parameter.
 
     Raises:
-        ValueError: complex parameters, or vectors of other shapes.
-        TypeError: loss is no scalar tensor.
+        ValueError: a parameter is complex, or a vector has another shape.
+        TypeError: loss is not a scalar tensor.
         RuntimeError: an operation has no second derivative in torch (fused attention).
 
     Source: Pearlmutter 1994.
@@ -237,22 +237,23 @@ def hessian_product(loss: Tensor, params: Iterable[Tensor], vectors: Sequence[Te
 def gauss_newton_product(
     outputs: Tensor, loss_fn: Callable[[Tensor], Tensor], params: Iterable[Tensor], vectors: Sequence[Tensor]
 ) -> list[Tensor]:
-    r"""G u = J^T (d^2 loss / d outputs^2) J u: positive semidefinite wherever the loss is convex in the outputs.
+    r"""The Gauss-Newton matrix times a vector, G u = J^T (d^2 loss / d outputs^2) J u.
 
-    J u comes from differentiating J^T w, which is linear in w, along u.
+    G is positive semidefinite wherever the loss is convex in the outputs. J u is computed by differentiating J^T w, which is
+    linear in w, along u.
 
     Args:
-        outputs: what the model gives, of any shape, with its graph, which is kept.
-        loss_fn: outputs -> a scalar; called once, on a detached copy.
-        params: tensors that require a gradient, real.
-        vectors: u, a tensor of the shape of each parameter.
+        outputs: the model's outputs, of any shape, with their graph, which is kept.
+        loss_fn: maps outputs to a scalar; called once, on a detached copy.
+        params: real tensors that require a gradient.
+        vectors: u, one tensor per parameter, of its shape.
 
     Returns:
         A tensor per parameter.
 
     Raises:
-        ValueError: complex parameters, or vectors of other shapes.
-        TypeError: outputs are no tensor with a graph, or loss_fn does not give a scalar.
+        ValueError: a parameter is complex, or a vector has another shape.
+        TypeError: outputs are not a tensor with a graph, or loss_fn does not return a scalar.
         RuntimeError: an operation has no second derivative in torch (fused attention).
 
     Source: Schraudolph 2002; J u by two backward passes: METHODS C.2.

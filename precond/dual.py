@@ -12,6 +12,8 @@ from typing_extensions import Unpack
 from . import reference
 from ._core import backend as _backend
 from ._core.arguments import arguments, check_lr, check_nonnegative
+from ._core.formats import StateFormat
+from ._core.metric import Metric
 from ._core.optimizer import ParamsT
 from ._core.passes import Job, plain_step
 from ._core.rows import Row
@@ -20,7 +22,7 @@ from ._core.sharding import local
 from ._methods.multipass import MultiPass
 
 GRANULARITIES = ("global", "tensor", "unit", "entry", "spectral")
-#: Kernels that are one ratio of magnitudes: offset and slope of its denominator, from the scale.
+#: Kernels h'(r) = r / (offset + slope r): both numbers, from the scale.
 _RATIOS: dict[str, Callable[[float], tuple[float, float]]] = {
     "identity": lambda scale: (1.0, 0.0),
     "normalize": lambda scale: (0.0, 1.0),
@@ -30,13 +32,13 @@ _RATIOS: dict[str, Callable[[float], tuple[float, float]]] = {
 
 
 class DualDescent(MultiPass):
-    r"""Dual space preconditioning: the gradient goes through the gradient of a convex function K of magnitudes.
+    r"""Dual space preconditioning: steps along the gradient of a convex function K, taken at the loss's gradient.
 
     .. math::
         m_t = \mu m_{t-1} + (1-\mu) g_t, \qquad p_t = p_{t-1} - \gamma\,(\nabla K(m_t) + \lambda p_{t-1}), \qquad
         \nabla K(m) = h'(|m|)\,\frac{m}{|m|}
 
-    where |m| is what ``granularity`` says: a norm, an entry or a singular value. h'(r) by ``kernel``, c being ``scale``:
+    where ``granularity`` says what |m| is: a norm, an entry or a singular value. ``kernel`` chooses h'(r), with c = ``scale``:
 
     ==========  ==============================  =====================================================
     identity    r                               gradient descent
@@ -50,8 +52,8 @@ class DualDescent(MultiPass):
     power       c (r / c)^exponent              K is a power of a norm, with q - 1 = exponent
     ==========  ==============================  =====================================================
 
-    With "entry" a step is one pass, momentum included. "global" and "tensor" measure norms first, without a host sync; "unit"
-    divides a copy of the gradient; "spectral" has a singular value decomposition per matrix.
+    With "entry" a step is one pass, momentum included. "global" and "tensor" first measure norms, without synchronising with the
+    device. "unit" rescales a copy of the gradient. "spectral" computes a singular value decomposition per matrix.
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. All options may differ between groups;
@@ -62,15 +64,15 @@ class DualDescent(MultiPass):
             dimension 0; "entry"; "spectral": singular values of a matrix, of dimension 0 by all others.
         scale: c in [1e-18, 1e18] (default 1).
         exponent: > 0, at most 16, of "power" alone (default 0.5).
-        momentum: mu in [0, 1) of the mean of gradients that is mapped (default 0: no state).
+        momentum: mu in [0, 1), decay rate of the mean of gradients that is mapped (default 0: no state).
         nesterov: map m + (1 - mu)(g - m) instead, as Muon does (default False).
         weight_decay: lambda >= 0, decoupled (default 0).
         maximize: ascend instead of descend (default False).
         foreach: accepted and ignored.
-        differentiable: with "entry", autograd sees the step, which runs on the reference backend (default False).
-        fused: with "entry", True lets ``torch.amp.GradScaler`` leave unscaling to the step.
+        differentiable: autograd records the step, which then runs on the reference backend; "entry" only (default False).
+        fused: True makes ``torch.amp.GradScaler`` leave unscaling to the step; "entry" only.
         state_format, weight_format: as for :class:`precond.AdamW`, of the momentum and of 16-bit parameters.
-        **settings: ``backend``, with "entry" also ``max_grad_norm`` and the others: :class:`precond.Settings`.
+        **settings: :class:`precond.Settings`; except with "entry" only ``backend`` and ``seed``.
 
     Raises:
         ValueError: an argument is out of range or not one of its names.
@@ -110,7 +112,7 @@ class DualDescent(MultiPass):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -135,6 +137,11 @@ class DualDescent(MultiPass):
             raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
         if group["nesterov"] and group["momentum"] == 0.0:
             raise ValueError("nesterov needs a momentum > 0, got 0")
+
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        if group["kernel"] == "identity":
+            return Metric()
+        return Metric(why_not=f"the kernel {group['kernel']!r} is no linear map")
 
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group, "momentum", "scale", "exponent")
@@ -170,7 +177,7 @@ class DualDescent(MultiPass):
         return None
 
     def _averaged(self, found: list[tuple[Row, Tensor, Tensor]]) -> list[Tensor]:
-        """What is mapped: gradients, or points near their means."""
+        """What K's gradient is taken of: gradients, or their means, or points between the two."""
         jobs = []
         for row, p, g in found:
             if row.rule.endswith("_momentum"):
@@ -181,7 +188,7 @@ class DualDescent(MultiPass):
         return [next(means).p if row.rule.endswith("_momentum") else g for row, _, g in found]
 
     def _scale_by_norms(self, groups: list[dict[str, Any]], jobs: list[Job]) -> None:
-        """Turn the steps of tensors that share a norm, or have one each, into steps along K's gradient, on their device."""
+        """Scale the steps of tensors that share a norm, or have one each, to steps along K's gradient, on their device."""
         of = [i for i, group in enumerate(groups) if group["granularity"] in ("global", "tensor")]
         if not of:
             return
@@ -195,20 +202,20 @@ class DualDescent(MultiPass):
             first = of[members[0]]
             coef = coefficients(torch.stack([squares[k] for k in members]).sqrt(), groups[first])
             lr, decay = jobs[first].hyper["lr"] * coef, jobs[first].hyper["weight_decay"] / coef
-            # What only a device may read stays there; else numbers, which are quicker than a thousand small tensors.
+            # Numbers where the host may read them: a thousand small tensors would be slower.
             steps = [t.unbind() if _backend.on_device(t) else t.tolist() for t in (lr, decay)]
             for k, *step in zip(members, *steps, strict=True):
                 jobs[of[k]].hyper["lr"], jobs[of[k]].hyper["weight_decay"] = step
 
 
 def coefficients(r: Tensor, group: dict[str, Any]) -> Tensor:
-    """h'(r) / r: what a vector of length r is multiplied with; 1 at 0, and below what float32 holds that of its smallest."""
+    """h'(r) / r, the factor of a vector of length r: 1 at 0; below float32's smallest normal number that number's factor."""
     held = r.clamp(min=torch.finfo(torch.float32).tiny)
     return torch.where(r == 0, torch.ones_like(r), reference.KERNELS[group["kernel"]](held, group) / held)
 
 
 def mapped(name: str, u: Tensor, group: dict[str, Any]) -> Tensor:
-    """K's gradient of norms of rows, or of singular values."""
+    """K's gradient in the norms of rows, or in the singular values."""
     spectral = group["granularity"] == "spectral"
     for placement in getattr(u, "placements", ()):
         if not placement.is_replicate() and (spectral or not placement.is_shard(0)):
@@ -220,12 +227,12 @@ def mapped(name: str, u: Tensor, group: dict[str, Any]) -> Tensor:
     rows = u.reshape(u.shape[0] if u.dim() > 0 else 1, -1)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if not spectral:
-        # In float64 no square is lost.
+        # In float64 no square overflows or underflows.
         wide = torch.promote_types(rows.dtype, torch.float64)
         r = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide)
         return (rows * coefficients(r, group)).to(rows.dtype).view(u.shape)
     left, s, right = torch.linalg.svd(rows, full_matrices=False)
-    # What rounding leaves of a zero has a direction of its own making.
+    # A singular value of 0 is rounded to a tiny one, whose vectors are noise.
     s = torch.where(s > s.amax() * max(rows.shape) * torch.finfo(s.dtype).eps, s, 0.0)
     found: Tensor = (left * reference.KERNELS[group["kernel"]](s, group)) @ right
     return found.view(u.shape)

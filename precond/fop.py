@@ -24,7 +24,8 @@ class FOP(Wrapper):
 
     G is the gradient as a matrix of r rows, gamma the group's current lr, and M_1 = I. Where ``base`` is plain SGD,
     :math:`-\gamma (A_t + A_t^\top) M_{t-1}` is the derivative of the loss at p_t by the M that led there, its hypergradient;
-    with momentum or an adaptive ``base`` it stands in for that. The first step is ``base``'s own; with ``hyper_lr=0`` all are.
+    with momentum or an adaptive ``base`` it approximates that. The first step is a plain step of ``base``, and with
+    ``hyper_lr=0`` every step is.
 
     ============  ==========================  ==============================  =================
     mode          rows: the dimensions        r, convolution O x C x k x k    r, linear out x in
@@ -39,27 +40,27 @@ class FOP(Wrapper):
     :math:`m_t = m_{t-1} + 2\rho\gamma\, g_t g_{t-1} m_{t-1}`. A 1 x 1 convolution is a linear layer: "spatial" is its "input".
 
     Args:
-        base: any ``torch.optim.Optimizer`` with an ``lr`` in its groups and a step that needs no closure. It takes U for the
-            gradient; groups, states and hyper-parameters are its own. Weight decay, coupled or not, is added behind M and is
-            no part of the hypergradient.
-        hyper_lr: rho >= 0. The rule as it stands has rho in units of 1 / gradient^2, G whole: it must be found for each problem.
-            With ``normalize="hypergradient"`` it is a pure number, 1e-3 to 1e-1 (1e-2 is a proposal of this project).
-        mode: what M mixes: "spatial" (default), "input", "output" or "diagonal".
-        normalize: None (default), one name or several. "step": U has the norm of G. "matrix": after every change M is scaled
-            to the Frobenius norm of I. "hypergradient": ``A / (norm(G_t) * norm(G_{t-1}))``, without gamma, so that neither
-            loss scale nor lr matter to M.
-        max_norm: > 1 and finite, a limit to the spectral norm of M: a change beyond it, or to something not finite, is not
-            made; of an elementwise M, element by element (default 10.0: steps grow at most to 100 times). The norm is
+        base: any ``torch.optim.Optimizer`` with an ``lr`` in its groups and a step that needs no closure. It steps on U instead
+            of the gradient and keeps its groups, states and hyper-parameters. Its weight decay, coupled or not, is added after
+            M and is not part of the hypergradient.
+        hyper_lr: rho >= 0. Its unit is 1 / gradient^2, so it must be tuned for each problem. With ``normalize="hypergradient"``
+            it has no unit: try 1e-3 to 1e-1 (1e-2 is this project's proposal).
+        mode: the dimensions that M mixes: "spatial" (default), "input", "output" or "diagonal".
+        normalize: None (default), one name or several. "step": U is scaled to the norm of G. "matrix": after each change M is
+            scaled to the Frobenius norm of I. "hypergradient": A becomes ``A / (norm(G_t) * norm(G_{t-1}))``, without gamma, so
+            that M depends neither on the scale of the loss nor on lr.
+        max_norm: > 1 and finite, a bound of M's spectral norm (default 10.0: steps grow at most 100 times). A change beyond it,
+            or to a value that is not finite, is not made; where M is elementwise, this holds per element. The norm is
             overestimated by at most a factor :math:`r^{1/32}`: 1.07 for 9 rows, 1.3 for 4096.
 
     Raises:
-        TypeError: ``base`` is no optimizer.
+        TypeError: ``base`` is not an optimizer.
         ValueError: an argument is out of range, or a group of ``base`` has no ``lr``.
-        RuntimeError: at the step, for a sparse or complex gradient, for a parameter that is sharded, unless
-            ``mode="diagonal"`` and ``normalize=None``, or for an M of another shape, loaded from another mode.
+        RuntimeError: at the step, for a sparse or complex gradient; for a sharded parameter, unless ``mode="diagonal"`` and
+            ``normalize=None``; for an M that was saved in another mode and has another shape.
 
-    State: in ``own[p]``, ``preconditioner`` (M; float32, or float64 where gradients are) and ``previous_grad``; in a
-    checkpoint ``fop_`` stands before their names. The arguments are not part of it.
+    State: per parameter, in ``own``: ``preconditioner`` (M, in float32, or float64 where gradients are) and ``previous_grad``.
+    A checkpoint has them as "fop_preconditioner" and "fop_previous_grad"; it does not have the arguments.
 
     Source: Moskovitz et al. 2019, arXiv 1910.08461, for the method; the formulas are derived in METHODS D, and what an M of a
     linear layer mixes, the normalisations and the defaults are this project's.
@@ -103,7 +104,7 @@ class FOP(Wrapper):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
-        """Let every M learn from two gradients, and step ``base`` on the preconditioned ones."""
+        """Update each M by the last two gradients, and step ``base`` on the preconditioned ones."""
         loss = self._evaluated(closure)
         aligned = aligned_gradients(self.param_groups)
         gradients = {
@@ -118,7 +119,7 @@ class FOP(Wrapper):
         return loss
 
     def _mixed(self, p: Tensor) -> tuple[int, ...]:
-        """The dimensions that M mixes; none where it is elementwise."""
+        """The dimensions that M mixes; none where M is elementwise."""
         if self.mode == "diagonal" or p.dim() < 2:
             return ()
         if self.mode == "spatial" and math.prod(p.shape[2:]) > 1:
@@ -132,7 +133,7 @@ class FOP(Wrapper):
         return torch.Size((r, r)) if dims else p.shape
 
     def _check(self, p: Tensor, grad: Tensor) -> None:
-        """Raise for a gradient that this class has no rule for, and for an M that is none of this mode."""
+        """Raise for a gradient that this class cannot precondition, and for an M of another mode."""
         if grad.layout != torch.strided or grad.is_complex():
             raise RuntimeError(f"FOP takes dense real gradients, got layout {grad.layout} and dtype {grad.dtype}")
         cut = [
@@ -152,7 +153,7 @@ class FOP(Wrapper):
             )
 
     def _preconditioned(self, p: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
-        """P g, after M has learnt from g and the gradient before; g itself where there was none."""
+        """M M^T g, after M was updated by g and the gradient before; g itself at the first one."""
         dims = self._mixed(p)
         if p not in self.own:
             if self.hyper_lr and p.numel():
@@ -177,7 +178,7 @@ class FOP(Wrapper):
             new = M + 2.0 * rate * G * last * M
         if "matrix" in self.normalize:
             new = new * (math.sqrt(len(M) if dims else M.numel()) / torch.linalg.vector_norm(new))
-        # Neither NaN nor infinity nor 0 comes through: 0 is what an overflowed Frobenius norm makes, and no update leaves it.
+        # NaN, infinity and 0 are refused: an overflowed Frobenius norm makes M 0, and no update leads away from 0.
         norm = _norm_bound(new) if dims else new.abs()
         M.copy_(torch.where((norm > 0.0) & (norm <= self.max_norm), new, M))
         previous.copy_(g)

@@ -8,43 +8,46 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer
 from ._core.passes import Job, Pass
-from ._core.sharding import local
+from ._methods.rotated import Rotated
 from ._wrappers.wrapper import Wrapper
 
 T = TypeVar("T")
 
 
 class GradientRegularizer(Wrapper):
-    r"""Penalises the gradient in the intrinsic variable z of p = P z, by a second gradient near the first.
+    r"""Penalises the norm of the gradient in the variable z of p = P z, by a second gradient at a nearby point.
 
     .. math::
         u = P P^T g_1, \qquad g_1 = \nabla L(p), \quad g_2 = \nabla L(p + r u), \qquad
         \tilde g = g_1 + \frac{\rho}{r}\,(g_2 - g_1) \approx \nabla\Big(L + \frac{\rho}{2}\,\|P^T \nabla L\|^2\Big)
 
-    with P held constant, as the last step left it; base then steps on the last. For AdamW u is the gradient over den, so sharp
-    directions are measured where the optimizer moves, not in p. rho = r gives g_2 alone, as sharpness-aware minimisation. Moving
-    to p + r u is one fused pass that saves p; p comes back bit for bit.
+    ``base`` then steps on the combined gradient. P is held constant, as the last step left it. For AdamW u is the gradient over
+    den, so sharpness is measured along the directions in which the optimizer moves. rho = r takes g_2 alone, as sharpness-aware
+    minimisation does. One fused pass saves p and moves to p + r u; afterwards p is restored bit for bit.
 
     Args:
         base: an optimizer of precond. P P^T = 1 / den for the Adam, Adagrad and RMSprop classes and for GaussNewton and Sophia
-            without a basis; the identity for SGD, and for Lion, DualDescent and Muon, which have no P of this form.
-        rho: >= 0, the strength (default 0.01). A quadratic needs lr (l + rho l^2) < 2, l the largest eigenvalue of P^T H P.
-        radius: r > 0, of the finite difference (default 1e-3). Its error grows with r, rounding with 1 / r.
+            without a basis; the identity for SGD, and also for Lion, DualDescent and Muon, which have no P of this form.
+        rho: >= 0, the strength (default 0.01). For a quadratic, lr (l + rho l^2) must be below 2, where l is the largest
+            eigenvalue of P^T H P.
+        radius: r > 0, step of the finite difference (default 1e-3). Its error grows with r, rounding errors with 1 / r.
 
     Raises:
-        TypeError: base is not one of precond's, or rotates.
-        ValueError: rho or radius out of range.
-        RuntimeError: a step without a closure, a sparse gradient.
+        TypeError: base is not one of precond's, or has a basis (SOAP, GaussNewton).
+        ValueError: rho or radius is out of range.
+        RuntimeError: at a step without a closure, or for a sparse gradient.
 
-    ``step(closure)`` evaluates the closure twice and returns its first value: layers that draw random numbers draw again, and
-    running statistics see both points. The first step of each parameter, and coordinates that never had a gradient, have no P
-    yet: there p is not moved. ``.grad`` is afterwards the combination. Clipping and other settings of base apply to it.
+    ``step(closure)`` evaluates the closure twice and returns its first value. Layers that draw random numbers draw again, and
+    running statistics see both points. P is unknown before the first step of a parameter, and for coordinates that never had a
+    gradient: these are not moved for the second evaluation. ``.grad`` then holds the combination, and clipping and other
+    settings of base apply to it.
 
-    State: none; a copy of the parameters during the step.
+    State: none; a copy of the parameters is kept between steps but not saved.
 
-    Source: Ye, arXiv 2410.00232, whose first version's abstract names the method; the two-gradient form, what feeds base's
+    Source: Ye, arXiv 2410.00232, whose first version names the method in its abstract; the two-gradient form, what feeds base's
     moments and the defaults are this project's (METHODS A.2.3).
 
     Example:
@@ -85,7 +88,7 @@ class GradientRegularizer(Wrapper):
         return {name: value for name, value in super().__getstate__().items() if name not in ("_passes", "_backups")}
 
     def step(self, closure: Callable[[], T] | None = None) -> T:
-        """Evaluate the closure here and at p + r u, and step on the combination of both gradients."""
+        """Evaluate the closure at p and at p + r u, and step on the combination of both gradients."""
         if closure is None:
             raise RuntimeError("GradientRegularizer.step needs a closure that evaluates the loss and its gradients")
         with torch.enable_grad():
@@ -97,25 +100,29 @@ class GradientRegularizer(Wrapper):
 
     @torch.no_grad()
     def _combine(self, closure: Callable[[], T]) -> None:
-        first = {p: p.grad for p in self._params() if p.grad is not None and self._has_metric(p)}
+        base: Any = self.base
+        if isinstance(base, Rotated) and any(map(base.rotates, base.param_groups)):
+            raise TypeError(f"base must have no basis, got a {type(base).__name__}")
+        first: dict[Tensor, Tensor] = {}
         jobs: dict[str, list[Job]] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                if p in first:
-                    rule, job = self._job(p, first[p], group)
+                metric = None if p.grad is None else base.metric_of(p, group)
+                if metric is not None:
+                    first[p] = p.grad
+                    rule, job = self._job(p, p.grad, group, metric)
                     jobs.setdefault(rule, []).append(job)
         if not jobs:
             return
-        base: Any = self.base
         split = base.states.remainders.watched()
         base.states.begin(split)
         others = {p: p.grad for p in self._params() if p not in first}
         for p in self._params():
-            p.grad = None  # a closure may zero gradients in place
+            p.grad = None  # else a closure could zero the first gradient in place
         for rule, of_rule in jobs.items():
             names = ("backup", "v") if rule == "perturb_adaptive" else ("backup",)
             if rule not in self._passes:
-                self._passes[rule] = Pass(rule, names, base.engine.settings["backend"], counts=False)
+                self._passes[rule] = Pass(rule, names, base.engine.settings["backend"])
             self._passes[rule].run(of_rule)
         try:
             with torch.enable_grad():
@@ -123,29 +130,23 @@ class GradientRegularizer(Wrapper):
         finally:
             for p in first:
                 p.copy_(self._backups[p])
-            # What a split weight lacks of its master still belongs to it.
+            # p is what it was, so the remainder of a split weight still belongs to it.
             base.states.end(split)
         for p, g in first.items():
             p.grad = g if p.grad is None else g.lerp(p.grad, self.rho / self.radius)
         for p, grad in others.items():
             p.grad = grad
 
-    def _has_metric(self, p: Tensor) -> bool:
-        """False before a parameter's first step where P comes from states."""
-        return not getattr(self.base, "_second_moment", None) or bool(self.base.state.get(p))
-
-    def _job(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> tuple[str, Job]:
-        base: Any = self.base
+    def _job(self, p: Tensor, g: Tensor, group: dict[str, Any], metric: Metric) -> tuple[str, Job]:
+        """The rule that moves a parameter along P P^T g, or along g where base has no P, and its operands."""
         if g.layout != torch.strided:
             raise RuntimeError(f"a gradient must have layout torch.strided, got {g.layout}")
         if p not in self._backups or self._backups[p].shape != p.shape or self._backups[p].dtype != p.dtype:
             self._backups[p] = torch.empty_like(p, requires_grad=False)
         state = {"backup": self._backups[p]}
-        v, scale, eps = base._metric(p, group)
-        hyper: dict[str, float | Tensor] = {"radius": self.radius, "scale": scale, "eps": eps}
+        hyper: dict[str, float | Tensor] = {"radius": self.radius, "scale": metric.scale, "eps": metric.eps}
         sign = -1.0 if group.get("maximize") else 1.0
-        if v is None:
+        if metric.v is None:
             return "perturb", Job(p, g, state, hyper, sign)
-        values = base.states.values(p, group, base.rule_of(group), v) if isinstance(v, str) else v
-        whole = base.state[p][v] if isinstance(v, str) and values is local(base.state[p][v]) else values
-        return "perturb_adaptive", Job(p, g, {**state, "v": whole}, hyper, sign)
+        v = metric.v if metric.known is None else torch.where(metric.known, metric.v, 0.0)
+        return "perturb_adaptive", Job(p, g, {**state, "v": v}, hyper, sign)

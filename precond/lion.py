@@ -8,6 +8,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
+from ._core.formats import StateFormat
+from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -76,7 +78,7 @@ class Lion(FusedOptimizer):
         fused: bool | None = None,
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -87,6 +89,9 @@ class Lion(FusedOptimizer):
         check_lr(defaults["lr"])
         check_betas(defaults["betas"])
         check_nonnegative("weight_decay value", "weight_decay", defaults["weight_decay"])
+
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        return Metric(why_not="its steps are signs")
 
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group)

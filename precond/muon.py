@@ -10,6 +10,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import arguments
+from ._core.formats import StateFormat
+from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.passes import plain_step
 from ._core.rows import Row
@@ -28,20 +30,21 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         m_t = \mu m_{t-1} + (1-\mu)\,g_t, \qquad u_t = m_t + (1-\mu)(g_t - m_t), \qquad
         p_t = p_{t-1} - \gamma\lambda\,p_{t-1} - \gamma\,s\,\mathrm{NS}(u_t)
 
-    NS takes the singular values of u to about 1 (Uniform(0.5, 1.5)); s is sqrt(max(1, rows / columns)). It is
-    ``DualDescent(kernel="normalize", granularity="spectral")`` by matrix products, which matrices of one shape share. Averaging
-    and the step, with decay, are one pass each over all matrices, and no number is read by the host.
+    NS brings the singular values of u to about 1 (Uniform(0.5, 1.5)), and s is sqrt(max(1, rows / columns)). The result
+    approximates ``DualDescent(kernel="normalize", granularity="spectral")`` by matrix products, which are batched over matrices
+    of the same shape. Averaging and the step, with decay, are one fused pass each over all matrices. The step does not
+    synchronise with the device.
 
     Args:
-        params: matrices, named or in groups, as for any torch optimizer. Everything else (biases, norms, embeddings, the output
-            layer) belongs to another optimizer: ``precond.param_groups``.
+        params: matrices, named or in groups, as for any torch optimizer. Give everything else (biases, norms, embeddings, the
+            output layer) to another optimizer: :func:`precond.param_groups` separates them.
         lr: learning rate gamma >= 0, a float or a tensor of one element (default 1e-3).
         weight_decay: lambda >= 0, decoupled, not scaled by s (default 0.1).
         momentum: mu in [0, 1) (default 0.95).
         nesterov: False takes u = m (default True).
         ns_coefficients: of the quintic iteration (default (3.4445, -4.775, 2.0315)).
-        eps: bounds the norm that the iteration starts with from below (default 1e-7).
-        ns_steps: of the iteration, below 100 (default 5). It runs in bfloat16.
+        eps: lower bound of the norm that u is divided by before the iteration (default 1e-7).
+        ns_steps: number of iterations, below 100 (default 5). They run in bfloat16.
         adjust_lr_fn: None or "original": s as above; "match_rms_adamw": s = 0.2 sqrt(max(rows, columns)).
         maximize: ascend instead of descend (default False).
         state_format, weight_format: as for :class:`precond.AdamW`, of the momentum and of 16-bit parameters.
@@ -49,7 +52,8 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
 
     Raises:
         ValueError: an argument is out of range, or a parameter is not a matrix.
-        RuntimeError: at the step, for a sparse or complex gradient, a sharded parameter, or clipping: torch has functions for it.
+        RuntimeError: at the step, for a sparse or complex gradient, a sharded parameter, or a setting that clips: clip with
+            torch's functions before the step.
 
     State: ``momentum_buffer``, as torch.
 
@@ -80,7 +84,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         adjust_lr_fn: str | None = None,
         *,
         maximize: bool = False,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -115,6 +119,9 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
             if p.ndim != 2:
                 del self.param_groups[-1]
                 raise ValueError(f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()}")
+
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        return Metric(why_not="it takes all singular values to 1")
 
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group, "momentum")

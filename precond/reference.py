@@ -22,10 +22,21 @@ Update = Callable[[Tensor, Tensor, States, Hyper, int, bool], tuple[Tensor, Stat
 
 
 class Rule(NamedTuple):
-    """A formula and torch's names of the states that it updates, in the order of its arguments."""
+    """A formula, and what it needs."""
 
     update: Update
+    #: torch's names of the states that it updates, in the order of its arguments.
     states: tuple[str, ...]
+    #: Those of them that are a mean or a sum of squares: the ones that a short format harms, and of which codes hold the root.
+    second_moments: tuple[str, ...] = ()
+    #: How much of its second moments a step keeps: a hyper-parameter, or a number.
+    keeps: str | float = 0.0
+    #: True where the formula reads the number of the step: then every parameter has a counter.
+    reads_step: bool = False
+    #: States of one number, at most one, with their initial value. ``hyper`` has the one after this step under its name.
+    scalars: Mapping[str, float] = {}
+    #: From the hyper-parameters, the number of the step and the scalar state before it: that state after it.
+    advance: Callable[[Hyper, int, float], float] | None = None
 
 
 # Decays. ``decay`` is "coupled", "l2", "proximal" or "subgradient".
@@ -263,72 +274,84 @@ def perturb(
     return torch.where(states[1] > 0, moved, p), (p.clone(), states[1])
 
 
-def intrinsic(
-    name: str, update: Callable[..., Any], states: tuple[str, ...], suffix: str = "", **options: Any
-) -> dict[str, Rule]:
+#: What a rule needs, without its formula: the fields of Rule after the first.
+Needs = dict[str, Any]
+
+_NO_STATES: Needs = dict(states=())
+_MOMENTUM: Needs = dict(states=("momentum_buffer",))
+_ADAM: Needs = dict(states=("exp_avg", "exp_avg_sq"), second_moments=("exp_avg_sq",), keeps="beta2", reads_step=True)
+_AMSGRAD: Needs = _ADAM | dict(
+    states=(*_ADAM["states"], "max_exp_avg_sq"), second_moments=("exp_avg_sq", "max_exp_avg_sq")
+)
+_ADAGRAD: Needs = dict(states=("sum",), second_moments=("sum",), keeps=1.0, reads_step=True)
+_CURVATURE: Needs = dict(states=("exp_avg", "curvature"), second_moments=("curvature",), keeps="beta2", reads_step=True)
+#: Kernels with a rule of their own; the others are one ratio.
+_ENTRYWISE = ("smoothed", "clip", "asinh", "log", "power")
+
+
+def intrinsic(name: str, update: Callable[..., Any], needs: Needs, suffix: str = "", **options: Any) -> dict[str, Rule]:
     """A rule with each intrinsic decay."""
     return {
-        f"{name}{infix}{suffix}": Rule(functools.partial(update, decay=decay, **options), states)
+        f"{name}{infix}{suffix}": Rule(functools.partial(update, decay=decay, **options), **needs)
         for infix, decay in (("", "l2"), ("_l1", "proximal"), ("_l1_subgradient", "subgradient"))
     }
 
 
-def coupled(update: Callable[..., Any], states: tuple[str, ...], **options: Any) -> Rule:
+def coupled(update: Callable[..., Any], needs: Needs, **options: Any) -> Rule:
     """A rule whose weight decay is part of the gradient."""
-    return Rule(functools.partial(update, decay="coupled", **options), states)
+    return Rule(functools.partial(update, decay="coupled", **options), **needs)
 
 
-_MOMENTUM = ("momentum_buffer",)
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_AMSGRAD = (*_MOMENTS, "max_exp_avg_sq")
-_SQUARE = ("square_avg",)
-_CURVATURE = ("exp_avg", "curvature")
-#: Kernels with a rule of their own; the others are one ratio.
-_ENTRYWISE = ("smoothed", "clip", "asinh", "log", "power")
+def _rmsprop(*beside: str) -> Needs:
+    """What RMSprop needs with states beside its mean of squares."""
+    return dict(states=("square_avg", *beside), second_moments=("square_avg",), keeps="alpha")
+
 
 RULES: dict[str, Rule] = {
-    "sgd": coupled(sgd, ()),
+    "sgd": coupled(sgd, _NO_STATES),
     "sgd_momentum": coupled(sgd, _MOMENTUM),
     "sgd_nesterov": coupled(sgd, _MOMENTUM, nesterov=True),
-    **intrinsic("sgdw", sgd, ()),
+    **intrinsic("sgdw", sgd, _NO_STATES),
     **intrinsic("sgdw", sgd, _MOMENTUM, "_momentum"),
     **intrinsic("sgdw", sgd, _MOMENTUM, "_nesterov", nesterov=True),
-    "adam": coupled(adam, _MOMENTS),
+    "adam": coupled(adam, _ADAM),
     "adam_amsgrad": coupled(adam, _AMSGRAD, amsgrad=True),
-    **intrinsic("adamw", adam, _MOMENTS),
+    **intrinsic("adamw", adam, _ADAM),
     **intrinsic("adamw", adam, _AMSGRAD, "_amsgrad", amsgrad=True),
-    "adagrad": coupled(adagrad, ("sum",)),
-    **intrinsic("adagradw", adagrad, ("sum",)),
-    "rmsprop": coupled(rmsprop, _SQUARE),
-    "rmsprop_centered": coupled(rmsprop, (*_SQUARE, "grad_avg"), centered=True),
-    "rmsprop_momentum": coupled(rmsprop, (*_SQUARE, "momentum_buffer"), momentum=True),
+    "adagrad": coupled(adagrad, _ADAGRAD),
+    **intrinsic("adagradw", adagrad, _ADAGRAD),
+    "rmsprop": coupled(rmsprop, _rmsprop()),
+    "rmsprop_centered": coupled(rmsprop, _rmsprop("grad_avg"), centered=True),
+    "rmsprop_momentum": coupled(rmsprop, _rmsprop("momentum_buffer"), momentum=True),
     "rmsprop_centered_momentum": coupled(
-        rmsprop, (*_SQUARE, "momentum_buffer", "grad_avg"), centered=True, momentum=True
+        rmsprop, _rmsprop("momentum_buffer", "grad_avg"), centered=True, momentum=True
     ),
-    **intrinsic("rmspropw", rmsprop, _SQUARE),
-    **intrinsic("rmspropw", rmsprop, (*_SQUARE, "grad_avg"), "_centered", centered=True),
-    **intrinsic("rmspropw", rmsprop, (*_SQUARE, "momentum_buffer"), "_momentum", momentum=True),
+    **intrinsic("rmspropw", rmsprop, _rmsprop()),
+    **intrinsic("rmspropw", rmsprop, _rmsprop("grad_avg"), "_centered", centered=True),
+    **intrinsic("rmspropw", rmsprop, _rmsprop("momentum_buffer"), "_momentum", momentum=True),
     **intrinsic(
         "rmspropw",
         rmsprop,
-        (*_SQUARE, "momentum_buffer", "grad_avg"),
+        _rmsprop("momentum_buffer", "grad_avg"),
         "_centered_momentum",
         centered=True,
         momentum=True,
     ),
-    **intrinsic("lion", lion, ("exp_avg",)),
+    **intrinsic("lion", lion, dict(states=("exp_avg",))),
     **{
-        f"dual_{name}{suffix}": Rule(functools.partial(dual, decay="l2", kernel=kernel), states)
+        f"dual_{name}{suffix}": Rule(functools.partial(dual, decay="l2", kernel=kernel), **needs)
         for name, kernel in (("ratio", ratio), *((name, KERNELS[name]) for name in _ENTRYWISE))
-        for suffix, states in (("", ()), ("_momentum", _MOMENTUM))
+        for suffix, needs in (("", _NO_STATES), ("_momentum", _MOMENTUM))
     },
-    "average": Rule(average, _MOMENTUM),
+    "average": Rule(average, **_MOMENTUM),
     **intrinsic("gauss_newton", gauss_newton, _CURVATURE, root=False),
     **intrinsic("gauss_newton", gauss_newton, _CURVATURE, "_root", root=True),
     **intrinsic("gauss_newton", gauss_newton, _CURVATURE, "_own", root=False, own=True),
     **intrinsic("gauss_newton", gauss_newton, _CURVATURE, "_own_root", root=True, own=True),
     "perturb": Rule(functools.partial(perturb, adaptive=False), ("backup",)),
-    "perturb_adaptive": Rule(functools.partial(perturb, adaptive=True), ("backup", "exp_avg_sq")),
+    "perturb_adaptive": Rule(
+        functools.partial(perturb, adaptive=True), ("backup", "exp_avg_sq"), second_moments=("exp_avg_sq",)
+    ),
 }
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
+from ._core.formats import StateFormat
+from ._core.metric import Metric, widened
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -18,7 +20,6 @@ class _MeanOfSquares(FusedOptimizer):
     """What RMSprop and RMSpropW share; ``_name`` is that of the rule without momentum and centering."""
 
     _name: str
-    _second_moment = "square_avg"
     _counts_steps = True
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
@@ -39,16 +40,13 @@ class _MeanOfSquares(FusedOptimizer):
         hyper = self._hyper(group, "alpha", "eps", "momentum")
         return Row(self._decayed(self._name, group, suffix), -1.0 if group["maximize"] else 1.0, hyper)
 
-    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
-        if not group["centered"]:
-            return "square_avg", 1.0, float(group["eps"])
-        square, mean = (self._values(p, group, name) for name in ("square_avg", "grad_avg"))
-        return (square - mean * mean).clamp_(min=0), 1.0, float(group["eps"])
-
-    @classmethod
-    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
-        alpha: float = group["alpha"]
-        return alpha
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        if not self._steps(p):
+            return None
+        v = self._decoded(p, group, "square_avg")
+        if group["centered"]:
+            v = (widened(v) - widened(self._decoded(p, group, "grad_avg")).square()).clamp_(min=0)
+        return Metric(v, eps=float(group["eps"]))
 
 
 class RMSprop(_MeanOfSquares, torch.optim.RMSprop):
@@ -125,7 +123,7 @@ class RMSprop(_MeanOfSquares, torch.optim.RMSprop):
         differentiable: bool = False,
         *,
         fused: bool | None = None,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -198,7 +196,7 @@ class RMSpropW(_MeanOfSquares):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
+from ._core.formats import StateFormat
+from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -33,6 +35,9 @@ class _Momentum(FusedOptimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("nesterov", False)
+
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        return Metric()
 
     def _row(self, group: dict[str, Any]) -> Row:
         suffix = "" if group["momentum"] == 0 else "_nesterov" if group["nesterov"] else "_momentum"
@@ -103,7 +108,7 @@ class SGD(_Momentum, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -167,7 +172,7 @@ class SGDW(_Momentum):
         fused: bool | None = None,
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:

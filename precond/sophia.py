@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import arguments
+from ._core.formats import StateFormat
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.rows import Row
 from ._core.settings import Settings
 from .gauss_newton import GaussNewton
 
@@ -22,13 +22,13 @@ class Sophia(GaussNewton):
         p_t = (1-\gamma\lambda)\,p_{t-1} - \gamma\,\mathrm{clamp}\Big(\frac{m_t}{\rho B h + 10^{-15}}, \pm 1\Big)
 
     Every k steps (10 in the published code), after a backward pass of the mean loss on labels sampled from the model
-    (:mod:`precond.curvature`), :meth:`update_curvature` folds its gradient in: :math:`h = \beta_2 h + (1-\beta_2)\,\hat g^2`.
-    Neither mean is corrected for its start at 0. Before the first update every coordinate moves by the sign of m.
+    (:mod:`precond.curvature`), call :meth:`update_curvature`: :math:`h = \beta_2 h + (1-\beta_2)\,\hat g^2`. Neither mean is
+    bias-corrected. Before the first update every coordinate moves by the sign of m.
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer.
         lr: learning rate gamma >= 0, a float or a tensor of one element (default 1e-4).
-        betas: of the two means, each in [0, 1) (default (0.965, 0.99)).
+        betas: decay rates of the two means, each in [0, 1) (default (0.965, 0.99)).
         rho: > 0 (default 0.04). Tune it so that 10 to 50 % of the coordinates are not clamped.
         weight_decay: lambda >= 0, decoupled (default 0.1).
         batch_size: B, the number of samples, tokens of a language model, behind a curvature gradient (default 5120).
@@ -40,7 +40,7 @@ class Sophia(GaussNewton):
 
     State: ``step``, ``exp_avg``, ``curvature`` (``hessian`` in the published code), ``curvature_step``.
 
-    Source: Liu et al., arXiv 2306.14342, in the order of the published SophiaG (METHODS C.6).
+    Source: Liu et al., arXiv 2305.14342, in the order of the published SophiaG (METHODS C.6).
 
     Example:
         >>> import torch, precond
@@ -55,6 +55,17 @@ class Sophia(GaussNewton):
     """
 
     _corrected = False
+    #: The options of GaussNewton that Sophia fixes.
+    _fixed: ClassVar[dict[str, Any]] = dict(
+        eps=1e-15,
+        power=-1.0,
+        clip=1.0,
+        curvature="gnb",
+        basis="identity",
+        basis_beta=None,
+        basis_frequency=10,
+        max_size=8192,
+    )
 
     def __init__(
         self,
@@ -72,15 +83,12 @@ class Sophia(GaussNewton):
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
-        state_format: str | None = None,
+        state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
-        defaults = arguments(locals())
-        fixed = dict(eps=1e-15, power=-1.0, clip=1.0, curvature="gnb", basis="identity", basis_beta=None)
-        FusedOptimizer.__init__(
-            self, params, {**defaults, **fixed, "basis_frequency": 10, "max_size": 8192}, settings=settings
-        )
+        defaults = arguments(locals()) | self._fixed
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -88,8 +96,5 @@ class Sophia(GaussNewton):
             if not group[name] > 0:
                 raise ValueError(f"{name} must be > 0, got {group[name]}")
 
-    def _row(self, group: dict[str, Any]) -> Row:
-        row = super()._row(group)
-        row.hyper["scale"] = float(group["rho"]) * float(group["batch_size"])
-        row.hyper["corrected"] = 0.0
-        return row
+    def _curvature_scale(self, group: dict[str, Any]) -> float:
+        return float(group["rho"]) * float(group["batch_size"])

@@ -14,6 +14,7 @@ from families import ALL_RULES, OVERWRITING
 from machine_code.listed import CASES, HANDFUL
 
 from precond import _C
+from precond._core.formats import CODED
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
@@ -25,7 +26,7 @@ pytestmark = [
 MOST_REGISTERS = 80
 # Of the kernels for all other formats: 128 leave two blocks. Those of three states keep up to 32 bytes per thread in local
 # memory: roots that the rule shares with the code of its last state.
-MOST_TILED_REGISTERS, MOST_STACK = 128, 32
+MOST_MIXED_REGISTERS, MOST_STACK = 128, 32
 
 
 # Of Triton's kernels with codes: 72 to 128 for sm_90, so that four programs of 128 threads share a multiprocessor. Special
@@ -35,7 +36,7 @@ MOST_SPECIAL_WITH_CODES = 9
 
 
 def has_codes(row) -> bool:
-    return row["formats"].endswith(("int8", "int4"))
+    return row["formats"].endswith(CODED)
 
 
 @pytest.fixture(scope="module", params=["--quick", pytest.param("", marks=pytest.mark.large)])
@@ -52,7 +53,7 @@ def report(request, tmp_path_factory):
 def test_cuda_kernels_are_wide_exact_and_stay_in_registers(report):
     rows = report["cuda"]
     # Of 27 triples of formats the 15 with one kind of 16 bits; without states, of 9 pairs 7.
-    assert len(rows) == sum(15 if _C.rules[row.rule][1] else 7 for row in ALL_RULES)
+    assert len(rows) == sum(15 if _C.rules[row.rule].states else 7 for row in ALL_RULES)
     for row in rows:
         name = f"{row['rule']} {row['formats']}"
         assert row["registers"] <= MOST_REGISTERS, name
@@ -68,11 +69,11 @@ def test_cuda_kernels_are_wide_exact_and_stay_in_registers(report):
 
 @pytest.mark.skipif(not _C.cuda, reason="the extension was built without CUDA: no nvcc")
 def test_cuda_kernels_of_all_formats_are_wide_and_exact_and_rarely_leave_registers(report):
-    rows = report["cuda_tiled"]
+    rows = report["cuda_mixed"]
     assert {row["rule"] for row in rows} == set(_C.rules)
     for row in rows:
-        name, states = row["rule"], _C.rules[row["rule"]][1]
-        assert row["registers"] <= MOST_TILED_REGISTERS, name
+        name, states = row["rule"], _C.rules[row["rule"]].states
+        assert row["registers"] <= MOST_MIXED_REGISTERS, name
         assert row["stack"] <= (MOST_STACK if states > 2 else 0), name
         assert row["double"] == 0, name
         # fp32 moves by twice 128 bits and what has 16 by once; remainders and codes by 128 or 64.
@@ -121,7 +122,7 @@ def test_triton_kernels_are_wide_exact_and_stay_in_registers(report, target):
         assert row["local"] == 0, name
         # On gfx942 a block gives each of 256 threads four elements: 16-bit operands then move by 8 bytes.
         if target != "gfx942" or row["formats"] == "fp32/fp32/fp32":
-            states = _C.rules[row["rule"]][1]
+            states = _C.rules[row["rule"]].states
             assert row["loads_128"] >= 2 + states, name
             assert row["stores_128"] >= 1 + states, name
 
@@ -141,7 +142,7 @@ def test_triton_kernels_with_codes_are_exact_and_stay_in_registers(report, targe
         assert row["special_per_element"] <= MOST_SPECIAL_WITH_CODES, name
         # A thread has eight elements: fp32 moves by 2 x 16 bytes, 16 bits by 16, 8 bits by 8, 4 bits by 4.
         p, _, s = row["formats"].split("/")
-        states = _C.rules[row["rule"]][1]
+        states = _C.rules[row["rule"]].states
         assert row["loads_128"] == (4 if p == "fp32" else 2) + (p == "fp16_split32"), name
         assert row["stores_128"] == (2 if p == "fp32" else 1) + (p == "fp16_split32"), name
         assert row["loads_64"] == row["stores_64"] == (states if s == "int8" else 0) + (p == "bf16_split24"), name

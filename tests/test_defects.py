@@ -148,7 +148,7 @@ def test_states_replaced_by_plain_values_are_read_anew(row, value):
     optimizer = row.cls(net.parameters(), **row.kwargs)
     train(net, optimizer, 2)
     for state in optimizer.state.values():
-        if row.cls._counts_steps:
+        if row.counts_steps:
             state["step"] = 2 if value is None else value
         else:
             state["momentum_buffer"] = None

@@ -5,6 +5,7 @@ memory of one to another. The emulated runtime says what a step does on a device
 from __future__ import annotations
 
 import contextlib
+import math
 import types
 
 import pytest
@@ -61,14 +62,14 @@ def test_a_loaded_counter_of_another_dtype_is_converted_on_its_device(fake):
 
 
 def test_each_device_reads_its_own_copy_of_a_tensor_lr(fake):
-    hyper = dict.fromkeys(_backend._C.rules["adamw"][2], 0.5) | {"lr": torch.zeros((), device=FIRST)}
+    hyper = dict.fromkeys(_backend._C.rules["adamw"].hyper, 0.5) | {"lr": torch.zeros((), device=FIRST)}
     rows = [Row("adamw", 1.0, hyper)]
     for where in (FIRST, SECOND):
         with device.HostReads():
-            ((_, _, values, overrides),), used = table_of(rows, where)
+            (row,), used = table_of(rows, where)
         assert [t.device for t in used] == [where]
-        assert [address for _, address, _ in overrides] == [used[0].data_ptr()]
-        assert values[0] == 0.0, "a number would be read instead"
+        assert row.addresses == {0: used[0].data_ptr()}
+        assert math.isnan(row.hyper[0]), "a number would be read instead"
     assert used[0] is not hyper["lr"]
 
 

@@ -22,7 +22,7 @@ WEIGHTS = [
     (torch.float32, None),
     *[(dtype, form) for dtype in (torch.bfloat16, torch.float16) for form in (None, *_formats.WEIGHT_FORMATS)],
 ]
-STATES = [None, "bf16", "fp16", "int8", "int4"]
+STATES = [None, "bf16", "fp16", *_formats.CODED]
 # Flat buffers with tails, matrices of several chunks, rows that are no multiple of a group.
 SHAPES = [(4097,), (4160,), (70, 64), (5, 4, 256), (9, 1024), (33, 65), (7,)]
 

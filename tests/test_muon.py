@@ -340,3 +340,13 @@ def test_before_torch_2_9_it_stands_alone():
         "assert bool((w < 0).all()) and isinstance(optimizer, torch.optim.Optimizer)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_split_weight_that_was_written_by_hand_is_its_own_master():
+    net = torch.nn.Linear(8, 8, bias=False, dtype=BF16)
+    optimizer = precond.Muon(net.parameters(), weight_format="split24")
+    give([net.weight], 0)
+    optimizer.step()
+    assert not torch.equal(precond.master_weights(optimizer, net)["weight"], net.weight.float())
+    torch.nn.init.ones_(net.weight)
+    assert torch.equal(precond.master_weights(optimizer, net)["weight"], torch.ones(8, 8))

@@ -68,7 +68,7 @@ def test_an_empty_tensor_keeps_nobody_from_the_step(row, position):
     assert all(p.numel() == 0 or not torch.equal(p, torch.ones_like(p)) for p in params)
 
 
-@pytest.mark.parametrize("row", [r for r in CLASSES if r.cls._counts_steps], ids=lambda row: row.cls.__name__)
+@pytest.mark.parametrize("row", [r for r in CLASSES if r.counts_steps], ids=lambda row: row.cls.__name__)
 def test_every_parameter_counts_its_own_steps(row):
     """DeepSpeed shares one counter, and counts twice for mixed dtypes: #8471."""
     params = [torch.nn.Parameter(torch.ones(3, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.float16)]

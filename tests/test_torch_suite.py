@@ -23,7 +23,7 @@ def differentiable_steps(cls, options, p, g, states, steps=1):
     p = p.clone()
     optimizer = cls([p], differentiable=True, **options)
     optimizer.state[p].update({name: state.clone() for name, state in states.items()})
-    if optimizer._counts_steps:
+    if optimizer.states.keeps_step(optimizer.rule_of(optimizer.param_groups[0])):
         optimizer.state[p]["step"] = torch.tensor(10.0)
     for _ in range(steps):
         p.grad = g * p.sum()

@@ -2,7 +2,7 @@
 
 from .families import RULES
 from .items import Item
-from .launch import Clip, update
+from .launch import update
 from .norms import norm
 
-__all__ = ["RULES", "Clip", "Item", "norm", "update"]
+__all__ = ["RULES", "Item", "norm", "update"]

@@ -33,16 +33,16 @@ class Item(NamedTuple):
     scalar_state: float | Tensor | None = None  # where the rule has one: like ``step``, of this step or on the device
 
 
-def dense_operands(item: Item) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+def dense_operands(item: Item, plain: bool) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
     """p, g and the states as the kernel takes them, dense in p's order; and what then has to be copied back, to where and whence.
 
-    A layout that is not dense in p's order goes through a dense copy; the gradient's is not copied back. Formats that number
-    elements visit them row by row.
+    A layout that is not dense in p's order goes through a dense copy; the gradient's is not copied back. Formats that are not
+    plain number elements, and visit them row by row.
     """
     operands = [item.p, item.g, *item.states]
     strides = item.p.stride()
-    order, dense = storage_order(item.p.shape, strides) if item.layout.plain else (None, False)
-    if dense and all(t.stride() == strides for t in operands):
+    order, dense = storage_order(item.p.shape, strides) if plain else (None, False)
+    if dense and all(t.stride() == strides for t in operands[1:]):
         return operands, []
     views = operands if order is None else [t.permute(order) for t in operands]
     operands = [t.contiguous() for t in views]
@@ -79,15 +79,13 @@ def chunk_table(sizes: list[int]) -> Tensor:
 
 def job_of(item: Item, group: int) -> list[int]:
     """The numbers of a tensor in the table of jobs, in the order that prologue.py names."""
-    counter, step = on_device(item.step)
-    state, value = on_device(item.scalar_state)
-    (value_bits,) = struct.unpack("<i", struct.pack("<f", value))
-    return [group, int(item.sign), int(item.fresh), counter, int(step), state, value_bits, item.key]
-
-
-def on_device(value: float | Tensor | None) -> tuple[int, float]:
-    """An address, or else a value."""
-    return (value.data_ptr(), 0) if isinstance(value, Tensor) else (0, value or 0)
+    counter, step = (item.step.data_ptr(), 0) if isinstance(item.step, Tensor) else (0, item.step)
+    state = bits = 0
+    if isinstance(item.scalar_state, Tensor):
+        state = item.scalar_state.data_ptr()
+    elif item.scalar_state is not None:
+        (bits,) = struct.unpack("<i", struct.pack("<f", item.scalar_state))
+    return [group, int(item.sign), int(item.fresh), counter, step, state, bits, item.key]
 
 
 def job_table(values: list[int]) -> Tensor:

@@ -1,36 +1,17 @@
 """Tensors to launches: one prologue and one update for each rule and set of formats, with all tensors that share them."""
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from .._core.formats.names import PLAIN
+from .._core.norm import NOTHING, Clip
 from . import kernel, prologue
 from .families import RULES, Rule
-from .formats import FORMATS
 from .items import Item, address_table, chunk_table, dense_operands, hyper_table, job_of, job_table, slots_of
 from .tables import table
-
-
-class Clip(NamedTuple):
-    """What a step does with the norm of the gradients; csrc/plan/norm.h. None where there is no tensor to read or write."""
-
-    total: Tensor | None
-    grad_norm: Tensor | None
-    clip_coef: Tensor | None
-    skipped: Tensor | None
-    max_norm: float
-    inf: bool
-    skip_nonfinite: bool
-
-    def to(self, device: torch.device) -> "Clip":
-        """With the total on a device."""
-        return self if self.total is None else self._replace(total=self.total.to(device))
-
-
-NO_CLIP = Clip(total=None, grad_norm=None, clip_coef=None, skipped=None, max_norm=0.0, inf=False, skip_nonfinite=False)
 
 
 def update(
@@ -39,7 +20,7 @@ def update(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     clip_value: float = math.inf,
-    clip: Clip = NO_CLIP,
+    clip: Clip = NOTHING,
 ) -> None:
     """Update every item in place; items that share a rule, formats and a device share a launch.
 
@@ -47,7 +28,7 @@ def update(
     """
     launches: dict[tuple[object, ...], list[Item]] = {}
     for item in items:
-        formats = [item.layout.param, FORMATS[item.g.dtype], *item.layout.states]
+        formats = [item.layout.param, PLAIN[item.g.dtype], *item.layout.states]
         launches.setdefault((item.rule, item.p.device, *formats), []).append(item)
     for (rule, device, *formats), members in launches.items():
         scaler = [None if t is None else t.to(device) for t in (grad_scale, found_inf)]
@@ -72,9 +53,10 @@ def launch(
     rule = RULES[name]
     hypers = {id(item.hyper): item.hyper for item in items}
     group_of = {name: group for group, name in enumerate(hypers)}
+    plain = items[0].layout.plain  # of all: they share formats
     slots, sizes, jobs, copies, alive = [], [], [], [], []
     for item in items:
-        operands, copied_back = dense_operands(item)
+        operands, copied_back = dense_operands(item, plain)
         copies += copied_back
         alive.append(operands)
         sizes.append(item.p.numel())
@@ -112,7 +94,7 @@ def run_prologue(
     grad_coef: float = 1.0,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    clip: Clip = NO_CLIP,
+    clip: Clip = NOTHING,
 ) -> None:
     """Fill ``scalars`` and ``control`` for the tensors of a table of jobs."""
     prologue.prologue[(triton.cdiv(len(jobs), prologue.BLOCK),)](

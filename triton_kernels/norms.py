@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formats import FORMATS, address, decode
+from .._core.formats.names import PLAIN
+from .formats import address, decode
 from .tables import in_order, table
 
 BLOCK = 8192
@@ -149,7 +150,7 @@ def norm(items: Sequence[tuple[Tensor, Tensor, int]], classes: int, inf: bool) -
     total = torch.empty(classes, dtype=torch.float64, device=device)
     by_format: dict[str, list[int]] = {}
     for i, (_, g, _of) in enumerate(items):
-        by_format.setdefault(FORMATS[g.dtype], []).append(i)
+        by_format.setdefault(PLAIN[g.dtype], []).append(i)
     alive = []
     with torch.cuda.device_of(total):
         for name, members in by_format.items():

@@ -1,5 +1,5 @@
-"""What the host would have to wait for: before an update, the scalars of its step, its step counters, the loss scale and what is
-left of a norm, all on the device.
+"""What runs before an update, on the device so that the host need not wait: the scalars of the step, its step counters, the loss
+scale, and what a norm comes to.
 """
 
 import triton
@@ -7,17 +7,16 @@ import triton.language as tl
 
 from .random import seed_of
 
-# Floats that a tensor has in the table of scalars; kRowFloats in csrc.
+# Floats of a tensor in the table of scalars: a rule's, and a seed behind them; kScalarFloats in csrc.
 SCALAR_FLOATS = tl.constexpr(16)
 
-# Where the seed of the tensor's random bits is; rules have the floats before.
 SEED = tl.constexpr(SCALAR_FLOATS.value - 2)
 
 # Tensors of a program, which has one warp: a counter is then read before any thread writes it.
 BLOCK = 32
 
-# Numbers of a tensor in the table of jobs. A step counter and a scalar state are on the device, and only counted there, or their
-# values of this step are given.
+# The numbers of a tensor in the table of jobs. A step counter and a scalar state either lie on the device, where the prologue
+# advances them, or their values for this step are given.
 GROUP = tl.constexpr(0)
 SIGN = tl.constexpr(1)
 FRESH = tl.constexpr(2)

@@ -1,5 +1,5 @@
 // The gradient transform of batch normalisation preconditioning in one pass over the rows of a weight. Called by
-// precond/_standardised.py, which has the same formula in torch.
+// precond/_wrappers/standardised.py, which has the same formula in torch.
 #pragma once
 
 #include <cstdint>

@@ -1,29 +1,30 @@
-// The per-instruction-set tables and the registry of rules; see dispatch.h.
+// The tables of the instruction sets; see dispatch.h.
 #include "cpu/dispatch.h"
 
 #include <stdexcept>
 
-#include "rules/scalars.h"
+#include "families.h"
+#include "rules/registry.h"
 
 namespace precond {
 
-// Names of the namespaces that isa.cpp and bnp_isa.cpp were compiled in; CMakeLists.txt lists the same ones.
-namespace baseline {
-extern const UpdateChunk kUpdateTable[];
-extern const NormOfBlock kNormOfBlock;
-extern const BnpRow kBnpRow;
-}  // namespace baseline
+// What the *_isa.cpp were compiled to for one instruction set; CMakeLists.txt names the same ones.
+#define PRECOND_UPDATES(family)        \
+  namespace family {                   \
+  extern const UpdateChunk kUpdates[]; \
+  }
+#define PRECOND_FIRST(family) family::kUpdates,
+#define PRECOND_INSTRUCTION_SET(isa)                                        \
+  namespace isa {                                                           \
+  PRECOND_FAMILIES(PRECOND_UPDATES)                                         \
+  const UpdateChunk* const kFamilies[] = {PRECOND_FAMILIES(PRECOND_FIRST)}; \
+  extern const NormOfBlock kNormOfBlock;                                    \
+  extern const BnpRow kBnpRow;                                              \
+  }
+PRECOND_INSTRUCTION_SET(baseline)
 #if defined(PRECOND_X86_ISAS)
-namespace avx2 {
-extern const UpdateChunk kUpdateTable[];
-extern const NormOfBlock kNormOfBlock;
-extern const BnpRow kBnpRow;
-}  // namespace avx2
-namespace avx512 {
-extern const UpdateChunk kUpdateTable[];
-extern const NormOfBlock kNormOfBlock;
-extern const BnpRow kBnpRow;
-}  // namespace avx512
+PRECOND_INSTRUCTION_SET(avx2)
+PRECOND_INSTRUCTION_SET(avx512)
 #endif
 
 namespace {
@@ -31,24 +32,38 @@ namespace {
 struct Isa {
   const char* name;
   bool available;
-  const UpdateChunk* table;
+  std::vector<UpdateChunk> updates;  // by number of the rule
   NormOfBlock norm;
   BnpRow bnp;
 };
 
+std::vector<UpdateChunk> by_number(const UpdateChunk* const* of_family) {
+  std::vector<UpdateChunk> updates;
+  for (const Family& family : families()) {
+    updates.insert(updates.end(), *of_family, *of_family + family.count);
+    ++of_family;
+  }
+  return updates;
+}
+
 const std::vector<Isa>& isas() {
+#define PRECOND_ISA_ENTRY(isa, available)                                       \
+  {                                                                             \
+    #isa, available, by_number(isa::kFamilies), isa::kNormOfBlock, isa::kBnpRow \
+  }
   static const std::vector<Isa> list = [] {
-    std::vector<Isa> l{{"baseline", true, baseline::kUpdateTable, baseline::kNormOfBlock, baseline::kBnpRow}};
+    std::vector<Isa> l{PRECOND_ISA_ENTRY(baseline, true)};
 #if defined(PRECOND_X86_ISAS)
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    l.push_back({"avx2", has_avx2, avx2::kUpdateTable, avx2::kNormOfBlock, avx2::kBnpRow});
-    l.push_back({"avx512", has_avx512, avx512::kUpdateTable, avx512::kNormOfBlock, avx512::kBnpRow});
+    l.push_back(PRECOND_ISA_ENTRY(avx2, has_avx2));
+    l.push_back(PRECOND_ISA_ENTRY(avx512, has_avx512));
 #endif
     return l;
   }();
+#undef PRECOND_ISA_ENTRY
   return list;
 }
 
@@ -83,7 +98,7 @@ std::string selected_isa() {
 
 const UpdateChunk* update_table() {
   if (g_selected == nullptr) select_isa("");
-  return g_selected->table;
+  return g_selected->updates.data();
 }
 
 NormOfBlock norm_function() {
@@ -94,20 +109,6 @@ NormOfBlock norm_function() {
 BnpRow bnp_function() {
   if (g_selected == nullptr) select_isa("");
   return g_selected->bnp;
-}
-
-const std::vector<RuleInfo>& rules() {
-#define PRECOND_INFO(name, ...)                                                                                      \
-  {name,                                                                                                             \
-   __VA_ARGS__::kStates,                                                                                             \
-   __VA_ARGS__::kSquares,                                                                                            \
-   std::vector<std::string>(std::begin(__VA_ARGS__::Hyper::names), std::end(__VA_ARGS__::Hyper::names)),             \
-   [](const double* hyper, double step, bool fresh, float* row) { fill_row<__VA_ARGS__>(hyper, step, fresh, row); }, \
-   int(sizeof(__VA_ARGS__) / sizeof(float)),                                                                         \
-   #__VA_ARGS__},
-  static const std::vector<RuleInfo> list = {PRECOND_ALL_RULES(PRECOND_INFO)};
-#undef PRECOND_INFO
-  return list;
 }
 
 }  // namespace precond

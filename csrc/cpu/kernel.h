@@ -1,25 +1,17 @@
-// The CPU update of one chunk: load a tile, apply the rule, store the tile. Included once per instruction set by
-// isa.cpp; no STL containers here, so that no symbol is shared between instruction sets.
+// The CPU update of one chunk by one rule: load, rule, store. Included by family_isa.cpp, which is compiled once per
+// family and instruction set; no STL containers here, so that no symbol is shared between instruction sets.
 #pragma once
 
-#include "cpu/formats.h"
+#include <utility>
+
+#include "cpu/tile.h"
+#include "cpu/update.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
 namespace precond {
-
-// What a chunk's update needs. One function per rule and instruction set.
-struct ChunkArgs {
-  const Tensor* tensor;
-  const Strides* strides;
-  const float* row;
-  const Control* control;
-  float sign;
-  int64_t begin, count;
-};
-using UpdateChunk = void (*)(const ChunkArgs&);
 
 inline namespace PRECOND_ISA {
 
@@ -133,14 +125,6 @@ PRECOND_INLINE void apply_tile(const Rule rule, float coef, int64_t n, std::inte
   }
 }
 
-// A loop of its own: two compares and selects per vector cost 2 to 14 % of a step in cache, also where they clip
-// nothing.
-__attribute__((noinline)) inline void clamp_tile(Incoming incoming, int64_t n, Tile& tile) {
-  float* __restrict g = tile.value;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) g[i] = incoming(g[i]);
-}
-
 // The next tile's lines: the hardware's prefetchers start anew in each stretch of a tile, and memory would rest while a
 // tile is decoded and encoded. 4M elements, ns each: split24 + int8 0.92 -> 0.86, split32 + fp32 1.38 -> 0.82.
 PRECOND_INLINE void prefetch_tile(const Operand& operand, int64_t begin, int64_t end) {
@@ -162,7 +146,7 @@ PRECOND_INLINE void update_tiled(const ChunkArgs& a, const Rule& rule, Incoming 
   const bool roots = Rule::kSquares != 0 && (((Rule::kSquares >> K & 1) == 0 || is_root(t.state[K].format)) && ...);
   const bool clamps = incoming.clip_value != HUGE_VALF;
   const float coef = clamps ? 1.0f : incoming.coef;
-  const Seed seed = t.draws ? seed_in(a.row) : Seed{0, 0};
+  const Seed seed = t.draws ? seed_in(a.scalars) : Seed{0, 0};
   Tile p, g, s[sizeof...(K) + 1];
   RandomTile random;
   for (int64_t begin = a.begin, end = a.begin + a.count; begin < end;) {
@@ -195,7 +179,7 @@ template <class Rule>
 void update_chunk(const ChunkArgs& a) {
   if (a.control->skip != 0.0f) return;
   Rule rule;
-  std::memcpy(&rule, a.row, sizeof rule);
+  std::memcpy(&rule, a.scalars, sizeof rule);
   // Multiplying by 1 changes no bit, so there is no case without a coefficient.
   const Incoming incoming{a.sign * a.control->grad_coef, a.control->clip_value};
   const auto states = std::make_integer_sequence<int, Rule::kStates>{};

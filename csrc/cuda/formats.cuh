@@ -27,7 +27,7 @@ template <bool kWide>
 __device__ __forceinline__ Items items_of(char* data, int bits, int32_t stride, const Strides* strides) {
   const uint64_t bytes = bits == 32 ? 16 : uint64_t(bits);
   const bool dense = stride == kDense;
-  const bool wide = kWide || dense && (reinterpret_cast<uint64_t>(data) & (bytes - 1)) == 0;
+  const bool wide = kWide || (dense && (reinterpret_cast<uint64_t>(data) & (bytes - 1)) == 0);
   return {data, bits, wide, dense ? nullptr : strides + stride};
 }
 

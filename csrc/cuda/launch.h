@@ -1,10 +1,11 @@
 // How the host calls CUDA: checks, guards and launches, for each .cu that needs them.
 #pragma once
 
+#include <cuda_runtime.h>
+
+#include <cstdint>
 #include <stdexcept>
 #include <string>
-
-#include "cuda/tensors.cuh"
 
 namespace precond {
 
@@ -67,20 +68,5 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t
   check(cuda_on_host::launch_kernel(kernel, blocks, threads, stream, args...), "kernel launch");
 #endif
 }
-
-// What an update kernel is launched with.
-struct LaunchArgs {
-  const DeviceTensor* tensors;
-  const DeviceChunk* chunks;
-  const Strides* strides;
-  const float* rows;
-  const Control* control;
-  int64_t blocks;
-  cudaStream_t stream;
-};
-using Launcher = void (*)(const LaunchArgs&);
-
-// A rule's kernel for formats that do not stand alone.
-Launcher tiled_launcher(int rule);
 
 }  // namespace precond

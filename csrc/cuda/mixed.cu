@@ -1,24 +1,25 @@
-// The kernels of mixed.cuh, in a file of their own: nvcc takes minutes for them, side by side with the others.
+// Compiled once per family of rules, with PRECOND_FAMILY naming it: the kernels of mixed.cuh, beside those of plain.cu.
 #ifndef PRECOND_ISA
 #define PRECOND_ISA cuda
 #endif
-#include "cuda/launch.h"
+#include "cuda/family.h"
 #include "cuda/mixed.cuh"
+#include "rules/family.h"
 
 namespace precond {
-namespace {
+inline namespace PRECOND_ISA {
+namespace PRECOND_FAMILY {
 
 template <class Rule>
-void launch_tiled(const LaunchArgs& a) {
-  launch(&update_tiled_kernel<Rule, FormatsOfTensor>, a.blocks, kThreads, a.stream, a.tensors, a.chunks, a.strides,
-         a.rows, a.control);
+void launch_mixed(const UpdateArgs& a) {
+  launch(&update_mixed_kernel<Rule, FormatsOfTensor>, a.blocks, kThreads, a.stream, a.tensors, a.chunks, a.strides,
+         a.scalars, a.control);
 }
-#define PRECOND_TILED(name, ...) &launch_tiled<__VA_ARGS__>,
-constexpr Launcher kTiledLaunchers[] = {PRECOND_ALL_RULES(PRECOND_TILED)};
-#undef PRECOND_TILED
+#define PRECOND_KERNEL(name, ...) &launch_mixed<__VA_ARGS__>,
+extern const LaunchUpdate kMixed[];
+const LaunchUpdate kMixed[] = {PRECOND_RULES(PRECOND_KERNEL)};
+#undef PRECOND_KERNEL
 
-}  // namespace
-
-Launcher tiled_launcher(int rule) { return kTiledLaunchers[rule]; }
-
+}  // namespace PRECOND_FAMILY
+}  // namespace PRECOND_ISA
 }  // namespace precond

@@ -11,7 +11,7 @@ namespace precond {
 inline namespace PRECOND_ISA {
 
 // 128 registers.
-constexpr int kTiledBlocksPerSm = 2;
+constexpr int kMixedBlocksPerSm = 2;
 
 // The formats of a tensor; or fixed ones and full runs, from which bench/codegen.py counts what one path takes.
 struct FormatsOfTensor {
@@ -38,7 +38,7 @@ __device__ __forceinline__ void read_again() {
 }
 
 template <class Rule, class Formats, int... K>
-__device__ __forceinline__ void update_tiled(const DeviceTensor& t, const Strides* strides, const float* rows,
+__device__ __forceinline__ void update_mixed(const DeviceTensor& t, const Strides* strides, const float* scalars,
                                              Incoming incoming, Range range, std::integer_sequence<int, K...>) {
   const Formats formats{t};
   const auto items = [&](int operand) {
@@ -48,7 +48,7 @@ __device__ __forceinline__ void update_tiled(const DeviceTensor& t, const Stride
   const auto beside = [&](int operand) {
     return items_of<Formats::kFull>(t.operand[operand].beside, remainder_bits(formats.of(operand)), kDense, strides);
   };
-  const auto scale_of = [&](int operand, int64_t i) -> uint16_t& {
+  [[maybe_unused]] const auto scale_of = [&](int operand, int64_t i) -> uint16_t& {
     return reinterpret_cast<uint16_t*>(t.operand[operand].beside)[i / kGroup];
   };
 
@@ -72,13 +72,13 @@ __device__ __forceinline__ void update_tiled(const DeviceTensor& t, const Stride
     decode_gradient(formats.of(1), g_words, g);
     (decode_state(formats.of(2 + K), s_words[K], scale[K], s[K]), ...);
 
-    const Rule rule = rule_of<Rule>(t, rows);
+    const Rule rule = rule_of<Rule>(t, scalars);
 #pragma unroll
     for (int k = 0; k < kRun; ++k) rule(p[k], incoming(g[k]), s[K][k]...);
 
     read_again();
     uint32_t random[kRun] = {};
-    if (t.draws != 0) fill_random(seed_in(rows + int64_t(t.row) * kRowFloats), t.place, i, random);
+    if (t.draws != 0) fill_random(seed_in(scalars + int64_t(t.scalars) * kScalarFloats), t.place, i, random);
     Words remainder = {};
     put<32>(items(0), i, count, encode_weight(formats.of(0), p, random, remainder));
     put<16>(beside(0), i, count, remainder);
@@ -88,14 +88,14 @@ __device__ __forceinline__ void update_tiled(const DeviceTensor& t, const Stride
 }
 
 template <class Rule, class Formats>
-__global__ void __launch_bounds__(kThreads, kTiledBlocksPerSm)
-    update_tiled_kernel(const DeviceTensor* tensors, const DeviceChunk* chunks, const Strides* strides,
-                        const float* rows, const Control* control) {
+__global__ void __launch_bounds__(kThreads, kMixedBlocksPerSm)
+    update_mixed_kernel(const DeviceTensor* tensors, const DeviceChunk* chunks, const Strides* strides,
+                        const float* scalars, const Control* control) {
   if (control->skip != 0.0f) return;
   const DeviceChunk chunk = chunks[blockIdx.x];
   const DeviceTensor& t = tensors[chunk.tensor];
-  update_tiled<Rule, Formats>(t, strides, rows, {t.sign * control->grad_coef, control->clip_value}, range_of(chunk, t),
-                              std::make_integer_sequence<int, Rule::kStates>{});
+  update_mixed<Rule, Formats>(t, strides, scalars, {t.sign * control->grad_coef, control->clip_value},
+                              range_of(chunk, t), std::make_integer_sequence<int, Rule::kStates>{});
 }
 
 }  // namespace PRECOND_ISA

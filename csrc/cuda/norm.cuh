@@ -1,7 +1,7 @@
 // The norm on CUDA, in the order of norm.h: a block per chunk of the update's list, then blocks over the sums.
 #pragma once
 
-#include "cuda/kernel.cuh"
+#include "cuda/tensors.cuh"
 #include "plan/norm.h"
 
 namespace precond {

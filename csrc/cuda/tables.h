@@ -1,4 +1,4 @@
-// Tables in device memory, kept like the host's: for plan.cu.
+// Tables in device memory, kept like the host's: for executor.cu.
 //
 // A captured graph copies its tables again at each replay, so the memory that it reads and writes must stay: a plan
 // that was captured frees nothing until it is destroyed, and the optimizer keeps such a plan as long as it lives.

@@ -3,10 +3,8 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda/plan.h"
 #include "plan/layout.h"
 #include "plan/plan.h"
-#include "rules/scalars.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {
@@ -20,7 +18,7 @@ struct DeviceTensor {
   Operand operand[kMaxStates + 2];
   int64_t numel;
   Place place;
-  int32_t row;
+  int32_t scalars;
   float sign;
   int32_t draws;
 };
@@ -67,11 +65,12 @@ __device__ __forceinline__ Range range_of(const DeviceChunk& chunk, const Device
 }
 
 template <class Rule>
-__device__ __forceinline__ Rule rule_of(const DeviceTensor& t, const float* rows) {
-  // Float by float: a memcpy of the row itself becomes loads of single bytes.
+__device__ __forceinline__ Rule rule_of(const DeviceTensor& t, const float* scalars) {
+  // Float by float: a memcpy of the scalars themselves becomes loads of single bytes.
   float fields[sizeof(Rule) / sizeof(float)];
 #pragma unroll
-  for (size_t k = 0; k < sizeof(Rule) / sizeof(float); ++k) fields[k] = rows[int64_t(t.row) * kRowFloats + int64_t(k)];
+  for (size_t k = 0; k < sizeof(Rule) / sizeof(float); ++k)
+    fields[k] = scalars[int64_t(t.scalars) * kScalarFloats + int64_t(k)];
   Rule rule;
   std::memcpy(&rule, fields, sizeof rule);
   return rule;

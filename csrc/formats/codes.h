@@ -4,13 +4,10 @@
 #pragma once
 
 #include "base/arithmetic.h"
+#include "base/limits.h"
 #include "formats/storing.h"
 
 namespace precond {
-
-// Elements that share a scale.
-constexpr int kGroup = 64;
-
 inline namespace PRECOND_ISA {
 
 struct Group {
@@ -22,6 +19,8 @@ struct Group {
 template <bool kSigned, int kBits>
 struct Codes {
   static constexpr Storing kStoring = Storing::codes;
+  // Two codes of 4 bits lie in a uint8.
+  static constexpr Storage kStorage = kSigned && kBits == 8 ? Storage::int8 : Storage::uint8;
   static constexpr bool kRoot = !kSigned;
   static constexpr int kCodeBits = kBits;
   static constexpr int32_t kLevels = kSigned ? (1 << (kBits - 1)) - 1 : (1 << kBits) - 1;

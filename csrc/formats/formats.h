@@ -1,6 +1,9 @@
 // Formats: how one logical fp32 value lives in memory. A rule never sees them. Each is a struct in a file beside this
-// one, with the functions that its kStoring names; this is their list.
+// one, with the functions that its kStoring names. PRECOND_FORMATS is their list; all that is known of a format follows
+// from it and from the structs.
 #pragma once
+
+#include <type_traits>
 
 #include "base/random.h"
 #include "formats/codes.h"
@@ -10,39 +13,70 @@
 
 namespace precond {
 
-enum class Format : int32_t {
-  fp32 = 0,
-  bf16 = 1,
-  fp16 = 2,
-  bf16_stochastic = 3,
-  fp16_stochastic = 4,
-  bf16_split24 = 5,
-  bf16_split32 = 6,
-  fp16_split24 = 7,
-  fp16_split32 = 8,
-  int8 = 9,
-  uint8 = 10,
-  int4 = 11,
-  uint4 = 12,
-};
-// The first ones stand alone; kernels for uniform and dense tensors are made of these.
-constexpr int kPlainFormats = 3;
-constexpr const char* kFormatNames[] = {
-    "fp32",         "bf16",         "fp16",         "bf16_stochastic", "fp16_stochastic",
-    "bf16_split24", "bf16_split32", "fp16_split24", "fp16_split32",    "int8",
-    "uint8",        "int4",         "uint4"};
-constexpr int kFormats = int(sizeof kFormatNames / sizeof kFormatNames[0]);
+// FORMAT(name, struct), in the order of their numbers. Those that stand alone come first: kernels for uniform and dense
+// tensors are made of these. Then those that draw, those with remainders, and codes.
+#define PRECOND_FORMATS(FORMAT)           \
+  FORMAT(fp32, Fp32)                      \
+  FORMAT(bf16, Bf16)                      \
+  FORMAT(fp16, Fp16)                      \
+  FORMAT(bf16_stochastic, Bf16Stochastic) \
+  FORMAT(fp16_stochastic, Fp16Stochastic) \
+  FORMAT(bf16_split24, Bf16Split24)       \
+  FORMAT(bf16_split32, Bf16Split32)       \
+  FORMAT(fp16_split24, Fp16Split24)       \
+  FORMAT(fp16_split32, Fp16Split32)       \
+  FORMAT(int8, Int8)                      \
+  FORMAT(uint8, Uint8)                    \
+  FORMAT(int4, Int4)                      \
+  FORMAT(uint4, Uint4)
 
+#define PRECOND_NUMBER(name, Struct) name,
+enum class Format : int32_t { PRECOND_FORMATS(PRECOND_NUMBER) };
+#undef PRECOND_NUMBER
+
+// What the host knows of a format.
+struct FormatInfo {
+  const char* name;
+  Storage storage;     // of the elements themselves
+  int item_bits;       // of an element
+  int remainder_bits;  // of what lies beside an element
+  bool plain;          // stands alone, and is rounded to nearest
+  bool coded;          // codes, and beside them a scale per group
+  bool root;           // of a second moment its square root is stored
+};
+
+template <class F>
+constexpr FormatInfo format_info(const char* name) {
+  FormatInfo info{name, F::kStorage, 0, 0, F::kStoring == Storing::alone, F::kStoring == Storing::codes, false};
+  if constexpr (F::kStoring == Storing::codes) {
+    info.item_bits = F::kCodeBits;
+    info.root = F::kRoot;
+  } else {
+    info.item_bits = 8 * int(sizeof(typename F::Stored));
+  }
+  if constexpr (F::kStoring == Storing::remainder) info.remainder_bits = 8 * int(sizeof(typename F::Remainder));
+  return info;
+}
+
+#define PRECOND_INFO(name, Struct) format_info<Struct>(#name),
+constexpr FormatInfo kFormats[] = {PRECOND_FORMATS(PRECOND_INFO)};
+#undef PRECOND_INFO
+constexpr int kFormatCount = int(sizeof kFormats / sizeof kFormats[0]);
+constexpr int kPlainFormats = 3;
+
+constexpr const FormatInfo& info_of(Format format) { return kFormats[int(format)]; }
+// What a tensor of this dtype is without any other format.
+constexpr Format plain_format(Storage storage) {
+  return storage == Storage::bf16 ? Format::bf16 : storage == Storage::fp16 ? Format::fp16 : Format::fp32;
+}
+
+// The same for kernels, which have no tables: comparisons of numbers.
 PRECOND_INLINE constexpr bool is_plain(Format format) { return int(format) < kPlainFormats; }
-// Codes with a scale per group.
 PRECOND_INLINE constexpr bool is_coded(Format format) { return format >= Format::int8; }
 PRECOND_INLINE constexpr bool has_remainder(Format format) {
   return format >= Format::bf16_split24 && format <= Format::fp16_split32;
 }
-// Takes square roots of second moments.
 PRECOND_INLINE constexpr bool is_root(Format format) { return format == Format::uint8 || format == Format::uint4; }
-
-// Bits of an element itself, and of what lies beside it.
 PRECOND_INLINE constexpr int item_bits(Format format) {
   if (format == Format::fp32) return 32;
   if (!is_coded(format)) return 16;
@@ -52,43 +86,33 @@ PRECOND_INLINE constexpr int remainder_bits(Format format) {
   if (!has_remainder(format)) return 0;
   return format == Format::bf16_split24 || format == Format::fp16_split24 ? 8 : 16;
 }
+constexpr bool comparisons_agree_with_the_table() {
+  for (int k = 0; k < kFormatCount; ++k) {
+    const FormatInfo& info = kFormats[k];
+    const Format format = Format(k);
+    if (is_plain(format) != info.plain || is_coded(format) != info.coded || is_root(format) != info.root ||
+        has_remainder(format) != (info.remainder_bits != 0) || item_bits(format) != info.item_bits ||
+        remainder_bits(format) != info.remainder_bits)
+      return false;
+  }
+  return true;
+}
+static_assert(comparisons_agree_with_the_table(), "a format's comparisons above must say what its struct says");
 
 inline namespace PRECOND_ISA {
 
-// Calls f with the struct of a format. The only switch over formats. On a device f may be for the device alone.
+// Calls f with the struct of a format. On a device f may be for the device alone.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif
 template <class F>
 PRECOND_INLINE decltype(auto) with_format(Format format, F&& f) {
-  switch (format) {
-    case Format::bf16:
-      return f(Bf16{});
-    case Format::fp16:
-      return f(Fp16{});
-    case Format::bf16_stochastic:
-      return f(Bf16Stochastic{});
-    case Format::fp16_stochastic:
-      return f(Fp16Stochastic{});
-    case Format::bf16_split24:
-      return f(Bf16Split24{});
-    case Format::bf16_split32:
-      return f(Bf16Split32{});
-    case Format::fp16_split24:
-      return f(Fp16Split24{});
-    case Format::fp16_split32:
-      return f(Fp16Split32{});
-    case Format::int8:
-      return f(Int8{});
-    case Format::uint8:
-      return f(Uint8{});
-    case Format::int4:
-      return f(Int4{});
-    case Format::uint4:
-      return f(Uint4{});
-    case Format::fp32:
-      break;
-  }
+#define PRECOND_CASE(name, Struct)                     \
+  case Format::name:                                   \
+    if constexpr (Format::name == Format::fp32) break; \
+    return f(Struct{});
+  switch (format) { PRECOND_FORMATS(PRECOND_CASE) }
+#undef PRECOND_CASE
   return f(Fp32{});
 }
 // The same for one that is plain.

@@ -9,6 +9,7 @@ inline namespace PRECOND_ISA {
 
 struct Fp32 {
   static constexpr Storing kStoring = Storing::alone;
+  static constexpr Storage kStorage = Storage::fp32;
   using Stored = float;
   PRECOND_INLINE static float value(Stored x) { return x; }
   PRECOND_INLINE static Stored stored(float x) { return x; }
@@ -16,6 +17,7 @@ struct Fp32 {
 
 struct Bf16 {
   static constexpr Storing kStoring = Storing::alone;
+  static constexpr Storage kStorage = Storage::bf16;
   using Stored = uint16_t;
   PRECOND_INLINE static float value(Stored x) { return float_of(uint32_t(x) << 16); }
   // Round to nearest even in integers; every NaN becomes torch's 0x7fc0.
@@ -30,6 +32,7 @@ struct Bf16 {
 // the hardware's conversions for all 2^16 and 2^32 inputs, but for the payload of a NaN.
 struct Fp16 {
   static constexpr Storing kStoring = Storing::alone;
+  static constexpr Storage kStorage = Storage::fp16;
   using Stored = uint16_t;
 #if defined(__CUDA_ARCH__)
   PRECOND_INLINE static float value(Stored x) {

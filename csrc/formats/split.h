@@ -17,6 +17,7 @@ struct Split {
 // where its bf16 is infinite.
 struct Bf16Split32 {
   static constexpr Storing kStoring = Storing::remainder;
+  static constexpr Storage kStorage = Storage::bf16;
   using Stored = uint16_t;
   using Remainder = int16_t;
   PRECOND_INLINE static float value(Stored x, Remainder remainder) {
@@ -32,6 +33,7 @@ struct Bf16Split32 {
 // The master has 24 bits, the last rounded stochastically: within one part in 2^15 of fp32, and its mean exact.
 struct Bf16Split24 {
   static constexpr Storing kStoring = Storing::remainder;
+  static constexpr Storage kStorage = Storage::bf16;
   using Stored = uint16_t;
   using Remainder = int8_t;
   PRECOND_INLINE static float value(Stored x, Remainder remainder) {
@@ -51,6 +53,7 @@ struct Bf16Split24 {
 template <class RemainderT, int kBits>
 struct Fp16Split {
   static constexpr Storing kStoring = Storing::remainder;
+  static constexpr Storage kStorage = Storage::fp16;
   using Stored = uint16_t;
   using Remainder = RemainderT;
   static constexpr float kParts = float(1 << kBits), kHalf = kParts / 2;

@@ -9,6 +9,7 @@ inline namespace PRECOND_ISA {
 
 struct Bf16Stochastic {
   static constexpr Storing kStoring = Storing::drawn;
+  static constexpr Storage kStorage = Storage::bf16;
   using Stored = uint16_t;
   PRECOND_INLINE static float value(Stored x) { return Bf16::value(x); }
   // On bits, which are the magnitude: what is cut off is the probability of a carry.
@@ -28,6 +29,7 @@ PRECOND_INLINE float inverse_power(uint32_t u) { return float_of(0x7f000000u - u
 
 struct Fp16Stochastic {
   static constexpr Storing kStoring = Storing::drawn;
+  static constexpr Storage kStorage = Storage::fp16;
   using Stored = uint16_t;
   PRECOND_INLINE static float value(Stored x) { return Fp16::value(x); }
   PRECOND_INLINE static Stored stored(float x, uint32_t draw) {

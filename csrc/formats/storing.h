@@ -1,5 +1,7 @@
-// What a format keeps of an element, and so which functions it has.
+// What a format keeps of an element, and so which functions its struct has.
 #pragma once
+
+#include <cstdint>
 
 namespace precond {
 
@@ -9,5 +11,8 @@ enum class Storing {
   remainder,  // what the stored value lacks beside it: value(stored, remainder), split(x, draw)
   codes,      // codes and a scale per group: unit(scale), value(code, unit), group(top), code(x, group, draw)
 };
+
+// What elements are in memory: the dtypes of operands, and of the codes, scales and remainders beside them.
+enum class Storage : int32_t { none, fp32, bf16, fp16, int8, uint8 };
 
 }  // namespace precond

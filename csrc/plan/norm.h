@@ -34,9 +34,6 @@ struct NormTable {
 };
 NormTable norm_table(const Plan& plan, int classes);
 
-// Fills clip.total on the CPU.
-void measure(const Plan& plan, const Clip& clip, int threads);
-
 inline namespace PRECOND_ISA {
 
 // Bits of a magnitude in fp64, in the order of the numbers, with NaN above all.

@@ -1,16 +1,14 @@
-// Chunking, scalars and the one parallel region of a step; see plan.h.
+// Chunks, scalars and counting; see plan.h.
 #include "plan/plan.h"
 
 #include <algorithm>
 
 #include "base/denormals.h"
-#include "cpu/dispatch.h"
+#include "rules/registry.h"
 
 namespace precond {
 namespace {
 
-// Below this many elements one thread is quicker than waking a second one.
-constexpr int64_t kSerialElements = 32768;
 // What a chunk costs beyond its elements, in elements: the call and the row.
 constexpr int64_t kChunkOverhead = 64;
 
@@ -54,73 +52,55 @@ int32_t Plan::add_strides(const Strides& strides) {
   return int32_t(strides_.size()) - 1;
 }
 
-// Tensors of one group nearly always share a step, so a row is computed for the first and reused, or copied beside a
-// seed.
-const std::vector<float>& Plan::fill_rows(const std::vector<GroupRow>& groups) {
+void Plan::advance(const std::vector<GroupRow>& groups) {
   const IeeeDenormals ieee;
-  struct Key {
-    float step = -1.0f;
+  for (Tensor& t : tensors_)
+    if (t.active && t.scalar != nullptr && !t.step_on_device)
+      t.next_scalar = rules()[t.rule].advanced(groups[t.group].hyper, double(*t.step + 1.0f), *t.scalar);
+}
+
+// Tensors of one group nearly always share a step, so scalars are computed for the first and shared, or copied beside a
+// seed.
+const std::vector<float>& Plan::fill_scalars(const std::vector<GroupRow>& groups) {
+  const IeeeDenormals ieee;
+  advance(groups);
+  struct Known {
+    float step = -1.0f, scalar = 0.0f;
     bool fresh = false;
-    int32_t row = -1;
+    int32_t at = -1;
   };
-  std::vector<Key> last(groups.size());
-  rows_.clear();
+  std::vector<Known> last(groups.size());
+  scalars_.clear();
+  const auto append = [&] {
+    scalars_.resize(scalars_.size() + kScalarFloats);
+    return int32_t(scalars_.size() / kScalarFloats) - 1;
+  };
+  const auto at = [&](int32_t index) { return &scalars_[size_t(index) * kScalarFloats]; };
   for (Tensor& t : tensors_) {
     if (!t.active) continue;
     const float step = t.step == nullptr ? 0.0f : *t.step + 1.0f;
-    Key& key = last[t.group];
-    if (key.row < 0 || key.step != step || key.fresh != t.fresh) {
-      key = {step, t.fresh, int32_t(rows_.size() / kRowFloats)};
-      rows_.resize(rows_.size() + kRowFloats);
-      rules()[t.rule].fill_row(groups[t.group].hyper, step, t.fresh, &rows_[size_t(key.row) * kRowFloats]);
+    Known& known = last[t.group];
+    if (known.at < 0 || known.step != step || known.scalar != t.next_scalar || known.fresh != t.fresh) {
+      known = {step, t.next_scalar, t.fresh, append()};
+      rules()[t.rule].fill(groups[t.group].hyper, step, t.fresh, t.next_scalar, at(known.at));
     }
-    t.row = key.row;
+    t.scalars = known.at;
     if (!t.draws) continue;
-    t.row = int32_t(rows_.size() / kRowFloats);
-    rows_.resize(rows_.size() + kRowFloats);
-    float* row = &rows_[size_t(t.row) * kRowFloats];
-    std::copy_n(&rows_[size_t(key.row) * kRowFloats], kSeedInRow, row);
-    put_seed(seed_of(t.key, uint64_t(step)), row);
+    t.scalars = append();
+    std::copy_n(at(known.at), kSeedAt, at(t.scalars));
+    put_seed(seed_of(t.key, uint64_t(step)), at(t.scalars));
   }
-  return rows_;
+  return scalars_;
 }
 
 void Plan::count_step() {
   for (Tensor& t : tensors_) {
     if (!t.active) continue;
-    if (t.step != nullptr && !t.step_on_device) *t.step += 1.0f;
     t.fresh = false;
+    if (t.step == nullptr || t.step_on_device) continue;
+    *t.step += 1.0f;
+    if (t.scalar != nullptr) *t.scalar = t.next_scalar;
   }
-}
-
-void Plan::run(const std::vector<GroupRow>& groups, const Control& control, int threads) {
-  fill_rows(groups);
-
-  int64_t elements = 0;
-  for (const Tensor& t : tensors_)
-    if (t.active) elements += t.numel;
-  if (elements < kSerialElements) threads = 1;
-  const std::vector<Chunk>& all = chunks(threads);
-  const int64_t count = int64_t(all.size()), batches = int64_t(batches_.size());
-  threads = int(std::min<int64_t>(threads, batches));
-
-  const UpdateChunk* update = update_table();
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const IeeeDenormals ieee;
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t b = 0; b < batches; ++b) {
-      const int64_t end = b + 1 < batches ? batches_[b + 1] : count;
-      for (int64_t c = batches_[b]; c < end; ++c) {
-        const Chunk& chunk = all[c];
-        const Tensor& t = tensors_[chunk.tensor];
-        if (!t.active) continue;
-        update[t.rule]({&t, strides_.data(), &rows_[size_t(t.row) * kRowFloats], &control, groups[t.group].sign,
-                        chunk.begin, chunk.count});
-      }
-    }
-  }
-  if (control.skip == 0.0f) count_step();
 }
 
 }  // namespace precond

@@ -1,18 +1,18 @@
 // The plan: every tensor of every group, cut into chunks, with the addresses and scalars of one step. Built once,
-// refreshed each step by its owner (tensors.cpp from Python, the C++ tests by hand), run in one parallel region.
+// refreshed each step by its owner (csrc/python, or the C++ tests by hand), run by an executor (csrc/cpu, csrc/cuda).
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
+#include "base/limits.h"
 #include "formats/formats.h"
 #include "plan/layout.h"
-#include "rules/rules.h"
 
 namespace precond {
 
-// Chunks begin at multiples of this many elements, so that a later format's groups never straddle two of them.
+// Chunks begin at multiples of this many elements, so that no group straddles two of them.
 constexpr int64_t kChunkAlign = 256;
 // Each thread gets about kChunksPerThread chunks, of a size within these bounds. Short chunks restart the hardware
 // prefetchers too often: fp32 AdamW on 32M elements, 2 threads, in units of torch's fused step: 1.24 at 8K, 1.05 at
@@ -40,11 +40,13 @@ struct Place {
 struct Tensor {
   Operand p, g, state[kMaxStates];
   int64_t numel = 0;
-  float* step = nullptr;  // counter in the parameter's state, advanced by address; null where a rule has none
-  bool step_on_device = false;
+  float* step = nullptr;        // counter in the parameter's state, advanced by address; null where none is kept
+  float* scalar = nullptr;      // the rule's scalar state, advanced with it; null where the rule has none
+  bool step_on_device = false;  // both of them
+  float next_scalar = 0.0f;     // after the coming step; where the host advances it
   int32_t rule = 0;
   int32_t group = 0;
-  int32_t row = 0;  // scalars of this step
+  int32_t scalars = 0;  // of this step: their place in Plan::fill_scalars
   int32_t norm_class = 0;
   bool active = false;  // has a gradient in this step
   bool fresh = false;   // its state was made for this step
@@ -67,14 +69,15 @@ struct Control {
   float clip_value = HUGE_VALF;
 };
 
-// Where a row keeps the seed of a tensor that draws; rules have the floats before.
-constexpr int kSeedInRow = kRowFloats - 2;
-PRECOND_INLINE Seed seed_in(const float* row) { return {bits_of(row[kSeedInRow]), bits_of(row[kSeedInRow + 1])}; }
-PRECOND_INLINE void put_seed(Seed seed, float* row) {
-  std::memcpy(row + kSeedInRow, &seed, sizeof seed);  // not as floats: a bit pattern may be a signalling NaN
+// The seed of a tensor that draws lies behind its rule's scalars.
+constexpr int kSeedAt = kScalarFloats - 2;
+PRECOND_INLINE Seed seed_in(const float* scalars) { return {bits_of(scalars[kSeedAt]), bits_of(scalars[kSeedAt + 1])}; }
+PRECOND_INLINE void put_seed(Seed seed, float* scalars) {
+  std::memcpy(scalars + kSeedAt, &seed, sizeof seed);  // not as floats: a bit pattern may be a signalling NaN
 }
 
-// Hyper-parameters of a group in this step: the doubles of its rule's Hyper, and -1 where the objective is maximised.
+// What a group asks for in this step: a rule, the doubles of its Hyper, and -1 where the objective is maximised. A
+// hyper-parameter that lies in a tensor on the device is NaN here.
 struct GroupRow {
   int32_t rule = 0;
   float sign = 1.0f;
@@ -98,11 +101,13 @@ class Plan {
   // The chunks for a number of threads. Cuts them anew when that, or the list of tensors, has changed.
   const std::vector<Chunk>& chunks(int threads);
 
-  // Advances the step counters of the active tensors and updates them. Changes nothing when control.skip is set.
-  void run(const std::vector<GroupRow>& groups, const Control& control, int threads);
+  // The first chunk of each batch: about one full chunk's work, which a thread takes at a time. Cut with the chunks.
+  const std::vector<int32_t>& batches() const { return batches_; }
 
-  // The halves of run() that another executor needs: the scalars of the coming step, and counting it.
-  const std::vector<float>& fill_rows(const std::vector<GroupRow>& groups);
+  // What an executor needs of every step: the scalar states that the host advances; all scalars, kScalarFloats each;
+  // and, after a step that was not skipped, counting it. A plan's tensors then have their state no longer fresh.
+  void advance(const std::vector<GroupRow>& groups);
+  const std::vector<float>& fill_scalars(const std::vector<GroupRow>& groups);
   void count_step();
 
  private:
@@ -111,9 +116,8 @@ class Plan {
   std::vector<Tensor> tensors_;
   std::vector<Strides> strides_;
   std::vector<Chunk> chunks_;
-  std::vector<int32_t>
-      batches_;              // first chunks of ranges of about one full chunk's work: what a thread takes at a time
-  std::vector<float> rows_;  // kRowFloats each, shared by tensors with the same group and step that draw nothing
+  std::vector<int32_t> batches_;
+  std::vector<float> scalars_;  // shared by tensors with the same group and step that draw nothing
 };
 
 }  // namespace precond

@@ -2,12 +2,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <limits>
+
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 
 #include "cpu/dispatch.h"
 #include "python/tensors.h"
+#include "rules/registry.h"
 
 namespace py = pybind11;
 using namespace precond;
@@ -21,16 +25,71 @@ int rule_number(const std::string& name) {
   throw py::key_error("no rule named " + name);
 }
 
-// The scalars of a rule for one step: what fill_row writes into the plan.
-std::vector<float> scalars(const std::string& rule, const std::vector<double>& hyper, double step, bool fresh) {
-  const RuleInfo& info = rules()[rule_number(rule)];
-  if (hyper.size() != info.hyper.size())
+// What a rule says of itself.
+struct Rule {
+  int number;
+  const RuleInfo* info;
+  py::tuple second_moments, hyper;  // made once: a step reads them
+};
+
+py::dict rule_table() {
+  py::dict table;
+  for (size_t i = 0; i < rules().size(); ++i) {
+    const RuleInfo& info = rules()[i];
+    py::list squares;
+    for (int k = 0; k < info.states; ++k)
+      if (info.squares >> k & 1) squares.append(k);
+    table[info.name] = Rule{int(i), &info, py::tuple(squares), py::tuple(py::cast(info.hyper))};
+  }
+  return table;
+}
+
+const RuleInfo& checked(const std::string& rule, size_t hyper) {
+  const RuleInfo& info = rules()[size_t(rule_number(rule))];
+  if (hyper != info.hyper.size())
     throw py::value_error(rule + " takes " + std::to_string(info.hyper.size()) + " hyper-parameters, got " +
-                          std::to_string(hyper.size()));
-  std::vector<float> row(kRowFloats);
-  info.fill_row(hyper.data(), step, fresh, row.data());
-  row.resize(info.row_floats);
-  return row;
+                          std::to_string(hyper));
+  return info;
+}
+
+// The scalars of a rule for one step: what a plan's kernels read.
+std::vector<float> scalars(const std::string& rule, const std::vector<double>& hyper, double step, bool fresh,
+                           float scalar) {
+  const RuleInfo& info = checked(rule, hyper.size());
+  std::vector<float> filled(kScalarFloats);
+  info.fill(hyper.data(), step, fresh, scalar, filled.data());
+  filled.resize(size_t(info.scalars));
+  return filled;
+}
+
+float advance(const std::string& rule, const std::vector<double>& hyper, double step, float scalar) {
+  return checked(rule, hyper.size()).advanced(hyper.data(), step, scalar);
+}
+
+Request request(int rule, float sign, const std::vector<double>& hyper) {
+  if (hyper.size() != rules().at(size_t(rule)).hyper.size())
+    throw py::value_error("a row must have a value for each hyper-parameter of its rule");
+  Request r;
+  r.row.rule = rule;
+  r.row.sign = sign;
+  std::copy(hyper.begin(), hyper.end(), r.row.hyper);
+  return r;
+}
+
+void read_from(Request& request, int index, uintptr_t address, bool is_double) {
+  request.row.hyper[index] = std::numeric_limits<double>::quiet_NaN();
+  request.overrides.push_back({reinterpret_cast<const void*>(address), 0, index, is_double});
+}
+
+std::vector<double> hyper_of(const Request& request) {
+  const double* values = request.row.hyper;
+  return {values, values + rules()[size_t(request.row.rule)].hyper.size()};
+}
+
+std::map<int, uintptr_t> addresses_of(const Request& request) {
+  std::map<int, uintptr_t> addresses;
+  for (const Override& o : request.overrides) addresses[o.index] = reinterpret_cast<uintptr_t>(o.value);
+  return addresses;
 }
 
 // What a step does with the norm, from the addresses of torch's tensors.
@@ -90,20 +149,24 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_on_host") = false;
 #endif
 
-  py::dict table;
-  for (const RuleInfo& info : rules())
-    table[info.name] = py::make_tuple(rule_number(info.name), info.states, info.hyper, info.squares);
-  m.attr("rules") = table;
-  py::dict types;
-  for (const RuleInfo& info : rules()) types[info.name] = info.type;
-  m.attr("rule_types") = types;
+  py::class_<Rule>(m, "Rule")
+      .def_readonly("number", &Rule::number)
+      .def_property_readonly("states", [](const Rule& r) { return r.info->states; })
+      .def_readonly("second_moments", &Rule::second_moments)
+      .def_readonly("hyper", &Rule::hyper)
+      .def_property_readonly("reads_step", [](const Rule& r) { return r.info->reads_step; })
+      .def_property_readonly("scalar_states", [](const Rule& r) { return r.info->scalar_states; })
+      .def_property_readonly("type", [](const Rule& r) { return r.info->type; });
+  m.attr("rules") = rule_table();
 
   py::dict formats;
-  for (int i = 0; i < kFormats; ++i) formats[kFormatNames[i]] = i;
+  for (int i = 0; i < kFormatCount; ++i) formats[kFormats[i].name] = i;
   m.attr("formats") = formats;
   m.attr("group") = kGroup;
 
-  m.def("scalars", &scalars, py::arg("rule"), py::arg("hyper"), py::arg("step"), py::arg("fresh"));
+  m.def("scalars", &scalars, py::arg("rule"), py::arg("hyper"), py::arg("step"), py::arg("fresh"),
+        py::arg("scalar") = 0.0f);
+  m.def("advance", &advance, py::arg("rule"), py::arg("hyper"), py::arg("step"), py::arg("scalar"));
   m.def("available_isas", &available_isas);
   m.def("select_isa", &select_isa, py::arg("name"));
   m.def("selected_isa", &selected_isa);
@@ -116,18 +179,24 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::tuple, py::object, bool>(), py::arg("tensor_types"), py::arg("local"), py::arg("use_exchange"))
       .def_property_readonly("uses_exchange", &Reader::uses_exchange);
 
-  py::class_<Clip>(m, "Clip").def(py::init(&clip), py::arg("total") = 0, py::arg("grad_norm") = 0,
+  py::class_<Clip>(m, "Clip").def(py::init(&clip), py::kw_only(), py::arg("total") = 0, py::arg("grad_norm") = 0,
                                   py::arg("clip_coef") = 0, py::arg("skipped") = 0, py::arg("max_norm") = 0.0f,
                                   py::arg("classes") = 1, py::arg("inf") = false, py::arg("skip_nonfinite") = false,
                                   py::arg("measure") = false);
+
+  py::class_<Request>(m, "Row")
+      .def(py::init(&request), py::kw_only(), py::arg("rule"), py::arg("sign"), py::arg("hyper"))
+      .def_property_readonly("hyper", &hyper_of)
+      .def_property_readonly("addresses", &addresses_of)
+      .def("read_from", &read_from, py::arg("index"), py::arg("address"), py::arg("is_double"));
 
   py::class_<TensorPlan>(m, "Plan")
       .def(py::init<const Reader&, const std::map<int, std::vector<std::string>>&, const std::string&, int64_t, int>(),
            py::arg("reader"), py::arg("state_names"), py::arg("step_name"), py::arg("chunk"), py::arg("device"),
            py::keep_alive<1, 2>())
-      .def("add", &TensorPlan::add, py::arg("param"), py::arg("state"), py::arg("group"), py::arg("rule"),
-           py::arg("fresh"), py::arg("counts"), py::arg("step_on_device"), py::arg("formats"), py::arg("draws"),
-           py::arg("place"))
+      .def("add", &TensorPlan::add, py::arg("param"), py::arg("state"), py::kw_only(), py::arg("group"),
+           py::arg("rule"), py::arg("fresh"), py::arg("counts"), py::arg("step_on_device"), py::arg("formats"),
+           py::arg("draws"), py::arg("place"))
       .def("defer", &TensorPlan::defer, py::arg("param"), py::arg("group"))
       .def("ignore", &TensorPlan::ignore, py::arg("param"), py::arg("group"))
       .def("seal", &TensorPlan::seal, py::arg("state"))

@@ -5,17 +5,14 @@
 
 #include <vector>
 
-#include "python/dlpack.h"
 #include "formats/formats.h"
+#include "python/dlpack.h"
 
 namespace precond {
 
 namespace py = pybind11;
 
 constexpr int kCpuDevice = -1, kOtherDevice = -2;  // CUDA devices count from 0
-
-// What elements are in memory: the dtypes of operands, and of the codes, scales and remainders beside them.
-enum class Storage : int32_t { none, fp32, bf16, fp16, int8, uint8 };
 
 // What a tensor object says of its memory; complex64 is fp32 with a last dimension of two. `shape` and `strides` live
 // in the object or in `owned`.

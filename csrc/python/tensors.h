@@ -1,5 +1,5 @@
-// From Python's tensors to a plan: reads addresses, checks at each step that the plan still describes what the
-// optimizer holds, and runs it. The only file that touches Python objects besides module.cpp.
+// From Python's tensors to a plan: reads addresses (build.cpp), checks at each step that the plan still describes what
+// the optimizer holds (refresh.cpp), and runs it (run.cpp).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,17 +9,23 @@
 #include <string>
 #include <vector>
 
-#include "cuda/plan.h"
+#include "cuda/executor.h"
 #include "plan/plan.h"
 #include "python/reader.h"
 
 namespace precond {
 
+// What Python asks for a group in a step: a row of the plan, and hyper-parameters that lie on the device.
+struct Request {
+  GroupRow row;
+  std::vector<Override> overrides;  // whose group is not known yet
+};
+
 // A plan and the identities it was built from. Objects are only compared, so the plan keeps none of them alive.
 class TensorPlan {
  public:
-  // state_names: by rule number, the keys of a parameter's state in the order of the rule's state arguments;
-  // step_name: the counter's key, or empty.
+  // state_names: by rule number, the keys of a parameter's state in the order of the rule's state arguments, then that
+  // of its scalar state; step_name: the counter's key, or empty.
   TensorPlan(const Reader& reader, const std::map<int, std::vector<std::string>>& state_names,
              const std::string& step_name, int64_t chunk, int device);
 
@@ -37,9 +43,8 @@ class TensorPlan {
   void seal(const py::dict& state);
 
   // Makes the plan that of the coming step. False where it no longer describes what the optimizer holds; nothing has
-  // changed then. rows: per group (rule number, sign of the gradient, hyper-parameters, overrides on the device as
-  // (index, address, is_double)). inputs: parameter -> tensor to use instead of its `.grad` (matrix methods hand over
-  // rotated gradients).
+  // changed then. rows: a Request for each group. inputs: parameter -> tensor to use instead of its `.grad` (matrix
+  // methods hand over rotated gradients).
   bool refresh(const py::list& param_groups, const py::dict& state, const py::dict& inputs, const py::list& rows);
   // The classes of the norm that the parameters given to add() belong to, in that order. Without this call there is
   // one.
@@ -68,7 +73,7 @@ class TensorPlan {
     void prefetch() const;
   };
   struct Traces {
-    Trace p, g, state[kMaxStates + 1];  // the last one: the step counter
+    Trace p, g, state[kMaxStates], step, scalar;
   };
   struct Entry {
     PyObject* param;
@@ -92,13 +97,19 @@ class TensorPlan {
   bool same_special(const Tensor& tensor, PyObject* param_state, View* view);
   Order order_of(const Entry& entry) const;
   bool is_beside(const View& view, Storage storage, int64_t count) const;
-  bool same_place(const Operand& operand, const Entry& entry, const View& view) const;
+  bool is_codes(const View& view, Format format, int64_t numel) const;
+  bool is_scales(const View& view, int64_t numel) const;
+  bool is_remainder(const View& view, Format format, int64_t numel) const;
+  bool same_operand(const Operand& operand, const Entry& entry, const View& view) const;
+  bool same_number(const float* number, const py::object& name, bool on_device, PyObject* param_state,
+                   View* view) const;
   bool same_shape(const Entry& entry, const View& view) const;
   bool same_strides(const Entry& entry, const View& view) const;
-  Operand place(const Entry& entry, const View& view, Format format, int32_t* slot, const char* what);
+  Operand operand_of(const Entry& entry, const View& view, Format format, int32_t* slot, const char* what);
 
   const Reader& reader_;
   std::vector<std::vector<py::object>> state_names_, scale_names_;  // of each rule
+  std::vector<py::object> scalar_names_;                            // of each rule; null without a scalar state
   py::object step_name_, params_name_, grad_name_, remainder_name_, key_name_;
   Plan plan_;
   int device_;            // that tensors must be on
@@ -109,7 +120,7 @@ class TensorPlan {
   // thread may give the optimizer others.
   std::vector<py::object> held_;
 #if defined(PRECOND_CUDA)
-  std::unique_ptr<CudaPlan> cuda_;
+  std::unique_ptr<CudaExecutor> cuda_;
 #endif
   std::vector<Entry> entries_;
   std::vector<Traces> traces_;  // of each entry

@@ -1,4 +1,4 @@
-// Decays: a penalty on p or on z in p = P z, brought back to p (Ye, arXiv 2410.00232; METHODS A.2). A decay has two
+// Decays: a penalty on p or on z in p = P z, brought back to p (Ye, arXiv 2410.00232). A decay has two
 // parts: `gradient` returns what the statistics see, and the call takes the old p, the step as rate times direction,
 // den = 1 / P^2 and the statistic v behind it, and returns the new p.
 #pragma once
@@ -69,6 +69,36 @@ struct L1Subgradient : Intrinsic {
     return p - fma(lr_wd, p, rate * direction + t);
   }
 };
+
+// `lr` is the step's, which Adagrad makes smaller with every step; its decays shrink with it.
+template <class Hyper>
+PRECOND_INLINE void set_scalars(Coupled& decay, const Hyper& h, double) {
+  decay.weight_decay = float(h.weight_decay);
+}
+template <class Hyper>
+PRECOND_INLINE void set_scalars(L2& decay, const Hyper& h, double lr) {
+  decay.lr_wd = float(lr * h.weight_decay);
+}
+template <class Hyper>
+PRECOND_INLINE void set_scalars(PlainThreshold& threshold, const Hyper& h, double lr) {
+  threshold.lr_l1 = float(lr * h.l1_decay);
+}
+template <class Hyper>
+PRECOND_INLINE void set_scalars(AdaptiveThreshold& threshold, const Hyper& h, double lr) {
+  threshold.lr_l1 = float(lr * h.l1_decay);
+  threshold.lr_l1_cap = float(lr * h.l1_cap);
+}
+template <class L1, class Hyper>
+PRECOND_INLINE void set_scalars(L1& decay, const Hyper& h, double lr) {
+  decay.lr_wd = float(lr * h.weight_decay);
+  set_scalars(decay.threshold, h, lr);
+}
+
+// A rule with each intrinsic decay: name + "", "_l1", "_l1_subgradient" + suffix.
+#define PRECOND_INTRINSIC(RULE, name, suffix, Template, Threshold) \
+  RULE(name suffix, Template<L2>)                                  \
+  RULE(name "_l1" suffix, Template<L1Proximal<Threshold>>)         \
+  RULE(name "_l1_subgradient" suffix, Template<L1Subgradient<Threshold>>)
 
 }  // namespace PRECOND_ISA
 }  // namespace precond

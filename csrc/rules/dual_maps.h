@@ -1,14 +1,14 @@
-// Kernels of dual space preconditioning: h'(|x|) sign(x) of an entry x, for a convex h (METHODS B.2). Odd; 0 stays 0,
+// Maps of dual space preconditioning: h'(|x|) sign(x) of an entry x, for a convex h. Odd; 0 stays 0,
 // inf and NaN stay what h' makes of them.
 #pragma once
 
-#include "base/arithmetic.h"
+#include "base/series.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {
 
 // x / (offset + slope |x|): the identity (1, 0), the sign (0, 1), Adam without its means (eps, 1), x / (1 + |x| / c).
-struct RatioKernel {
+struct RatioMap {
   float offset, slope;
   PRECOND_INLINE float operator()(float x) const {
     const float quotient = x / fma(slope, magnitude_of(x), offset);
@@ -17,7 +17,7 @@ struct RatioKernel {
 };
 
 // x / sqrt(x^2 + c^2); beyond 2^60 the root is |x|, whose square would overflow.
-struct SmoothedKernel {
+struct SmoothedMap {
   float scale_squared;
   PRECOND_INLINE float operator()(float x) const {
     const float r = magnitude_of(x);
@@ -25,13 +25,13 @@ struct SmoothedKernel {
   }
 };
 
-struct ClipKernel {
+struct ClipMap {
   float scale;
   PRECOND_INLINE float operator()(float x) const { return clamped(x, scale); }
 };
 
 // c asinh(x / c) = c log1p(r + r^2 / (1 + sqrt(1 + r^2))) with r = |x| / c.
-struct AsinhKernel {
+struct AsinhMap {
   float scale;
   PRECOND_INLINE float operator()(float x) const {
     const float r = magnitude_of(x) / scale;
@@ -40,13 +40,13 @@ struct AsinhKernel {
   }
 };
 
-struct LogKernel {
+struct LogMap {
   float scale;
   PRECOND_INLINE float operator()(float x) const { return with_sign_of(scale * log1p_of(magnitude_of(x) / scale), x); }
 };
 
 // c (|x| / c)^exponent.
-struct PowerKernel {
+struct PowerMap {
   float scale, exponent;
   PRECOND_INLINE float operator()(float x) const {
     return with_sign_of(scale * power_of(magnitude_of(x) / scale, exponent), x);

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .rows import Group
-from .states import State
 
 
-def restore_states(state: State, groups: list[Group], loaded: dict[str, Any]) -> None:
-    """Give loaded states the dtype they were saved in and memory of their own; torch casts and aliases them."""
-    saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
-    params = [p for group in groups for p in group["params"]]
-    for saved_id, p in zip(saved_ids, params, strict=True):
-        for name, saved in loaded["state"].get(saved_id, {}).items():
-            if isinstance(saved, Tensor) and name == "step":
-                state[p][name] = state[p][name].clone()
-            elif isinstance(saved, Tensor):
-                state[p][name] = saved.detach().to(p.device, copy=True)
+@contextlib.contextmanager
+def states_as_saved(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While torch loads a checkpoint: states have the dtype they were saved in and memory of their own. torch casts and aliases
+    them.
+    """
+    # What torch loads is what the user's hooks made of the dictionary; ours sees it last, and mends before theirs.
+    final: dict[str, Any] = {}
+
+    def restore(_: torch.optim.Optimizer) -> None:
+        saved_ids = [i for group in final["param_groups"] for i in group["params"]]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for saved_id, p in zip(saved_ids, params, strict=True):
+            for name, saved in final["state"].get(saved_id, {}).items():
+                if isinstance(saved, Tensor) and name == "step":
+                    optimizer.state[p][name] = optimizer.state[p][name].clone()
+                elif isinstance(saved, Tensor):
+                    optimizer.state[p][name] = saved.detach().to(p.device, copy=True)
+
+    hooks = [
+        optimizer.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded)),
+        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class KeptOptions:

@@ -74,11 +74,11 @@ class Checks:
 
 def check_defaults(defaults: dict[str, Any], backend: str | None) -> None:
     """Raise, in torch's words, for options of torch's that contradict each other."""
-    if defaults.get("fused") and defaults["differentiable"]:
+    if defaults.get("fused") and defaults.get("differentiable"):
         raise RuntimeError("`fused` does not support `differentiable`")
-    if defaults.get("fused") and defaults["foreach"]:
+    if defaults.get("fused") and defaults.get("foreach"):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    if defaults["differentiable"] and backend not in (None, "reference"):
+    if defaults.get("differentiable") and backend not in (None, "reference"):
         raise RuntimeError(f"differentiable=True needs backend=None or 'reference', got {backend!r}")
 
 

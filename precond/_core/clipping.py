@@ -120,7 +120,12 @@ def begin(
 
     report.measured = True
     skips, raises = (settings["nonfinite"] == name for name in ("skip", "raise"))
-    clip = Clip(*found, settings["max_grad_norm"], settings["norm_type"] == math.inf, skips)
+    clip = Clip(
+        **found._asdict(),
+        max_norm=settings["max_grad_norm"],
+        inf=settings["norm_type"] == math.inf,
+        skip_nonfinite=skips,
+    )
     if len(executors) == 1 and executors[0].measures_itself and classes.groups == [()] and not raises:
         return control, clip._replace(measure=True)
     found.total.copy_(total(executors, step, classes, clip.inf))

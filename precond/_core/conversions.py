@@ -69,7 +69,7 @@ def _plain_state(states: ParamStates, p: Tensor, group: Group, rule: str, state:
             plain[name] = like(p, formats.values_of(state, name, form, p).clone())
     left = {*_BESIDE, *plain, *(f"{name}_scale" for name in plain)}
     for name, value in state.items():
-        if name not in left and (name != "step" or states.recipe.counts_steps):
+        if name not in left and (name != "step" or states.keeps_step(rule)):
             plain[name] = value.clone() if isinstance(value, Tensor) else value
     return plain
 

@@ -4,6 +4,7 @@ compares every address with what it saw; what the other two update is checked an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,23 +29,33 @@ def table_of(rows: list[Row], device: torch.device | None) -> tuple[list[Any], l
     tensors at these addresses: copies of those that are on another device.
     """
     assert _backend._C is not None
-    table: list[tuple[int, float, tuple[float, ...], list[tuple[int, int, int]]]] = []
-    used = []
+    table: list[Any] = []
+    used: list[Tensor] = []
     for rule, sign, hyper in rows:
-        number, _, names, _ = _backend._C.rules[rule]
-        values, overrides = [], []
+        number, names = _number_and_hyper(rule)
+        values, on_device = [], []
         for index, name in enumerate(names):
             value = hyper[name]
             if device is not None and isinstance(value, Tensor):
                 if value.dtype not in (torch.float32, torch.float64):
                     raise TypeError(f"{name} must be a float32 or float64 tensor, got {value.dtype}")
                 used.append(value.to(device, non_blocking=True))
-                overrides.append((index, used[-1].data_ptr(), int(value.dtype == torch.float64)))
+                on_device.append((index, used[-1].data_ptr(), value.dtype == torch.float64))
                 values.append(0.0)
             else:
                 values.append(float(value))
-        table.append((number, sign, tuple(values), overrides))
+        table.append(_backend._C.Row(rule=number, sign=sign, hyper=values))
+        for where in on_device:
+            table[-1].read_from(*where)
     return table, used
+
+
+@functools.cache
+def _number_and_hyper(rule: str) -> tuple[int, tuple[str, ...]]:
+    """Of a rule of the extension, whose properties are made anew each time that they are read."""
+    assert _backend._C is not None
+    known = _backend._C.rules[rule]
+    return known.number, known.hyper
 
 
 class Compiled:
@@ -69,10 +80,10 @@ class Compiled:
         self.backend, self.device = backend, device
         self._captured = captured
         self._hyper_tensors: list[Tensor] = []  # whose addresses the plan has
-        rules = _backend._C.rules
+        used = {row.rule for row in step.rows}
         self.plan = _backend._C.Plan(
             reader=_backend.reader(),
-            state_names={rules[row.rule][0]: states.names(row.rule) for row in step.rows},
+            state_names={_number_and_hyper(rule)[0]: [*states.names(rule), *states.scalars(rule)] for rule in used},
             step_name="step",
             chunk=_CHUNK,
             device=-1 if backend == "cpu" else device.index or 0,
@@ -97,9 +108,9 @@ class Compiled:
             param=p,
             state=step.state.get(p),
             group=index,
-            rule=_backend._C.rules[row.rule][0],
+            rule=_number_and_hyper(row.rule)[0],
             fresh=fresh,
-            counts=states.counts(p),
+            counts=states.counts(p, row.rule),
             step_on_device=counts_beside(group, self.backend),
             formats=numbers,
             draws=layout.draws,
@@ -200,10 +211,11 @@ class Interpreted:
             return True
         if checks.backend_of(entry.name, p, step, row, self.states) != self.backend or self.states.missing(p, row.rule):
             return False
-        if not self.states.counts(p):
+        if not self.states.counts(p, row.rule):
             return True
         beside = counts_beside(step.groups[entry.group], "triton")
-        return is_counter(step.state[p]["step"], p, p.device if beside else torch.device("cpu"))
+        device = p.device if beside else torch.device("cpu")
+        return all(is_counter(step.state[p][name], p, device) for name in ("step", *self.states.scalars(row.rule)))
 
     def has_gradients(self, step: Step) -> bool:
         """True where one of the parameters is updated."""
@@ -215,20 +227,30 @@ class Interpreted:
 
     def _counts_on_host(self, step: Step, entry: Entry) -> bool:
         return (
-            self.states.counts(entry.param)
+            self.states.counts(entry.param, step.rows[entry.group].rule)
             and step.input_of(entry.param) is not None
             and not counts_beside(step.groups[entry.group], self.backend)
         )
 
     def _number(self, step: Step, entry: Entry) -> Any:
         """The number of a parameter's step: its counter, already advanced where the host does that."""
-        if not self.states.counts(entry.param):
+        if not self.states.counts(entry.param, step.rows[entry.group].rule):
             return 0
         counter = step.state[entry.param]["step"]
         if not self._counts_on_host(step, entry):
             return counter
         counter += 1
         return int(counter.item())
+
+    def _scalars(self, step: Step, entry: Entry, number: int) -> dict[str, float]:
+        """A parameter's states of one number, advanced by the host: computed in float64, and read as they were stored."""
+        rule, _, hyper = step.rows[entry.group]
+        found = {}
+        for name in self.states.scalars(rule):
+            value, advance = step.state[entry.param][name], reference.RULES[rule].advance
+            assert advance is not None
+            found[name] = float(value.fill_(advance(hyper, number, float(value))))
+        return found
 
 
 class Reference(Interpreted):
@@ -257,7 +279,8 @@ class Reference(Interpreted):
             layout = self.states.layout(p, step.groups[entry.group], rule)
             # Where autograd watches, a tensor lr stays one.
             numbers = hyper if torch.is_grad_enabled() else {name: float(value) for name, value in hyper.items()}
-            arguments = numbers, number, p in self.fresh, sign * control.grad_coef, control.clip_value
+            scalars = self._scalars(step, entry, number)
+            arguments = {**numbers, **scalars}, number, p in self.fresh, sign * control.grad_coef, control.clip_value
             if not layout.plain:
                 formats.update(rule, p, local(g), step.state[p], self.states.names(rule), layout, *arguments)
                 continue
@@ -302,25 +325,28 @@ class Triton(Interpreted):
             rule, sign, hyper = step.rows[entry.group]
             layout = self.states.layout(p, step.groups[entry.group], rule)
             state = step.state[p] if p in step.state else {}
+            number = self._number(step, entry)
+            # A counter on the device is advanced there, and so is a state of one number.
+            scalars = self._scalars(step, entry, number) if isinstance(number, int) else state
             scales = [state.get(f"{name}_scale") for name in self.states.names(rule)]
-            items.append(
-                triton_kernels.Item(
-                    rule=rule,
-                    p=_real(local(p)),
-                    g=_real(local(g)),
-                    states=[_real(local(t)) for t in self.states.present(p, rule).values()],
-                    hyper=hyper,
-                    step=self._number(step, entry),
-                    fresh=p in self.fresh,
-                    sign=sign,
-                    layout=layout,
-                    beside=[None if t is None else local(t) for t in (state.get("remainder"), None, *scales)],
-                    key=state["key"] if layout.draws else 0,
-                )
+            item = triton_kernels.Item(
+                rule=rule,
+                p=_real(local(p)),
+                g=_real(local(g)),
+                states=[_real(local(t)) for t in self.states.present(p, rule).values()],
+                hyper=hyper,
+                step=number,
+                fresh=p in self.fresh,
+                sign=sign,
+                layout=layout,
+                beside=[None if t is None else local(t) for t in (state.get("remainder"), None, *scales)],
+                key=state["key"] if layout.draws else 0,
             )
+            for name in self.states.scalars(rule):
+                item = item._replace(scalar_state=scalars[name])
+            items.append(item)
         if items:
-            given = {name: getattr(clip, name) for name in triton_kernels.Clip._fields}
-            triton_kernels.update(items, **control._asdict(), clip=triton_kernels.Clip(**given))
+            triton_kernels.update(items, **control._asdict(), clip=clip)
             torch.autograd.graph.increment_version([item.p for item in items])
         return True
 

@@ -8,16 +8,26 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor
 
+from .. import reference
 from . import backend as _backend
 from .amp import control_of
 from .arguments import number
-from .checkpoint import KeptOptions, restore_states
+from .checkpoint import KeptOptions, states_as_saved
 from .checks import Checks, check_capturable, check_defaults, check_numbers, check_options
 from .engine import Engine
+from .formats import StateFormat
+from .metric import Metric
 from .rows import Row, Step
 from .settings import DEFAULTS, LOST, Settings, own_settings
 from .states import ParamStates, Recipe
 from .states import PrecisionWarning as PrecisionWarning
+
+#: What an optimizer's class says, in the errors of one that does not.
+_DECLARATIONS = {
+    "_row": "the rule and the hyper-parameters of a group",
+    "_check_defaults": "the errors for arguments that are out of range",
+    "_why_not_one_pass": "why the settings that need one pass are refused, such as 'for Muon'",
+}
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -30,18 +40,29 @@ class FusedOptimizer(torch.optim.Optimizer):
     group, in the group only when they are not the default.
     """
 
-    #: The state that holds a mean or a sum of squares: the one that a short format harms.
-    _second_moment: ClassVar[str | None] = None
     #: Rules that take sparse gradients: those that torch gives them to.
     _sparse_rules: ClassVar[frozenset[str]] = frozenset()
-    #: True where torch keeps a ``step`` per parameter.
+    #: True where torch keeps a ``step`` per parameter that the rule does not read; a rule that does has one anyway.
     _counts_steps: ClassVar[bool] = False
     #: Group options that torch does not have, with their defaults.
     _group_options: ClassVar[dict[str, Any]] = {"state_format": None, "weight_format": None}
 
+    #: Methods and attributes that a subclass must have, but for one that is created with ``abstract=True``.
+    _must_declare: ClassVar[tuple[str, ...]] = ("_row", "_check_defaults")
+
     _own: dict[str, Any]
     _states: ParamStates
     _engine: Engine
+
+    def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in () if abstract else cls._must_declare:
+            if getattr(cls, name, None) in (None, getattr(FusedOptimizer, name, None)):
+                raise TypeError(f"{cls.__name__} must declare {name}: {_DECLARATIONS[name]}")
+        if unknown := cls._sparse_rules - reference.RULES.keys():
+            raise TypeError(f"{cls.__name__}._sparse_rules must be rules of precond.reference, got {sorted(unknown)}")
+        if missing := FusedOptimizer._group_options.keys() - cls._group_options.keys():
+            raise TypeError(f"{cls.__name__}._group_options must have {', '.join(sorted(missing))}")
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, settings: Settings) -> None:
         self._own = own_settings(type(self).__name__, settings)
@@ -75,25 +96,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         return 0.0
 
     @classmethod
-    def _format_of_state(cls, name: str, group: dict[str, Any]) -> Any:
+    def _format_of_state(cls, name: str, group: dict[str, Any]) -> StateFormat:
         """What a group asks for a state to be stored in."""
-        return group.get("state_format")
-
-    @classmethod
-    def _smoothing(cls, group: dict[str, Any]) -> float | Tensor:
-        """How much of the second moment a step keeps."""
-        raise NotImplementedError
+        asked: StateFormat = group.get("state_format")
+        return asked
 
     @classmethod
     def _numbers(cls, group: dict[str, Any]) -> dict[str, int]:
         """Numbers that stand among a parameter's states, as they are before the first step."""
         return {}
 
-    def _metric(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor | str | None, float, float]:
-        """P P^T = 1 / (sqrt(scale v) + eps) as the last step left it: v, or the name of its state, scale and eps; v is None where
-        P is the identity, as for every rule without a second moment.
-        """
-        return None, 1.0, 0.0
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        """P P^T of a parameter; None where no step has made it yet."""
+        return Metric(why_not="it does not say what it multiplies a gradient with")
 
     # What a subclass declares it with.
 
@@ -108,9 +123,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         hyper = {name: number(group[name]) for name in ("lr", "weight_decay", *names)}
         return hyper | {"l1_decay": float(group.get("l1_decay", 0.0)), "l1_cap": float(group.get("l1_cap", 10.0))}
 
-    def _values(self, p: Tensor, group: dict[str, Any], name: str) -> Tensor:
-        """What a state stands for, as plain numbers of the local tensor."""
-        return self.states.values(p, group, self._row(group).rule, name)
+    def _steps(self, p: Tensor) -> float:
+        """How many steps a parameter has taken."""
+        return float(self.state[p].get("step", 0)) if p in self.state else 0.0
+
+    def _decoded(self, p: Tensor, group: dict[str, Any], name: str) -> Tensor:
+        """A state that a parameter has: itself, or decoded where it consists of codes."""
+        return self.states.decoded(p, group, self._row(group).rule, name)
 
     # The step.
 
@@ -124,7 +143,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             self._update()
         return loss
 
@@ -160,6 +179,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What makes, reads and converts the states of parameters; ``state`` has them."""
         self._states.bind(self.state, self.param_groups)
         return self._states
+
+    def metric_of(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        """P P^T of a parameter, by which a step multiplies its gradient; None where no step has made it yet."""
+        return self._metric(p, group)
 
     def rule_of(self, group: dict[str, Any]) -> str:
         """The name of the rule that a group's options ask for."""
@@ -223,10 +246,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Everything private that follows from the public state."""
         recipe = Recipe(
             self._counts_steps,
-            self._second_moment,
             self._initial,
             self._format_of_state,
-            self._smoothing,
             self._numbers,
             self._group_options,
         )
@@ -251,21 +272,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         checkpoint has none.
         """
         kept = KeptOptions(self.param_groups, self._group_options)
-        # What torch loads is what the user's hooks made of the dictionary; ours sees it last, and mends before theirs.
-        final: dict[str, Any] = {}
-
-        def restore(_: torch.optim.Optimizer) -> None:
-            restore_states(self.state, self.param_groups, final)
-
-        hooks = [
-            self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded)),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        try:
+        with states_as_saved(self):
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
         kept.restore(self.param_groups)
         states = self.states
         for index, group in enumerate(self.param_groups):

@@ -4,16 +4,16 @@ methods that have a matrix product or a norm between two passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from .. import reference
 from . import formats
 from .checks import Checks
 from .engine import Engine
-from .formats import Layout
+from .formats import Layout, StateFormat
 from .norm import NormClasses
 from .rows import Control, Group, Row, Step
 from .settings import DEFAULTS
@@ -32,15 +32,17 @@ class Job(NamedTuple):
     hyper: dict[str, float | Tensor]
     sign: float = 1.0
     weight_format: str | None = None
-    state_format: str | torch.dtype | None = None
+    state_format: StateFormat = None
 
 
 class JobStates:
-    """The states of tensors that a pass updates: dictionaries of its caller, which hold everything but ``step`` already."""
+    """The states of tensors that a pass updates: dictionaries of its caller, which hold everything but the rule's states of one
+    number already.
+    """
 
-    def __init__(self, names: tuple[str, ...], counts: bool, remainders: Remainders) -> None:
+    def __init__(self, names: tuple[str, ...], remainders: Remainders) -> None:
         self.state: State = {}
-        self._names, self._counts, self._remainders = names, counts, remainders
+        self._names, self._remainders = names, remainders
 
     def bind(self, state: State, groups: list[Group]) -> None:
         """Take the dictionaries of the next jobs."""
@@ -50,13 +52,20 @@ class JobStates:
         """What the caller calls the rule's states."""
         return self._names
 
+    def scalars(self, rule: str) -> Mapping[str, float]:
+        """The rule's states of one number, with their initial value."""
+        return reference.RULES[rule].scalars
+
     def present(self, p: Tensor, rule: str) -> dict[str, Tensor]:
         """Those that exist."""
         return present_of(self.state, p, self._names)
 
     def missing(self, p: Tensor, rule: str) -> bool:
         """True where the caller has not given a state."""
-        return (self.counts(p) and "step" not in self.state[p]) or len(self.present(p, rule)) < len(self._names)
+        state = self.state[p]
+        if self.counts(p, rule) and any(name not in state for name in ("step", *self.scalars(rule))):
+            return True
+        return len(self.present(p, rule)) < len(self._names)
 
     def layout(self, p: Tensor, group: Group, rule: str) -> Layout:
         """The formats of a tensor and of its states."""
@@ -64,13 +73,13 @@ class JobStates:
 
     def ensure(self, name: str, p: Tensor, group: Group, row: Row) -> bool:
         """Make a step counter. False: the caller has made the states."""
-        if self.counts(p):
-            make_counter(p, self.state[p], group)
+        if self.counts(p, row.rule):
+            make_counter(p, self.state[p], group, self.scalars(row.rule))
         return False
 
-    def counts(self, p: Tensor) -> bool:
-        """True where the pass counts steps, or random bits depend on them."""
-        return self._counts or "key" in self.state[p]
+    def counts(self, p: Tensor, rule: str) -> bool:
+        """True where the rule or random bits depend on the step."""
+        return reference.RULES[rule].reads_step or "key" in self.state[p]
 
     def begin(self, split: Iterable[Tensor]) -> None:
         """Forget what split weights lacked of their masters where somebody else has written them."""
@@ -91,14 +100,13 @@ class Pass:
         rule: str,
         names: tuple[str, ...],
         backend: str | None,
-        counts: bool,
         *,
         remainders: Remainders | None = None,
         captured: list[Any] | None = None,
     ) -> None:
         """``names``: what the caller calls the rule's states. ``remainders``, ``captured``: those of the caller's engine."""
         self._rule = rule
-        self._states = JobStates(names, counts, Remainders() if remainders is None else remainders)
+        self._states = JobStates(names, Remainders() if remainders is None else remainders)
         checks = Checks(Pass, frozenset(), {**DEFAULTS, "backend": backend})
         self.engine = Engine(self._states, checks, captured=captured)
         self._groups: list[Group] = []

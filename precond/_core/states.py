@@ -14,11 +14,12 @@ from torch import Tensor
 from .. import reference
 from . import backend as _backend
 from . import formats
-from .formats import STATE_FORMATS, Layout
+from .formats import STATE_FORMATS, Layout, StateFormat
 from .rows import Group, Row
-from .sharding import local
+from .sharding import like, local
 
 State = dict[Tensor, dict[str, Any]]
+_NO_SCALARS: Mapping[str, float] = {}
 
 
 class PrecisionWarning(UserWarning):
@@ -37,6 +38,9 @@ class States(Protocol):
     def names(self, rule: str) -> tuple[str, ...]:
         """The names of a rule's states, in its order."""
 
+    def scalars(self, rule: str) -> Mapping[str, float]:
+        """A rule's states of one number, which live where the step counter does, with their initial value."""
+
     def present(self, p: Tensor, rule: str) -> dict[str, Tensor]:
         """Those of a rule's states that exist, in its order."""
 
@@ -49,8 +53,8 @@ class States(Protocol):
     def ensure(self, name: str, p: Tensor, group: Group, row: Row) -> bool:
         """Make what is missing. True if none of the rule's states was there: the rule's first step."""
 
-    def counts(self, p: Tensor) -> bool:
-        """True where a parameter has a step counter: as in torch, and where random bits depend on the step."""
+    def counts(self, p: Tensor, rule: str) -> bool:
+        """True where a parameter has a step counter: as in torch, and where the rule or random bits depend on the step."""
 
     def begin(self, split: Iterable[Tensor]) -> None:
         """Before a step that writes these split weights."""
@@ -59,7 +63,7 @@ class States(Protocol):
         """After it."""
 
 
-# Step counters.
+# Step counters, and other states of one number.
 
 
 def counter_dtype(p: Tensor) -> torch.dtype:
@@ -69,7 +73,7 @@ def counter_dtype(p: Tensor) -> torch.dtype:
 
 
 def is_counter(value: object, p: Tensor, device: torch.device) -> bool:
-    """True for a parameter's step counter as torch keeps it, on a device."""
+    """True for a parameter's step counter, or another state of one number, as torch keeps it, on a device."""
     return isinstance(value, Tensor) and (value.dtype, value.dim(), value.device) == (counter_dtype(p), 0, device)
 
 
@@ -78,18 +82,21 @@ def counts_beside(group: Group, backend: str) -> bool:
     return backend in ("cuda", "triton") and bool(group.get("capturable") or group.get("fused"))
 
 
-def make_counter(p: Tensor, state: dict[str, Any], group: Group) -> None:
-    """Make a parameter's step counter, or one of the right kind in place of what a checkpoint brought."""
-    step = state.get("step", 0.0)
+def make_counter(p: Tensor, state: dict[str, Any], group: Group, scalars: Mapping[str, float] = _NO_SCALARS) -> None:
+    """Make a parameter's step counter and a rule's scalar states, or those of the right kind in place of what a checkpoint
+    brought.
+    """
     device = p.device if p.device.type != "cpu" and counts_beside(group, "cuda") else torch.device("cpu")
-    if is_counter(step, p, device):
-        return
-    if isinstance(step, Tensor):
-        state["step"] = step.detach().to(device, counter_dtype(p), copy=True).reshape(())
-    else:
-        # torch.tensor() would wait for a device, once per parameter; on the host a fake one knows its value.
-        make = torch.tensor if device.type == "cpu" else functools.partial(torch.full, ())
-        state["step"] = make(float(step), dtype=counter_dtype(p), device=device)
+    for name, initial in (("step", 0.0), *scalars.items()):
+        value = state.get(name, initial)
+        if is_counter(value, p, device):
+            continue
+        if isinstance(value, Tensor):
+            state[name] = value.detach().to(device, counter_dtype(p), copy=True).reshape(())
+        else:
+            # torch.tensor() would wait for a device, once per parameter; on the host a fake one knows its value.
+            make = torch.tensor if device.type == "cpu" else functools.partial(torch.full, ())
+            state[name] = make(float(value), dtype=counter_dtype(p), device=device)
 
 
 # Split weights.
@@ -127,16 +134,12 @@ def _versions_of(p: Tensor) -> tuple[int, int]:
 class Recipe(NamedTuple):
     """What an optimizer's class declares about its states."""
 
-    #: True where torch keeps a ``step`` per parameter.
+    #: True where torch keeps a ``step`` per parameter, also if the rule does not read it.
     counts_steps: bool
-    #: The state that holds a mean or a sum of squares: the one that a short format harms.
-    second_moment: str | None
     #: What a new state is filled with.
     initial: Callable[[Tensor, Group], complex]
     #: What a group asks for a state to be stored in.
-    format_of: Callable[[str, Group], Any]
-    #: How much of the second moment a step keeps.
-    smoothing: Callable[[Group], float | Tensor]
+    format_of: Callable[[str, Group], StateFormat]
     #: Numbers that stand among the states of a parameter, as they are before the first step.
     numbers: Callable[[Group], dict[str, int]]
     #: Options of groups that torch does not have, with their defaults.
@@ -164,19 +167,28 @@ class ParamStates:
         """The names of a rule's states, in its order."""
         return reference.RULES[rule].states
 
+    def scalars(self, rule: str) -> Mapping[str, float]:
+        """A rule's states of one number, with their initial value."""
+        return reference.RULES[rule].scalars
+
     def present(self, p: Tensor, rule: str) -> dict[str, Tensor]:
         """Those of a rule's states that exist, in its order."""
         return present_of(self.state, p, self.names(rule))
 
     def missing(self, p: Tensor, rule: str) -> bool:
         """True where a rule cannot run before ``ensure``."""
-        if self.counts(p) and "step" not in (self.state[p] if p in self.state else {}):
+        state = self.state[p] if p in self.state else {}
+        if self.counts(p, rule) and any(name not in state for name in ("step", *self.scalars(rule))):
             return True
         return len(self.present(p, rule)) < len(self.names(rule))
 
-    def counts(self, p: Tensor) -> bool:
-        """True where a parameter has a step counter: as in torch, and where random bits depend on the step."""
-        return self.recipe.counts_steps or (p in self.state and "key" in self.state[p])
+    def counts(self, p: Tensor, rule: str) -> bool:
+        """True where a parameter has a step counter: as in torch, and where the rule or random bits depend on the step."""
+        return self.keeps_step(rule) or (p in self.state and "key" in self.state[p])
+
+    def keeps_step(self, rule: str) -> bool:
+        """True where a rule's step counter is a state like the others, whatever the formats."""
+        return self.recipe.counts_steps or reference.RULES[rule].reads_step
 
     def layout(self, p: Tensor, group: Group, rule: str) -> Layout:
         """The formats of a parameter and of its states as they are."""
@@ -190,28 +202,30 @@ class ParamStates:
         """Split weights are now as the step left them."""
         self.remainders.note(split)
 
-    def values(self, p: Tensor, group: Group, rule: str, name: str) -> Tensor:
-        """What a state stands for, as plain numbers of the local tensor."""
+    def decoded(self, p: Tensor, group: Group, rule: str, name: str) -> Tensor:
+        """A state that a parameter has: itself, or decoded where it consists of codes."""
         state = self.state[p]
         if f"{name}_scale" not in state:
-            return local(state[name])
+            found: Tensor = state[name]
+            return found
         form = self.layout(p, group, rule).states[self.names(rule).index(name)]
-        return formats.values_of(state, name, form, p)
+        return like(p, formats.values_of(state, name, form, p))
 
     def ensure(self, name: str, p: Tensor, group: Group, row: Row) -> bool:
         """Make what is missing, convert what is stored otherwise than asked. True if none of the rule's states was there."""
         names = self.names(row.rule)
         weight_format = group.get("weight_format") if formats.is_half(p) else None
-        if not names and not self.recipe.counts_steps and weight_format is None:
+        counts = self.keeps_step(row.rule)
+        if not names and not counts and weight_format is None:
             return False
         self.convert(name, p, group, row.rule)
         state = self.state[p]
         fresh = not self.present(p, row.rule)
-        if self.recipe.counts_steps:  # before the states, as in torch
-            make_counter(p, state, group)
+        if counts:  # before the states, as in torch
+            make_counter(p, state, group, self.scalars(row.rule))
         for key in names:
             if state.get(key) is None:
-                state.update(self._new_state(p, key, group))
+                state.update(self._new_state(p, key, group, row))
         if weight_format in ("split24", "split32"):
             if not formats.has_remainder(state, weight_format, p):
                 state["remainder"] = formats.new_remainder(p, weight_format)
@@ -219,8 +233,8 @@ class ParamStates:
             state.pop("remainder", None)  # a parameter that is updated without it is not what it belongs to
         if self.layout(p, group, row.rule).draws and not isinstance(state.get("key"), int):
             state["key"] = self._key(p)
-        if self.counts(p):
-            make_counter(p, state, group)
+        if self.counts(p, row.rule):
+            make_counter(p, state, group, self.scalars(row.rule))
         for key, number in self.recipe.numbers(group).items():
             state.setdefault(key, number)
         return fresh
@@ -268,7 +282,7 @@ class ParamStates:
         named = f"{self._seed}:{self._stream_names[p]}"
         return int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "little") >> 1
 
-    def _new_state(self, p: Tensor, name: str, group: Group) -> dict[str, Tensor]:
+    def _new_state(self, p: Tensor, name: str, group: Group, row: Row) -> dict[str, Tensor]:
         """A state with its initial value, and what lies beside it."""
         initial = self.recipe.initial(p, group)
         # A complex state has its parameter's dtype: a pair of other floats is no dtype of torch.
@@ -282,17 +296,18 @@ class ParamStates:
                     formats.fill(made, name, values, formats.code_format(name, dtype))
                 return made
             dtype = torch.float32
-        self._warn_precision(name, dtype, group)
+        self._warn_precision(name, dtype, group, row)
         full = torch.full_like(p, initial, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         return {name: full}
 
-    def _warn_precision(self, name: str, dtype: torch.dtype, group: Group) -> None:
+    def _warn_precision(self, name: str, dtype: torch.dtype, group: Group, row: Row) -> None:
         """Warn once where a new state's dtype cannot hold what the rule needs."""
-        if name != self.recipe.second_moment or self._warned:
+        rule = reference.RULES[row.rule]
+        if name not in rule.second_moments or self._warned:
             return
-        smoothing = self.recipe.smoothing(group)
-        if dtype == torch.bfloat16 and group.get("state_format") is None and smoothing > 0.995:
-            what = f"stands still: rounding to nearest loses what a step adds or removes at {smoothing} > 0.995"
+        kept = row.hyper[rule.keeps] if isinstance(rule.keeps, str) else rule.keeps
+        if dtype == torch.bfloat16 and group.get("state_format") is None and kept > 0.995:
+            what = f"stands still: rounding to nearest loses what a step adds or removes at {kept} > 0.995"
         elif dtype == torch.float16:
             what = "is 0 for gradients below about 1e-3, and the step is then divided by eps alone"
         else:

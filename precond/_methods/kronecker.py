@@ -1,10 +1,11 @@
-"""A parameter in a basis: a matrix in a Kronecker eigenbasis, its blocks, their factors and bases all in its state, or anything
-in a basis that is given. Called by SOAP and GaussNewton.
+"""The basis of a parameter: a Kronecker eigenbasis of a matrix, kept in its state block by block, or a basis that is given.
+
+Called by SOAP and GaussNewton.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ def as_matrix(t: Tensor) -> Tensor:
 
 
 def is_matrix(p: Tensor) -> bool:
-    """True for what has a basis on either side; a vector has none."""
+    """True for a parameter that has a basis on either side; a vector has none."""
     return p.dim() > 1 and p.numel() > max(p.shape[0], 1)
 
 
 def check_matrix(name: str, p: Tensor) -> None:
-    """Raise for a parameter that has no basis here: complex, or cut by a mesh."""
+    """Raise for a parameter that cannot have a basis: complex, or sharded."""
     if p.is_complex():
         raise RuntimeError(f"{name} must be real to have a basis, got {p.dtype}")
     for placement in getattr(p, "placements", ()):
@@ -55,13 +56,13 @@ class Kronecker:
         return bool(self.state.get("basis_step", 0) > 0)
 
     def make_states(self, like: Tensor) -> None:
-        """States for a checkpoint to be loaded into; the first gradient makes them anew."""
+        """Make states that a checkpoint can be loaded into; otherwise the first gradient replaces them."""
         self.update_factors(torch.zeros_like(like), 0.0)
         self.refresh("", "")
         self.state["basis_step"] = 0
 
     def update_factors(self, g: Tensor, beta: float) -> None:
-        """Factors become means of G G^T and G^T G with weight 1 - beta for this one."""
+        """Average G G^T and G^T G into the factors, with weight 1 - beta."""
         for side, block, left in self._sides():
             part = g[block]
             square = part @ part.mT if left else part.mT @ part
@@ -71,9 +72,17 @@ class Kronecker:
             else:
                 factor.lerp_(square, 1 - beta)
 
+    def learn(self, g: Tensor, beta: float, frequency: int, mean: str, square: str) -> None:
+        """Fold a gradient into the factors; the first one, and every ``frequency``-th after it, refreshes the bases."""
+        self.update_factors(g, beta)
+        count = self.state.get("basis_step", 0)
+        if count % frequency == 0:
+            self.refresh(mean, square)
+        self.state["basis_step"] = count + 1
+
     def refresh(self, mean: str, square: str) -> None:
-        """New bases: eigenvectors at first, then a step of QR. The state called ``mean`` is expressed in them; ``square`` is
-        permuted only, as in SOAP, since what it would be in another basis is not known.
+        """Compute new bases: eigenvectors at first, then one step of QR. The state ``mean`` is transformed to them. ``square`` is
+        only permuted, as in SOAP: a diagonal does not determine its transform.
         """
         found = [as_matrix(self.state[name]) if name in self.state else None for name in (mean, square)]
         for side, block, left in self._sides():
@@ -85,12 +94,10 @@ class Kronecker:
                 v.copy_(v[order] if left else v[:, order])
         for name, t in zip((mean, square), found, strict=True):
             if t is not None:
-                self.state[name].copy_(t.view(self.state[name].shape))  # itself, unless it lies in another order
+                self.state[name].copy_(t.view(self.state[name].shape))  # a copy only where reshape made one
 
     def _refresh_side(self, side: str) -> tuple[Tensor, Tensor | None]:
-        """A side's next basis: what turns coordinates in the last one, at first the identity, into coordinates in it, and the
-        order of its columns.
-        """
+        """Replace a side's basis. Returns the rotation from the last one, at first the identity, and the order of its columns."""
         factor, before = self.state[f"factor_{side}"], self.state.get(f"basis_{side}")
         if before is None or not self.ready:
             self.state[f"basis_{side}"] = bases.eigenbasis(factor)
@@ -99,11 +106,11 @@ class Kronecker:
         return before.mT @ self.state[f"basis_{side}"], order
 
     def rotate(self, m: Tensor) -> Tensor:
-        """A matrix in the bases."""
+        """Rotate a matrix into the bases."""
         return self._each(m, bases.rotate)
 
     def rotate_back(self, m: Tensor) -> Tensor:
-        """A matrix out of them."""
+        """Rotate a matrix out of the bases."""
         return self._each(m, bases.rotate_back)
 
     def _each(self, m: Tensor, turn: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]) -> Tensor:
@@ -123,7 +130,7 @@ class Kronecker:
 
 
 class Rotation:
-    """A parameter's coordinates in its basis, whichever that is."""
+    """The basis U of a parameter, in any of its forms; the identity without one."""
 
     def __init__(
         self,
@@ -133,6 +140,11 @@ class Rotation:
         kronecker: Kronecker | None = None,
     ) -> None:
         self.shape, self.flat, self.pair, self.kronecker = p.shape, flat, pair, kronecker
+
+    @property
+    def is_identity(self) -> bool:
+        """True where nothing is rotated, or not yet."""
+        return self.flat is None and self.pair is None and (self.kronecker is None or not self.kronecker.ready)
 
     def matrix(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Dimension 0 by all others, in a dtype at least as wide."""
@@ -154,7 +166,29 @@ class Rotation:
             left, right = (u.to(t) for u in self.pair)
             m = t.reshape(left.shape[0], -1)
             return (left @ m @ right.mT if back else left.mT @ m @ right).view(self.shape)
-        if self.kronecker is None or not self.kronecker.ready:
+        if self.kronecker is None or self.is_identity:
             return t
         turn = self.kronecker.rotate_back if back else self.kronecker.rotate
         return turn(as_matrix(t)).view(self.shape)
+
+
+def rotation_of(
+    name: str, p: Tensor, given: str | Tensor | Sequence[Tensor], state: dict[str, Any], max_size: int
+) -> Rotation:
+    """The basis of a parameter: given as a matrix or a pair of them, or, for "kronecker", that which its state has."""
+    if isinstance(given, str) and not is_matrix(p):
+        return Rotation(p)
+    check_matrix(name, p)
+    if isinstance(given, str):
+        return Rotation(p, kronecker=Kronecker(p.shape, state, max_size))
+    if isinstance(given, Tensor):
+        if given.shape != (p.numel(), p.numel()):
+            raise RuntimeError(f"basis must have shape {(p.numel(), p.numel())} for {name}, got {tuple(given.shape)}")
+        return Rotation(p, flat=given)
+    rows, columns = (p.shape[0], p.shape[1:].numel()) if p.dim() > 0 else (1, 1)
+    if given[0].shape != (rows, rows) or given[1].shape != (columns, columns):
+        raise RuntimeError(
+            f"basis must be matrices of {rows} and {columns} for {name}, "
+            f"got {tuple(given[0].shape)} and {tuple(given[1].shape)}"
+        )
+    return Rotation(p, pair=(given[0], given[1]))

@@ -7,28 +7,32 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._core.formats import StateFormat
 from .._core.optimizer import FusedOptimizer
 from .._core.passes import Job, Pass
 from .._core.rows import Control, Row, Step
 from .._core.sharding import aligned_gradients, local
 
 
-class MultiPass(FusedOptimizer):
+class MultiPass(FusedOptimizer, abstract=True):
     """A method whose step, or that of some groups, has several passes. It takes gradients as they are: a ``GradScaler`` unscales
     them before the step, and clipping is torch's.
     """
 
     #: Why the settings that need one pass are refused.
     _why_not_one_pass: ClassVar[str]
+    _must_declare = (*FusedOptimizer._must_declare, "_why_not_one_pass")
     _passes: dict[tuple[str, int], Pass]
     #: Tensors that a pass writes and the next one reads, by parameter: memory that no checkpoint has.
     _buffers: dict[Tensor, Tensor]
-    #: Copies of step counters, for a pass that draws after the one that counts.
+    #: Parameters with a rule that counts their steps.
+    _counted: set[Tensor]
+    #: Copies of their counters, for a pass that draws after the one that counts.
     _counters: dict[Tensor, Tensor]
 
     def _rebuild(self) -> None:
         super()._rebuild()
-        self._passes, self._buffers, self._counters = {}, {}, {}
+        self._passes, self._buffers, self._counted, self._counters = {}, {}, set(), {}
 
     def _step_in_one_pass(self, groups: list[dict[str, Any]]) -> None:
         """The one-pass step of some of the groups."""
@@ -37,7 +41,10 @@ class MultiPass(FusedOptimizer):
 
     def _init_state(self, p: Tensor, group: dict[str, Any], row: Row) -> None:
         """Make what a parameter's rule needs and has not."""
-        self.states.ensure("a parameter", p, group, row)
+        states = self.states
+        states.ensure("a parameter", p, group, row)
+        if states.keeps_step(row.rule):
+            self._counted.add(p)
 
     def _only_makes_states(self, rows: list[Row], gradients: dict[Tensor, Tensor]) -> bool:
         """True for a first step at lr 0 on gradients of zeros, which is how torch.distributed.checkpoint has states made."""
@@ -60,29 +67,28 @@ class MultiPass(FusedOptimizer):
         hyper: dict[str, float | Tensor],
         sign: float = 1.0,
         weight_format: str | None = None,
-        state_format: str | torch.dtype | None = None,
+        state_format: StateFormat = None,
     ) -> Job:
         """A job with the states of these names that a parameter has, and what random bits need. Each pass that draws counts a
-        step of the parameter, so that no two draw alike; where the method counts them itself, a later pass has a copy to count.
+        step of the parameter, so that no two draw alike; where its rule counts them itself, a later pass has a copy to count.
         """
         state = self.state[p] if p in self.state else {}
         given = {name: state[name] for name in names if name in state}
         if "key" in state:
             given["key"] = state["key"]
-            if self._counts_steps and "step" not in names:
+            if p in self._counted and "step" not in names:
                 given["step"] = self._counters.setdefault(p, state["step"].clone()).copy_(state["step"])
             else:
                 given["step"] = state["step"]
         return Job(target, g, given, hyper, sign, weight_format, state_format)
 
-    def _pass(self, rule: str, names: tuple[str, ...] = (), *, of: int = 0, counts: bool = False) -> Pass:
+    def _pass(self, rule: str, names: tuple[str, ...] = (), *, of: int = 0) -> Pass:
         """The pass of a rule, for those who call it once per group: of a group."""
         if (rule, of) not in self._passes:
             self._passes[rule, of] = Pass(
                 rule,
                 names,
                 self._own["backend"],
-                counts,
                 remainders=self.states.remainders,
                 captured=self.engine.captured,
             )

@@ -1,23 +1,24 @@
-"""The inputs of layers: hooks that see them, and their moments, pooled from step to step."""
+"""The inputs of layers: hooks that see them, and their moments, pooled between steps and over processes."""
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from .layers import Layer
+
 #: Elements of an input that are centred at a time: 512 KB of float32 stay in cache.
 _CHUNK = 1 << 17
 
 
 @dataclasses.dataclass
 class Inputs:
-    """What a layer has seen since the last step: rows of outputs, and the moments of ``count`` values of every channel."""
+    """What a layer has seen since the last step: the rows of its outputs, and the moments of ``count`` values per channel."""
 
     rows: int
     count: int
@@ -35,8 +36,8 @@ class Inputs:
 
 
 class Observer:
-    """A forward hook that hands what a layer sees in training to a method, as long as the method's object lives. A copy of the
-    layer gets one that does nothing.
+    """A forward hook that passes what a layer sees in training to a method, as long as the method's object lives. The hook of a
+    copied layer does nothing.
     """
 
     def __init__(self, method: Callable[[nn.Module, Tensor, Tensor], None] | None) -> None:
@@ -51,24 +52,8 @@ class Observer:
         return Observer, (None,)
 
 
-def plain_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers that do with their weight what torch's classes do."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            plain = type(layer).forward is nn.Linear.forward
-        elif isinstance(layer, _CONVOLUTIONS):
-            kind = next(kind for kind in _CONVOLUTIONS if isinstance(layer, kind))
-            plain = type(layer).forward is kind.forward and type(layer)._conv_forward is kind._conv_forward
-        else:
-            plain = False
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
-            raise ValueError(f"module must have no lazy layers: run it once before, got a {type(layer).__name__}")
-        if plain and layer._parameters.get("weight") is not None:
-            yield layer
-
-
 def statistics_dtype(weight: Tensor) -> torch.dtype:
-    """What the moments of a layer's inputs are kept in."""
+    """The dtype of the moments of a layer's inputs."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
@@ -90,3 +75,44 @@ def moments(x: Tensor, dim: int, dtype: torch.dtype) -> tuple[int, Tensor, Tenso
     for chunk in torch.split(x, per, longest):
         squares += (chunk - shift).square_().sum(dims)
     return count, mean, squares
+
+
+def add_seen(pending: dict[Tensor, Inputs], weight: Tensor, x: Tensor, output: Tensor) -> None:
+    """Pool the inputs of one forward with what was seen since the last step."""
+    # Activation checkpointing runs a layer again during the backward. That run counts only if the first one had gradients
+    # disabled and therefore did not.
+    recomputed = torch._C._current_graph_task_id() != -1
+    known = pending.get(weight)
+    if x.numel() == 0 or (recomputed and known is not None and not known.recomputed):
+        return
+    count, mean, squares = moments(x.detach(), x.dim() + 1 - weight.dim(), statistics_dtype(weight))
+    inputs = Inputs(output.numel() // weight.shape[0], count, mean, squares, recomputed)
+    if known is None:
+        pending[weight] = inputs
+    else:
+        known.add(inputs)
+        known.recomputed &= recomputed
+
+
+def pooled(pending: dict[Tensor, Inputs], layers: dict[Tensor, Layer], process_group: Any) -> dict[Tensor, Inputs]:
+    """What all processes have seen, in one reduction of sums in float64."""
+    sums = []
+    for weight, layer in layers.items():
+        part = torch.zeros(2 + 2 * layer.channels, dtype=torch.float64, device=weight.device)
+        if (inputs := pending.get(weight)) is not None:
+            mean = inputs.mean.double()
+            part[0], part[1] = inputs.rows, inputs.count
+            part[2:] = torch.cat([mean, inputs.squares / inputs.count + mean.square()]) * inputs.count
+        sums.append(part)
+    total = torch.cat(sums)
+    torch.distributed.all_reduce(total, group=process_group)
+    found, begin = {}, 0
+    for weight, layer in layers.items():
+        part, begin = total[begin : begin + 2 + 2 * layer.channels], begin + 2 + 2 * layer.channels
+        rows, count = (int(n) for n in part[:2].tolist())
+        if count:
+            mean, square = (part[2:] / count).view(2, -1)
+            squares = (square - mean.square()).clamp_min(0.0) * count
+            dtype = statistics_dtype(weight)
+            found[weight] = Inputs(rows, count, mean.to(dtype), squares.to(dtype), False)
+    return found

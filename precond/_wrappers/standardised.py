@@ -1,8 +1,9 @@
-"""A layer in the variables of standardised inputs: the transforms of its gradients and parameters for precond/bnp.py."""
+"""A layer in the variables of standardised inputs: the transforms of its gradients and parameters, for BNP."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -57,11 +58,36 @@ class Coordinates:
         mean, scale = self._columns()
         zero = self.weight == 0.0
         step = (self.weight - z[self.weight]).div_(scale)
-        # z_W and W are 0 together, and an L1 decay of base sets exact zeros.
+        # z_W is 0 exactly where W is, and an L1 decay of base sets exact zeros.
         self.weight.copy_((p[self.weight] + step).masked_fill_(zero, 0.0))
         if self.bias is not None:
             moved = (self.bias - z[self.bias]) / math.sqrt(self.q2) - _row_sums(step, mean)
             self.bias.copy_(p[self.bias] + moved)
+
+
+def step_in_z(
+    layers: list[Coordinates], decays: dict[Tensor, float], step: Callable[[dict[Tensor, Tensor]], None]
+) -> None:
+    """Put z in the place of p, let ``step`` move it by the gradients P^T g, and move p by P (z_new - z)."""
+    p = {q: q.clone() for layer in layers for q in layer.params()}
+    z, gradients = {}, {}
+    for layer in layers:
+        values = layer.z()
+        # Coupled decay is a penalty on p: add its gradient here, and subtract the decay of z that the optimizer will add.
+        given = {q: q.grad.add(q, alpha=decays.get(q, 0.0)) for q in layer.params() if q.grad is not None}
+        for q, g in layer.z_gradients(given).items():
+            gradients[q] = g.sub_(values[q], alpha=decays.get(q, 0.0))
+        z.update(values)
+    try:
+        for q, value in z.items():
+            q.copy_(value)
+        step(gradients)
+    except BaseException:
+        for q, value in p.items():
+            q.copy_(value)
+        raise
+    for layer in layers:
+        layer.move({q: p[q] for q in layer.params()}, {q: z[q] for q in layer.params()})
 
 
 def precondition_gradients(
@@ -69,7 +95,7 @@ def precondition_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """P P^T g for gradients of a weight (O, C / groups, ...) and a bias (O), from statistics (C); METHODS A.3.3 and A.3.4.
 
-    Without a gradient of a bias it is a division. float32 on the CPU is one pass in C++.
+    Without a bias gradient it is a division. In float32 on the CPU it is one pass in C++.
     """
     if gb is None:
         return (gW * _per_column(inv_s2 * inv_q2, gW)).to(gW.dtype), None
@@ -83,7 +109,7 @@ def precondition_gradients(
 
 
 def _by_kernel(gW: Tensor, gb: Tensor, mean: Tensor, scale: Tensor, inv_q2: float) -> tuple[Tensor, Tensor]:
-    """csrc/cpu/bnp.h, which reads a gradient once."""
+    """The transform by csrc/cpu/bnp.h, which reads each gradient once."""
     assert _backend._C is not None
     rows, taps = gW.shape[0], math.prod(gW.shape[2:])
     if taps > 1:

@@ -1,4 +1,4 @@
-"""What the wrappers share: being an optimizer around another one, whose groups are its groups."""
+"""The base class of wrappers: an optimizer around another one, with the other one's groups."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 
 class Wrapper(torch.optim.Optimizer):
-    """Base class. ``param_groups``, ``defaults`` and ``state`` are those of ``base``, so a scheduler, a ``GradScaler`` or
-    ``torch.distributed.checkpoint`` works on either; a subclass keeps what it needs per parameter in ``own``.
+    """Base class. ``param_groups``, ``defaults`` and ``state`` are those of ``base``, so schedulers, ``GradScaler`` and
+    ``torch.distributed.checkpoint`` work on either. A subclass keeps its states per parameter in ``own``.
 
-    In ``state_dict`` a parameter's ``own`` entries stand among its states, with ``_prefix`` before their names: torch's
-    optimizers take an empty ``state[p]`` for a first step, so nothing of ours may be there.
+    ``state_dict`` saves the entries of ``own`` among a parameter's states, with ``_prefix`` before their names. They are not in
+    ``state`` itself, because torch's optimizers take an empty ``state[p]`` for a first step.
     """
 
     #: Stands before the names of ``own`` entries in a checkpoint.
@@ -32,7 +32,7 @@ class Wrapper(torch.optim.Optimizer):
         self._set_up()
 
     def _set_up(self) -> None:
-        torch.optim.Optimizer.__setstate__(self, {})  # makes the dictionaries of hooks and lets them run around `step`
+        torch.optim.Optimizer.__setstate__(self, {})  # makes the dictionaries of hooks, and `step` call them
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -102,12 +102,12 @@ class Wrapper(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What deepcopy and pickle keep: not hooks, as in torch, nor what a scheduler put around ``step``."""
+        """What deepcopy and pickle keep. Hooks are lost, as in torch, and so is a scheduler's wrapper of ``step``."""
         lost = ("step", "_hooks", "_profile_name")
         return {name: value for name, value in self.__dict__.items() if not name.endswith(lost)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over what ``__getstate__`` kept."""
+        """Restore what ``__getstate__`` kept."""
         self.__dict__.update(state)
         self._set_up()
 
@@ -116,14 +116,14 @@ class Wrapper(torch.optim.Optimizer):
 
     @staticmethod
     def _evaluated(closure: Callable[[], T] | None) -> T | None:
-        """The value of a closure, which may need gradients."""
+        """The value of a closure, evaluated with gradients enabled."""
         if closure is None:
             return None
         with torch.enable_grad():
             return closure()
 
     def _with_gradients(self, gradients: dict[Tensor, Tensor]) -> None:
-        """Step ``base`` on other gradients; ``.grad`` is afterwards what it was."""
+        """Step ``base`` on other gradients, and restore ``.grad``."""
         before = {p: p.grad for p in gradients}
         for p, g in gradients.items():
             p.grad = g

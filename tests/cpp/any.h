@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstring>
+#include <functional>
+#include <stdexcept>
 
 #include "problem.h"
 
@@ -11,7 +13,7 @@ namespace {
 struct Any {
   std::vector<std::pair<Buffer<char>, int64_t>> memory;  // and the bytes before what is the tensor's
   Tensor tensor;
-  float step = 0.0f;
+  float step = 0.0f, scalar = 1.0f;
 
   char* bytes(int64_t n, int64_t before) {
     memory.emplace_back(Buffer<char>(n + before), before);
@@ -70,12 +72,23 @@ std::unique_ptr<Any> make(int rule, int64_t n, Format p, Format g, std::vector<F
     plain = plain && is_plain(format);
   }
   t.step = &any->step;
+  if (rules()[size_t(rule)].scalar_states != 0) t.scalar = &any->scalar;
   t.draws = !plain;
   t.key = seed + 1;
   return any;
 }
 
+[[maybe_unused]] int fails(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const std::runtime_error&) {
+    return 1;
+  }
+  return 0;
+}
+
 bool same_memory(const Any& a, const Any& b) {
+  if (a.scalar != b.scalar) return false;
   for (size_t i = 0; i < a.memory.size(); ++i) {
     const auto& [ours, before] = a.memory[i];
     const auto& [theirs, same_before] = b.memory[i];

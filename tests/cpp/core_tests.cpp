@@ -41,7 +41,7 @@ void runs_agree_for_any_chunk_threads_and_isa() {
           problems.push_back(std::make_unique<Problem>(sizes[i], unsigned(i)));
           plan.add(problems.back()->tensor());
         }
-        for (int k = 0; k < 3; ++k) plan.run(adamw_group(), Control{}, threads);
+        for (int k = 0; k < 3; ++k) run_on_cpu(&plan, adamw_group(), Control{}, threads);
         std::vector<float> result;
         for (const auto& problem : problems) {
           CHECK(problem->step == 3.0f);
@@ -62,12 +62,12 @@ void the_skip_flag_changes_nothing() {
   plan.tensor(0).fresh = true;
   Control control;
   control.skip = 1.0f;
-  plan.run(adamw_group(), control, 2);
+  run_on_cpu(&plan, adamw_group(), control, 2);
   CHECK(problem.step == 0.0f);
   CHECK(plan.tensor(0).fresh);
   CHECK(std::memcmp(problem.p.data.get(), untouched.p.data.get(), 3000 * sizeof(float)) == 0);
   CHECK(std::memcmp(problem.m.data.get(), untouched.m.data.get(), 3000 * sizeof(float)) == 0);
-  plan.run(adamw_group(), Control{}, 2);
+  run_on_cpu(&plan, adamw_group(), Control{}, 2);
   CHECK(problem.step == 1.0f);
   CHECK(!plan.tensor(0).fresh);
   CHECK(std::memcmp(problem.p.data.get(), untouched.p.data.get(), 3000 * sizeof(float)) != 0);
@@ -83,8 +83,8 @@ void the_gradient_coefficient_scales_the_gradient() {
   control.grad_coef = 0.25f;
   auto group = adamw_group();
   group[0].sign = -1.0f;
-  a.run(group, control, 1);
-  b.run(adamw_group(), Control{}, 1);
+  run_on_cpu(&a, group, control, 1);
+  run_on_cpu(&b, adamw_group(), Control{}, 1);
   CHECK(std::memcmp(scaled.p.data.get(), plain.p.data.get(), 3000 * sizeof(float)) == 0);
   CHECK(std::memcmp(scaled.v.data.get(), plain.v.data.get(), 3000 * sizeof(float)) == 0);
 }
@@ -96,7 +96,7 @@ void inactive_and_empty_tensors_are_left_alone() {
   plan.add(empty.tensor());
   plan.add(busy.tensor());
   plan.tensor(0).active = false;
-  plan.run(adamw_group(), Control{}, 2);
+  run_on_cpu(&plan, adamw_group(), Control{}, 2);
   CHECK(idle.step == 0.0f && empty.step == 1.0f && busy.step == 1.0f);
   CHECK(std::memcmp(idle.p.data.get(), untouched.p.data.get(), 500 * sizeof(float)) == 0);
   CHECK(std::memcmp(busy.p.data.get(), untouched.p.data.get(), 500 * sizeof(float)) != 0);
@@ -124,8 +124,8 @@ void strided_operands_match_dense_ones() {
   t.p.data = wide.address();
   t.p.strides = b.add_strides(merged);
   b.add(t);
-  a.run(adamw_group(), Control{}, 2);
-  b.run(adamw_group(), Control{}, 2);
+  run_on_cpu(&a, adamw_group(), Control{}, 2);
+  run_on_cpu(&b, adamw_group(), Control{}, 2);
   for (int64_t i = 0; i < n; ++i) {
     CHECK(wide.data[3 * i] == dense.p.data[i]);
     CHECK(wide.data[3 * i + 1] == -7.0f && wide.data[3 * i + 2] == -7.0f);
@@ -304,7 +304,7 @@ void pieces_draw_as_the_whole() {
     plan.add(t);
     GroupRow group = group_of(t.rule);
     group.hyper[0] = 1e-3;
-    plan.run({group}, Control{}, 1);
+    run_on_cpu(&plan, {group}, Control{}, 1);
   };
   run(whole, 0, n);
   run(pieces, 0, cut);

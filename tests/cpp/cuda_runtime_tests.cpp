@@ -7,7 +7,7 @@
 #include <thread>
 
 #include "any.h"
-#include "cuda/plan.h"
+#include "cuda/executor.h"
 
 namespace {
 
@@ -24,14 +24,6 @@ DeviceStep on(cudaStream_t stream) {
   step.stream = reinterpret_cast<uintptr_t>(stream);
   return step;
 }
-int fails(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const std::runtime_error&) {
-    return 1;
-  }
-  return 0;
-}
 
 // One tensor on the emulated GPU and its twin on the CPU.
 struct Pair {
@@ -47,7 +39,7 @@ struct Pair {
     cpu.add(theirs->tensor);
   }
   void step_on_cpu(int times) {
-    for (int k = 0; k < times; ++k) cpu.run(groups, Control{}, 1);
+    for (int k = 0; k < times; ++k) run_on_cpu(&cpu, groups, Control{}, 1);
   }
   bool same() const { return same_memory(*ours, *theirs) && ours->step == theirs->step; }
 };
@@ -122,7 +114,7 @@ void memory_is_of_one_device_and_poisoned_where_a_graph_is_left() {
 
 void a_busy_stream_is_no_error() {
   Pair pair("adamw");
-  CudaPlan cuda(0);
+  CudaExecutor cuda(0);
   const cudaStream_t stream = new_stream();
   for (int step = 0; step < 4; ++step) {
     cuda.run(&pair.gpu, pair.groups, on(stream));
@@ -138,7 +130,7 @@ void a_busy_stream_is_no_error() {
 
 void pinned_memory_is_used_again_once_its_copy_has_run() {
   Pair pair("adamw", 9000, false);  // scalars from the host: a table that changes with every step
-  CudaPlan cuda(0);
+  CudaExecutor cuda(0);
   const cudaStream_t stream = new_stream();
   int before = 0;
   for (int step = 0; step < 6; ++step) {
@@ -165,7 +157,7 @@ cudaGraph_t capture(cudaStream_t stream, const std::function<void()>& step) {
 // Also where the first step is the captured one, and every table is new.
 void a_captured_step_can_be_replayed(bool warm, bool clip) {
   Pair pair("adamw");
-  CudaPlan cuda(0);
+  CudaExecutor cuda(0);
   const cudaStream_t stream = new_stream();
   float lr = 0.5f, norm = 0.0f, coef = 0.0f;
   double total = 0.0;
@@ -197,7 +189,7 @@ void a_captured_step_can_be_replayed(bool warm, bool clip) {
 
 void a_refused_step_leaves_no_trace() {
   Pair pair("adamw", 5000, false);  // counts on the host, so it must not be captured
-  CudaPlan cuda(0);
+  CudaExecutor cuda(0);
   const cudaStream_t stream = new_stream();
   cuda.run(&pair.gpu, pair.groups, on(stream));
   CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
@@ -221,7 +213,7 @@ void a_graph_outlives_tables_that_grow() {
   late->tensor.g = {};
   late->tensor.active = false;
   pair.gpu.add(late->tensor);
-  CudaPlan cuda(0);
+  CudaExecutor cuda(0);
   const cudaStream_t stream = new_stream();
   const auto step = [&] { cuda.run(&pair.gpu, pair.groups, on(stream)); };
   step();
@@ -238,12 +230,12 @@ void a_graph_outlives_tables_that_grow() {
 
 void a_step_beside_a_capture_of_another_thread_leaves_it_alone() {
   Pair captured("adamw"), other("adamw", 5000);
-  CudaPlan cuda(0);
+  CudaExecutor cuda(0);
   const cudaStream_t stream = new_stream(), beside = new_stream();
   const cudaGraph_t graph = capture(stream, [&] {
     cuda.run(&captured.gpu, captured.groups, on(stream));
     std::thread([&] {
-      CudaPlan first(0);
+      CudaExecutor first(0);
       for (int k = 0; k < 3; ++k) first.run(&other.gpu, other.groups, on(beside));
     }).join();
   });
@@ -258,8 +250,8 @@ void a_step_beside_a_capture_of_another_thread_leaves_it_alone() {
 void a_plan_that_dies_during_a_capture_leaves_it_alone() {
   Pair captured("adamw"), dead("adamw");
   const cudaStream_t stream = new_stream();
-  CudaPlan cuda(0);
-  auto dying = std::make_unique<CudaPlan>(0);
+  CudaExecutor cuda(0);
+  auto dying = std::make_unique<CudaExecutor>(0);
   dying->run(&dead.gpu, dead.groups, on(stream));
   cuda.run(&captured.gpu, captured.groups, on(stream));
   const cudaGraph_t graph = capture(stream, [&] {
@@ -281,7 +273,7 @@ void a_plan_sets_no_device() {
     CHECK(cudaSetDevice(1) == cudaSuccess);
     const int sets = runtime().sets;
     {
-      CudaPlan cuda(1);
+      CudaExecutor cuda(1);
       const cudaStream_t stream = new_stream();
       for (int k = 0; k < 2; ++k) cuda.run(&pair.gpu, pair.groups, on(stream));
       CHECK(why_not_on(1).empty());
@@ -289,7 +281,7 @@ void a_plan_sets_no_device() {
     CHECK(runtime().sets == sets && cuda_on_host::current_device == 1);
     pair.step_on_cpu(2);
     CHECK(pair.same());
-    CudaPlan elsewhere(0);
+    CudaExecutor elsewhere(0);
     CHECK(fails([&] { elsewhere.run(&wrong.gpu, wrong.groups, on(nullptr)); }));
     CHECK(runtime().sets == sets);
   })

@@ -4,7 +4,8 @@
 #include <stdexcept>
 
 #include "any.h"
-#include "cuda/plan.h"
+#include "base/series.h"
+#include "cuda/executor.h"
 
 namespace {
 
@@ -21,7 +22,7 @@ void every_rule_and_format_has_the_bits_of_the_cpu() {
     for (const auto& mix : mixes) {
       for (int misalign : {0, 1}) {
         Plan cpu, gpu;
-        CudaPlan cuda(0);
+        CudaExecutor cuda(0);
         std::vector<std::unique_ptr<Any>> ours, theirs;
         for (size_t i = 0; i < kSizes.size(); ++i) {
           const auto build = [&] {
@@ -34,7 +35,7 @@ void every_rule_and_format_has_the_bits_of_the_cpu() {
         }
         for (int step = 0; step < 3; ++step) {
           cuda.run(&gpu, {group_of(rule)}, DeviceStep{});
-          cpu.run({group_of(rule)}, Control{}, 1);
+          run_on_cpu(&cpu, {group_of(rule)}, Control{}, 1);
           CHECK(cuda.launches() == 1);
         }
         for (size_t i = 0; i < kSizes.size(); ++i) {
@@ -56,7 +57,7 @@ std::vector<Format> coded_states(int rule, Format mean, Format square) {
 }
 
 // Around a run of a thread, a group, a row of threads' runs, a chunk.
-const std::vector<int64_t> kTiledSizes = {0, 1, 7, 8, 9, 63, 64, 65, 500, 2047, 2049, 8193};
+const std::vector<int64_t> kMixedSizes = {0, 1, 7, 8, 9, 63, 64, 65, 500, 2047, 2049, 8193};
 
 void every_rule_and_storage_format_has_the_bits_of_the_cpu() {
   using P = Format;
@@ -78,27 +79,27 @@ void every_rule_and_storage_format_has_the_bits_of_the_cpu() {
         const std::vector<Format> formats = coded_states(rule, mean, square);
         const int misalign = (int(weight) + int(mean)) % 2;
         Plan cpu, gpu;
-        CudaPlan cuda(0);
+        CudaExecutor cuda(0);
         std::vector<std::unique_ptr<Any>> ours, theirs;
-        bool tiled = false;
-        for (size_t i = 0; i < kTiledSizes.size(); ++i) {
+        bool mixed = false;
+        for (size_t i = 0; i < kMixedSizes.size(); ++i) {
           const Format g = weight < P::bf16_stochastic || i % 2 == 0 ? F : B;
           for (auto* side : {&ours, &theirs}) {
-            side->push_back(make(rule, kTiledSizes[i], weight, g, formats, misalign, unsigned(i)));
+            side->push_back(make(rule, kMixedSizes[i], weight, g, formats, misalign, unsigned(i)));
             Tensor& t = side->back()->tensor;
             // Cut out of a wider tensor, here and there.
             if (i % 3 == 1) t.place = {int64_t(0xfffffff0), 0, 0};
             if (i % 3 == 2) t.place = {7, is_coded(mean) || is_coded(square) ? kGroup : 13, 400};
-            tiled = tiled || t.draws;
+            mixed = mixed || t.draws;
             (side == &ours ? gpu : cpu).add(t);
           }
         }
         for (int step = 0; step < 5; ++step) {
           cuda.run(&gpu, {group_of(rule)}, DeviceStep{});
-          cpu.run({group_of(rule)}, Control{}, 1);
-          if (tiled) CHECK(cuda.launches() == 1);
+          run_on_cpu(&cpu, {group_of(rule)}, Control{}, 1);
+          if (mixed) CHECK(cuda.launches() == 1);
         }
-        for (size_t i = 0; i < kTiledSizes.size(); ++i) CHECK(same_memory(*ours[i], *theirs[i]));
+        for (size_t i = 0; i < kMixedSizes.size(); ++i) CHECK(same_memory(*ours[i], *theirs[i]));
       }
     }
   }
@@ -112,16 +113,57 @@ void seeds_on_the_device_are_those_of_the_host() {
   Plan gpu, cpu;
   gpu.add(ours->tensor);
   cpu.add(theirs->tensor);
-  CudaPlan cuda(0);
+  CudaExecutor cuda(0);
   for (int step = 0; step < 6; ++step) {
     const float found_inf = step == 2 ? 1.0f : 0.0f;
     DeviceStep device;
     device.found_inf = &found_inf;
     cuda.run(&gpu, {group_of(rule)}, device);
-    if (step != 2) cpu.run({group_of(rule)}, Control{}, 1);
+    if (step != 2) run_on_cpu(&cpu, {group_of(rule)}, Control{}, 1);
     CHECK(same_memory(*ours, *theirs));
   }
   CHECK(ours->step == 5.0f);
+}
+
+// On the host, and beside the counter on the device, where a skipped step leaves both as they are.
+void scalar_states_advance_with_the_counter() {
+  const int rule = rule_number("carrying");
+  const GroupRow group = group_of(rule);
+  const auto hyper = [&](const char* name) { return group.hyper[hyper_index(rule, name)]; };
+  for (const bool on_device : {false, true}) {
+    auto ours = make(rule, 3000, F, F, {F}, 0, 2), theirs = make(rule, 3000, F, F, {F}, 0, 2);
+    ours->tensor.step_on_device = on_device;
+    Plan gpu, cpu;
+    gpu.add(ours->tensor);
+    cpu.add(theirs->tensor);
+    CudaExecutor cuda(0);
+    float product = 1.0f;
+    for (int step = 1; step < 5; ++step) {
+      const float found_inf = 1.0f;
+      DeviceStep skipped;
+      skipped.found_inf = &found_inf;
+      if (on_device) cuda.run(&gpu, {group}, skipped);
+      cuda.run(&gpu, {group}, DeviceStep{});
+      run_on_cpu(&cpu, {group}, Control{0.0f, 1.0f}, 1);
+      run_on_cpu(&cpu, {group}, Control{}, 1);
+      CHECK(same_memory(*ours, *theirs));
+      product = float(double(product) * hyper("momentum") * (1.0 - 0.5 * integer_power(0.96, uint64_t(step))));
+      CHECK(std::abs(theirs->scalar - product) <= 1e-7f * product);
+    }
+    // What only the device knows cannot advance what the host keeps.
+    const double momentum = 0.5;
+    GroupRow unknown = group;
+    unknown.hyper[hyper_index(rule, "momentum")] = NAN;
+    DeviceStep device;
+    device.overrides = {{&momentum, 0, hyper_index(rule, "momentum"), 1}};
+    if (on_device) {
+      cuda.run(&gpu, {unknown}, device);
+      CHECK(ours->scalar < product && ours->scalar > 0.0f);
+    } else {
+      CHECK(fails([&] { cuda.run(&gpu, {unknown}, device); }));
+      CHECK(ours->step == 4.0f && ours->scalar == theirs->scalar);
+    }
+  }
 }
 
 void scalars_on_the_device_have_the_bits_of_the_host() {
@@ -131,7 +173,7 @@ void scalars_on_the_device_have_the_bits_of_the_host() {
   Plan gpu, cpu;
   gpu.add(ours->tensor);
   cpu.add(theirs->tensor);
-  CudaPlan cuda(0);
+  CudaExecutor cuda(0);
   float lr = 0.0f, found_inf = 0.0f;
   const float scale = 4.0f;
   double weight_decay = 0.25;
@@ -149,7 +191,7 @@ void scalars_on_the_device_have_the_bits_of_the_host() {
     if (step == 2) continue;
     group.hyper[hyper_index(rule, "lr")] = double(lr);
     group.hyper[hyper_index(rule, "weight_decay")] = weight_decay;
-    cpu.run({group}, Control{0.25f, 0.0f}, 1);
+    run_on_cpu(&cpu, {group}, Control{0.25f, 0.0f}, 1);
   }
   CHECK(ours->step == 5.0f && theirs->step == 5.0f);
   CHECK(same_memory(*ours, *theirs));
@@ -166,7 +208,7 @@ void scalars_on_the_device_have_the_bits_of_the_host() {
   }
   CHECK(refused);
   cuda.run(&gpu, {group_of(rule)}, DeviceStep{});
-  cpu.run({group_of(rule)}, Control{}, 1);
+  run_on_cpu(&cpu, {group_of(rule)}, Control{}, 1);
   CHECK(same_memory(*ours, *theirs));
 }
 
@@ -179,7 +221,7 @@ void tables_follow_what_changes() {
   gpu.add(b->tensor);
   cpu.add(c->tensor);
   cpu.add(d->tensor);
-  CudaPlan cuda(0);
+  CudaExecutor cuda(0);
   Buffer<float> other(3000);
   Buffer<uint16_t> narrow(3000);
   for (int64_t i = 0; i < 3000; ++i) {
@@ -193,7 +235,7 @@ void tables_follow_what_changes() {
       plan->tensor(1).active = step != 1 && step != 4;
     }
     cuda.run(&gpu, {group_of(rule)}, DeviceStep{});
-    cpu.run({group_of(rule)}, Control{}, 1);
+    run_on_cpu(&cpu, {group_of(rule)}, Control{}, 1);
     CHECK(cuda.launches() == (step < 3 ? 1 : 2));
   }
   CHECK(a->step == 6.0f && b->step == 4.0f);
@@ -216,10 +258,10 @@ void strided_operands_go_through_the_general_kernel() {
   t.p.data = wide.address();
   t.p.strides = gpu.add_strides(merged);
   gpu.add(t);
-  CudaPlan cuda(0);
+  CudaExecutor cuda(0);
   for (int step = 0; step < 2; ++step) {
     cuda.run(&gpu, {group_of(rule)}, DeviceStep{});
-    cpu.run({group_of(rule)}, Control{}, 1);
+    run_on_cpu(&cpu, {group_of(rule)}, Control{}, 1);
   }
   for (int64_t i = 0; i < n; ++i) {
     CHECK(std::memcmp(&wide.data[3 * i], dense->tensor.p.data + 4 * i, 4) == 0);
@@ -253,10 +295,10 @@ void strided_weights_and_gradients_of_every_format() {
         o->strides = gpu.add_strides(merged);
       }
       gpu.add(t);
-      CudaPlan cuda(0);
+      CudaExecutor cuda(0);
       for (int step = 0; step < 3; ++step) {
         cuda.run(&gpu, {group_of(rule)}, DeviceStep{});
-        cpu.run({group_of(rule)}, Control{}, 1);
+        run_on_cpu(&cpu, {group_of(rule)}, Control{}, 1);
       }
       const Tensor& d = dense->tensor;
       const Operand* const expected[] = {&d.p, &d.g, &d.state[0], &d.state[1]};
@@ -281,7 +323,7 @@ void norms_and_clipped_steps_have_the_bits_of_the_cpu() {
   for (const Format format : {F, B, H}) {
     for (int inf : {0, 1}) {
       Plan gpu, cpu;
-      CudaPlan cuda(0);
+      CudaExecutor cuda(0);
       std::vector<std::unique_ptr<Any>> ours, theirs;
       for (size_t i = 0; i < kSizes.size(); ++i) {
         for (auto* all : {&ours, &theirs}) {
@@ -301,7 +343,7 @@ void norms_and_clipped_steps_have_the_bits_of_the_cpu() {
       step.clip.total = a.data.get();
       clip.total = b.data.get();
       cuda.norm(gpu, {group_of(rule)}, step);
-      measure(cpu, clip, 2);
+      measure_on_cpu(cpu, clip, 2);
       CHECK(std::memcmp(a.data.get(), b.data.get(), 16) == 0 && a.data[0] > 0.0 && a.data[1] > 0.0);
 
       for (int64_t i = 0; i < gpu.size(); ++i) gpu.tensor(i).norm_class = cpu.tensor(i).norm_class = 0;
@@ -317,10 +359,10 @@ void norms_and_clipped_steps_have_the_bits_of_the_cpu() {
         step.clip_value = 1e-3f;
         cuda.run(&gpu, {group_of(rule)}, step);
         CHECK(cuda.launches() == 5);
-        measure(cpu, clip, 1);
+        measure_on_cpu(cpu, clip, 1);
         Control control{1.0f, 0.0f, 1e-3f};
         finish(clip, &control);
-        cpu.run({group_of(rule)}, control, 1);
+        run_on_cpu(&cpu, {group_of(rule)}, control, 1);
         CHECK(norm[0] == norm[1] && coef[0] == coef[1] && coef[0] < 1.0f && skipped[0] == 0);
       }
       for (size_t i = 0; i < kSizes.size(); ++i) CHECK(same_memory(*ours[i], *theirs[i]));
@@ -335,6 +377,7 @@ int main() {
   RUN(every_rule_and_format_has_the_bits_of_the_cpu);
   RUN(every_rule_and_storage_format_has_the_bits_of_the_cpu);
   RUN(seeds_on_the_device_are_those_of_the_host);
+  RUN(scalar_states_advance_with_the_counter);
   RUN(strided_weights_and_gradients_of_every_format);
   RUN(scalars_on_the_device_have_the_bits_of_the_host);
   RUN(tables_follow_what_changes);

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "rules/scalars.h"
+#include "rules/registry.h"
 
 using namespace precond;
 

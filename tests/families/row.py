@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from precond import reference
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
@@ -26,6 +28,11 @@ class Optimizer:
 
     def __str__(self) -> str:
         return self.rule
+
+    @property
+    def counts_steps(self) -> bool:
+        """True where every parameter has a step counter."""
+        return self.cls._counts_steps or reference.RULES[self.rule].reads_step
 
 
 def intrinsic(name, cls, kwargs, ulps, suffix="", steep=False, peer=None, **l1) -> list[Optimizer]:

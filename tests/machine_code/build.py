@@ -18,7 +18,6 @@ from .listed import KERNELS, Case
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-INCLUDES = ("-I", str(ROOT), "-I", str(ROOT / "csrc"))
 # As CMakeLists.txt compiles, for one architecture.
 NVCC = (
     "nvcc -std=c++17 -O3 -fmad=false --extended-lambda --expt-relaxed-constexpr -Xcompiler=-ffp-contract=off "
@@ -43,7 +42,7 @@ def cuda_kernels(cases: list[Case], folder: Path) -> dict[str, Built]:
     found = ((line, re.match(r'CASE\("(.*?)"', line)) for line in KERNELS.read_text().splitlines())
     copy, cubin = folder / KERNELS.name, folder / "kernels.cubin"
     copy.write_text("".join(line + "\n" for line, case in found if case is None or case[1] in titles))
-    run([*NVCC.split(), *INCLUDES, "-o", str(cubin), str(copy)])
+    run([*NVCC.split(), "-I", str(ROOT / "csrc"), "-o", str(cubin), str(copy)])
     kernels = sass.read(cubin)
     return {case.title: Built(kernels[case.kernel], {}) for case in cases}
 
@@ -74,7 +73,7 @@ def library(name: str, folder: Path, *flags: str) -> ctypes.CDLL:
 
 
 def cpu_text(folder: Path) -> CpuText:
-    return CpuText(library("cpu_text.cpp", folder, "-std=c++17", *INCLUDES))
+    return CpuText(library("cpu_text.cpp", folder, "-std=c++17", "-I", str(ROOT / "csrc")))
 
 
 def fp(folder: Path) -> ctypes.CDLL:

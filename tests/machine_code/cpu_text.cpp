@@ -3,8 +3,15 @@
 #include <cstring>
 #include <utility>
 
-#include "csrc/cpu/kernel.h"
-#include "csrc/rules/scalars.h"
+#include "cpu/kernel.h"
+#include "cpu/tile_isa.cpp"
+#include "rules/adagrad.h"
+#include "rules/adam.h"
+#include "rules/dual.h"
+#include "rules/gauss_newton.h"
+#include "rules/lion.h"
+#include "rules/rmsprop.h"
+#include "rules/sgd.h"
 
 using namespace precond;
 
@@ -22,19 +29,19 @@ double hyper_parameter(const char* name) {
 }
 
 template <class Rule>
-void fill(double step, float* row) {
+void fill(double step, float* scalars) {
   double hyper[kMaxHyper] = {};
   int k = 0;
   for (const char* name : Rule::Hyper::names) hyper[k++] = hyper_parameter(name);
-  fill_row<Rule>(hyper, step, step == 1.0, row);
+  fill_scalars<Rule>(hyper, step, step == 1.0, 0.0f, scalars);
 }
 
 struct RuleFunctions {
   const char* name;
-  void (*fill)(double step, float* row);
+  void (*fill)(double step, float* scalars);
   void (*update)(const ChunkArgs&);
 };
-// By the names of PRECOND_ALL_RULES: those that kernels.cu and listed.py ask for. All would take minutes to compile.
+// Those that kernels.cu and listed.py ask for. All would take minutes to compile.
 #define RULE(name, ...) {name, &fill<__VA_ARGS__>, &update_chunk<__VA_ARGS__>},
 constexpr RuleFunctions kRules[] = {RULE("adamw", Adam<L2>)                                              //
                                     RULE("adamw_l1", Adam<L1Proximal<AdaptiveThreshold>>)                //
@@ -43,7 +50,7 @@ constexpr RuleFunctions kRules[] = {RULE("adamw", Adam<L2>)                     
                                     RULE("lion", Lion<L2>)                                               //
                                     RULE("adagrad", Adagrad<Coupled>)                                    //
                                     RULE("rmsprop_centered_momentum", RMSpropCenteredMomentum<Coupled>)  //
-                                    RULE("dual_power_momentum", DualMomentum<PowerKernel, L2>)           //
+                                    RULE("dual_power_momentum", DualMomentum<PowerMap, L2>)              //
                                     RULE("gauss_newton_own_root", GaussNewtonOwnRoot<L2>)};
 
 const RuleFunctions* find(const char* name) {
@@ -56,11 +63,11 @@ const RuleFunctions* find(const char* name) {
 
 extern "C" {
 
-int row_floats() { return kRowFloats; }
+int scalar_floats() { return kScalarFloats; }
 
 int format_number(const char* name) {
-  for (int k = 0; k < kFormats; ++k)
-    if (std::strcmp(kFormatNames[k], name) == 0) return k;
+  for (int k = 0; k < kFormatCount; ++k)
+    if (std::strcmp(kFormats[k].name, name) == 0) return k;
   return -1;
 }
 int bits_of_item(int format) { return item_bits(Format(format)); }
@@ -68,11 +75,11 @@ int bits_of_remainder(int format) { return remainder_bits(Format(format)); }
 int has_scales(int format) { return is_coded(Format(format)); }
 
 // The scalars of a step, with a seed behind them. False for a rule that is not listed.
-bool fill_scalars(const char* rule, double step, const uint32_t* seed, float* row) {
+bool fill_scalars(const char* rule, double step, const uint32_t* seed, float* scalars) {
   const RuleFunctions* found = find(rule);
   if (found == nullptr) return false;
-  found->fill(step, row);
-  put_seed({seed[0], seed[1]}, row);
+  found->fill(step, scalars);
+  put_seed({seed[0], seed[1]}, scalars);
   return true;
 }
 
@@ -80,7 +87,7 @@ bool fill_scalars(const char* rule, double step, const uint32_t* seed, float* ro
 // row_step. control: grad_coef, skip, clip_value.
 void update(const char* rule, int operands, char* const* data, char* const* beside, const int32_t* formats,
             const int32_t* strides, const Strides* layouts, int64_t numel, int64_t begin, int64_t count,
-            const int64_t* place, int draws, float sign, const float* control, const float* row) {
+            const int64_t* place, int draws, float sign, const float* control, const float* scalars) {
   Tensor t;
   Operand* const all[] = {&t.p, &t.g, &t.state[0], &t.state[1], &t.state[2]};
   for (int k = 0; k < operands; ++k) *all[k] = {data[k], Format(formats[k]), strides[k], beside[k]};
@@ -88,7 +95,7 @@ void update(const char* rule, int operands, char* const* data, char* const* besi
   t.draws = draws != 0;
   t.place = {place[0], place[1], place[2]};
   const Control of_step{control[0], control[1], control[2]};
-  find(rule)->update({&t, layouts, row, &of_step, sign, begin, count});
+  find(rule)->update({&t, layouts, scalars, &of_step, sign, begin, count});
 }
 
 }  // extern "C"

@@ -55,7 +55,7 @@ class CpuText:
         return sum(sizes), sum(sizes) - sizes[1]
 
     def scalars(self, rule: str, step: int, seed: np.ndarray) -> np.ndarray:
-        row = np.zeros(self.csrc.row_floats(), np.float32)
+        row = np.zeros(self.csrc.scalar_floats(), np.float32)
         if not self.csrc.fill_scalars(rule.encode(), ctypes.c_double(step), pointer(seed), pointer(row)):
             raise ValueError(f"cpu_text.cpp does not list the rule {rule}")
         return row

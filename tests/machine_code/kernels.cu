@@ -1,6 +1,6 @@
 // The CUDA kernels that are executed, one CASE a line:
 //
-//   CASE(title, rule in PRECOND_ALL_RULES, formats of p, g and each state, kernel as its template is called)
+//   CASE(title, rule in a list of csrc/rules, formats of p, g and each state, kernel as its template is called)
 //
 // To add one, add a line, and its bounds to tests/test_machine_code.py; a rule that no line has yet also goes into
 // cpu_text.cpp. listed.py reads these lines, build.py leaves out those that are not asked for and finds a kernel in the
@@ -10,8 +10,15 @@
 #endif
 #include <cstddef>
 
-#include "csrc/cuda/kernel.cuh"
-#include "csrc/cuda/mixed.cuh"
+#include "cuda/mixed.cuh"
+#include "cuda/plain.cuh"
+#include "rules/adagrad.h"
+#include "rules/adam.h"
+#include "rules/dual.h"
+#include "rules/gauss_newton.h"
+#include "rules/lion.h"
+#include "rules/rmsprop.h"
+#include "rules/sgd.h"
 
 #define PASTED(a, b) a##b
 #define NAMED(line) PASTED(kernel_of_line_, line)
@@ -24,7 +31,7 @@ namespace precond {
 static_assert(sizeof(Operand) == 24 && offsetof(Operand, format) == 8 && offsetof(Operand, strides) == 12 &&
               offsetof(Operand, beside) == 16);
 static_assert(kMaxStates == 3 && offsetof(DeviceTensor, numel) == 120 && offsetof(DeviceTensor, place) == 128 &&
-              offsetof(DeviceTensor, row) == 152 && offsetof(DeviceTensor, sign) == 156 &&
+              offsetof(DeviceTensor, scalars) == 152 && offsetof(DeviceTensor, sign) == 156 &&
               offsetof(DeviceTensor, draws) == 160 && sizeof(DeviceTensor) == 168);
 static_assert(offsetof(DeviceChunk, tensor) == 8 && sizeof(DeviceChunk) == 16);
 static_assert(offsetof(Control, skip) == 4 && offsetof(Control, clip_value) == 8 && sizeof(Control) == 12);
@@ -43,16 +50,16 @@ CASE("Lion fp32", "lion", "fp32 fp32 fp32", update_kernel<Lion<L2>, Fp32, Fp32, 
 CASE("Adagrad fp32", "adagrad", "fp32 fp32 fp32", update_kernel<Adagrad<Coupled>, Fp32, Fp32, Fp32>)
 CASE("RMSprop, centered, momentum, bf16", "rmsprop_centered_momentum", "bf16 bf16 bf16 bf16 bf16", update_kernel<RMSpropCenteredMomentum<Coupled>, Bf16, Bf16, Bf16>)
 CASE("AdamW L1 fp32", "adamw_l1", "fp32 fp32 fp32 fp32", update_kernel<Adam<L1Proximal<AdaptiveThreshold>>, Fp32, Fp32, Fp32>)
-CASE("DualDescent, power, momentum, fp32", "dual_power_momentum", "fp32 fp32 fp32", update_kernel<DualMomentum<PowerKernel, L2>, Fp32, Fp32, Fp32>)
+CASE("DualDescent, power, momentum, fp32", "dual_power_momentum", "fp32 fp32 fp32", update_kernel<DualMomentum<PowerMap, L2>, Fp32, Fp32, Fp32>)
 CASE("GaussNewton, own, root, fp32", "gauss_newton_own_root", "fp32 fp32 fp32 fp32", update_kernel<GaussNewtonOwnRoot<L2>, Fp32, Fp32, Fp32>)
 
 // All others: a kernel for each rule, formats known at run time.
-CASE("AdamW fp32 + bf16 states, v drawn", "adamw", "fp32 fp32 bf16 bf16_stochastic", update_tiled_kernel<Adam<L2>, FormatsOfTensor>)
-CASE("AdamW split24 + int8", "adamw", "bf16_split24 bf16 int8 uint8", update_tiled_kernel<Adam<L2>, FormatsOfTensor>)
-CASE("AdamW stochastic + int8", "adamw", "bf16_stochastic bf16 int8 uint8", update_tiled_kernel<Adam<L2>, FormatsOfTensor>)
-CASE("AdamW stochastic + int4", "adamw", "bf16_stochastic bf16 int4 uint4", update_tiled_kernel<Adam<L2>, FormatsOfTensor>)
-CASE("AdamW split32 + fp32", "adamw", "bf16_split32 bf16 fp32 fp32", update_tiled_kernel<Adam<L2>, FormatsOfTensor>)
-CASE("AdamW AMSGrad split24 + int8", "adamw_amsgrad", "bf16_split24 bf16 int8 uint8 uint8", update_tiled_kernel<AdamAmsgrad<L2>, FormatsOfTensor>)
+CASE("AdamW fp32 + bf16 states, v drawn", "adamw", "fp32 fp32 bf16 bf16_stochastic", update_mixed_kernel<Adam<L2>, FormatsOfTensor>)
+CASE("AdamW split24 + int8", "adamw", "bf16_split24 bf16 int8 uint8", update_mixed_kernel<Adam<L2>, FormatsOfTensor>)
+CASE("AdamW stochastic + int8", "adamw", "bf16_stochastic bf16 int8 uint8", update_mixed_kernel<Adam<L2>, FormatsOfTensor>)
+CASE("AdamW stochastic + int4", "adamw", "bf16_stochastic bf16 int4 uint4", update_mixed_kernel<Adam<L2>, FormatsOfTensor>)
+CASE("AdamW split32 + fp32", "adamw", "bf16_split32 bf16 fp32 fp32", update_mixed_kernel<Adam<L2>, FormatsOfTensor>)
+CASE("AdamW AMSGrad split24 + int8", "adamw_amsgrad", "bf16_split24 bf16 int8 uint8 uint8", update_mixed_kernel<AdamAmsgrad<L2>, FormatsOfTensor>)
 
 // Any strides and any formats that stand alone, element by element.
 CASE("AdamW any layout", "adamw", "bf16 fp32 fp32 bf16", update_any_kernel<Adam<L2>>)

@@ -1,11 +1,12 @@
 """What the files of families share: the facts of a rule, and how its scalars come from hyper-parameters.
 
-The update of a rule is ``update(p, g, *states, scalars, DECAY, OPTION)`` and returns the new p and states, all fp32. ``scalars``
-points at the floats that depend on the step but not on the element; the prologue has them written by ``set_scalars(hyper, step,
-fresh, scalar_state, scalars, mask, DECAY, OPTION)``, in fp64 for a block of tensors at once: from their hyper-parameters, the
-numbers of their steps, and whether that is their first. A rule with a scalar state has ``advance(hyper, step, scalar_state,
-mask)``, which returns the state after the step; as ``scalar_state`` it is given that, rounded to fp32. What a rule does not say
-that it has or reads is None.
+``update(p, g, *states, scalars, DECAY, OPTION)`` returns the new p and states of a block of elements, in fp32. ``scalars`` points
+at the floats that depend on the step but not on the element.
+
+``set_scalars(hyper, step, fresh, scalar_state, scalars, mask, DECAY, OPTION)`` writes those floats for a block of tensors: from
+the hyper-parameters of each, in fp64, the number of its step, and whether the step made its states. ``advance(hyper, step,
+scalar_state, mask)``, where a rule has a scalar state, returns that state after the step; ``set_scalars`` is given it rounded to
+fp32. ``step`` and ``scalar_state`` are None for a rule that does not say it reads the one or has the other.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import triton.language as tl
 
 
 class Rule(NamedTuple):
-    """The functions of a rule, and what launches, tables and plans have to know of it."""
+    """The functions of a rule and its facts, under the names of ``reference.Rule`` where that has them too."""
 
     update: triton.JITFunction
     set_scalars: triton.JITFunction

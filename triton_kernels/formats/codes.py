@@ -3,15 +3,16 @@
 import triton
 import triton.language as tl
 
-from ..._core import formats as _formats
+from ..._core.formats import names
 
 # Elements that share a scale.
-GROUP = tl.constexpr(_formats.GROUP)
+GROUP = tl.constexpr(names.GROUP)
+LEVELS = names.LEVELS
 
 
 @triton.constexpr_function
 def is_coded(name):
-    return name in ("int8", "uint8", "int4", "uint4")
+    return name in LEVELS
 
 
 @triton.constexpr_function
@@ -32,8 +33,7 @@ def codes_per_byte(name):
 
 @triton.constexpr_function
 def levels_of(name):
-    bits = int(name[-1])
-    return 2**bits - 1 if is_root(name) else 2 ** (bits - 1) - 1
+    return LEVELS[name]
 
 
 @triton.jit

@@ -1,15 +1,15 @@
 """Loads and stores a block of elements of any format. What a stored value means is in the file of its kind."""
 
-import torch
 import triton
 import triton.language as tl
 
+from ..._core.formats.names import PLAIN
 from .codes import GROUP, code_type, codes_per_byte, codes_stored, codes_value, is_coded
 from .plain import plain_stored, plain_type, plain_value
 from .split import has_remainder, remainder_type, split_stored, split_value
 from .stochastic import is_stochastic, stochastic_stored
 
-FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+PLAIN_NAMES = tuple(PLAIN.values())
 
 # From an operand's slot in the address table to that of what lies beside it: remainders or scales.
 BESIDE = tl.constexpr(7)
@@ -23,7 +23,7 @@ def plain(name):
 
 @triton.constexpr_function
 def is_plain(name):
-    return name in ("fp32", "bf16", "fp16")
+    return name in PLAIN_NAMES
 
 
 @triton.constexpr_function

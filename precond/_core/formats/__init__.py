@@ -2,7 +2,7 @@
 
 from .codec import decode, encode, fill, update, values_of
 from .layout import Layout, check, has_remainder, is_half, layout_of, new_codes, new_remainder, takes_codes
-from .names import CODED, GROUP, SECOND_MOMENTS, STATE_FORMATS, WEIGHT_FORMATS, code_format
+from .names import CODED, GROUP, SECOND_MOMENTS, STATE_FORMATS, WEIGHT_FORMATS, StateFormat, code_format, is_coded
 from .random import seed_of
 
 __all__ = [
@@ -12,12 +12,14 @@ __all__ = [
     "STATE_FORMATS",
     "WEIGHT_FORMATS",
     "Layout",
+    "StateFormat",
     "check",
     "code_format",
     "decode",
     "encode",
     "fill",
     "has_remainder",
+    "is_coded",
     "is_half",
     "layout_of",
     "new_codes",

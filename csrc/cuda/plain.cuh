@@ -1,5 +1,5 @@
 // The CUDA update of tensors whose formats stand alone: one block per chunk, for all tensors that share a rule and
-// formats; load, rule, store. And the prologue. Also compiled as plain C++ by the tests, see tests/cuda_on_host.
+// formats; load, rule, store. Also compiled as plain C++ by the tests, see tests/cuda_on_host.
 #pragma once
 
 #include <utility>
@@ -121,11 +121,12 @@ __device__ __forceinline__ void update_range(const Rule& rule, const DeviceTenso
 // Dense tensors whose states share a format.
 template <class Rule, class P, class G, class S>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    update_kernel(const DeviceTensor* tensors, const DeviceChunk* chunks, const float* rows, const Control* control) {
+    update_kernel(const DeviceTensor* tensors, const DeviceChunk* chunks, const float* scalars,
+                  const Control* control) {
   if (control->skip != 0.0f) return;
   const DeviceChunk chunk = chunks[blockIdx.x];
   const DeviceTensor& t = tensors[chunk.tensor];
-  update_range<Rule, P, G, S>(rule_of<Rule>(t, rows), t, {t.sign * control->grad_coef, control->clip_value},
+  update_range<Rule, P, G, S>(rule_of<Rule>(t, scalars), t, {t.sign * control->grad_coef, control->clip_value},
                               range_of(chunk, t), std::make_integer_sequence<int, Rule::kStates>{});
 }
 
@@ -140,7 +141,7 @@ __device__ __forceinline__ void store_at(const Operand& operand, int64_t offset,
                     [&](auto format) { element<decltype(format)>(operand, offset) = format.stored(x); });
 }
 
-// Any strides and any mix of formats, one element at a time: right and slow.
+// Any strides and any mix of formats, one element at a time: correct but slow.
 template <class Rule, int... K>
 __device__ __forceinline__ void update_any(const Rule& rule, const DeviceTensor& t, const Strides* strides,
                                            Incoming incoming, int64_t i, std::integer_sequence<int, K...>) {
@@ -155,65 +156,16 @@ __device__ __forceinline__ void update_any(const Rule& rule, const DeviceTensor&
 
 template <class Rule>
 __global__ void __launch_bounds__(kThreads)
-    update_any_kernel(const DeviceTensor* tensors, const DeviceChunk* chunks, const Strides* strides, const float* rows,
-                      const Control* control) {
+    update_any_kernel(const DeviceTensor* tensors, const DeviceChunk* chunks, const Strides* strides,
+                      const float* scalars, const Control* control) {
   if (control->skip != 0.0f) return;
   const DeviceChunk chunk = chunks[blockIdx.x];
   const DeviceTensor& t = tensors[chunk.tensor];
   const Range range = range_of(chunk, t);
-  const Rule rule = rule_of<Rule>(t, rows);
+  const Rule rule = rule_of<Rule>(t, scalars);
   const Incoming incoming{t.sign * control->grad_coef, control->clip_value};
   for (int64_t i = range.begin + threadIdx.x; i < range.end; i += kThreads)
     update_any(rule, t, strides, incoming, i, std::make_integer_sequence<int, Rule::kStates>{});
-}
-
-// The prologue: what is only known on the device. One thread per row job.
-struct RowJob {
-  float* step;       // counter on the device, advanced here; null: `known_step` was counted by the host
-  float known_step;  // already advanced
-  int32_t group;
-  int32_t fresh;
-  int32_t draws;
-  uint64_t key;
-};
-struct DeviceGroup {
-  int32_t rule;
-  double hyper[kMaxHyper];
-};
-
-// 1 / scale and the skip flag, from GradScaler's tensors, either of which may be null, and what the norm makes of them.
-__global__ void control_kernel(const float* grad_scale, const float* found_inf, float grad_coef, float clip_value,
-                               Clip clip, Control* control) {
-  control->clip_value = clip_value;
-  control->grad_coef = grad_scale == nullptr ? grad_coef : float(1.0 / double(*grad_scale)) * grad_coef;
-  control->skip = found_inf != nullptr && *found_inf != 0.0f ? 1.0f : 0.0f;
-  finish(clip, control);
-}
-
-__global__ void row_kernel(const RowJob* jobs, int32_t count, const DeviceGroup* groups, const Override* overrides,
-                           int32_t override_count, const Control* control, float* rows) {
-  const int64_t j = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (j >= count) return;
-  const RowJob job = jobs[j];
-  if (job.group < 0) return;  // inactive in this step
-  DeviceGroup group = groups[job.group];
-  for (int32_t o = 0; o < override_count; ++o) {
-    if (overrides[o].group != job.group) continue;
-    group.hyper[overrides[o].index] = overrides[o].is_double ? *static_cast<const double*>(overrides[o].value)
-                                                             : double(*static_cast<const float*>(overrides[o].value));
-  }
-  float step = job.known_step;
-  if (job.step != nullptr) {
-    step = *job.step + 1.0f;
-    if (control->skip == 0.0f) *job.step = step;
-  }
-  float* row = rows + j * kRowFloats;
-  int32_t number = 0;
-#define PRECOND_ROW(name, ...) \
-  if (group.rule == number++) fill_row<__VA_ARGS__>(group.hyper, step, job.fresh != 0, row);
-  PRECOND_ALL_RULES(PRECOND_ROW)
-#undef PRECOND_ROW
-  if (job.draws) put_seed(seed_of(job.key, uint64_t(step)), row);
 }
 
 }  // namespace PRECOND_ISA

@@ -39,12 +39,12 @@ std::string why_no_cuda();
 // Empty if this build has code for a device, which must be current, else why not.
 std::string why_not_on(int device);
 
-class CudaPlan {
+class CudaExecutor {
  public:
   // The device must be current in every call.
-  explicit CudaPlan(int device);
-  ~CudaPlan();
-  CudaPlan(const CudaPlan&) = delete;
+  explicit CudaExecutor(int device);
+  ~CudaExecutor();
+  CudaExecutor(const CudaExecutor&) = delete;
 
   // Enqueues one step on the stream and returns; no synchronisation.
   void run(Plan* plan, const std::vector<GroupRow>& groups, const DeviceStep& step);

@@ -1,76 +1,100 @@
-// Host side of the CUDA backend; see plan.h.
+// Host side of the CUDA backend; see executor.h.
 #ifndef PRECOND_ISA
 #define PRECOND_ISA cuda
 #endif
-#include <array>
+#include <algorithm>
 #include <cstring>
 #include <map>
+#include <set>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
-#include "cuda/kernel.cuh"
-#include "cuda/launch.h"
+#include "cuda/executor.h"
+#include "cuda/family.h"
 #include "cuda/norm.cuh"
 #include "cuda/tables.h"
+#include "families.h"
+#include "rules/registry.h"
 
 namespace precond {
+inline namespace PRECOND_ISA {
+
+// 1 / scale and the skip flag, from GradScaler's tensors, either of which may be null, and what the norm makes of them.
+__global__ void control_kernel(const float* grad_scale, const float* found_inf, float grad_coef, float clip_value,
+                               Clip clip, Control* control) {
+  control->clip_value = clip_value;
+  control->grad_coef = grad_scale == nullptr ? grad_coef : float(1.0 / double(*grad_scale)) * grad_coef;
+  control->skip = found_inf != nullptr && *found_inf != 0.0f ? 1.0f : 0.0f;
+  finish(clip, control);
+}
+
+#define PRECOND_KERNELS(family)              \
+  namespace family {                         \
+  extern const PlainKernels kPlain[];        \
+  extern const LaunchUpdate kMixed[];        \
+  void launch_scalars(const ScalarsArgs& a); \
+  }
+PRECOND_FAMILIES(PRECOND_KERNELS)
+#undef PRECOND_KERNELS
+
+}  // namespace PRECOND_ISA
 namespace {
 
-// Launchers by rule and formats of p, g and states. The last two of a rule take any layout and mix, and formats that do
-// not stand alone.
-template <class Rule, class P, class G, class S>
-void launch_update(const LaunchArgs& a) {
-  launch(&update_kernel<Rule, P, G, S>, a.blocks, kThreads, a.stream, a.tensors, a.chunks, a.rows, a.control);
-}
-template <class Rule>
-void launch_any(const LaunchArgs& a) {
-  launch(&update_any_kernel<Rule>, a.blocks, kThreads, a.stream, a.tensors, a.chunks, a.strides, a.rows, a.control);
+struct FamilyKernels {
+  const PlainKernels* plain;
+  const LaunchUpdate* mixed;
+  LaunchScalars scalars;
+};
+#define PRECOND_KERNELS(family) {family::kPlain, family::kMixed, &family::launch_scalars},
+constexpr FamilyKernels kFamilies[] = {PRECOND_FAMILIES(PRECOND_KERNELS)};
+#undef PRECOND_KERNELS
+
+// Which kernel of a rule takes a tensor: one of plain.cuh by formats, or that for any layout, or that of mixed.cuh.
+constexpr int kMixed = kAny + 1;
+struct RuleKernels {
+  int family;
+  LaunchUpdate launch[kMixed + 1];
+};
+const std::vector<RuleKernels>& kernels() {
+  static const std::vector<RuleKernels> by_number = [] {
+    std::vector<RuleKernels> all;
+    for (size_t f = 0; f < families().size(); ++f) {
+      for (int rule = 0; rule < families()[f].count; ++rule) {
+        RuleKernels of_rule{int(f), {}};
+        std::copy_n(kFamilies[f].plain[rule].launch, kAny + 1, of_rule.launch);
+        of_rule.launch[kMixed] = kFamilies[f].mixed[rule];
+        all.push_back(of_rule);
+      }
+    }
+    return all;
+  }();
+  return by_number;
 }
 
-// A kernel for each three formats that training mixes: fp32 and one kind of 16 bits. None where a rule has no state
-// whose format could differ.
-using AllFormats = std::tuple<Fp32, Bf16, Fp16>;
-constexpr int kAny = kPlainFormats * kPlainFormats * kPlainFormats, kTiled = kAny + 1;
-template <class Rule, int kP, int kG, int kS>
-constexpr Launcher fast_launcher() {
-  constexpr int kBoth = (1 << kP | 1 << kG | 1 << kS) >> 1;
-  if constexpr (kBoth == 3 || (Rule::kStates == 0 && kS != kP))
-    return nullptr;
-  else
-    return &launch_update<Rule, std::tuple_element_t<kP, AllFormats>, std::tuple_element_t<kG, AllFormats>,
-                          std::tuple_element_t<kS, AllFormats>>;
-}
-template <class Rule, int... I>
-constexpr std::array<Launcher, kAny + 1> launchers_of(std::integer_sequence<int, I...>) {
-  return {fast_launcher<Rule, I / (kPlainFormats * kPlainFormats), I / kPlainFormats % kPlainFormats,
-                        I % kPlainFormats>()...,
-          &launch_any<Rule>};
-}
-#define PRECOND_LAUNCHERS(name, ...) launchers_of<__VA_ARGS__>(std::make_integer_sequence<int, kAny>{}),
-const std::array<Launcher, kAny + 1> kLaunchers[] = {PRECOND_ALL_RULES(PRECOND_LAUNCHERS)};
-#undef PRECOND_LAUNCHERS
-#define PRECOND_STATES(name, ...) __VA_ARGS__::kStates,
-const int kStatesOf[] = {PRECOND_ALL_RULES(PRECOND_STATES)};
-#undef PRECOND_STATES
-
-// Which launcher takes a tensor.
-int launcher_of(const Tensor& t) {
-  const int states = kStatesOf[t.rule];
+int kernel_for(const Tensor& t) {
+  const int states = rules()[size_t(t.rule)].states;
   bool plain = is_plain(t.p.format);
   for (int k = 0; k < states; ++k) plain = plain && is_plain(t.state[k].format);
-  if (!plain) return kTiled;
+  if (!plain) return kMixed;
   bool any = t.p.strides != kDense || t.g.strides != kDense;
   for (int k = 0; k < states; ++k) any = any || t.state[k].strides != kDense || t.state[k].format != t.state[0].format;
   if (any) return kAny;
   const Format state = states == 0 ? t.p.format : t.state[0].format;
   const int fast = (int(t.p.format) * kPlainFormats + int(t.g.format)) * kPlainFormats + int(state);
-  return kLaunchers[t.rule][size_t(fast)] != nullptr ? fast : kAny;
+  return kernels()[size_t(t.rule)].launch[fast] != nullptr ? fast : kAny;
+}
+
+// Those with an active tensor.
+std::set<int> families_of(const Plan& plan) {
+  std::set<int> all;
+  for (int64_t i = 0; i < plan.size(); ++i)
+    if (plan.tensor(i).active) all.insert(kernels()[size_t(plan.tensor(i).rule)].family);
+  return all;
 }
 
 }  // namespace
 
-struct CudaPlan::Impl {
+struct CudaExecutor::Impl {
   explicit Impl(int index) : device(index) {}
 
   int device;
@@ -79,30 +103,30 @@ struct CudaPlan::Impl {
   Table<DeviceTensor> tensors;
   Table<DeviceChunk> chunks;
   Table<Strides> strides;
-  Table<float> rows;
+  Table<float> scalars;
   Table<Control> control;
-  Table<RowJob> jobs;
+  Table<ScalarsJob> jobs;
   Table<DeviceGroup> groups;
   Table<Override> overrides;
   Table<int64_t> norm_first;
   Table<double> norm_sums;
   struct Bucket {
-    int rule, launcher;
+    int rule, kernel;
     int64_t first, count;
   };
   std::vector<Bucket> buckets;
-  std::vector<int> signature;  // rule and launcher of each tensor, as cut into buckets
+  std::vector<int> signature;  // rule and kernel of each tensor, as cut into buckets
 
   void cut(const Plan& plan);
-  void describe(const Plan& plan, const std::vector<GroupRow>& group_rows, bool row_per_tensor);
-  void scalars_on_device(const Plan& plan, const std::vector<GroupRow>& group_rows, const DeviceStep& step);
+  void describe(const Plan& plan, const std::vector<GroupRow>& asked, bool scalars_per_tensor);
+  void scalars_on_device(const Plan& plan, const std::vector<GroupRow>& asked, const DeviceStep& step);
   Use use_of(uintptr_t stream);
   void upload_tensors(const Use& use);
   void measure(const Plan& plan, const Clip& clip, const Use& use);
 };
 
 // Called first by whatever enqueues work, in the relaxed mode of capture.
-Use CudaPlan::Impl::use_of(uintptr_t handle) {
+Use CudaExecutor::Impl::use_of(uintptr_t handle) {
   const auto stream = reinterpret_cast<cudaStream_t>(handle);
   const bool capturing = is_capturing(stream);
   if (!capturing) Discarded::of_process().free_all();
@@ -110,7 +134,7 @@ Use CudaPlan::Impl::use_of(uintptr_t handle) {
 }
 
 // The first of what a step enqueues.
-void CudaPlan::Impl::upload_tensors(const Use& use) {
+void CudaExecutor::Impl::upload_tensors(const Use& use) {
   was_captured = use.captured;
   tensors.upload(use);
   chunks.upload(use);
@@ -118,7 +142,7 @@ void CudaPlan::Impl::upload_tensors(const Use& use) {
 }
 
 // The tables of tensors and chunks are there.
-void CudaPlan::Impl::measure(const Plan& plan, const Clip& clip, const Use& use) {
+void CudaExecutor::Impl::measure(const Plan& plan, const Clip& clip, const Use& use) {
   const NormTable table = norm_table(plan, clip.classes);
   norm_first.host = table.first;
   norm_first.upload(use);
@@ -148,14 +172,14 @@ void CudaPlan::Impl::measure(const Plan& plan, const Clip& clip, const Use& use)
   }
 }
 
-// Chunks by launcher; only when the rule or the formats of a tensor have changed.
-void CudaPlan::Impl::cut(const Plan& plan) {
+// Chunks by kernel; only when the rule or the formats of a tensor have changed.
+void CudaExecutor::Impl::cut(const Plan& plan) {
   std::vector<int> wanted;
   wanted.reserve(size_t(plan.size()));
   for (int64_t i = 0; i < plan.size(); ++i) {
     const Tensor& t = plan.tensor(i);
     // One that never had a gradient has none to describe: it joins when it gets one.
-    wanted.push_back(t.g.data == nullptr && t.numel > 0 ? -1 : t.rule * (kTiled + 1) + launcher_of(t));
+    wanted.push_back(t.g.data == nullptr && t.numel > 0 ? -1 : t.rule * (kMixed + 1) + kernel_for(t));
   }
   if (wanted == signature) return;
   signature = wanted;
@@ -169,11 +193,11 @@ void CudaPlan::Impl::cut(const Plan& plan) {
     for (const int32_t i : members)
       for (int64_t begin = 0; begin < plan.tensor(i).numel; begin += kBlockElements) chunks.host.push_back({begin, i});
     const int64_t count = int64_t(chunks.host.size()) - first;
-    if (count > 0) buckets.push_back({key / (kTiled + 1), key % (kTiled + 1), first, count});
+    if (count > 0) buckets.push_back({key / (kMixed + 1), key % (kMixed + 1), first, count});
   }
 }
 
-void CudaPlan::Impl::describe(const Plan& plan, const std::vector<GroupRow>& group_rows, bool row_per_tensor) {
+void CudaExecutor::Impl::describe(const Plan& plan, const std::vector<GroupRow>& asked, bool scalars_per_tensor) {
   tensors.host.resize(size_t(plan.size()));
   for (int64_t i = 0; i < plan.size(); ++i) {
     const Tensor& t = plan.tensor(i);
@@ -185,38 +209,53 @@ void CudaPlan::Impl::describe(const Plan& plan, const std::vector<GroupRow>& gro
     d.numel = t.active ? t.numel : 0;
     d.place = t.place;
     d.draws = t.draws;
-    d.row = row_per_tensor ? int32_t(i) : t.row;
-    d.sign = group_rows[size_t(t.group)].sign;
+    d.scalars = scalars_per_tensor ? int32_t(i) : t.scalars;
+    d.sign = asked[size_t(t.group)].sign;
   }
   strides.host = plan.all_strides();
 }
 
-void CudaPlan::Impl::scalars_on_device(const Plan& plan, const std::vector<GroupRow>& group_rows,
-                                       const DeviceStep& step) {
+void CudaExecutor::Impl::scalars_on_device(const Plan& plan, const std::vector<GroupRow>& asked,
+                                           const DeviceStep& step) {
   jobs.host.resize(size_t(plan.size()));
   for (int64_t i = 0; i < plan.size(); ++i) {
     const Tensor& t = plan.tensor(i);
-    RowJob& job = jobs.host[size_t(i)];
+    ScalarsJob& job = jobs.host[size_t(i)];
     std::memset(static_cast<void*>(&job), 0, sizeof job);
     job.group = t.active ? t.group : -1;
     job.fresh = t.fresh;
     job.draws = t.draws;
     job.key = t.key;
-    if (t.step != nullptr && t.step_on_device)
+    if (t.step != nullptr && t.step_on_device) {
       job.step = t.step;
-    else if (t.step != nullptr)
+      job.scalar = t.scalar;
+    } else if (t.step != nullptr) {
       job.known_step = *t.step + 1.0f;
+      job.known_scalar = t.next_scalar;
+    }
   }
-  groups.host.resize(group_rows.size());
-  for (size_t g = 0; g < group_rows.size(); ++g) {
+  groups.host.resize(asked.size());
+  for (size_t g = 0; g < asked.size(); ++g) {
     std::memset(static_cast<void*>(&groups.host[g]), 0, sizeof(DeviceGroup));
-    groups.host[g].rule = group_rows[g].rule;
-    std::memcpy(groups.host[g].hyper, group_rows[g].hyper, sizeof groups.host[g].hyper);
+    groups.host[g].rule = asked[g].rule;
+    std::memcpy(groups.host[g].hyper, asked[g].hyper, sizeof groups.host[g].hyper);
   }
   overrides.host = step.overrides;
 }
 
-void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const DeviceStep& step) {
+// A scalar state on the host is NaN where it is advanced by a hyper-parameter that lies on the device.
+static void require_known_scalars(const Plan& plan, const DeviceStep& step) {
+  for (const Override& override : step.overrides)
+    for (int64_t i = 0; i < plan.size(); ++i) {
+      const Tensor& t = plan.tensor(i);
+      if (t.active && t.group == override.group && t.scalar != nullptr && !t.step_on_device &&
+          t.next_scalar != t.next_scalar)
+        throw std::runtime_error(
+            "capturable must be True for a hyper-parameter in a tensor: the host advances a state with it");
+    }
+}
+
+void CudaExecutor::run(Plan* plan, const std::vector<GroupRow>& groups, const DeviceStep& step) {
   Impl& my = *impl_;
   require_current(my.device);
   const RelaxedCapture relaxed;
@@ -237,14 +276,16 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
   if (may_skip && !counters_on_device)
     throw std::runtime_error(
         "fused must be True in every group for a loss scaler's found_inf and for nonfinite='skip': step counters are "
-        "on "
-        "the host");
+        "on the host");
 
   my.cut(*plan);
-  if (on_device)
+  if (on_device) {
+    plan->advance(groups);
+    require_known_scalars(*plan, step);
     my.scalars_on_device(*plan, groups, step);
-  else
-    my.rows.host = plan->fill_rows(groups);
+  } else {
+    my.scalars.host = plan->fill_scalars(groups);
+  }
   my.describe(*plan, groups, on_device);
   my.upload_tensors(use);
   my.launches = 0;
@@ -255,30 +296,31 @@ void CudaPlan::run(Plan* plan, const std::vector<GroupRow>& groups, const Device
     my.overrides.upload(use);
     const int64_t count = plan->size();
     Control* control = my.control.room_for(1, use);
-    float* rows = my.rows.room_for(size_t(count) * kRowFloats, use);
+    float* scalars = my.scalars.room_for(size_t(count) * kScalarFloats, use);
     launch(&control_kernel, 1, 1, use.stream, step.grad_scale, step.found_inf, step.grad_coef, step.clip_value,
            step.clip, control);
-    launch(&row_kernel, (count + 127) / 128, 128, use.stream, static_cast<const RowJob*>(my.jobs.device()),
-           int32_t(count), static_cast<const DeviceGroup*>(my.groups.device()),
-           static_cast<const Override*>(my.overrides.device()), int32_t(step.overrides.size()),
-           static_cast<const Control*>(control), rows);
-    my.launches += 2;
+    ++my.launches;
+    for (const int family : families_of(*plan)) {
+      kFamilies[family].scalars({my.jobs.device(), int32_t(count), my.groups.device(), my.overrides.device(),
+                                 int32_t(step.overrides.size()), control, families()[size_t(family)].first, scalars,
+                                 use.stream});
+      ++my.launches;
+    }
   } else {
     my.control.host = {Control{step.grad_coef, 0.0f, step.clip_value}};
     my.control.upload(use);
-    my.rows.upload(use);
+    my.scalars.upload(use);
   }
   for (const Impl::Bucket& bucket : my.buckets) {
-    const Launcher launcher =
-        bucket.launcher == kTiled ? tiled_launcher(bucket.rule) : kLaunchers[bucket.rule][size_t(bucket.launcher)];
-    launcher({my.tensors.device(), my.chunks.device() + bucket.first, my.strides.device(), my.rows.device(),
-              my.control.device(), bucket.count, use.stream});
+    kernels()[size_t(bucket.rule)].launch[bucket.kernel]({my.tensors.device(), my.chunks.device() + bucket.first,
+                                                          my.strides.device(), my.scalars.device(), my.control.device(),
+                                                          bucket.count, use.stream});
     ++my.launches;
   }
   plan->count_step();
 }
 
-void CudaPlan::norm(const Plan& plan, const std::vector<GroupRow>& groups, const DeviceStep& step) {
+void CudaExecutor::norm(const Plan& plan, const std::vector<GroupRow>& groups, const DeviceStep& step) {
   Impl& my = *impl_;
   require_current(my.device);
   const RelaxedCapture relaxed;
@@ -289,13 +331,13 @@ void CudaPlan::norm(const Plan& plan, const std::vector<GroupRow>& groups, const
   my.measure(plan, step.clip, use);
 }
 
-CudaPlan::CudaPlan(int device) : impl_(std::make_unique<Impl>(device)) {}
+CudaExecutor::CudaExecutor(int device) : impl_(std::make_unique<Impl>(device)) {}
 
-CudaPlan::~CudaPlan() = default;
+CudaExecutor::~CudaExecutor() = default;
 
-int CudaPlan::launches() const { return impl_->launches; }
+int CudaExecutor::launches() const { return impl_->launches; }
 
-bool CudaPlan::was_captured() const { return impl_->was_captured; }
+bool CudaExecutor::was_captured() const { return impl_->was_captured; }
 
 std::string why_no_cuda() {
   int count = 0;

@@ -1,0 +1,73 @@
+// Compiled once per family of rules, with PRECOND_FAMILY naming it: the kernels of plain.cuh, and the family's
+// prologue.
+#ifndef PRECOND_ISA
+#define PRECOND_ISA cuda
+#endif
+#include <tuple>
+
+#include "cuda/family.h"
+#include "cuda/plain.cuh"
+#include "rules/family.h"
+
+namespace precond {
+inline namespace PRECOND_ISA {
+namespace PRECOND_FAMILY {
+
+// Jobs of other families' rules are left to their kernels.
+__global__ void scalars_kernel(const ScalarsJob* jobs, int32_t count, const DeviceGroup* groups,
+                               const Override* overrides, int32_t override_count, const Control* control, int32_t first,
+                               float* scalars) {
+  const int64_t j = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (j >= count) return;
+  const ScalarsJob job = jobs[j];
+  if (job.group < 0) return;
+  DeviceGroup group = groups[job.group];
+  read_overrides(overrides, override_count, job.group, group.hyper);
+  const bool skip = control->skip != 0.0f;
+  int32_t number = first;
+#define PRECOND_PREPARE(name, ...) \
+  if (group.rule == number++) prepare<__VA_ARGS__>(job, group.hyper, skip, scalars + j * kScalarFloats);
+  PRECOND_RULES(PRECOND_PREPARE)
+#undef PRECOND_PREPARE
+}
+
+void launch_scalars(const ScalarsArgs& a) {
+  launch(&scalars_kernel, (a.count + 127) / 128, 128, a.stream, a.jobs, a.count, a.groups, a.overrides,
+         a.override_count, a.control, a.first, a.scalars);
+}
+
+template <class Rule, class P, class G, class S>
+void launch_update(const UpdateArgs& a) {
+  launch(&update_kernel<Rule, P, G, S>, a.blocks, kThreads, a.stream, a.tensors, a.chunks, a.scalars, a.control);
+}
+template <class Rule>
+void launch_any(const UpdateArgs& a) {
+  launch(&update_any_kernel<Rule>, a.blocks, kThreads, a.stream, a.tensors, a.chunks, a.strides, a.scalars, a.control);
+}
+
+// A kernel for each three formats that training mixes: fp32 and one kind of 16 bits. None where a rule has no state
+// whose format could differ.
+using AllFormats = std::tuple<Fp32, Bf16, Fp16>;
+template <class Rule, int kP, int kG, int kS>
+constexpr LaunchUpdate fast_kernel() {
+  constexpr int kBoth = (1 << kP | 1 << kG | 1 << kS) >> 1;
+  if constexpr (kBoth == 3 || (Rule::kStates == 0 && kS != kP))
+    return nullptr;
+  else
+    return &launch_update<Rule, std::tuple_element_t<kP, AllFormats>, std::tuple_element_t<kG, AllFormats>,
+                          std::tuple_element_t<kS, AllFormats>>;
+}
+template <class Rule, int... I>
+constexpr PlainKernels kernels_of(std::integer_sequence<int, I...>) {
+  return {{fast_kernel<Rule, I / (kPlainFormats * kPlainFormats), I / kPlainFormats % kPlainFormats,
+                       I % kPlainFormats>()...,
+           &launch_any<Rule>}};
+}
+#define PRECOND_KERNELS(name, ...) kernels_of<__VA_ARGS__>(std::make_integer_sequence<int, kAny>{}),
+extern const PlainKernels kPlain[];
+const PlainKernels kPlain[] = {PRECOND_RULES(PRECOND_KERNELS)};
+#undef PRECOND_KERNELS
+
+}  // namespace PRECOND_FAMILY
+}  // namespace PRECOND_ISA
+}  // namespace precond

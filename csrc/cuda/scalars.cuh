@@ -1,0 +1,55 @@
+// The prologue of a step: scalars that are only known on the device. One thread per tensor.
+#pragma once
+
+#include "cuda/executor.h"
+#include "cuda/tensors.cuh"
+#include "rules/rule.h"
+
+namespace precond {
+
+struct ScalarsJob {
+  float* step;       // counter on the device, advanced here; null: the host has counted
+  float* scalar;     // scalar state on the device, advanced with it; null: none, or advanced by the host
+  float known_step;  // where the host has counted; already advanced, like the next
+  float known_scalar;
+  int32_t group;  // -1: inactive in this step
+  int32_t fresh;
+  int32_t draws;
+  uint64_t key;
+};
+struct DeviceGroup {
+  int32_t rule;
+  double hyper[kMaxHyper];
+};
+
+inline namespace PRECOND_ISA {
+
+// A group's hyper-parameters, as they are on the device.
+__device__ __forceinline__ void read_overrides(const Override* overrides, int32_t count, int32_t group, double* hyper) {
+  for (int32_t o = 0; o < count; ++o) {
+    if (overrides[o].group != group) continue;
+    hyper[overrides[o].index] = overrides[o].is_double ? *static_cast<const double*>(overrides[o].value)
+                                                       : double(*static_cast<const float*>(overrides[o].value));
+  }
+}
+
+// Counts the step, unless it is skipped, and fills a tensor's scalars.
+template <class Rule>
+__device__ __forceinline__ void prepare(const ScalarsJob& job, const double* hyper, bool skip, float* scalars) {
+  float step = job.known_step, scalar = job.known_scalar;
+  if (job.step != nullptr) {
+    step = *job.step + 1.0f;
+    if (!skip) *job.step = step;
+  }
+  if constexpr (Rule::kScalarStates != 0) {
+    if (job.scalar != nullptr) {
+      scalar = advanced<Rule>(hyper, step, *job.scalar);
+      if (!skip) *job.scalar = scalar;
+    }
+  }
+  fill_scalars<Rule>(hyper, step, job.fresh != 0, scalar, scalars);
+  if (job.draws) put_seed(seed_of(job.key, uint64_t(step)), scalars);
+}
+
+}  // namespace PRECOND_ISA
+}  // namespace precond

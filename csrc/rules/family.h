@@ -1,0 +1,9 @@
+// The family that a unit is compiled for. The build names it in PRECOND_FAMILY, and its header in
+// PRECOND_FAMILY_HEADER; PRECOND_RULES(RULE) is its list of rules.
+#pragma once
+
+#include PRECOND_FAMILY_HEADER
+
+#define PRECOND_JOINED(a, b) a##b
+#define PRECOND_JOIN(a, b) PRECOND_JOINED(a, b)
+#define PRECOND_RULES(RULE) PRECOND_JOIN(PRECOND_RULES_, PRECOND_FAMILY)(RULE)

@@ -1,0 +1,32 @@
+// Every rule by its number in a plan, for code that knows no formula: what the rule needs, and functions that make its
+// scalars on the host.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "base/limits.h"
+
+namespace precond {
+
+struct RuleInfo {
+  const char* name;
+  const char* type;  // of the functor, as it is spelled
+  int states, squares, scalar_states;
+  bool reads_step;
+  std::vector<std::string> hyper;
+  int scalars;  // floats that fill() writes
+  void (*fill)(const double* hyper, double step, bool fresh, float scalar, float* scalars);
+  float (*advanced)(const double* hyper, double step, float scalar);
+};
+
+// Rules of one family have consecutive numbers.
+struct Family {
+  const char* name;
+  int first, count;
+};
+
+const std::vector<Family>& families();
+const std::vector<RuleInfo>& rules();
+
+}  // namespace precond

@@ -1,0 +1,69 @@
+// What a rule is, and how its scalars are made. A rule is a functor that updates one element, called by the CPU loop
+// and by the CUDA kernels. It knows no addresses and not how a value is stored; its fields are the scalars of one step.
+// It says beside its formula what it needs:
+//
+//   Hyper          the hyper-parameters that its scalars are made of: doubles, in the order of Hyper::names
+//   kStates        how many states an element has
+//   kSquares       a bit for each of them that is a second moment: formats of few bits keep its root
+//   kReadsStep     whether its scalars depend on the step counter
+//   kScalarStates  1 if it keeps one number per parameter besides, else 0; if so,
+//                  `static double advance(const Hyper&, double step, double scalar)` returns it after this step
+//
+// set_scalars(rule, hyper, now) fills the fields: in fp64, with operations that give the same bits everywhere. A family
+// is a header of rules and PRECOND_RULES_<family>, the list of their names; CMakeLists.txt lists the families.
+#pragma once
+
+#include <cmath>
+
+#include "base/arithmetic.h"
+#include "base/limits.h"
+
+namespace precond {
+inline namespace PRECOND_ISA {
+
+// What scalars are made of besides hyper-parameters. A rule gets what it says it needs: one that reads the step without
+// saying so does not compile.
+struct Now {
+  bool fresh;  // the parameter's state was made for this step
+};
+struct Counted : Now {
+  double step;  // from 1
+};
+struct Carried : Counted {
+  double scalar;  // the scalar state after this step
+};
+
+// The fields of a rule, as floats.
+template <class Rule>
+PRECOND_INLINE void fill_scalars(const double* hyper, double step, bool fresh, float scalar, float* scalars) {
+  static_assert(sizeof(Rule) <= (kScalarFloats - 2) * sizeof(float), "raise kScalarFloats: a seed lies behind a rule");
+  static_assert(Rule::kStates <= kMaxStates, "raise kMaxStates");
+  static_assert(sizeof(typename Rule::Hyper) <= kMaxHyper * sizeof(double), "raise kMaxHyper");
+  static_assert(Rule::kScalarStates == 0 || (Rule::kScalarStates == 1 && Rule::kReadsStep));
+  typename Rule::Hyper h;
+  std::memcpy(&h, hyper, sizeof h);
+  Rule rule;
+  if constexpr (Rule::kScalarStates != 0)
+    set_scalars(rule, h, Carried{{{fresh}, step}, double(scalar)});
+  else if constexpr (Rule::kReadsStep)
+    set_scalars(rule, h, Counted{{fresh}, step});
+  else
+    set_scalars(rule, h, Now{fresh});
+  std::memcpy(scalars, &rule, sizeof rule);
+}
+
+// The scalar state after a step, rounded to what is stored: the scalars of the step are made of that, so that a
+// checkpoint continues with the same bits.
+template <class Rule>
+PRECOND_INLINE float advanced([[maybe_unused]] const double* hyper, [[maybe_unused]] double step, float scalar) {
+  if constexpr (Rule::kScalarStates != 0) {
+    typename Rule::Hyper h;
+    std::memcpy(&h, hyper, sizeof h);
+    return float(Rule::advance(h, step, double(scalar)));
+  } else {
+    return scalar;
+  }
+}
+
+}  // namespace PRECOND_ISA
+}  // namespace precond

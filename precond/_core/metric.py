@@ -1,0 +1,42 @@
+"""P P^T, by which a preconditioned step multiplies a gradient: data that an optimizer gives, and that GradientRegularizer and
+``precond.diagnostics`` read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Basis(Protocol):
+    """An orthogonal U."""
+
+    def rotate(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """U^T t."""
+
+    def rotate_back(self, t: Tensor) -> Tensor:
+        """U t."""
+
+
+class Metric(NamedTuple):
+    """P P^T = U diag(1 / (sqrt(scale v) + eps)) U^T of one parameter, as its last step left it; the identity where v is None.
+
+    Momentum and decay are no part of it, and where a method bounds its steps it holds below that bound.
+    """
+
+    v: Tensor | None = None
+    scale: float = 1.0
+    eps: float = 0.0
+    #: None: the parameter's own coordinates.
+    basis: Basis | None = None
+    #: Where there is a second moment, if v does not say so by being 0 elsewhere: there eps alone is P.
+    known: Tensor | None = None
+    #: Why a step is not P P^T times a mean of gradients, whatever P; the other fields then say nothing.
+    why_not: str = ""
+
+
+def widened(t: Tensor) -> Tensor:
+    """A tensor in float32 where it is shorter."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))

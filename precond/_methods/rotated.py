@@ -1,0 +1,148 @@
+"""The step in a basis that SOAP and GaussNewton share: rotate the gradient, run a rule on its coordinates, rotate the result back
+and let a plain step take it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._core.arguments import check_betas, check_lr, check_nonnegative
+from .._core.formats import is_coded
+from .._core.passes import plain_step
+from .._core.rows import Row
+from .kronecker import Rotation, rotation_of
+from .multipass import MultiPass
+
+#: A parameter, its gradient and its basis.
+Work = tuple[Tensor, Tensor, Rotation]
+
+
+class Rotated(MultiPass, abstract=True):
+    """A method whose rule runs in a basis, in all groups or in some. A subclass says what feeds the basis, and when."""
+
+    #: The states that are kept in the basis: a mean of gradients, and one of squares or of curvature.
+    _in_basis: ClassVar[tuple[str, str]]
+    #: The options that say how much of the factors a step keeps, after how many steps a basis is refreshed, and how long the
+    #: side of a block may be.
+    _basis_options: ClassVar[tuple[str, str, str]]
+
+    def _check_defaults(self, defaults: dict[str, Any]) -> None:
+        check_lr(defaults["lr"])
+        check_betas(defaults["betas"])
+        check_nonnegative("weight_decay value", "weight_decay", defaults["weight_decay"])
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_nonnegative("epsilon value", "eps", group["eps"])
+        for name in self._basis_options[1:]:
+            if not group[name] >= 1:
+                raise ValueError(f"{name} must be >= 1, got {group[name]}")
+        if self.rotates(group) and is_coded(group.get("state_format")):
+            raise ValueError(
+                f"state_format must not have codes {self._why_not_one_pass}, got {group['state_format']!r}"
+            )
+
+    def rotates(self, group: dict[str, Any]) -> bool:
+        """True for a group whose matrices have a basis."""
+        return True
+
+    def _basis(self, name: str, p: Tensor, group: dict[str, Any]) -> Rotation:
+        """The basis that a group gives a parameter; the identity for a vector without one."""
+        return rotation_of(name, p, group.get("basis", "kronecker"), self.state[p], group[self._basis_options[2]])
+
+    def _basis_of_metric(self, p: Tensor, group: dict[str, Any]) -> Rotation | None:
+        """The basis of a parameter that has one by now."""
+        basis = self._basis("a parameter", p, group) if self.rotates(group) else None
+        return None if basis is None or basis.is_identity else basis
+
+    def _for_factors(self, p: Tensor, g: Tensor) -> Tensor:
+        """A gradient in the dtype of the factors; 16-bit ones are widened later."""
+        return g
+
+    def _feed(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> None:
+        """Fold a gradient into the factors of a Kronecker basis, and refresh the basis where that is due."""
+        if basis.kronecker is not None:
+            beta, frequency, _ = (group[name] for name in self._basis_options)
+            kept = float(group["betas"][1] if beta in (None, -1) else beta)
+            basis.kronecker.learn(
+                basis.matrix(self._for_factors(p, g), torch.float32), kept, frequency, *self._in_basis
+            )
+
+    # What a subclass adds to the step.
+
+    def _before(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> bool:
+        """Called before a parameter's states are made and its gradient is rotated; False: the step is over for it."""
+        return True
+
+    def _after(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> None:
+        """Called when the parameters of a group have moved."""
+
+    def _hyper_in_basis(self, p: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> dict[str, float | Tensor]:
+        """The hyper-parameters of the rule for a parameter."""
+        return row.hyper
+
+    def _plain_hyper(self, row: Row) -> dict[str, float | Tensor]:
+        """Those of the plain step by what the rule found."""
+        return plain_step(row.hyper["lr"], row.hyper["weight_decay"])
+
+    # The step.
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _update(self) -> None:
+        groups = self.param_groups
+        straight = [group for group in groups if not self.rotates(group)]
+        if len(straight) == len(groups):
+            super()._update()
+            return
+        rows = [self._checked_row(group) for group in groups]
+        work: list[list[Work]] = [
+            [(p, g, self._basis(name, p, group)) for name, p, g in self._gradients(group)]
+            if self.rotates(group)
+            else []
+            for group in groups
+        ]
+        if straight:
+            self._step_in_one_pass(straight)
+        only_states = self._only_makes_states(rows, {p: g for items in work for p, g, _ in items})
+        for index, (group, row) in enumerate(zip(groups, rows, strict=True)):
+            if only_states:
+                self._make_states(group, row, work[index])
+            else:
+                self._step_group(index, group, row, work[index])
+
+    def _make_states(self, group: dict[str, Any], row: Row, work: list[Work]) -> None:
+        for p, g, basis in work:
+            self._init_state(p, group, row)
+            if basis.kronecker is not None:
+                basis.kronecker.make_states(basis.matrix(self._for_factors(p, g), torch.float32))
+
+    def _step_group(self, index: int, group: dict[str, Any], row: Row, work: list[Work]) -> None:
+        """One pass of the rule over buffers in the basis, then one plain pass over the parameters."""
+        has_l1 = float(group.get("l1_decay", 0.0)) != 0.0
+        moving, jobs, before = [], [], []
+        for p, g, basis in work:
+            if not self._before(p, g, basis, group, row):
+                continue
+            self._init_state(p, group, row)
+            # L1 decays the coordinates of the parameter itself; else the buffer holds the direction alone.
+            buffer = self._buffer(p, torch.promote_types(p.dtype, torch.float32))
+            buffer.copy_(basis.rotate(p, buffer.dtype)) if has_l1 else buffer.zero_()
+            before.append(buffer.clone() if has_l1 else None)
+            hyper = self._hyper_in_basis(p, basis, group, row)
+            hyper = hyper if has_l1 else {**hyper, "lr": 1.0, "weight_decay": 0.0}
+            rotated, asked = basis.rotate(g, buffer.dtype), group.get("state_format")
+            names = (*self._in_basis, "step")
+            jobs.append(self._job(p, buffer, rotated, names, hyper, row.sign, state_format=asked))
+            moving.append((p, g, basis))
+        self._pass(row.rule, self._in_basis, of=index).run(jobs)
+        step = plain_step(1.0, 0.0) if has_l1 else self._plain_hyper(row)
+        last = []
+        for (p, _, basis), job, start in zip(moving, jobs, before, strict=True):
+            direction = basis.rotate_back(-job.p if start is None else start - job.p)
+            last.append(self._job(p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
+        self._pass("sgdw", of=index).run(last)
+        for p, g, basis in moving:
+            self._after(p, g, basis, group)

@@ -1,4 +1,4 @@
-"""The tables of METHODS, expected against measured, and with --tasks the papers' own tasks at small size.
+"""The tables of docs/theory.md, expected against measured, and with --tasks the papers' own tasks at small size.
 
 Without --tasks about 3 minutes of one core; the tasks alone about 6, and twice as long where others use it too. Fails where a
 row is out of its tolerance. Writes JSON, and one PNG for each paper into the folder of its name.

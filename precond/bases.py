@@ -41,7 +41,7 @@ def interpolate_basis(u0: Tensor, u1: Tensor, s: float | Tensor, *, match: bool 
         ImportError: scipy is missing: ``pip install 'precond[diagnostics]'``.
 
     Source: the summary of Liu et al., arXiv 2510.13680, names a "geodesic interpolation method between bases"; the construction
-    is derived in METHODS C.4.
+    is derived in docs/theory.md, C.4.
 
     Example:
         >>> import torch, precond
@@ -78,7 +78,7 @@ def distance(u0: Tensor, u1: Tensor, *, match: bool = True) -> float:
     Returns:
         A number from 0 to pi sqrt(d).
 
-    Source: METHODS C.4.
+    Source: docs/theory.md, C.4.
 
     Example:
         >>> import math, torch
@@ -106,7 +106,7 @@ def match_columns(u0: Tensor, u1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         ``(matched, order, signs)`` with ``matched = u1[:, order] * signs``. Reorder states per column of u1 likewise.
 
-    Source: METHODS C.4.
+    Source: docs/theory.md, C.4.
 
     Example:
         >>> import torch
@@ -275,7 +275,7 @@ def rotate(g: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     Raises:
         ValueError: g has fewer than two dimensions, or a factor does not fit.
 
-    Source: METHODS C.1; SOAP, arXiv 2409.11321.
+    Source: docs/theory.md, C.1; SOAP, arXiv 2409.11321.
 
     Example:
         >>> import torch
@@ -292,7 +292,7 @@ def rotate(g: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
 def rotate_back(g: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """Rotates a matrix out of a Kronecker basis, L G R^T: the inverse of :func:`rotate`, with its arguments and errors.
 
-    Source: METHODS C.1; SOAP, arXiv 2409.11321.
+    Source: docs/theory.md, C.1; SOAP, arXiv 2409.11321.
 
     Example:
         >>> import torch

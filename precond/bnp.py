@@ -63,7 +63,7 @@ class BNP(Wrapper):
     checkpoint has them among the states of ``base`` as "bnp_mean", "bnp_var" and "bnp_rows".
 
     Source: Lange, Helfrich, Ye 2022, JMLR 23(72). The constants, and q for convolutions, are recalled from it, not
-    quoted: METHODS A.3, which also derives "direction" (A.3.5).
+    quoted: docs/theory.md, A.3, which also derives "direction" (A.3.5).
 
     Example:
         >>> import torch, precond

@@ -44,7 +44,7 @@ def sampled_label_loss(
     Raises:
         ValueError: loss has another name, or outputs have no samples or no dimension.
 
-    Source: Gauss-Newton-Bartlett as in Sophia's public code (Liu et al., arXiv 2305.14342); squared loss: METHODS C.2.
+    Source: Gauss-Newton-Bartlett as in Sophia's public code (Liu et al., arXiv 2305.14342); squared loss: docs/theory.md, C.2.
 
     Example:
         >>> import torch
@@ -70,7 +70,7 @@ def batch_size_of(outputs: Tensor) -> int:
     Raises:
         ValueError: outputs have no dimension or no samples.
 
-    Source: METHODS C.2.
+    Source: docs/theory.md, C.2.
 
     Example:
         >>> import torch
@@ -117,7 +117,7 @@ def gauss_newton_bartlett(
     Raises:
         ValueError: loss has another name, there is no sample, draws < 1, a parameter is complex, or bases do not fit.
 
-    Source: Sophia's public code (Liu et al., arXiv 2305.14342), whose factor B stands in its step; rotated: METHODS C.2.
+    Source: Sophia's public code (Liu et al., arXiv 2305.14342), whose factor B stands in its step; rotated: docs/theory.md, C.2.
 
     Example:
         >>> import torch
@@ -178,7 +178,7 @@ def hutchinson(
         TypeError: loss is not what the product takes.
         RuntimeError: an operation of the model has no second derivative in torch (fused attention).
 
-    Source: AdaHessian (Yao et al., arXiv 2006.00719) and Sophia-H (arXiv 2305.14342); variances: METHODS C.2.
+    Source: AdaHessian (Yao et al., arXiv 2006.00719) and Sophia-H (arXiv 2305.14342); variances: docs/theory.md, C.2.
 
     Example:
         >>> import torch
@@ -256,7 +256,7 @@ def gauss_newton_product(
         TypeError: outputs are not a tensor with a graph, or loss_fn does not return a scalar.
         RuntimeError: an operation has no second derivative in torch (fused attention).
 
-    Source: Schraudolph 2002; J u by two backward passes: METHODS C.2.
+    Source: Schraudolph 2002; J u by two backward passes: docs/theory.md, C.2.
 
     Example:
         >>> import torch

@@ -82,7 +82,7 @@ class DualDescent(MultiPass):
     State: ``momentum_buffer`` where there is a momentum.
 
     Source: Maddison, Paulin, Teh and Doucet, arXiv 1902.02257; Ghane, Akhtiamov and Hassibi, arXiv 2603.10485. The kernels and
-    their derivations: METHODS B.2; momentum and defaults are this project's.
+    their derivations: docs/theory.md, B.2; momentum and defaults are this project's.
 
     Example:
         >>> import torch, precond

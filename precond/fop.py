@@ -62,8 +62,8 @@ class FOP(Wrapper):
     State: per parameter, in ``own``: ``preconditioner`` (M, in float32, or float64 where gradients are) and ``previous_grad``.
     A checkpoint has them as "fop_preconditioner" and "fop_previous_grad"; it does not have the arguments.
 
-    Source: Moskovitz et al. 2019, arXiv 1910.08461, for the method; the formulas are derived in METHODS D, and what an M of a
-    linear layer mixes, the normalisations and the defaults are this project's.
+    Source: Moskovitz et al. 2019, arXiv 1910.08461, for the method; the formulas are derived in docs/theory.md, D, and what an
+    M of a linear layer mixes, the normalisations and the defaults are this project's.
 
     Example:
         >>> import torch, precond

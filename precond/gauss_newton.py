@@ -67,8 +67,8 @@ class GaussNewton(Rotated):
 
     State: ``step``, ``exp_avg`` and ``curvature`` (in the basis), ``curvature_step``; ``factor_...`` and ``basis_...`` of blocks.
 
-    Source: Liu et al., arXiv 2510.13680, for the idea and the estimators; order, damping and defaults are this project's (METHODS
-    C.2). Vectors have no Kronecker basis here.
+    Source: Liu et al., arXiv 2510.13680, for the idea and the estimators; order, damping and defaults are this project's
+    (docs/theory.md, C.2). Vectors have no Kronecker basis here.
 
     Example:
         >>> import torch, precond

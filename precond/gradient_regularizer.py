@@ -48,7 +48,7 @@ class GradientRegularizer(Wrapper):
     State: none; a copy of the parameters is kept between steps but not saved.
 
     Source: Ye, arXiv 2410.00232, whose first version names the method in its abstract; the two-gradient form, what feeds base's
-    moments and the defaults are this project's (METHODS A.2.3).
+    moments and the defaults are this project's (docs/theory.md, A.2.3).
 
     Example:
         >>> import torch, precond

@@ -60,8 +60,8 @@ class SOAP(Rotated):
 
     State: ``step``, ``exp_avg``, ``exp_avg_sq`` (in the basis), ``basis_step``; ``factor_...`` and ``basis_...`` of blocks.
 
-    Source: Vyas et al., arXiv 2409.11321, in the order of the published code (METHODS C.6). relative_eps and blocks are this
-    project's, as is that m is kept in the basis.
+    Source: Vyas et al., arXiv 2409.11321, in the order of the published code (docs/theory.md, C.6). relative_eps and blocks are
+    this project's, as is that m is kept in the basis.
 
     Example:
         >>> import torch, precond

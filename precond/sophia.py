@@ -40,7 +40,7 @@ class Sophia(GaussNewton):
 
     State: ``step``, ``exp_avg``, ``curvature`` (``hessian`` in the published code), ``curvature_step``.
 
-    Source: Liu et al., arXiv 2305.14342, in the order of the published SophiaG (METHODS C.6).
+    Source: Liu et al., arXiv 2305.14342, in the order of the published SophiaG (docs/theory.md, C.6).
 
     Example:
         >>> import torch, precond

@@ -243,3 +243,22 @@ def test_the_version_lives_in_one_place():
         check=False,
     ).stdout.split()
     assert found in ([], ["precond/_version.py"])
+
+
+@pytest.mark.source
+def test_every_citation_of_the_theory_names_a_section():
+    sections = set(re.findall(r"(?m)^#+ ([A-D](?:\.\d+)*)\.? ", (ROOT / "docs" / "theory.md").read_text("utf-8")))
+    files = subprocess.run(
+        ["git", "ls-files", "*.py", "*.h", "*.cpp", "*.cu", "*.cuh"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    cited = {
+        (name, label)
+        for name in files.stdout.split()
+        for label in re.findall(r"docs/theory\.md,\s+([A-D](?:\.\d+)*)", (ROOT / name).read_text("utf-8"))
+    }
+    assert len(cited) > 50
+    assert not [citation for citation in cited if citation[1] not in sections]

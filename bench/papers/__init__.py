@@ -1,7 +1,7 @@
-"""The instances of METHODS A to D, each solved by the classes of precond: rows of expected and measured, for bench/theory.py.
+"""The problems of docs/theory.md, each solved by the classes of precond: rows of expected and measured, for bench/theory.py.
 
-METHODS' numbers come from float64 experiments of its own. Where it does not give the random numbers, ours are others, and the
-tolerance is what that allows.
+The expected numbers come from float64 experiments without the library. Where their random numbers are not known, ours
+are others, and the tolerance is what that allows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""METHODS B: where descent in a dual space ends (Ghane, Akhtiamov, Hassibi, arXiv 2603.10485)."""
+"""docs/theory.md, B: where descent in a dual space ends (Ghane, Akhtiamov, Hassibi, arXiv 2603.10485)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .row import F64, Make, Row, generator
 
 
 class Interpolation:
-    """min |X W - Y|^2 / 2 with n = 20 < d = 50: METHODS B.4, with its random numbers."""
+    """min |X W - Y|^2 / 2 with n = 20 < d = 50: docs/theory.md, B.4, with its random numbers."""
 
     def __init__(self, columns: int = 4) -> None:
         """With one column, from 0."""
@@ -73,7 +73,7 @@ class Interpolation:
 
 
 ETAS = (0.02, 0.2, 0.9, 1.8)
-#: kernel, granularity, steps at the four eta (None: not in METHODS), and of what ends elsewhere delta, c and the spread.
+#: kernel, granularity, steps at the four eta (None: no expectation), and of what ends elsewhere delta, c and the spread.
 DUAL: list[tuple[str, str, Sequence[int | None], tuple[float, float, float] | None]] = [
     ("identity", "tensor", (27561, 2745, 601, 294), None),
     ("smoothed", "global", (83489, 8339, 1845, 917), None),
@@ -136,7 +136,7 @@ def thresholds(figures: dict[str, Any]) -> Iterator[Row]:
                 yield Row(table, name, "<= 3e-15", residual, at_most=1e-13)
             else:
                 yield Row(table, name, stalls[eta], residual, factor=10)
-    # METHODS goes on to 1e-4, where normalised descent needs 200,000 steps.
+    # At 1e-4 normalised descent would need 200,000 steps.
     for granularity, floors in (("entry", {1e-2: 0.36, 1e-3: 0.041}), ("tensor", {1e-2: 0.055, 1e-3: 0.0042})):
         for lr, floor in floors.items():
 

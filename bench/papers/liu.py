@@ -1,4 +1,4 @@
-"""METHODS C.3: Adam or Gauss-Newton, on its instances (Liu et al., arXiv 2510.13680)."""
+"""docs/theory.md, C.3: Adam or Gauss-Newton, on its problems (Liu et al., arXiv 2510.13680)."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def block_covariance(figures: dict[str, Any]) -> Iterator[Row]:
             if steps == 100:
                 figures.setdefault("block", {})[name] = curve
         if steps > 100:
-            # METHODS' best rate is 2, decaying: before it is below 1 the iterates grow by 1e41 and more, in directions that
+            # The best rate is 2, decaying: before it is below 1 the iterates grow by 1e41 and more, in directions that
             # shrink again. That needs the same rounding in both coordinates of a block, which a matrix product does not have.
             name = f"GN^-1, T = {steps}, by a matrix product"
             yield Row(table, name, expected, best("GN^-1", steps, lambda x: x @ H)[0])
@@ -163,14 +163,14 @@ def logistic(figures: dict[str, Any]) -> Iterator[Row]:
                 figures.setdefault("logistic", {})[name] = curve
 
 
-#: METHODS C.3.4: batch (0: the expectation), steps, and by basis the excess loss of SGD, GN^-1, GN^-1/2 and Adam.
+#: docs/theory.md, C.3.4: batch (0: the expectation), steps, and by basis the excess loss of SGD, GN^-1, GN^-1/2 and Adam.
 QUADRANTS: list[tuple[int, int, dict[str, tuple[float, float, float, float]]]] = [
     (0, 300, {"identity": (4.3e-4, 4.9e-4, 4.4e-4, 2.6e-4), "eigen": (4.3e-4, 0.0, 2.6e-12, 0.0)}),
     (256, 300, {"identity": (4.3e-4, 6.2e-4, 4.4e-4, 2.7e-4), "eigen": (4.3e-4, 2.2e-6, 4.1e-6, 5.2e-6)}),
     (16, 1000, {"identity": (2.0e-4, 2.1e-4, 1.4e-4, 1.1e-4), "eigen": (2.0e-4, 8.4e-6, 1.4e-5, 2.5e-5)}),
     (1, 4000, {"identity": (2.4e-4, 4.2e-4, 3.7e-4, 2.5e-4), "eigen": (2.4e-4, 3.5e-5, 6.0e-5, 8.1e-5)}),
 ]
-#: Of SGD at B = 256, where METHODS has its number for all data.
+#: Of SGD at B = 256, where the expected number is that for all data.
 LARGE_RATE = "4.3e-4 takes the rate 2.83, which batches of 256 do not bear: at it losses end at 1e18 and more"
 METHOD_NAMES = ("SGD", "GN^-1", "GN^-1/2", "Adam")
 
@@ -207,8 +207,8 @@ class Regression:
 
 
 def quadrants(figures: dict[str, Any], groups: int = 8) -> Iterator[Row]:
-    """Each of METHODS' numbers is a mean over 8 seeds. Ours is the median of such means over groups of 8 seeds, and theirs must
-    lie in what the groups span, but for a factor of 1.5.
+    """Each expected number is a mean over 8 seeds. Ours is the median of such means over groups of 8 seeds, and the expected one
+    must lie in what the groups span, but for a factor of 1.5.
 
     A rule in the eigenbasis is the rule on rotated variables (tests/test_theory.py): so it runs here, in one pass.
     """

@@ -1,4 +1,4 @@
-"""METHODS D.2: FOP on an ill-conditioned quadratic (Moskovitz et al., arXiv 1910.08461)."""
+"""docs/theory.md, D.2: FOP on an ill-conditioned quadratic (Moskovitz et al., arXiv 1910.08461)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def fop(figures: dict[str, Any]) -> Iterator[Row]:
         figures.setdefault("fop", {})[name] = [max(loss, 1e-60) for loss in losses]
     yield Row(table, "lr 0.05, GD", 5.4e-2, min(descend(None, 0.05, 0.0)[0]), factor=1.5)
     yield Row(table, "lr 0.05, FOP raw, rho 30", 7.9e-3, min(descend(None, 0.05, 30.0)[0]), factor=2)
-    # The best M has a norm of 39 here, beyond the default limit: METHODS' number is one without.
+    # The best M has a norm of 39 here, beyond the default limit: the expected number is one without.
     for limit, number, bound in ((10.0, "", None), (100.0, 7e-56, 1e-48)):
         found = min(min(descend("hypergradient", 0.05, rho, limit)[0]) for rho in (0.03, 0.1, 0.3))
         yield Row(table, f"lr 0.05, FOP + N3, best rho, max_norm {limit:g}", number, found, at_most=bound)

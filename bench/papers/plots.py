@@ -105,7 +105,7 @@ def liu(figures, tasks):
             ax.plot(x, expected, "_", color="black", markersize=9)
         ax.set_xticks(range(len(names)), [f"B = {size or 'all'}\n{basis}" for size, basis in names], fontsize=8)
         ax.set(yscale="log", ylabel="excess loss")
-        ax.set_title("Linear regression: groups of 8 seeds; METHODS' number as a dash", fontsize=10)
+        ax.set_title("Linear regression: groups of 8 seeds; the expected number as a dash", fontsize=10)
 
     def learnt(ax):
         for row in tasks["quadrants"]:

@@ -15,10 +15,10 @@ Make = Callable[[list[Any]], torch.optim.Optimizer]
 
 @dataclasses.dataclass
 class Row:
-    """One number: what METHODS has, what we measured, and how far apart they may be.
+    """One number: what is expected (docs/theory.md), what we measured, and how far apart they may be.
 
     ``tolerance``: a relative one; ``factor``: both ways; ``at_most`` or ``at_least``: bounds of what is measured. Without any of
-    them the row is for information. ``known``: where METHODS' number does not come out and ``reason`` says why, what does,
+    them the row is for information. ``known``: where the expected number does not come out and ``reason`` says why, what does,
     within 10 %: such a row is out of tolerance, and fails only where it changes.
     """
 

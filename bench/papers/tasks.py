@@ -1,5 +1,6 @@
-"""The papers' own tasks at small size, for ``python -m bench theory --tasks``: sparse parity and staircase (METHODS C.5) for Adam
-or Gauss-Newton, and a convolutional classifier of digits for FOP and BNP, with one grid of learning rates for every side.
+"""The papers' own tasks at small size, for ``python -m bench theory --tasks``: sparse parity and staircase
+(docs/theory.md, C.5) for Adam or Gauss-Newton, and a convolutional classifier of digits for FOP and BNP, with one grid of
+learning rates for every side.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""METHODS A: fixed points of intrinsic L1 (Ye, arXiv 2410.00232), and BNP's condition numbers (Lange, Helfrich, Ye 2022)."""
+"""docs/theory.md, A: fixed points of intrinsic L1 (Ye, arXiv 2410.00232), and condition numbers of BNP."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def l1_fixed_points(figures: dict[str, Any]) -> Iterator[Row]:
     truth = torch.zeros(30, dtype=F64)
     truth[::3] = torch.randn(10, generator=draw, dtype=F64)
     b = a @ truth + 0.3 * torch.randn(60, generator=draw, dtype=F64)
-    # METHODS' loss is |A p - b|^2 / 120.
+    # The loss is |A p - b|^2 / 120.
     H, c = a.T @ a / 60, a.T @ b / 60
     lams, steps = (0.3, 0.1), 60_000
     x = torch.zeros(len(lams), 30, dtype=F64)
@@ -104,7 +104,7 @@ def bnp_conditioning(figures: dict[str, Any]) -> Iterator[Row]:
         measured += [math.log(1e6) / 2 * (k**2 + 1) for k in (before, after)]
         names = ["kappa(Hhat)", "kappa(Hhat U)", "kappa(Hhat U D)", "Hessian before", "Hessian after", "best scaling"]
         names += ["steps before", "steps after"]
-        # The correlations are random numbers of their own, and METHODS does not give them.
+        # The expected numbers are of other random correlations.
         allowed = 1.05 if case == "independent" else 2.5
         for name, number, ours in zip(names, expected, measured, strict=True):
             squared = name.startswith(("Hessian", "steps"))

@@ -15,7 +15,7 @@ struct GaussNewtonHyper {
 };
 
 // Liu et al., arXiv 2510.13680: a mean of gradients over a curvature, or over its root. kOwn: the curvature is a mean
-// of squared gradients. Sophia (arXiv 2306.14342) is the first with a clip of 1.
+// of squared gradients. Sophia (arXiv 2305.14342) is the first with a clip of 1.
 template <class Decay, bool kRoot, bool kOwn>
 struct GaussNewton {
   using Hyper = GaussNewtonHyper;

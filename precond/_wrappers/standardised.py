@@ -93,7 +93,7 @@ def step_in_z(
 def precondition_gradients(
     gW: Tensor, gb: Tensor | None, mean: Tensor, inv_s2: Tensor, inv_q2: float
 ) -> tuple[Tensor, Tensor | None]:
-    """P P^T g for gradients of a weight (O, C / groups, ...) and a bias (O), from statistics (C); METHODS A.3.3 and A.3.4.
+    """P P^T g for gradients of a weight (O, C / groups, ...) and a bias (O), from statistics (C): docs/theory.md, A.3.3.
 
     Without a bias gradient it is a division. In float32 on the CPU it is one pass in C++.
     """

@@ -46,7 +46,7 @@ def compare(
     Raises:
         As :func:`hessian_operator` and :func:`condition_number`.
 
-    Source: METHODS A.1.
+    Source: docs/theory.md, A.1.
 
     Example:
         >>> import torch
@@ -89,7 +89,7 @@ def report(
     Raises:
         As :func:`hessian_operator` and :func:`condition_number`.
 
-    Source: METHODS A.1.
+    Source: docs/theory.md, A.1.
 
     Example:
         >>> import torch, precond

@@ -32,7 +32,7 @@ def standardize(inputs: Tensor) -> Standardized:
     Raises:
         ValueError: there is no sample.
 
-    Source: METHODS A.3.2.
+    Source: docs/theory.md, A.3.2.
 
     Example:
         >>> import torch
@@ -86,7 +86,7 @@ def layer_conditions(
     Raises:
         ValueError: there is no sample, or an argument is out of range.
 
-    Source: BNP (Lange, Helfrich, Ye, JMLR 23(72), 2022); METHODS A.3.
+    Source: BNP (Lange, Helfrich, Ye, JMLR 23(72), 2022); docs/theory.md, A.3.
 
     Example:
         >>> import torch

@@ -38,7 +38,7 @@ def hessian_operator(
         ValueError: a parameter is complex, or preconditioner does not fit or is not finite.
         ImportError: scipy is missing: ``pip install 'precond[diagnostics]'``.
 
-    Source: Ye, arXiv 2410.00232; METHODS A.1.
+    Source: Ye, arXiv 2410.00232; docs/theory.md, A.1.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ def gauss_newton_operator(
 
     Returns, raises: as :func:`hessian_operator`.
 
-    Source: Schraudolph 2002; METHODS A.1 and C.1.
+    Source: Schraudolph 2002; docs/theory.md, A.1 and C.1.
 
     Example:
         >>> import torch

@@ -98,7 +98,7 @@ def preconditioner_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
         TypeError: the step of the optimizer is not P P^T times a mean of gradients (Lion, Muon, DualDescent); or it has a basis,
             so that P is not diagonal: pass the optimizer itself to the other functions.
 
-    Source: Ye, arXiv 2410.00232; the table of METHODS A.1.
+    Source: Ye, arXiv 2410.00232; the table of docs/theory.md, A.1.
 
     Example:
         >>> import torch, precond

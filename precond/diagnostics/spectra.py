@@ -130,7 +130,8 @@ def condition_number(operator: Any, *, nonzero: bool = False, rtol: float = 1e-1
         ValueError: nonzero with n > 4096.
         ImportError: scipy is missing: ``pip install 'precond[diagnostics]'``.
 
-    Source: Polyak; the nonzero form is that of the BNP paper (Lange, Helfrich, Ye, JMLR 23(72), 2022) as METHODS A.3.2 has it.
+    Source: Polyak; the nonzero form is that of the BNP paper (Lange, Helfrich, Ye, JMLR 23(72), 2022) as
+    docs/theory.md, A.3.2, has it.
 
     Example:
         >>> import numpy as np

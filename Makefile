@@ -5,8 +5,7 @@ VENV := .venv
 export PRECOND_CUDA_ARCHS ?= 90
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-SOURCES := $(wildcard csrc/*/*)
-CPP := $(SOURCES) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/cuda_on_host/* tests/machine_code/*.c* bench/*.cu)
+CPP := $(wildcard csrc/*/* tests/cpp/*.cpp tests/cpp/*.h tests/cpp/rules/*.h tests/cuda_on_host/* tests/machine_code/*.c* bench/*.cu)
 TOOLS := torch triton numpy scipy scikit-learn pybind11 ninja cmake setuptools pytest pytest-xdist filelock pytest-benchmark hypothesis matplotlib \
 	tqdm ruff mypy clang-format build
 
@@ -18,8 +17,10 @@ $(VENV)/.ready: constraints.txt
 	$(VENV)/bin/python -m pip install -q -c constraints.txt $(TOOLS)
 	touch $@
 
-build: $(VENV)/.built
-$(VENV)/.built: $(VENV)/.ready $(SOURCES) CMakeLists.txt setup.py pyproject.toml
+# Installs once; from then on CMake compiles what changed, in build/editable.
+build: $(VENV)/.installed
+	python setup.py -q build_ext --inplace
+$(VENV)/.installed: $(VENV)/.ready setup.py pyproject.toml
 	$(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -26,28 +26,40 @@ def tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
+    def run(self) -> None:
+        # An editable build's folder stays, so that the next one compiles only what changed. A wheel's is temporary.
+        stays = self.editable_mode or self.inplace
+        self.folder = ROOT / "build" / "editable" if stays else Path(self.build_temp).resolve()
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
-        # A second isolated build finds a cache that remembers tools of the first, deleted environment: name them all anew.
+        cache = self.folder / "CMakeCache.txt"
+        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+            shutil.rmtree(self.folder)  # came along with a copy of another checkout
+        # The cache remembers another Python, or tools of an isolated environment that is gone: all are named anew.
         configure = [
             tool("cmake"),
             "-S",
             str(ROOT),
             "-B",
-            str(build),
+            str(self.folder),
             "-G",
             "Ninja",
+            "-UPython*",
+            "-U_Python*",
+            "-Upybind11*",
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPRECOND_CUDA={os.environ.get('PRECOND_CUDA', 'AUTO')}",
             f"-DPRECOND_CUDA_ARCHS={os.environ.get('PRECOND_CUDA_ARCHS', ARCHS)}",
         ]
-        subprocess.run(configure, check=True)
-        subprocess.run([tool("cmake"), "--build", str(build), "--target", "_C"], check=True)
+        quiet = subprocess.DEVNULL if self.verbose < 1 else None
+        subprocess.run(configure, check=True, stdout=quiet)
+        subprocess.run([tool("cmake"), "--build", str(self.folder), "--target", "_C"], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(build / target.name, target)
+        shutil.copyfile(self.folder / target.name, target)
 
 
 setup(ext_modules=[Extension("precond._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

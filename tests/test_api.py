@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import CLASSES, DROP_INS, OPTIMIZERS, WITH_PEER, stock
 from support.cases import BACKEND, bits_equal
+from support.training import assert_close, backward, model, train, with_values
 
 import precond
 
@@ -18,30 +19,6 @@ rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 peers = pytest.mark.parametrize("row", WITH_PEER, ids=str)
 drop_ins = pytest.mark.parametrize("row", DROP_INS, ids=lambda row: row.cls.__name__)
 classes = pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.cls.__name__)
-
-
-def model(seed=0):
-    torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
-
-
-def backward(net, seed=0):
-    torch.manual_seed(seed)
-    net.zero_grad()
-    loss = net(torch.randn(11, 5)).square().mean()
-    loss.backward()
-    return loss
-
-
-def train(net, optimizer, steps=5, start=0):
-    for i in range(start, start + steps):
-        backward(net, i)
-        optimizer.step()
-
-
-def assert_close(a, b):
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 @peers
@@ -106,14 +83,8 @@ def test_a_closure_runs_once_with_gradients_enabled(row):
     with torch.no_grad():
         loss = optimizer.step(closure)
     assert calls == [True]
-    assert loss.item() == pytest.approx(backward(_with(model(), before)).item())
+    assert loss.item() == pytest.approx(backward(with_values(model(), before)).item())
     assert optimizer.step() is None
-
-
-def _with(net, values):
-    for p, value in zip(net.parameters(), values, strict=True):
-        p.data.copy_(value)
-    return net
 
 
 @classes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import OPTIMIZERS, WITH_PEER
 from support.cases import bits_equal
-from test_api import assert_close, model, train
+from support.training import assert_close, model, train
 
 import precond
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import BY_RULE, BY_STATES, CLASSES
 from support.cases import BACKEND, bits_equal, gradient, nasty_values, random_values
+from support.device import NoHostReads
 from support.ranks import on_two_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -644,8 +645,6 @@ assert optimizer.grad_norm.item() == torch.tensor(8.0).sqrt().item()
 
 @triton_bits
 def test_triton_does_without_the_host():
-    from test_triton_device import NoHostReads
-
     params = made(sizes=[5, 1025])
     optimizer = precond.AdamW(params, max_grad_norm=1.0, nonfinite="skip", fused=True, backend="triton")
     optimizer.step()

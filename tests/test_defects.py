@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import CLASSES
 from support.cases import bits_equal
-from test_api import backward, model, train
+from support.training import backward, model, train
 
 import precond
 

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from families import ALL_RULES, BY_RULE, BY_STATES
+from families import BEYOND, BY_RULE, BY_STATES, OPTIMIZERS
 from support.cases import bits_equal, gradient, guarded, nasty_values, random_values
 
 import precond
@@ -91,8 +91,11 @@ def test_the_names_are_those_of_the_compiled_part():
         assert (formats.is_plain(name), formats.draws(name, "fp32")) == (layout.plain, layout.draws)
 
 
-# Each rule in one of the main formats; below, one rule per number of states in all.
-@pytest.mark.parametrize(("row", "formats"), list(zip(ALL_RULES, itertools.cycle(MAIN))), ids=str)
+# Each rule in one of the main formats; below, one rule per number of states in all. The table's GaussNewton writes its curvature
+# as plain numbers, which four bits do not take.
+@pytest.mark.parametrize(
+    ("row", "formats"), [*zip(OPTIMIZERS, itertools.cycle(MAIN)), *((row, MAIN[0]) for row in BEYOND)], ids=str
+)
 def test_every_rule_has_the_bits_of_the_cpu(row, formats):
     assert_same(train(row, formats, "triton", steps=2), train(row, formats, "cpu", steps=2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import families
 import pytest
 import torch
 
@@ -19,17 +20,10 @@ def orthogonal(n):
     return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=F64))[0]
 
 
-#: Without momentum and decay, so that a step is lr times P P^T g; formats beside what they lose.
+#: Without momentum and decay, so that a step is lr times P P^T g.
 _GN = dict(betas=(0.0, 0.9), eps=1e-3)
 MOVES = [
-    (precond.SGD, {}),
-    (precond.SGDW, dict(weight_decay=0.0)),
-    (precond.Adam, dict(betas=(0.0, 0.9), eps=1e-3)),
-    (precond.AdamW, dict(betas=(0.0, 0.9), eps=1e-3, weight_decay=0.0, amsgrad=True)),
-    (precond.Adagrad, dict(initial_accumulator_value=0.1)),
-    (precond.AdagradW, dict(weight_decay=0.0)),
-    (precond.RMSprop, dict(alpha=0.9, eps=1e-3)),
-    (precond.RMSpropW, dict(alpha=0.9, eps=1e-3, weight_decay=0.0, centered=True)),
+    *families.MOVES,
     *(
         (precond.GaussNewton, _GN | dict(curvature=curvature, power=power, basis=basis, clip=1e9))
         for curvature in ("gradient", "gnb", "hutchinson")
@@ -41,12 +35,13 @@ MOVES = [
     (precond.Sophia, dict(betas=(0.0, 0.9), rho=1e2, weight_decay=0.0)),
     (precond.SOAP, dict(betas=(0.0, 0.9), eps=1e-3, relative_eps=0.0, weight_decay=0.0, precondition_frequency=100)),
     (precond.DualDescent, dict(kernel="identity", granularity="entry")),
-    (torch.optim.SGD, {}),
-    (torch.optim.Adam, dict(betas=(0.0, 0.9), eps=1e-3)),
-    (torch.optim.AdamW, dict(betas=(0.0, 0.9), eps=1e-3, weight_decay=0.0, amsgrad=True)),
-    (torch.optim.Adagrad, dict(initial_accumulator_value=0.1)),
-    (torch.optim.RMSprop, dict(alpha=0.9, eps=1e-3, centered=True)),
+    *(
+        (getattr(torch.optim, cls.__name__), options)
+        for cls, options in families.MOVES
+        if hasattr(torch.optim, cls.__name__)
+    ),
 ]
+#: And what formats lose.
 SHORT = [
     (precond.AdamW, dict(betas=(0.0, 0.9), eps=1e-3, weight_decay=0.0, state_format="int8"), 0.01),
     (precond.RMSpropW, dict(alpha=0.9, weight_decay=0.0, state_format="bf16"), 0.004),
@@ -56,7 +51,7 @@ SHORT = [
     (precond.Sophia, dict(betas=(0.0, 0.9), rho=1e2, weight_decay=0.0, state_format="fp16"), 1e-5),
     (precond.SOAP, dict(betas=(0.0, 0.9), relative_eps=0.0, weight_decay=0.0, state_format="bf16"), 0.006),
 ]
-NONE = {precond.Lion: {}, precond.Muon: {}, precond.DualDescent: {}}
+NONE = {cls: {} for cls in (precond.Lion, precond.Muon, precond.DualDescent)}
 
 
 def moved_and_predicted(cls, options, shapes, dtype):
@@ -112,8 +107,8 @@ def test_every_optimizer_has_one_or_says_why_not():
         with pytest.raises(TypeError, match=f"must have a preconditioner, got a {cls.__name__}: "):
             diagnostics.report(lambda p=p: (p**2).sum(), optimizer)
     wrapper = precond.FOP(precond.SGD([torch.nn.Parameter(torch.ones(2, 2))]), 0.1)
-    for other in (wrapper, torch.optim.NAdam([p]), torch.optim.LBFGS([p])):
-        with pytest.raises(TypeError, match=f"of torch, got a {type(other).__name__}"):
+    for other in (wrapper, torch.optim.Adafactor([p]), torch.optim.LBFGS([p])):
+        with pytest.raises(TypeError, match=f"drop-in for, got a {type(other).__name__}"):
             diagnostics.preconditioner_of(other)
 
 

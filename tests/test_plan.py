@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import CLASSES, OPTIMIZERS, stock
 from support.cases import bits_equal
-from test_api import _with, assert_close, backward, model, train
+from support.training import assert_close, backward, model, train, with_values
 
 import precond
 from precond import _C
@@ -65,7 +65,7 @@ def test_cleared_state_starts_anew(row):
     optimizer = row.cls(net.parameters(), **row.kwargs)
     train(net, optimizer, 3)
     optimizer.state.clear()
-    _with(fresh, [p.detach() for p in net.parameters()])
+    with_values(fresh, [p.detach() for p in net.parameters()])
     train(net, optimizer, 2, start=3)
     train(fresh, row.cls(fresh.parameters(), **row.kwargs), 2, start=3)
     assert all(bits_equal(p, q) for p, q in zip(net.parameters(), fresh.parameters(), strict=True))

@@ -150,7 +150,7 @@ if BACKEND != "cpu":
         assert_same(train(row, dtype), train(row, dtype, backend="cpu"))
 
 
-TRITON_SIZES = [1, 64, 300, 1023, 1025]
+TRITON_SIZES = [1, 300, 1025]
 
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,23 +10,10 @@ from torch import Tensor
 
 from .._core.metric import Metric
 from .._core.optimizer import FusedOptimizer
-from ..adagrad import Adagrad
-from ..adam import Adam
-from ..rmsprop import RMSprop
-from ..sgd import SGD
 
 Map = Callable[[list[Tensor]], Sequence[Tensor]]
 #: None; P elementwise, per parameter; an optimizer; or P and its transpose as functions of lists of tensors.
 Preconditioner = None | Mapping[Tensor, Tensor] | Sequence[Tensor] | torch.optim.Optimizer | tuple[Map, Map]
-
-#: torch's classes, and the drop-ins for them, which have the same groups and states.
-_DROP_INS: tuple[tuple[type[torch.optim.Optimizer], type[FusedOptimizer]], ...] = (
-    (torch.optim.Adam, Adam),
-    (torch.optim.AdamW, Adam),
-    (torch.optim.Adagrad, Adagrad),
-    (torch.optim.RMSprop, RMSprop),
-    (torch.optim.SGD, SGD),
-)
 
 
 def maps_of(preconditioner: Preconditioner, params: list[Tensor]) -> tuple[Map, Map]:
@@ -150,16 +137,24 @@ def _as_ours(optimizer: torch.optim.Optimizer) -> FusedOptimizer:
     """An optimizer of torch as the drop-in for it, on the same parameters and states."""
     if isinstance(optimizer, FusedOptimizer):
         return optimizer
-    for theirs, drop_in in _DROP_INS:
-        if isinstance(optimizer, theirs):
+    for drop_in in _subclasses(FusedOptimizer):
+        # A drop-in derives from torch's class, and has its groups and states.
+        theirs = {cls for cls in type(optimizer).__mro__ if issubclass(cls, torch.optim.Optimizer)}
+        if theirs & set(drop_in.__bases__) - {torch.optim.Optimizer}:
             made = drop_in.__new__(drop_in)
             groups = [dict(group) for group in optimizer.param_groups]
             made.__setstate__({"defaults": dict(optimizer.defaults), "state": optimizer.state, "param_groups": groups})
             return made
     raise TypeError(
-        "optimizer must be one of precond's that has a preconditioner, or Adam, AdamW, Adagrad, RMSprop or SGD of torch, "
+        "optimizer must be one of precond's that has a preconditioner, or one of torch's that precond has a drop-in for, "
         f"got a {type(optimizer).__name__}"
     )
+
+
+def _subclasses(cls: type[FusedOptimizer]) -> Iterator[type[FusedOptimizer]]:
+    for each in cls.__subclasses__():
+        yield each
+        yield from _subclasses(each)
 
 
 def _diagonal(metric: Metric, p: Tensor) -> Tensor:

@@ -7,28 +7,25 @@ A rule is a function ``(p, g, states, hyper, step, fresh) -> (p, states)`` of te
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import torch
 from torch import Tensor
 
-from . import adagrad, adam, dual, gauss_newton, lion, perturb, rmsprop, sgd
 from .decays import clamped, soft_threshold
 from .dual import KERNELS
 from .rule import Hyper, Rule
 
-__all__ = ["KERNELS", "RULES", "Hyper", "Rule", "clamped", "soft_threshold", "update", "update_sparse"]
+__all__ = ["FAMILIES", "KERNELS", "RULES", "Hyper", "Rule", "clamped", "soft_threshold", "update", "update_sparse"]
 
-RULES: dict[str, Rule] = {
-    **sgd.RULES,
-    **adam.RULES,
-    **adagrad.RULES,
-    **rmsprop.RULES,
-    **lion.RULES,
-    **dual.RULES,
-    **gauss_newton.RULES,
-    **perturb.RULES,
-}
+#: The families of rules: a file of that name here, in triton_kernels/families, in tests/families and, by CMakeLists.txt's own
+#: list, in csrc/rules.
+FAMILIES = ("sgd", "adam", "adagrad", "rmsprop", "lion", "dual", "gauss_newton", "perturb")
+
+RULES: dict[str, Rule] = {}
+for _family in FAMILIES:
+    RULES.update(importlib.import_module(f"{__name__}.{_family}").RULES)
 
 
 def update(

@@ -16,3 +16,5 @@ ROWS = [
 ]
 #: One rule per class.
 CLASSES = ("adagrad", "adagradw")
+#: Without momentum and decay.
+MOVES = [(precond.Adagrad, dict(initial_accumulator_value=0.1)), (precond.AdagradW, dict(weight_decay=0.0))]

@@ -28,3 +28,8 @@ ROWS = [
 ]
 #: One rule per class.
 CLASSES = ("adam", "adamw")
+#: Without momentum and decay.
+MOVES = [
+    (precond.Adam, dict(betas=(0.0, 0.9), eps=1e-3)),
+    (precond.AdamW, dict(betas=(0.0, 0.9), eps=1e-3, weight_decay=0.0, amsgrad=True)),
+]

@@ -48,3 +48,8 @@ ROWS = [
 ]
 #: One rule per class.
 CLASSES = ("rmsprop_centered_momentum", "rmspropw_momentum")
+#: Without momentum and decay.
+MOVES = [
+    (precond.RMSprop, dict(alpha=0.9, eps=1e-3)),
+    (precond.RMSpropW, dict(alpha=0.9, eps=1e-3, weight_decay=0.0, centered=True)),
+]

@@ -22,3 +22,5 @@ ROWS = [
 ]
 #: One rule per class.
 CLASSES = ("sgd_momentum", "sgdw_momentum")
+#: Without momentum and decay.
+MOVES = [(precond.SGD, {}), (precond.SGDW, dict(weight_decay=0.0))]

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def stand_in_extension(path: str | None = None) -> None:
@@ -158,6 +159,30 @@ class HostReads(torch.overrides.TorchFunctionMode):
             if "cpu" in {of.device.type, result.device.type} and of.device != result.device:
                 raise RuntimeError(f"the host waits for the device: {name} from {of.device} to {result.device}")
         return result
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where the host reads a tensor's value: item, float, int, bool, tolist. In Triton's interpreter of any tensor, on a
+    GPU also of those there.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host read a tensor"
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def on_gpu(self):
+        return os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available()
+
+    def __enter__(self):
+        if self.on_gpu:
+            torch.cuda.set_sync_debug_mode("error")
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        if self.on_gpu:
+            torch.cuda.set_sync_debug_mode("default")
+        return super().__exit__(*args)
 
 
 def device() -> RealDevice | EmulatedDevice | None:

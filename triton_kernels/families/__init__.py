@@ -1,15 +1,10 @@
 """The rules, a file for each family as in csrc/rules: the text of its updates and of their scalars, and their facts."""
 
-from . import adagrad, adam, dual, gauss_newton, lion, perturb, rmsprop, sgd
+import importlib
+
+from ...reference import FAMILIES
 from .rule import Rule
 
-RULES: dict[str, Rule] = {
-    **sgd.RULES,
-    **adam.RULES,
-    **adagrad.RULES,
-    **rmsprop.RULES,
-    **lion.RULES,
-    **dual.RULES,
-    **gauss_newton.RULES,
-    **perturb.RULES,
-}
+RULES: dict[str, Rule] = {}
+for _family in FAMILIES:
+    RULES.update(importlib.import_module(f"{__name__}.{_family}").RULES)

@@ -232,3 +232,18 @@ def test_errors_say_what_was_expected():
 
     with pytest.raises(TypeError, match="base must have no basis, got a SOAP"):
         soap.step(closure)
+
+
+@pytest.mark.parametrize("granularity", ["entry", "tensor"])
+def test_a_split_weight_keeps_what_it_lacks_of_its_master(granularity):
+    """In one pass and in two: that the weight was moved and moved back is no writing by somebody else."""
+    w = torch.nn.Parameter(torch.randn(8, 8).bfloat16())
+    base = precond.DualDescent([w], lr=1e-3, granularity=granularity, weight_format="split24")
+    optimizer = precond.GradientRegularizer(base)
+    closure = closure_of(optimizer, lambda: w.float().square().sum())
+    optimizer.step(closure)
+    before = base.state[w]["remainder"].clone()
+    assert before.any()
+    base.param_groups[0]["lr"] = 0.0
+    optimizer.step(closure)
+    assert torch.equal(base.state[w]["remainder"], before)

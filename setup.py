@@ -59,7 +59,10 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True, stdout=quiet)
         subprocess.run([tool("cmake"), "--build", str(self.folder), "--target", "_C"], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.folder / target.name, target)
+        # Replaced, not overwritten: a process that has it loaded keeps the old one.
+        staged = target.with_name(f"{target.name}.new")
+        shutil.copyfile(self.folder / target.name, staged)
+        staged.replace(target)
 
 
 setup(ext_modules=[Extension("precond._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "base/series.h"
 #include "problem.h"
 
 namespace {

@@ -22,6 +22,7 @@ from .gauss_newton import GaussNewton
 from .gradient_regularizer import GradientRegularizer
 from .lion import Lion
 from .muon import Muon
+from .nadam import NAdam, NAdamW
 from .rmsprop import RMSprop, RMSpropW
 from .sgd import SGD, SGDW
 from .soap import SOAP
@@ -54,6 +55,8 @@ __all__ = [
     "GradientRegularizer",
     "Lion",
     "Muon",
+    "NAdam",
+    "NAdamW",
     "PrecisionWarning",
     "RMSprop",
     "RMSpropW",

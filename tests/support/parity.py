@@ -26,7 +26,7 @@ def worst_error(
     params = [buffer.tensor.requires_grad_() for buffer in buffers]
     optimizer = row.cls(params, **{**row.kwargs, **override}, state_format=state_format, backend=BACKEND)
     worst = 0.0
-    for step in range(1, steps + 1):
+    for step in range(1, max(steps, row.steps) + 1):
         before = []
         for p in params:
             p.grad_dtype = None

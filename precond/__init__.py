@@ -23,6 +23,7 @@ from .gradient_regularizer import GradientRegularizer
 from .lion import Lion
 from .muon import Muon
 from .nadam import NAdam, NAdamW
+from .radam import RAdam, RAdamW
 from .rmsprop import RMSprop, RMSpropW
 from .sgd import SGD, SGDW
 from .soap import SOAP
@@ -58,6 +59,8 @@ __all__ = [
     "NAdam",
     "NAdamW",
     "PrecisionWarning",
+    "RAdam",
+    "RAdamW",
     "RMSprop",
     "RMSpropW",
     "Settings",

@@ -88,7 +88,7 @@ def preconditioner_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     GaussNewton and Sophia. SGD has P = 1.
 
     Args:
-        optimizer: one of precond with any ``state_format``, or Adam, AdamW, NAdam, Adagrad, RMSprop or SGD of torch.
+        optimizer: one of precond with any ``state_format``, or Adam, AdamW, NAdam, RAdam, Adagrad, RMSprop or SGD of torch.
 
     Returns:
         P, in float32 or wider, for each real parameter that has taken a step or whose curvature has been updated; for SGD, for

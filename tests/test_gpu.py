@@ -99,7 +99,7 @@ def warmed_up(step):
 
 
 @pytest.mark.capture
-@pytest.mark.parametrize("cls", [precond.AdamW, precond.NAdam])
+@pytest.mark.parametrize("cls", [precond.AdamW, precond.NAdam, precond.RAdam])
 def test_a_captured_graph_replays_with_a_changing_lr(cls):
     values, target = torch.randn(3000), torch.randn(3000)
     lr = torch.tensor(0.01, device=CUDA.name)

@@ -22,6 +22,8 @@ from .gauss_newton import GaussNewton
 from .gradient_regularizer import GradientRegularizer
 from .lion import Lion
 from .muon import Muon
+from .nadam import NAdam, NAdamW
+from .radam import RAdam, RAdamW
 from .rmsprop import RMSprop, RMSpropW
 from .sgd import SGD, SGDW
 from .soap import SOAP
@@ -54,7 +56,11 @@ __all__ = [
     "GradientRegularizer",
     "Lion",
     "Muon",
+    "NAdam",
+    "NAdamW",
     "PrecisionWarning",
+    "RAdam",
+    "RAdamW",
     "RMSprop",
     "RMSpropW",
     "Settings",

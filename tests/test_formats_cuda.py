@@ -37,7 +37,7 @@ def train(row, dtype, weight_format, state_format, backend, *, shapes=SHAPES, st
         params = [torch.nn.Parameter(change(p.detach())) for p in params]
     group = {"params": params, "weight_format": weight_format, "state_format": state_format}
     optimizer = row.cls([group], **row.kwargs, backend=backend)
-    for step in range(steps):
+    for step in range(max(steps, row.steps)):
         for p in params:
             p.grad_dtype = None
             g = make(tuple(p.shape)).to(torch.float32 if step % 2 else dtype).to(device)

@@ -69,7 +69,7 @@ def train(row, formats, backend, *, sizes=SIZES, steps=3, make=mixed_values, lay
     torch.manual_seed(1)
     params = [guarded(make(size).to(formats[0]), layout).tensor.requires_grad_() for size in sizes]
     optimizer = row.cls([group_of(params, formats)], **row.kwargs, backend=backend)
-    for _ in range(steps):
+    for _ in range(max(steps, row.steps)):
         for p in params:
             p.grad = gradient(make(p.shape).to(p.dtype), g_layout or "contiguous", p)
         optimizer.step()

@@ -99,13 +99,14 @@ def warmed_up(step):
 
 
 @pytest.mark.capture
-def test_a_captured_graph_replays_with_a_changing_lr():
+@pytest.mark.parametrize("cls", [precond.AdamW, precond.NAdam, precond.RAdam])
+def test_a_captured_graph_replays_with_a_changing_lr(cls):
     values, target = torch.randn(3000), torch.randn(3000)
     lr = torch.tensor(0.01, device=CUDA.name)
     p = torch.nn.Parameter(values.to(CUDA.name, copy=True))
     q = torch.nn.Parameter(values.clone())
-    optimizer = precond.AdamW([p], lr=lr, capturable=True, backend="cuda")
-    eager = precond.AdamW([q], lr=0.01, backend="cpu")
+    optimizer = cls([p], lr=lr, capturable=True, backend="cuda")
+    eager = cls([q], lr=0.01, backend="cpu")
     target_there = target.to(CUDA.name)
     p.grad = torch.zeros_like(p)
 
@@ -126,6 +127,8 @@ def test_a_captured_graph_replays_with_a_changing_lr():
     CUDA.synchronize()
     assert optimizer.state[p]["step"].item() == len(rates)
     assert bits_equal(p.detach().cpu(), q.detach())
+    for name, state in eager.state[q].items():
+        assert bits_equal(optimizer.state[p][name].cpu(), state)
 
 
 @pytest.mark.capture

@@ -55,16 +55,16 @@ NONE = {cls: {} for cls in (precond.Lion, precond.Muon, precond.DualDescent)}
 
 
 def moved_and_predicted(cls, options, shapes, dtype):
-    """The last of four steps over lr, and P P^T times its gradient, both flat."""
+    """The last of seven steps over lr, and P P^T times its gradient, both flat."""
     torch.manual_seed(1)
     params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
     optimizer = cls(params, lr=LR, **options)
     curvature = optimizer.param_groups[0].get("curvature")
-    for i in range(4):
+    for i in range(7):
         gradients = [torch.randn(p.shape, dtype=F64).to(dtype) for p in params]
         for p, g in zip(params, gradients, strict=True):
             p.grad = g
-        if curvature == "gnb" and i < 3:
+        if curvature == "gnb" and i < 6:
             optimizer.update_curvature(batch_size=3)
         elif curvature == "hutchinson" and i > 0:  # the first step makes the basis that estimates are in
             optimizer.update_curvature(estimates=[torch.rand_like(p) for p in params])

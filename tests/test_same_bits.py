@@ -31,7 +31,7 @@ def train(row, dtype, *, sizes=SIZES, steps=20, layout="contiguous", backend=BAC
     values = [mixed_values(n).to(dtype) for n in sizes]
     params = [guarded(v, layout).tensor.requires_grad_() for v in values]
     optimizer = row.cls(params, **row.kwargs, backend=backend)
-    for _ in range(steps):
+    for _ in range(max(steps, row.steps)):
         for p in params:
             p.grad_dtype = None
             p.grad = mixed_values(p.numel()).to(g_dtype or dtype)
@@ -227,7 +227,7 @@ def test_the_scalars_of_both_texts_are_the_same_bits(row):
     generator = torch.Generator().manual_seed(0)
     for step in (1, 2, 3, 10, 1000, 123_456, 2**24):
         hyper = torch.rand(len(names), generator=generator, dtype=torch.float64)
-        expected = torch.tensor(_C.scalars(row.rule, hyper.tolist(), step, step == 1))
+        expected = torch.tensor(_C.scalars(row.rule, hyper.tolist(), step, step == 1, 0.25))
         written = torch.full((SCALAR_FLOATS.value,), 7.0)
-        run_prologue(rule, hyper, job_table([0, 1, step == 1, 0, step, 0, 0, 0]), written, torch.empty(2))
+        run_prologue(rule, hyper, job_table([0, 1, step == 1, 0, step, 0, 0x3E800000, 0]), written, torch.empty(2))
         assert bits_equal(written[: len(expected)], expected)

@@ -25,6 +25,8 @@ class Optimizer:
     steep: bool = False
     #: Relative difference allowed between the float64 reference and ``peer`` after 20 steps in float64.
     peer_rtol: float = 1e-13
+    #: Steps at least until each case of the formula was met: where they are more than a test takes, it takes as many.
+    steps: int = 0
 
     def __str__(self) -> str:
         return self.rule
@@ -35,10 +37,10 @@ class Optimizer:
         return self.cls._counts_steps or reference.RULES[self.rule].reads_step
 
 
-def intrinsic(name, cls, kwargs, ulps, suffix="", steep=False, peer=None, **l1) -> list[Optimizer]:
+def intrinsic(name, cls, kwargs, ulps, suffix="", steep=False, peer=None, steps=0, **l1) -> list[Optimizer]:
     """A rule with each intrinsic decay: L2, proximal L1 and the subgradient of L1. Only the one with L2 may have a peer."""
     forms = {"": {}, "_l1": l1, "_l1_subgradient": l1 | {"l1_form": "subgradient"}}
     return [
-        Optimizer(f"{name}{infix}{suffix}", cls, kwargs | options, None if infix else peer, ulps, steep)
+        Optimizer(f"{name}{infix}{suffix}", cls, kwargs | options, None if infix else peer, ulps, steep, steps=steps)
         for infix, options in forms.items()
     ]

@@ -26,7 +26,7 @@ def worst_error(
     params = [buffer.tensor.requires_grad_() for buffer in buffers]
     optimizer = row.cls(params, **{**row.kwargs, **override}, state_format=state_format, backend=BACKEND)
     worst = 0.0
-    for step in range(1, steps + 1):
+    for step in range(1, max(steps, row.steps) + 1):
         before = []
         for p in params:
             p.grad_dtype = None
@@ -41,11 +41,13 @@ def worst_error(
         _, sign, hyper = optimizer._row(group)
         for p, snapshot, buffer in zip(params, before, buffers, strict=True):
             states = list(optimizer.states.present(p, row.rule).values())
+            # A formula reads states of one number as they are after the step.
+            numbers = {name: float(optimizer.state[p][name]) for name in optimizer.states.scalars(row.rule)}
             asked_for = state_format is not None
             drawn = [
                 k for k, name in enumerate(optimizer.states.names(row.rule)) if asked_for and name in SECOND_MOMENTS
             ]
-            error = snapshot.check(row, p.grad, hyper, sign, step, step == 1, p.detach(), states, drawn)
+            error = snapshot.check(row, p.grad, hyper | numbers, sign, step, step == 1, p.detach(), states, drawn)
             worst = max(worst, error)
             buffer.check()
     return worst

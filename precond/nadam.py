@@ -1,0 +1,194 @@
+"""NAdam, and NAdamW with intrinsic L2 and L1 decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ._core.arguments import L1_OPTIONS, arguments, check_betas, check_lr, check_nonnegative, number
+from ._core.formats import StateFormat
+from ._core.metric import Metric
+from ._core.optimizer import FusedOptimizer, ParamsT
+from ._core.rows import Row
+from ._core.settings import Settings
+
+
+class NAdam(FusedOptimizer, torch.optim.NAdam):
+    r"""NAdam, a drop-in for :class:`torch.optim.NAdam`, in one pass; torch has no fused one.
+
+    .. math::
+        d_t = g_t + \lambda p_{t-1}, \quad m_t = \beta_1 m_{t-1} + (1-\beta_1) d_t, \quad
+        v_t = \beta_2 v_{t-1} + (1-\beta_2) d_t^2, \quad \mu_t = \beta_1 (1 - \tfrac12\, 0.96^{t \psi})
+
+        p_t = p_{t-1} - \frac{\gamma}{\sqrt{v_t/(1-\beta_2^t)} + \epsilon}
+        \left(\frac{1-\mu_t}{1 - \prod_{i \le t} \mu_i}\, d_t + \frac{\mu_{t+1}}{1 - \prod_{i \le t+1} \mu_i}\, m_t\right)
+
+    Adam with Nesterov's momentum: the step uses the gradient of now besides the mean, as if the next mean were known.
+
+    Args:
+        params: parameters, named parameters or groups, as for any torch optimizer. Any shape; float32, bfloat16, float16 and
+            complex64 are fused, everything else runs on the reference backend.
+        lr: learning rate gamma >= 0, a float or a tensor of one element (default 2e-3).
+        betas: decay rates of the two moments, each in [0, 1) (default (0.9, 0.999)).
+        eps: >= 0, added to the root of the second moment (default 1e-8).
+        weight_decay: lambda >= 0, coupled: added to the gradient (default 0).
+        momentum_decay: psi >= 0: how fast the momentum mu grows from beta_1 / 2 to beta_1 (default 4e-3).
+        decoupled_weight_decay: True makes this NAdamW without L1, as in torch (default False).
+        foreach: accepted and ignored: a step is always one pass.
+        maximize: ascend instead of descend (default False).
+        capturable: step counters and the products of momenta live on the GPU, so that a CUDA graph can capture the step
+            (default False); an error at the step for parameters on the CPU, as in torch.
+        differentiable: autograd sees the step, which runs on the reference backend (default False).
+        fused: accepted, though torch's has no such argument; True lets ``torch.amp.GradScaler`` leave unscaling to the step, and
+            keeps counters on the GPU.
+        state_format: of the moments: None is the parameter's dtype, as in torch; "fp32", "bf16", "fp16" or their torch
+            dtypes; "int8" or "int4": codes with a scale per 64 elements, where rows are a multiple of that (docs/formats.md).
+        weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
+            on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
+        **settings: ``backend``, ``max_grad_norm`` and others that every optimizer takes: :class:`precond.Settings`.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+        RuntimeError: at the step, for a sparse gradient, a wrong shape or device, or overlapping memory.
+
+    Warns:
+        PrecisionWarning: once, for a bfloat16 second moment with betas[1] > 0.995, which rounds to nearest and cannot decay,
+            and for a float16 one, which underflows.
+
+    State: ``step``, ``mu_product``, ``exp_avg``, ``exp_avg_sq``, as torch.
+
+    Source: Dozat 2016, Incorporating Nesterov momentum into Adam, as torch.optim.NAdam defines it.
+
+    Example:
+        >>> import torch, precond
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> opt = precond.NAdam([w], lr=0.1)
+        >>> (w**2).sum().backward()
+        >>> opt.step()
+        >>> [round(x, 6) for x in w.tolist()]
+        [0.894355, -1.894355]
+    """
+
+    _group_options = {**FusedOptimizer._group_options, "fused": None}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_format: StateFormat = None,
+        weight_format: str | None = None,
+        **settings: Unpack[Settings],
+    ) -> None:
+        defaults = arguments(locals())
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
+
+    def _check_defaults(self, defaults: dict[str, Any]) -> None:
+        check_lr(defaults["lr"])
+        check_nonnegative("epsilon value", "eps", defaults["eps"])
+        check_betas(defaults["betas"])
+        for name in ("weight_decay", "momentum_decay"):
+            check_nonnegative(f"{name} value", name, defaults[name])
+
+    def _row(self, group: dict[str, Any]) -> Row:
+        rule = self._decayed("nadamw", group) if group["decoupled_weight_decay"] else "nadam"
+        hyper = self._hyper(group, "eps")
+        hyper["beta1"], hyper["beta2"] = map(number, group["betas"])
+        hyper["q"] = 0.96 ** float(group["momentum_decay"])  # scalars take integer powers
+        return Row(rule, -1.0 if group["maximize"] else 1.0, hyper)
+
+    def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        step = self._steps(p)
+        if not step:
+            return None
+        v = self._decoded(p, group, "exp_avg_sq")
+        return Metric(v, 1.0 / (1.0 - float(group["betas"][1]) ** step), float(group["eps"]))
+
+
+class NAdamW(NAdam):
+    r"""NAdam with intrinsic decay, L2 and L1, in one pass.
+
+    .. math::
+        q = p_{t-1} - \gamma\lambda\, p_{t-1} - \gamma\, u_t / \mathrm{den}, \qquad
+        p_t = S_\tau(q), \quad \tau = \gamma \min(\lambda_1\, \mathrm{den}^{-1/2},\, c), \qquad
+        \mathrm{den} = \sqrt{v_t/(1-\beta_2^t)} + \epsilon
+
+    with v and u, the mean of m and the gradient, as for :class:`precond.NAdam`, from the gradient alone. NAdam is gradient
+    descent in z where p = P z, P = den^(-1/2): Nesterov's momentum changes the direction in z, not P. Both decays are
+    penalties on z. L2 is that of ``torch.optim.NAdam(decoupled_weight_decay=True)``, whose checkpoints this class takes.
+
+    Args:
+        params, lr, betas, eps, momentum_decay, foreach, maximize, capturable, differentiable: as for :class:`precond.NAdam`.
+        fused, state_format, weight_format, settings: the same.
+        weight_decay: intrinsic L2, lambda >= 0 (default 1e-2, as for AdamW).
+        l1_decay: intrinsic L1, lambda_1 >= 0 (default 0: the plain rule, bit for bit).
+        l1_form: "proximal" (exact zeros; default) or "subgradient" (subtracts the threshold times the sign of p).
+        l1_cap: c > 0, an upper bound of the threshold over lr (default 10). Coordinates that never had a gradient have no
+            threshold.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+        RuntimeError: at the step, for a sparse gradient, a wrong shape or device, or overlapping memory.
+
+    Warns:
+        PrecisionWarning: once, for a bfloat16 second moment with betas[1] > 0.995, which rounds to nearest and cannot decay,
+            and for a float16 one, which underflows.
+
+    State: ``step``, ``mu_product``, ``exp_avg``, ``exp_avg_sq``.
+
+    Source: Dozat 2016; decoupled decay as torch.optim.NAdam has it; intrinsic L1: Ye, arXiv 2410.00232, whose abstract states
+    the idea; the formula is derived in docs/theory.md, A.2.2.
+
+    Example:
+        >>> import torch, precond
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.1]))
+        >>> opt = precond.NAdamW([w], lr=0.01, weight_decay=0.0, l1_decay=1.0)
+        >>> (w**2).sum().backward()
+        >>> opt.step()
+        >>> [round(x, 6) for x in w.tolist()]
+        [0.982364, -1.984435, 0.067075]
+    """
+
+    _group_options = {**NAdam._group_options, **L1_OPTIONS, "l1_cap": 10.0}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        momentum_decay: float = 4e-3,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        l1_decay: float = 0.0,
+        l1_form: str = "proximal",
+        l1_cap: float = 10.0,
+        state_format: StateFormat = None,
+        weight_format: str | None = None,
+        **settings: Unpack[Settings],
+    ) -> None:
+        defaults = arguments(locals()) | {"decoupled_weight_decay": True}
+        FusedOptimizer.__init__(self, params, defaults, settings=settings)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True

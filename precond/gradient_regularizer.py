@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._core.metric import Metric
+from ._core.metric import Metric, of_parts
 from ._core.optimizer import FusedOptimizer
 from ._core.passes import Job, Pass
 from ._methods.rotated import Rotated
@@ -148,5 +148,7 @@ class GradientRegularizer(Wrapper):
         sign = -1.0 if group.get("maximize") else 1.0
         if metric.v is None:
             return "perturb", Job(p, g, state, hyper, sign)
-        v = metric.v if metric.known is None else torch.where(metric.known, metric.v, 0.0)
+        v = metric.v
+        if metric.known is not None:
+            v = of_parts(lambda v, known: torch.where(known > 0, v, 0.0), v, metric.known)
         return "perturb_adaptive", Job(p, g, {**state, "v": v}, hyper, sign)

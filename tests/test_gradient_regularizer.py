@@ -232,3 +232,15 @@ def test_errors_say_what_was_expected():
 
     with pytest.raises(TypeError, match="base must have no basis, got a SOAP"):
         soap.step(closure)
+
+
+@bases
+def test_a_complex_parameter_is_two_real_ones(cls, kwargs):
+    """In steps whose second gradient is taken elsewhere: P P^T is that of real and imaginary parts."""
+    w = torch.nn.Parameter(torch.complex(torch.randn(5, dtype=F64), torch.randn(5, dtype=F64)))
+    x = torch.nn.Parameter(torch.view_as_real(w.detach()).clone())
+    for p, as_complex in ((w, torch.Tensor.clone), (x, torch.view_as_complex)):
+        optimizer = precond.GradientRegularizer(cls([p], lr=0.05, **kwargs), rho=0.3, radius=0.1)
+        for _ in range(4):
+            optimizer.step(closure_of(optimizer, lambda p=p, f=as_complex: (f(p).exp() * f(p)).abs().square().sum()))
+    torch.testing.assert_close(torch.view_as_real(w.detach()), x.detach(), rtol=1e-12, atol=0)

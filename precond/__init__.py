@@ -14,6 +14,7 @@ from ._core.settings import Settings
 from ._version import __version__
 from .adagrad import Adagrad, AdagradW
 from .adam import Adam, AdamW
+from .adamax import Adamax, AdamaxW
 from .bases import interpolate_basis
 from .bnp import BNP
 from .dual import DualDescent
@@ -49,6 +50,8 @@ __all__ = [
     "AdagradW",
     "Adam",
     "AdamW",
+    "Adamax",
+    "AdamaxW",
     "DualDescent",
     "GaussNewton",
     "GradientRegularizer",

@@ -29,7 +29,7 @@ class GradientRegularizer(Wrapper):
     minimisation does. One fused pass saves p and moves to p + r u; afterwards p is restored bit for bit.
 
     Args:
-        base: an optimizer of precond. P P^T = 1 / den for the Adam, Adagrad and RMSprop classes and for GaussNewton and Sophia
+        base: an optimizer of precond. P P^T = 1 / den for the adaptive classes of the family, and for GaussNewton and Sophia
             without a basis; the identity for SGD, and also for Lion, DualDescent and Muon, which have no P of this form.
         rho: >= 0, the strength (default 0.01). For a quadratic, lr (l + rho l^2) must be below 2, where l is the largest
             eigenvalue of P^T H P.

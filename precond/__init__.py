@@ -12,6 +12,7 @@ from ._core.groups import param_groups
 from ._core.optimizer import PrecisionWarning
 from ._core.settings import Settings
 from ._version import __version__
+from .adadelta import Adadelta, AdadeltaW
 from .adagrad import Adagrad, AdagradW
 from .adam import Adam, AdamW
 from .adamax import Adamax, AdamaxW
@@ -46,6 +47,8 @@ __all__ = [
     "SGD",
     "SGDW",
     "SOAP",
+    "Adadelta",
+    "AdadeltaW",
     "Adagrad",
     "AdagradW",
     "Adam",

@@ -12,8 +12,10 @@ from ._core.groups import param_groups
 from ._core.optimizer import PrecisionWarning
 from ._core.settings import Settings
 from ._version import __version__
+from .adadelta import Adadelta, AdadeltaW
 from .adagrad import Adagrad, AdagradW
 from .adam import Adam, AdamW
+from .adamax import Adamax, AdamaxW
 from .bases import interpolate_basis
 from .bnp import BNP
 from .dual import DualDescent
@@ -47,10 +49,14 @@ __all__ = [
     "SGD",
     "SGDW",
     "SOAP",
+    "Adadelta",
+    "AdadeltaW",
     "Adagrad",
     "AdagradW",
     "Adam",
     "AdamW",
+    "Adamax",
+    "AdamaxW",
     "DualDescent",
     "GaussNewton",
     "GradientRegularizer",

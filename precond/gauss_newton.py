@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, number
 from ._core.formats import StateFormat, is_coded
-from ._core.metric import Metric, widened
+from ._core.metric import Metric, of_parts
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -157,9 +157,10 @@ class GaussNewton(Rotated):
         scale = self._curvature_scale(group)
         if of_gradients:
             scale /= 1.0 - float(group["betas"][1]) ** count
-        h = widened(self._decoded(p, group, "curvature")).clamp(min=0)
-        den = h * scale + float(group["eps"])
-        return Metric(den if group["power"] == -0.5 else den * den, basis=self._basis_of_metric(p, group), known=h > 0)
+        eps, power = float(group["eps"]), -2.0 * group["power"]
+        h = self._decoded(p, group, "curvature")
+        squared_den = of_parts(lambda h: (h.clamp(min=0) * scale + eps).pow(power), h)
+        return Metric(squared_den, basis=self._basis_of_metric(p, group), known=h)
 
     @classmethod
     def _format_of_state(cls, name: str, group: dict[str, Any]) -> StateFormat:

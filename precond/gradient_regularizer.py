@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._core.metric import Metric
+from ._core.metric import Metric, of_parts
 from ._core.optimizer import FusedOptimizer
 from ._core.passes import Job, Pass
 from ._methods.rotated import Rotated
@@ -29,7 +29,7 @@ class GradientRegularizer(Wrapper):
     minimisation does. One fused pass saves p and moves to p + r u; afterwards p is restored bit for bit.
 
     Args:
-        base: an optimizer of precond. P P^T = 1 / den for the Adam, Adagrad and RMSprop classes and for GaussNewton and Sophia
+        base: an optimizer of precond. P P^T = 1 / den for the adaptive classes of the family, and for GaussNewton and Sophia
             without a basis; the identity for SGD, and also for Lion, DualDescent and Muon, which have no P of this form.
         rho: >= 0, the strength (default 0.01). For a quadratic, lr (l + rho l^2) must be below 2, where l is the largest
             eigenvalue of P^T H P.
@@ -148,5 +148,7 @@ class GradientRegularizer(Wrapper):
         sign = -1.0 if group.get("maximize") else 1.0
         if metric.v is None:
             return "perturb", Job(p, g, state, hyper, sign)
-        v = metric.v if metric.known is None else torch.where(metric.known, metric.v, 0.0)
+        v = metric.v
+        if metric.known is not None:
+            v = of_parts(lambda v, known: torch.where(known > 0, v, 0.0), v, metric.known)
         return "perturb_adaptive", Job(p, g, {**state, "v": v}, hyper, sign)

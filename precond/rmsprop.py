@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
 from ._core.formats import StateFormat
-from ._core.metric import Metric, widened
+from ._core.metric import Metric, of_parts
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import Settings
@@ -45,7 +45,7 @@ class _MeanOfSquares(FusedOptimizer):
             return None
         v = self._decoded(p, group, "square_avg")
         if group["centered"]:
-            v = (widened(v) - widened(self._decoded(p, group, "grad_avg")).square()).clamp_(min=0)
+            v = of_parts(lambda v, mean: (v - mean.square()).clamp(min=0), v, self._decoded(p, group, "grad_avg"))
         return Metric(v, eps=float(group["eps"]))
 
 

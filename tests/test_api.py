@@ -45,13 +45,19 @@ def test_a_drop_in_is_an_instance_of_torchs_class(row):
 
 @pytest.mark.parametrize(
     ("ours", "coupled"),
-    [(precond.SGDW, precond.SGD), (precond.AdagradW, precond.Adagrad), (precond.RMSpropW, precond.RMSprop)],
+    [
+        (getattr(precond, f"{row.cls.__name__}W"), row.cls)
+        for row in CLASSES
+        if row.cls is not precond.Adam and hasattr(precond, f"{row.cls.__name__}W")
+    ],
 )
 def test_a_decoupled_class_takes_what_the_coupled_one_takes(ours, coupled):
     parameters = inspect.signature(ours.__init__).parameters
+    # AdamW's, but where lr is 1 what AdamW's removes of a parameter at its lr of 1e-3.
+    weight_decay = 0.01 if parameters["lr"].default < 1.0 else 1e-5
     for name, parameter in inspect.signature(coupled.__init__).parameters.items():
         assert parameters[name].kind == parameter.kind
-        assert parameters[name].default == (0.01 if name == "weight_decay" else parameter.default)
+        assert parameters[name].default == (weight_decay if name == "weight_decay" else parameter.default)
 
 
 @peers

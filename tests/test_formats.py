@@ -138,6 +138,25 @@ def test_layouts_do_not_change_a_bit(dtype, weight_format, state_format):
         assert_same([t.contiguous() for t in other], results[0])
 
 
+@classes
+def test_codes_do_not_let_steps_grow(row):
+    """Gradients whose sizes spread by e^1.5 within a group: where one is small, its states are rounded coarsely. A formula that
+    feeds on its own steps could run away: Adadelta's would be 220 times too long.
+    """
+    lengths = []
+    for state_format in ("fp32", "int8"):
+        torch.manual_seed(3)
+        p, size = torch.nn.Parameter(torch.zeros(64, 64)), 0.1 * torch.exp(1.5 * torch.randn(64, 64))
+        optimizer = row.cls([p], weight_decay=0.0, state_format=state_format, backend=BACKEND)
+        length = 0.0
+        for step in range(400):
+            p.grad, before = size * torch.randn(64, 64), p.detach().clone()
+            optimizer.step()
+            length += (p.detach() - before).norm().item() if step >= 390 else 0.0
+        lengths.append(length)
+    assert 0.8 < lengths[1] / lengths[0] < 1.6
+
+
 def test_streams_follow_names_not_positions():
     torch.manual_seed(0)
     values = {name: random_values((64, 64), BF16) for name in "abc"}

@@ -247,3 +247,15 @@ def test_a_split_weight_keeps_what_it_lacks_of_its_master(granularity):
     base.param_groups[0]["lr"] = 0.0
     optimizer.step(closure)
     assert torch.equal(base.state[w]["remainder"], before)
+
+
+@bases
+def test_a_complex_parameter_is_two_real_ones(cls, kwargs):
+    """In steps whose second gradient is taken elsewhere: P P^T is that of real and imaginary parts."""
+    w = torch.nn.Parameter(torch.complex(torch.randn(5, dtype=F64), torch.randn(5, dtype=F64)))
+    x = torch.nn.Parameter(torch.view_as_real(w.detach()).clone())
+    for p, as_complex in ((w, torch.Tensor.clone), (x, torch.view_as_complex)):
+        optimizer = precond.GradientRegularizer(cls([p], lr=0.05, **kwargs), rho=0.3, radius=0.1)
+        for _ in range(4):
+            optimizer.step(closure_of(optimizer, lambda p=p, f=as_complex: (f(p).exp() * f(p)).abs().square().sum()))
+    torch.testing.assert_close(torch.view_as_real(w.detach()), x.detach(), rtol=1e-12, atol=0)

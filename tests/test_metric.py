@@ -51,6 +51,8 @@ SHORT = [
     (precond.Sophia, dict(betas=(0.0, 0.9), rho=1e2, weight_decay=0.0, state_format="fp16"), 1e-5),
     (precond.SOAP, dict(betas=(0.0, 0.9), relative_eps=0.0, weight_decay=0.0, state_format="bf16"), 0.006),
 ]
+#: Those whose last step has already changed what P is made of besides a second moment: P P^T is that of the next step.
+NEXT = [(precond.SGD, {}), *families.NEXT]
 NONE = {cls: {} for cls in (precond.Lion, precond.Muon, precond.DualDescent)}
 
 
@@ -89,6 +91,22 @@ def test_a_step_is_p_p_transposed_times_the_gradient(cls, options):
     torch.testing.assert_close(moved, predicted, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize(("cls", "options"), NEXT, ids=lambda o: o.__name__ if isinstance(o, type) else None)
+def test_the_next_step_is_p_p_transposed_times_a_gradient_of_the_size_so_far(cls, options):
+    torch.manual_seed(1)
+    p = torch.nn.Parameter(torch.zeros(24, dtype=F64))
+    optimizer = cls([p], lr=LR, **options)
+    for _ in range(3):
+        p.grad = torch.randn(24, dtype=F64)
+        optimizer.step()
+    into, out_of = maps_of(optimizer, [p])
+    # A mean of squares stays what it is if the gradient is its root.
+    p.grad = optimizer.state[p].get("square_avg", p.grad.square()).sqrt()
+    (predicted,), before = into(list(out_of([p.grad]))), p.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close((before - p.detach()) / LR, predicted, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize(("cls", "options", "error"), SHORT, ids=lambda o: o.__name__ if isinstance(o, type) else None)
 def test_short_states_are_decoded_first(cls, options, error):
     moved, predicted = moved_and_predicted(cls, options, ((64, 64),), torch.float32)
@@ -98,7 +116,7 @@ def test_short_states_are_decoded_first(cls, options, error):
 
 def test_every_optimizer_has_one_or_says_why_not():
     classes = {item for item in vars(precond).values() if isinstance(item, type) and issubclass(item, FusedOptimizer)}
-    assert classes == {cls for cls, _ in MOVES if issubclass(cls, FusedOptimizer)} | NONE.keys()
+    assert classes == {cls for cls, _ in [*MOVES, *NEXT] if issubclass(cls, FusedOptimizer)} | NONE.keys()
     for cls, options in NONE.items():
         p = torch.nn.Parameter(torch.ones(2, 2))
         optimizer = cls([p], **options)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -31,12 +32,17 @@ class Metric(NamedTuple):
     eps: float = 0.0
     #: None: the parameter's own coordinates.
     basis: Basis | None = None
-    #: Where there is a second moment, if v does not say so by being 0 elsewhere: there eps alone is P.
+    #: Positive where there is a second moment, if v does not say so by being 0 elsewhere: there eps alone is P.
     known: Tensor | None = None
     #: Why a step is not P P^T times a mean of gradients, whatever P; the other fields then say nothing.
     why_not: str = ""
 
 
-def widened(t: Tensor) -> Tensor:
-    """A tensor in float32 where it is shorter."""
+def of_parts(formula: Callable[..., Tensor], *states: Tensor) -> Tensor:
+    """A formula of states in float32 or wider, where they are complex of their real and of their imaginary parts."""
+    parts = formula(*(torch.view_as_real(t) if t.is_complex() else _widened(t) for t in states))
+    return torch.view_as_complex(parts) if states[0].is_complex() else parts
+
+
+def _widened(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))

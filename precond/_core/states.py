@@ -307,8 +307,9 @@ class ParamStates:
             return
         kept = row.hyper[rule.keeps] if isinstance(rule.keeps, str) else rule.keeps
         if dtype == torch.bfloat16 and group.get("state_format") is None and kept > 0.995:
-            what = f"stands still: rounding to nearest loses what a step adds or removes at {kept} > 0.995"
-        elif dtype == torch.float16:
+            stays = "stands still" if rule.squares else "never decays"
+            what = f"{stays}: rounding to nearest loses what a step adds or removes at {kept} > 0.995"
+        elif dtype == torch.float16 and rule.squares:
             what = "is 0 for gradients below about 1e-3, and the step is then divided by eps alone"
         else:
             return

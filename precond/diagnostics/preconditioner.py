@@ -84,11 +84,11 @@ def preconditioner_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
         \;\text{(Adam, NAdam)}, \quad \sqrt{s} + \epsilon \;\text{(Adagrad)}, \quad \sqrt{v} + \epsilon \;\text{(RMSprop)},
         \quad (h + \epsilon)^{-\mathrm{power}} \;\text{(GaussNewton)}
 
-    With amsgrad v is the largest one, with centered RMSprop the variance. Momentum is not part of P, nor is the clamp of
-    GaussNewton and Sophia. SGD has P = 1.
+    With amsgrad v is the largest one, with centered RMSprop the variance; Adamax has its maximum in place of the root. Momentum
+    is not part of P, nor is the clamp of GaussNewton and Sophia. SGD has P = 1.
 
     Args:
-        optimizer: one of precond with any ``state_format``, or Adam, AdamW, NAdam, RAdam, Adagrad, RMSprop or SGD of torch.
+        optimizer: one of precond with any ``state_format``, or one of torch's that has a drop-in.
 
     Returns:
         P, in float32 or wider, for each real parameter that has taken a step or whose curvature has been updated; for SGD, for

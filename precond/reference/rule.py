@@ -20,8 +20,11 @@ class Rule(NamedTuple):
     update: Update
     #: torch's names of the states that it updates, in the order of its arguments.
     states: tuple[str, ...]
-    #: Those of them that are a mean or a sum of squares: the ones that a short format harms, and of which codes hold the root.
+    #: Those of them that are a mean or a sum of squares, or else divide and are never negative: the ones that a short format
+    #: harms, and of which codes hold the root.
     second_moments: tuple[str, ...] = ()
+    #: False where they are of a gradient's own size, which float16 has room for.
+    squares: bool = True
     #: How much of its second moments a step keeps: a hyper-parameter, or a number.
     keeps: str | float = 0.0
     #: True where the formula reads the number of the step: then every parameter has a counter.

@@ -11,8 +11,8 @@ from precond.reference import FAMILIES
 
 from .row import Optimizer
 
-__all__ = ["ALL_RULES", "BEYOND", "BY_RULE", "BY_STATES", "CLASSES", "DROP_INS", "MOVES", "OPTIMIZERS", "OVERWRITING",
-           "WITH_PEER", "Optimizer", "stock"]  # fmt: skip
+__all__ = ["ALL_RULES", "BEYOND", "BY_RULE", "BY_STATES", "CLASSES", "DROP_INS", "MOVES", "NEXT", "OPTIMIZERS",
+           "OVERWRITING", "WITH_PEER", "Optimizer", "stock"]  # fmt: skip
 
 # Tolerances are from the worst of `python -m bench errors` (10 seeds x 3 steps x 72,000 elements x 9 mixes of dtypes): p 1.0 to
 # 2.0 for the SGDs, 1.6 to 2.7 for the adaptive rules, but for steep ones.
@@ -27,6 +27,8 @@ BEYOND = [row for file in _FILES if file not in _FAMILIES for row in file.ROWS]
 ALL_RULES = [*OPTIMIZERS, *BEYOND]
 #: Classes with options without momentum and decay, so that a step is lr P P^T times the gradient.
 MOVES = [move for file in _FAMILIES for move in getattr(file, "MOVES", [])]
+#: The same for classes that have P P^T of their next step, not of the last one.
+NEXT = [move for file in _FAMILIES for move in getattr(file, "NEXT", [])]
 BY_RULE = {row.rule: row for row in ALL_RULES}
 WITH_PEER = [row for row in OPTIMIZERS if row.peer is not None]
 #: One row per class, for what does not depend on the rule.

@@ -1,0 +1,26 @@
+"""Adadelta."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .decays import decayed, decayed_gradient
+from .rule import Hyper, Needs, Rule, States, with_decays
+
+
+def adadelta(
+    p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool, *, decay: str
+) -> tuple[Tensor, States]:
+    """Zeiler, algorithm 1: u = rms(acc) / rms(v) d, rms(x) = sqrt(x + eps); p -= lr u; acc is the mean of u^2 before it."""
+    v, acc = states
+    rho, eps = hyper["rho"], hyper["eps"]
+    d = decayed_gradient(p, g, hyper, decay)
+    v = rho * v + (1 - rho) * d * d
+    rms_v, rms_acc = (v + eps).sqrt(), (acc + eps).sqrt()
+    u = rms_acc / rms_v * d
+    acc = rho * acc + (1 - rho) * u * u
+    return decayed(p, hyper["lr"] * u, hyper["lr"], hyper, decay, rms_v / rms_acc, v), (v, acc)
+
+
+_ADADELTA: Needs = dict(states=("square_avg", "acc_delta"), second_moments=("square_avg", "acc_delta"), keeps="rho")
+RULES: dict[str, Rule] = with_decays("adadeltaw", adadelta, _ADADELTA, coupled="adadelta")

@@ -24,11 +24,12 @@ struct Adadelta {
   PRECOND_INLINE void operator()(float& p, float g, float& v, float& acc) const {
     const float d = decay.gradient(p, g);
     v = fma(one_minus_rho * d, d, rho * v);
-    const float rms_v = sqrt(v + eps), rms_acc = sqrt(acc + eps);
-    const float u = rms_acc / rms_v * d;
+    // One root, not one above and one below. The quotient is a normal number for |d| below 1e16.
+    const float inv_den = sqrt((acc + eps) / (v + eps));
+    const float u = inv_den * d;
     acc = fma(one_minus_rho * u, u, rho * acc);
     // Only a threshold asks for den: the other decays compile without this division.
-    p = decay(p, lr, u, rms_v / rms_acc, v);
+    p = decay(p, lr, u, 1.0f / inv_den, v);
   }
 };
 

@@ -12,8 +12,8 @@ from .row import Optimizer, intrinsic
 _ADADELTA = dict(lr=0.5, eps=1e-3, weight_decay=0.1)
 
 ROWS = [
-    Optimizer("adadelta", precond.Adadelta, _ADADELTA, torch.optim.Adadelta, (4.0, 2.0, 6.0), True),
-    *intrinsic("adadeltaw", precond.AdadeltaW, _ADADELTA | dict(maximize=True), (4.0, 2.0, 6.0), l1_decay=0.6),
+    Optimizer("adadelta", precond.Adadelta, _ADADELTA, torch.optim.Adadelta, (4.0, 2.0, 5.0), True),
+    *intrinsic("adadeltaw", precond.AdadeltaW, _ADADELTA | dict(maximize=True), (4.0, 2.0, 5.0), l1_decay=0.6),
 ]
 #: One rule per class.
 CLASSES = ("adadelta", "adadeltaw")

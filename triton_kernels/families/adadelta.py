@@ -20,11 +20,10 @@ def adadelta(p, g, v, acc, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     decay = scalars + DECAY_AT
     d = gradient(p, g, decay, DECAY)
     v = tl.fma(one_minus_rho * d, d, rho * v)
-    rms_v = tl.sqrt_rn(v + eps)
-    rms_acc = tl.sqrt_rn(acc + eps)
-    u = tl.div_rn(rms_acc, rms_v) * d
+    inv_den = tl.sqrt_rn(tl.div_rn(acc + eps, v + eps))
+    u = inv_den * d
     acc = tl.fma(one_minus_rho * u, u, rho * acc)
-    return decayed(p, lr, u, tl.div_rn(rms_v, rms_acc), v, decay, DECAY), v, acc
+    return decayed(p, lr, u, tl.div_rn(1.0, inv_den), v, decay, DECAY), v, acc
 
 
 @triton.jit

@@ -880,3 +880,11 @@ def test_what_cannot_be_preconditioned_raises():
     layer.weight.grad = layer.weight.grad.to_sparse()
     with pytest.raises(RuntimeError, match=r"gradient of a layer must be dense, got torch\.sparse_coo"):
         opt.step()
+
+
+def test_pickles_of_the_time_before_folders_find_their_classes():
+    import precond._inputs
+    from precond._wrappers import inputs
+
+    assert precond._inputs.Observer is inputs.Observer
+    assert precond._inputs.Inputs is inputs.Inputs

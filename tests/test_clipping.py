@@ -651,3 +651,17 @@ def test_triton_does_without_the_host():
     with NoHostReads():
         optimizer.step()
     assert optimizer.grad_norm > 1
+
+
+def test_a_skipped_step_keeps_states_that_were_made_for_a_checkpoint():
+    """torch.distributed.checkpoint has states made by a step at lr 0 on zeros, and fills them in place."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = precond.AdamW([p], lr=0.0, max_grad_norm=1.0, nonfinite="skip", backend=BACKEND)
+    p.grad = torch.zeros(3)
+    optimizer.step()
+    optimizer.state[p]["exp_avg"].fill_(0.5)
+    optimizer.param_groups[0]["lr"] = 0.1
+    p.grad = torch.full((3,), torch.nan)
+    optimizer.step()
+    assert optimizer.skipped_steps.item() == 1
+    assert optimizer.state[p]["exp_avg"].tolist() == [0.5] * 3

@@ -26,6 +26,7 @@ _core.engine
 _core.optimizer
 _core.conversions _core.passes
 _methods _wrappers
+_inputs
 """
 FLOORS = [line.split() for line in PYTHON.strip().splitlines()]
 

@@ -246,6 +246,17 @@ def test_the_version_lives_in_one_place():
 
 
 @pytest.mark.source
+def test_every_package_is_installed():
+    listed = re.search(r"(?s)^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text("utf-8"), re.M)[1]
+    found = {
+        ".".join((name, *path.parent.relative_to(root).parts))
+        for root, name in ((ROOT / "precond", "precond"), (ROOT / "triton_kernels", "precond.triton_kernels"))
+        for path in root.rglob("__init__.py")
+    }
+    assert set(re.findall(r'"(.*?)"', listed)) == found
+
+
+@pytest.mark.source
 def test_every_citation_of_the_theory_names_a_section():
     sections = set(re.findall(r"(?m)^#+ ([A-D](?:\.\d+)*)\.? ", (ROOT / "docs" / "theory.md").read_text("utf-8")))
     files = subprocess.run(

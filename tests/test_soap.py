@@ -474,3 +474,12 @@ def test_a_bfloat16_second_moment_is_drawn_and_so_does_not_stand_still():
         assert optimizer.state[p]["step"] == 1199
         means[state_format] = optimizer.state[p]["exp_avg_sq"].float().sum().item()
     assert means["bf16"] == pytest.approx(means["fp32"], rel=0.05)  # to nearest it stops at half of it
+
+
+def test_a_step_that_is_refused_makes_no_state():
+    p = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.complex64))
+    optimizer = precond.SOAP([p])
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="must be real to have a basis"):
+        optimizer.step()
+    assert len(optimizer.state) == 0

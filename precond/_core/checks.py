@@ -103,7 +103,7 @@ def check_options(group: Group, options: Mapping[str, Any], owner: type[object])
 
 
 def check_capturable(group: Group) -> None:
-    """Raise torch's error where counters shall be on a GPU and parameters are not."""
+    """Raise torch's error for capturable=True and a parameter that is not on a supported device."""
     if group.get("capturable") and not _backend.cuda_on_host():
         devices = _get_capturable_supported_devices()
         if any(p.grad is not None and p.device.type not in devices for p in group["params"]):

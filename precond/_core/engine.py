@@ -83,7 +83,7 @@ class Engine:
     def _run_new(self, step: Step) -> StepPlan:
         plan = self._new(step)
         if self._may_only_make_states and _asks_for_states_only(plan, step):
-            plan.new = False
+            plan.keep_new_states(step)
         elif plan.run(step) is Outcome.STALE:
             raise RuntimeError("a gradient or state changed while the step was prepared")
         return plan

@@ -269,7 +269,7 @@ class Reference(InPython):
             yield part
 
     def run(self, step: Step, control: Control, clip: Clip) -> bool:
-        """Update the parameters. The host has read the norm, and ``control`` has what it comes to."""
+        """Update the parameters. The host has already folded the clip coefficient into ``control.grad_coef``."""
         for entry in self.entries:
             p, g = entry.param, step.input_of(entry.param)
             if g is None:

@@ -32,7 +32,7 @@ class Metric(NamedTuple):
     eps: float = 0.0
     #: None: the parameter's own coordinates.
     basis: Basis | None = None
-    #: Positive where there is a second moment, if v does not say so by being 0 elsewhere: there eps alone is P.
+    #: Positive where a coordinate has a second moment. None: where v > 0. Elsewhere eps alone would be P, so none is known.
     known: Tensor | None = None
     #: Why a step is not P P^T times a mean of gradients, whatever P; the other fields then say nothing.
     why_not: str = ""

@@ -47,7 +47,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     #: Group options that torch does not have, with their defaults.
     _group_options: ClassVar[dict[str, Any]] = {"state_format": None, "weight_format": None}
 
-    #: Methods and attributes that a subclass must have, but for one that is created with ``abstract=True``.
+    #: Required in every subclass, unless it is declared with ``abstract=True``.
     _must_declare: ClassVar[tuple[str, ...]] = ("_row", "_check_defaults")
 
     _own: dict[str, Any]

@@ -1,4 +1,4 @@
-"""One rule over tensors that some optimizer has, with hyper-parameters per tensor, by the same kernels, formats and backends. For
+"""Runs one rule over arbitrary tensors with hyper-parameters per tensor, by the same plans, formats and backends. For
 methods that have a matrix product or a norm between two passes.
 """
 
@@ -22,16 +22,18 @@ from .states import Remainders, State, make_counter, present_of
 
 
 class Job(NamedTuple):
-    """A tensor that a pass updates in place: with what, its states, the hyper-parameters of its rule, the sign of what it is
-    updated with, the format of a weight, and that asked for of states.
-    """
+    """A tensor that a pass updates in place."""
 
     p: Tensor
+    #: What the rule takes for its gradient.
     g: Tensor
     state: dict[str, Any]
+    #: Of the pass's rule.
     hyper: dict[str, float | Tensor]
+    #: -1 ascends.
     sign: float = 1.0
     weight_format: str | None = None
+    #: What the states are asked to be stored in.
     state_format: StateFormat = None
 
 

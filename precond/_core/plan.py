@@ -113,6 +113,11 @@ class StepPlan:
             step.state[p].clear()
             step.state[p].update(self.before[p])
 
+    def keep_new_states(self, step: Step) -> None:
+        """Leave it at having made states, for a checkpoint to fill: a step that is skipped later does not take them back."""
+        self.new = False
+        self.before = {p: dict(state) for p, state in step.state.items()}
+
     def _undo(self, step: Step) -> None:
         """Leave no trace of a step that changed nothing."""
         if self.fresh:

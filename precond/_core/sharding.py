@@ -1,4 +1,6 @@
-"""The only place that knows a parameter may be a piece of a larger one (DTensor)."""
+"""Parameters that are pieces of larger ones (DTensor): local tensors, process groups, positions in the whole. Methods check the
+placements that they cannot take themselves.
+"""
 
 from __future__ import annotations
 

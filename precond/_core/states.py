@@ -25,6 +25,8 @@ _NO_SCALARS: Mapping[str, float] = {}
 class PrecisionWarning(UserWarning):
     """A setting is legal but loses more precision than its user may expect."""
 
+    __module__ = "precond"
+
 
 class States(Protocol):
     """What a plan must know about the states of parameters, and has made. A rule has names for its own."""

@@ -51,11 +51,14 @@ class Rotated(MultiPass, abstract=True):
 
     def _basis(self, name: str, p: Tensor, group: dict[str, Any]) -> Rotation:
         """The basis that a group gives a parameter; the identity for a vector without one."""
-        return rotation_of(name, p, group.get("basis", "kronecker"), self.state[p], group[self._basis_options[2]])
+        state = self.state[p] if p in self.state else {}
+        basis = rotation_of(name, p, group.get("basis", "kronecker"), state, group[self._basis_options[2]])
+        self.state[p] = state  # not before a parameter that can have no basis was refused
+        return basis
 
     def _basis_of_metric(self, p: Tensor, group: dict[str, Any]) -> Rotation | None:
         """The basis of a parameter that has one by now."""
-        basis = self._basis("a parameter", p, group) if self.rotates(group) else None
+        basis = self._basis("a parameter", p, group) if self.rotates(group) and p in self.state else None
         return None if basis is None or basis.is_identity else basis
 
     def _for_factors(self, p: Tensor, g: Tensor) -> Tensor:

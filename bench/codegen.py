@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
-from families import ALL_RULES, BY_STATES
+from families import BY_RULE, BY_STATES
 from machine_code.triton_cubins import compiled as compiled_triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
@@ -250,7 +250,7 @@ def triton_kernel(rule: str, formats: tuple[str, str, str], target: str) -> dict
 def report(arch: str, targets: list[str], quick: bool) -> dict[str, object]:
     cases = [
         (row.rule, formats, target)
-        for row in ALL_RULES
+        for row in BY_RULE.values()
         for formats in FORMATS
         for target in targets
         if not quick or row in BY_STATES or (formats == PLAIN and target == "sm_90")

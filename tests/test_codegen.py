@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from families import ALL_RULES, OVERWRITING
+from families import OVERWRITING
 from machine_code.listed import CASES, HANDFUL
 
 from precond import _C
@@ -53,7 +53,7 @@ def report(request, tmp_path_factory):
 def test_cuda_kernels_are_wide_exact_and_stay_in_registers(report):
     rows = report["cuda"]
     # Of 27 triples of formats the 15 with one kind of 16 bits; without states, of 9 pairs 7.
-    assert len(rows) == sum(15 if _C.rules[row.rule].states else 7 for row in ALL_RULES)
+    assert len(rows) == sum(15 if rule.states else 7 for rule in _C.rules.values())
     for row in rows:
         name = f"{row['rule']} {row['formats']}"
         assert row["registers"] <= MOST_REGISTERS, name

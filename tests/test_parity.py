@@ -52,7 +52,7 @@ def test_every_layout_matches_the_reference(row, p_dtype, p_layout, g_layout):
 @given(
     row=st.sampled_from(ALL_RULES),
     sizes=st.lists(st.integers(0, 2000), min_size=1, max_size=6),
-    lr=st.floats(0, 1),
+    lr=st.floats(0, 1, exclude_min=True),  # at 0 a first step on zeros, or on nothing, only makes states
     weight_decay=st.floats(0, 1),
     dtypes=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**31),

@@ -656,7 +656,7 @@ def test_triton_does_without_the_host():
 def test_a_skipped_step_keeps_states_that_were_made_for_a_checkpoint():
     """torch.distributed.checkpoint has states made by a step at lr 0 on zeros, and fills them in place."""
     p = torch.nn.Parameter(torch.ones(3))
-    optimizer = precond.AdamW([p], lr=0.0, max_grad_norm=1.0, nonfinite="skip", backend=BACKEND)
+    optimizer = precond.AdamW([p], lr=0.0, max_grad_norm=1.0, nonfinite="skip", backend=BACKEND, **FUSED)
     p.grad = torch.zeros(3)
     optimizer.step()
     optimizer.state[p]["exp_avg"].fill_(0.5)

@@ -33,7 +33,6 @@ void run_on_cpu(Plan* plan, const std::vector<GroupRow>& groups, const Control& 
       for (int64_t c = first[size_t(b)]; c < end; ++c) {
         const Chunk& chunk = chunks[size_t(c)];
         const Tensor& t = plan->tensor(chunk.tensor);
-        if (!t.active) continue;
         update[t.rule]({&t, plan->all_strides().data(), &scalars[size_t(t.scalars) * kScalarFloats], &control,
                         groups[size_t(t.group)].sign, chunk.begin, chunk.count});
       }

@@ -16,17 +16,21 @@ constexpr int64_t kChunkOverhead = 64;
 
 int32_t Plan::add(const Tensor& tensor) {
   tensors_.push_back(tensor);
-  cut_for_ = 0;
   return int32_t(tensors_.size()) - 1;
 }
 
 const std::vector<Chunk>& Plan::chunks(int threads) {
-  if (cut_for_ == threads) return chunks_;
+  bool same = cut_for_ == threads && cut_from_.size() == tensors_.size();
+  for (size_t i = 0; same && i < tensors_.size(); ++i) same = cut_from_[i] == tensors_[i].active;
+  if (same) return chunks_;
   cut_for_ = threads;
+  cut_from_.clear();
+  for (const Tensor& t : tensors_) cut_from_.push_back(t.active);
   int64_t size = fixed_chunk_;
   if (size == 0) {
     int64_t total = 0;
-    for (const Tensor& t : tensors_) total += t.numel;
+    for (const Tensor& t : tensors_)
+      if (t.active) total += t.numel;
     size = std::clamp(total / (kChunksPerThread * threads), kMinChunk, kMaxChunk);
   }
   size = (size + kChunkAlign - 1) / kChunkAlign * kChunkAlign;
@@ -34,7 +38,7 @@ const std::vector<Chunk>& Plan::chunks(int threads) {
   batches_.assign(1, 0);
   int64_t cost = 0;
   for (int32_t i = 0; i < int32_t(tensors_.size()); ++i) {
-    for (int64_t begin = 0; begin < tensors_[i].numel; begin += size) {
+    for (int64_t begin = 0; tensors_[i].active && begin < tensors_[i].numel; begin += size) {
       const int64_t count = std::min(size, tensors_[i].numel - begin);
       if (cost > 0 && cost + count > size) {
         batches_.push_back(int32_t(chunks_.size()));

@@ -98,7 +98,7 @@ class Plan {
   const std::vector<Strides>& all_strides() const { return strides_; }
   Strides& strides(int32_t i) { return strides_[i]; }
   const Strides& strides(int32_t i) const { return strides_[i]; }
-  // The chunks for a number of threads. Cuts them anew when that, or the list of tensors, has changed.
+  // The chunks of the active tensors for a number of threads. Cuts them anew when one of these has changed.
   const std::vector<Chunk>& chunks(int threads);
 
   // The first chunk of each batch: about one full chunk's work, which a thread takes at a time. Cut with the chunks.
@@ -112,7 +112,8 @@ class Plan {
 
  private:
   int64_t fixed_chunk_;
-  int cut_for_ = 0;  // threads that chunks_ was cut for; 0: not cut yet
+  int cut_for_ = 0;             // threads that chunks_ was cut for; 0: not cut yet
+  std::vector<bool> cut_from_;  // of each tensor, whether it was active then
   std::vector<Tensor> tensors_;
   std::vector<Strides> strides_;
   std::vector<Chunk> chunks_;

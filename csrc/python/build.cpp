@@ -119,7 +119,10 @@ Operand TensorPlan::operand_of(const Entry& entry, const View& view, Format form
 
 void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bool fresh, bool counts,
                      bool step_on_device, const std::vector<int>& formats, bool draws,
-                     const std::array<int64_t, 3>& place) {
+                     const std::array<int64_t, 3>& place, int64_t at) {
+  if (at >= 0 && (at >= int64_t(entries_.size()) || entries_[size_t(at)].kind != Kind::kDeferred ||
+                  entries_[size_t(at)].param != param.ptr()))
+    throw py::value_error("at must be the number of this parameter, which was deferred");
   View view;
   reader_.read(param.ptr(), &view);
   if (!fits(view))
@@ -201,22 +204,33 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
     tensor.scalar = reinterpret_cast<float*>(view.data);
     traces.scalar = trace(state[name], view);
   }
-  entry.tensor = plan_.add(tensor);
-  entries_.push_back(entry);
-  traces_.push_back(traces);
+  if (at < 0) {
+    entry.tensor = plan_.add(tensor);
+    entries_.push_back(entry);
+    traces_.push_back(traces);
+    return;
+  }
+  entry.tensor = entries_[size_t(at)].tensor;
+  tensor.norm_class = plan_.tensor(entry.tensor).norm_class;
+  plan_.tensor(entry.tensor) = tensor;
+  entries_[size_t(at)] = entry;
+  traces_[size_t(at)] = traces;
 }
 
-void TensorPlan::defer(py::handle param, int group) {
+void TensorPlan::ignore(py::handle param, int group) {
   entries_.emplace_back();
   traces_.emplace_back();
   entries_.back().param = param.ptr();
   entries_.back().group = group;
-  entries_.back().kind = Kind::kDeferred;
+  entries_.back().kind = Kind::kIgnored;
 }
 
-void TensorPlan::ignore(py::handle param, int group) {
-  defer(param, group);
-  entries_.back().kind = Kind::kIgnored;
+void TensorPlan::defer(py::handle param, int group) {
+  ignore(param, group);
+  entries_.back().kind = Kind::kDeferred;
+  Tensor none;
+  none.group = group;
+  entries_.back().tensor = plan_.add(none);
 }
 
 void TensorPlan::seal(const py::dict& state) {
@@ -231,7 +245,9 @@ void TensorPlan::seal(const py::dict& state) {
 }
 
 void TensorPlan::set_norm_classes(const std::vector<int>& classes) {
-  for (size_t i = 0; i < classes.size(); ++i) plan_.tensor(int64_t(i)).norm_class = classes[i];
+  if (classes.size() != entries_.size()) throw py::value_error("there must be a class for each parameter");
+  for (size_t i = 0; i < entries_.size(); ++i)
+    if (entries_[i].tensor >= 0) plan_.tensor(entries_[i].tensor).norm_class = classes[i];
 }
 
 }  // namespace precond

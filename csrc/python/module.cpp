@@ -10,6 +10,7 @@
 #endif
 
 #include "cpu/dispatch.h"
+#include "python/spans.h"
 #include "python/tensors.h"
 #include "rules/registry.h"
 
@@ -179,6 +180,10 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::tuple, py::object, bool>(), py::arg("tensor_types"), py::arg("local"), py::arg("use_exchange"))
       .def_property_readonly("uses_exchange", &Reader::uses_exchange);
 
+  py::class_<Spans>(m, "Spans")
+      .def(py::init<const Reader&>(), py::arg("reader"), py::keep_alive<1, 2>())
+      .def("add", &Spans::add, py::arg("tensors"));
+
   py::class_<Clip>(m, "Clip").def(py::init(&clip), py::kw_only(), py::arg("total") = 0, py::arg("grad_norm") = 0,
                                   py::arg("clip_coef") = 0, py::arg("skipped") = 0, py::arg("max_norm") = 0.0f,
                                   py::arg("classes") = 1, py::arg("inf") = false, py::arg("skip_nonfinite") = false,
@@ -196,12 +201,15 @@ PYBIND11_MODULE(_C, m) {
            py::keep_alive<1, 2>())
       .def("add", &TensorPlan::add, py::arg("param"), py::arg("state"), py::kw_only(), py::arg("group"),
            py::arg("rule"), py::arg("fresh"), py::arg("counts"), py::arg("step_on_device"), py::arg("formats"),
-           py::arg("draws"), py::arg("place"))
+           py::arg("draws"), py::arg("place"), py::arg("at") = -1)
       .def("defer", &TensorPlan::defer, py::arg("param"), py::arg("group"))
       .def("ignore", &TensorPlan::ignore, py::arg("param"), py::arg("group"))
       .def("seal", &TensorPlan::seal, py::arg("state"))
       .def("refresh", &TensorPlan::refresh, py::arg("param_groups"), py::arg("state"), py::arg("inputs"),
            py::arg("rows"))
+      .def_property_readonly("newcomers", &TensorPlan::newcomers)
+      .def_property_readonly("has_gradients", &TensorPlan::has_gradients)
+      .def("release", &TensorPlan::release)
       .def("set_norm_classes", &TensorPlan::set_norm_classes, py::arg("classes"))
       .def("norm", &TensorPlan::norm, py::arg("clip"), py::arg("threads"))
       .def("norm_cuda", &TensorPlan::norm_cuda, py::arg("clip"), py::arg("stream"))

@@ -45,6 +45,7 @@ void view_as_real(View* view) {
   dims.push_back(1);
   view->owned = std::move(dims);
   view->ndim += 1;
+  view->itemsize /= 2;
   view->shape = view->owned.data();
   view->strides = view->shape + view->ndim;
 }
@@ -84,6 +85,7 @@ void Reader::read_exchange(PyObject* object, View* view) const {
   dlpack::DLTensor t;
   if (api_->view_from_object(object, &t) != 0) throw py::error_already_set();
   view->data = static_cast<char*>(t.data) + t.byte_offset;
+  view->itemsize = (t.bits + 7) / 8 * t.lanes;
   view->ndim = t.ndim;
   view->shape = t.shape;
   view->strides = t.strides;
@@ -103,6 +105,7 @@ void Reader::read_methods(PyObject* object, View* view) const {
   view->device = t.attr("is_cpu").cast<bool>()    ? kCpuDevice
                  : t.attr("is_cuda").cast<bool>() ? t.attr("device").attr("index").cast<int>()
                                                   : kOtherDevice;
+  view->itemsize = t.attr("element_size")().cast<int>();
   view->data = reinterpret_cast<char*>(t.attr("data_ptr")().cast<uintptr_t>());
   const auto shape = t.attr("shape").cast<py::tuple>();
   const auto strides = t.attr("stride")().cast<py::tuple>();

@@ -20,6 +20,7 @@ struct View {
   char* data = nullptr;
   Storage storage = Storage::none;  // none: of another dtype
   int device = kOtherDevice;
+  int itemsize = 0;
   int ndim = 0;
   const int64_t* shape = nullptr;
   const int64_t* strides = nullptr;

@@ -114,6 +114,8 @@ bool TensorPlan::refresh(const py::list& param_groups, const py::dict& state, co
                          const py::list& rows) {
   rows_.clear();
   overrides_.clear();
+  newcomers_.clear();
+  has_gradients_ = false;
   held_.clear();
   held_.reserve(2 * entries_.size());
   for (const py::handle item : rows) {
@@ -125,12 +127,13 @@ bool TensorPlan::refresh(const py::list& param_groups, const py::dict& state, co
     rows_.push_back(request.row);
   }
   try {
-    return refresh_gradients(param_groups, inputs) && refresh_states(state);
+    if (refresh_gradients(param_groups, inputs)) return newcomers_.empty() && refresh_states(state);
   } catch (const std::exception&) {
     // Something is there that cannot be read (a sparse gradient, None for a state): whoever builds the next plan checks
     // everything and says what it is.
-    return false;
   }
+  newcomers_.clear();
+  return false;
 }
 
 bool TensorPlan::refresh_gradients(const py::list& param_groups, const py::dict& inputs) {
@@ -150,13 +153,14 @@ bool TensorPlan::refresh_gradients(const py::list& param_groups, const py::dict&
       if (entry.kind == Kind::kIgnored) continue;
       py::object gradient = gradient_of(param.ptr(), inputs);
       if (entry.kind == Kind::kDeferred) {
-        if (!gradient.is_none()) return false;
+        if (!gradient.is_none()) newcomers_.push_back(int64_t(next) - 1);
         continue;
       }
       Tensor& tensor = plan_.tensor(entry.tensor);
       if (tensor.rule != rows_[g].rule) return false;
       tensor.active = !gradient.is_none();
       if (!tensor.active) continue;
+      has_gradients_ = true;
       reader_.read(param.ptr(), &view);
       if (!same_operand(tensor.p, entry, view) || !same_strides(entry, view)) return false;
       reader_.read(gradient.ptr(), &view);

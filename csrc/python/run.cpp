@@ -9,7 +9,6 @@
 namespace precond {
 
 py::list TensorPlan::updated() {
-  held_.clear();
   py::list list;
   for (const Entry& entry : entries_)
     if (entry.kind == Kind::kUpdated && plan_.tensor(entry.tensor).active) list.append(py::handle(entry.param));
@@ -33,8 +32,7 @@ py::list TensorPlan::run(float grad_coef, float clip_value, const Clip& clip, in
     skipped_ = control.skip != 0.0f;
     if (!skipped_) run_on_cpu(&plan_, rows_, control, threads);
   }
-  if (skipped_) return held_.clear(), py::list();
-  return updated();
+  return skipped_ ? py::list() : updated();
 }
 
 #if defined(PRECOND_CUDA)

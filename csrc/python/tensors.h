@@ -32,22 +32,29 @@ class TensorPlan {
   // Parameters, in the order of optimizer.param_groups. `state` is the parameter's entry in optimizer.state; `fresh`
   // says that it was made for the coming step, `counts` that it has a step counter, `step_on_device` where that lies.
   // formats: those of the parameter and of each state, or empty where the dtypes say it all. draws: rounds
-  // stochastically, with the state's key; place: begin, row and row_step of Place.
+  // stochastically, with the state's key; place: begin, row and row_step of Place. at: among all parameters the number
+  // of a deferred one that is to be updated from now on, or -1 for the next one.
   void add(py::handle param, py::handle state, int group, int rule, bool fresh, bool counts, bool step_on_device,
-           const std::vector<int>& formats, bool draws, const std::array<int64_t, 3>& place);
-  // A parameter without a gradient. The plan is stale as soon as it has one.
+           const std::vector<int>& formats, bool draws, const std::array<int64_t, 3>& place, int64_t at);
+  // A parameter that has no states, since it never had a gradient. The plan does not hold as soon as it has one.
   void defer(py::handle param, int group);
   // A parameter that another backend updates.
   void ignore(py::handle param, int group);
-  // After the last parameter.
+  // After the last parameter, and after each that was added later.
   void seal(const py::dict& state);
 
   // Makes the plan that of the coming step. False where it no longer describes what the optimizer holds; nothing has
   // changed then. rows: a Request for each group. inputs: parameter -> tensor to use instead of its `.grad` (matrix
   // methods hand over rotated gradients).
   bool refresh(const py::list& param_groups, const py::dict& state, const py::dict& inputs, const py::list& rows);
-  // The classes of the norm that the parameters given to add() belong to, in that order. Without this call there is
-  // one.
+  // After a refresh() that returned false: the numbers of the deferred parameters that have a gradient now, where that
+  // alone is why.
+  const std::vector<int64_t>& newcomers() const { return newcomers_; }
+  // True where refresh() found a parameter to update.
+  bool has_gradients() const { return has_gradients_; }
+  // Lets go of what refresh() holds, whatever has come of the step.
+  void release() { held_.clear(); }
+  // The class of the norm that each parameter belongs to. Without this call there is one.
   void set_norm_classes(const std::vector<int>& classes);
   // Fills clip.total with the norms of what refresh() found, one per class.
   void norm(const Clip& clip, int threads);
@@ -79,7 +86,7 @@ class TensorPlan {
     PyObject* param;
     Kind kind;
     int32_t group = 0;
-    int32_t tensor = -1;
+    int32_t tensor = -1;  // deferred ones have one too, so that norms are added up in the order of the parameters
     int32_t ndim = 0;
     int32_t g_slot = kDense;  // strides of a gradient that is not dense
     bool logical = false;     // visited in the order of indices, not of memory
@@ -116,8 +123,10 @@ class TensorPlan {
   bool skipped_ = false;  // by the last step on the CPU
   std::vector<GroupRow> rows_;
   std::vector<Override> overrides_;
-  // Gradients and the dictionaries of states, from refresh() to the end of run(): while the GIL is released another
-  // thread may give the optimizer others.
+  std::vector<int64_t> newcomers_;
+  bool has_gradients_ = false;
+  // Gradients and the dictionaries of states, from refresh() to release(): while the GIL is released another thread may
+  // give the optimizer others.
   std::vector<py::object> held_;
 #if defined(PRECOND_CUDA)
   std::unique_ptr<CudaExecutor> cuda_;

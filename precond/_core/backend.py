@@ -31,6 +31,7 @@ BACKENDS = ("cpu", "cuda", "triton", "reference")
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 #: Dimensions that the plans take; kMaxDims in csrc/plan/layout.h counts those that cannot be merged.
 MAX_DIMS = 16
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 @functools.cache
@@ -115,8 +116,9 @@ def has_plain_memory(tensor: Tensor) -> bool:
     """True where the values lie at ``data_ptr()`` as strides say: no subclass that dispatches, no lazy negation, no zeros
     without storage; and in few enough dimensions.
     """
+    kind = type(tensor)
     return (
-        getattr(type(tensor), "__torch_dispatch__", None) is torch.Tensor.__torch_dispatch__
+        (kind in _PLAIN_TYPES or getattr(kind, "__torch_dispatch__", None) is torch.Tensor.__torch_dispatch__)
         and tensor.layout == torch.strided
         and not tensor.is_neg()
         and not tensor.is_conj()

@@ -27,9 +27,11 @@ class Checks:
         self.owner, self.sparse_rules, self.settings = owner, sparse_rules, settings
 
     def backend_of(self, name: str, p: Tensor, step: Step, row: Row, states: States) -> str:
-        """Check a parameter, its gradient and its states; choose the backend that updates them."""
+        """Check a parameter, its gradient and its states; choose the backend that updates them. Without a gradient it is what one
+        like the parameter would give.
+        """
         g = step.input_of(p)
-        assert g is not None
+        g = p if g is None else g
         if not (p.is_floating_point() or p.is_complex()):
             raise TypeError(f"{name} must be floating point or complex, got {p.dtype}")
         if p.is_inference() and not torch.is_inference_mode_enabled():

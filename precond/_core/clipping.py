@@ -94,18 +94,16 @@ class Executor(Measures, Protocol):
 def begin(
     executors: Sequence[Executor], step: Step, classes: NormClasses | None, settings: Mapping[str, Any], report: Report
 ) -> tuple[Control, Clip] | None:
-    """What the step multiplies gradients with, and what it does with their norm on a device; None skips it. ``classes`` are
-    those of its norm, None where it has none.
+    """What the step multiplies gradients with, and what it does with their norm on a device; None skips it. ``executors`` have
+    gradients; where nobody has, they are the compiled plans. ``classes`` are those of the step's norm, None where it has none.
 
     Raises for a norm that is not finite where that was asked for. Nothing but the report has changed then.
     """
     control = step.control
     if classes is None and control.found_inf is None:
         return control, NOTHING
-    # Where nobody has a gradient, nobody would write the report.
-    by_device = all(executor.backend in ("cuda", "triton") for executor in executors) and any(
-        executor.has_gradients(step) for executor in executors
-    )
+    # Without executors nobody would write the report.
+    by_device = bool(executors) and all(executor.backend in ("cuda", "triton") for executor in executors)
     found = report.on(executors[0].device if executors else home(step.groups))
     if not by_device:
         # Parameters that neither of them takes share the step: the host must know, and waits.

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import backend as _backend
 from .checks import Checks
 from .clipping import Report
+from .executors import parameters
 from .norm import NormClasses
 from .plan import Outcome, StepPlan
 from .rows import Step
@@ -17,6 +18,8 @@ from .sharding import aligned_gradients, local
 from .states import States
 
 _PLANS_KEPT = 64
+#: How often a step is prepared where another thread replaces gradients or states in between.
+_ATTEMPTS = 8
 
 
 class Engine:
@@ -49,6 +52,12 @@ class Engine:
     def run(self, step: Step) -> None:
         """Run each group's rule on its parameters, by the plan for these groups or a new one."""
         self.states.bind(step.state, step.groups)
+        try:
+            self._run(step)
+        finally:
+            self.states.bind({}, [])
+
+    def _run(self, step: Step) -> None:
         # DeepSpeed steps once per group with param_groups cut to it: one plan for each view of the groups.
         key = tuple(map(id, step.groups))
         plan = self.plans.get(key)
@@ -62,6 +71,12 @@ class Engine:
     def norms(self, step: Step, classes: NormClasses) -> Tensor:
         """For each class the sum of squares of this process' gradients: float64 numbers on the first one's device."""
         self.states.bind(step.state, step.groups)
+        try:
+            return self._norms(step, classes)
+        finally:
+            self.states.bind({}, [])
+
+    def _norms(self, step: Step, classes: NormClasses) -> Tensor:
         key = tuple(map(id, step.groups))
         plan = self.plans.get(key)
         found = None if plan is None else plan.norms(step, classes)
@@ -81,12 +96,14 @@ class Engine:
         return StepPlan(step, self.states, self.checks, self.report, self.captured)
 
     def _run_new(self, step: Step) -> StepPlan:
-        plan = self._new(step)
-        if self._may_only_make_states and _asks_for_states_only(plan, step):
-            plan.keep_new_states(step)
-        elif plan.run(step) is Outcome.STALE:
-            raise RuntimeError("a gradient or state changed while the step was prepared")
-        return plan
+        for _ in range(_ATTEMPTS):
+            plan = self._new(step)
+            if self._may_only_make_states and _asks_for_states_only(plan, step):
+                plan.keep_new_states()
+                return plan
+            if plan.run(step) is not Outcome.STALE:
+                return plan
+        raise RuntimeError("gradients or states changed, again and again, while the step was prepared")
 
     def _keep(self, key: tuple[int, ...], plan: StepPlan) -> None:
         """Keep a plan for the next step. Without a compiled part the checks are all there is, and nothing is worth keeping."""
@@ -103,6 +120,5 @@ def _asks_for_states_only(plan: StepPlan, step: Step) -> bool:
     """
     if not plan.fresh or any(_backend.on_device(row.hyper["lr"]) or row.hyper["lr"] != 0.0 for row in step.rows):
         return False
-    given = {p: step.input_of(p) for group in step.groups for p in group["params"]}
-    gradients = {p: g for p, g in given.items() if g is not None}
+    gradients = {number: g for number, p in enumerate(parameters(step)) if (g := step.input_of(p)) is not None}
     return plan.fresh == gradients.keys() and not any(local(g).any() for g in gradients.values())

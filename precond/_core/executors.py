@@ -58,6 +58,15 @@ def _number_and_hyper(rule: str) -> tuple[int, tuple[str, ...]]:
     return known.number, known.hyper
 
 
+#: Backend and device of a parameter that a plan has; None for one that joins when it gets a gradient.
+Home = tuple[str, torch.device] | None
+
+
+def parameters(step: Step) -> list[Tensor]:
+    """All parameters, by their numbers."""
+    return [p for group in step.groups for p in group["params"]]
+
+
 class Compiled:
     """A plan of the extension: every parameter of a device that its kernels take, in one pass."""
 
@@ -69,12 +78,12 @@ class Compiled:
         states: States,
         backend: str,
         device: torch.device,
-        homes: dict[Tensor, tuple[str, torch.device]],
-        fresh: set[Tensor],
+        homes: list[Home],
+        fresh: set[int],
         captured: list[Any],
     ) -> None:
-        """``homes``: backend and device of each parameter that is updated; the plan takes its own. ``captured``: where plans
-        are kept that graphs were captured from.
+        """``homes``: of all parameters; the plan takes its own. ``fresh``: numbers of those whose states are new. ``captured``:
+        where plans are kept that graphs were captured from.
         """
         assert _backend._C is not None
         self.backend, self.device = backend, device
@@ -88,20 +97,35 @@ class Compiled:
             chunk=_CHUNK,
             device=-1 if backend == "cpu" else device.index or 0,
         )
-        self.params: list[Tensor] = []
-        for index, (group, row) in enumerate(zip(step.groups, step.rows, strict=True)):
+        number = 0
+        for index, group in enumerate(step.groups):
             for p in group["params"]:
-                if homes.get(p) == (backend, device):
-                    self._add(step, states, p, index, row, p in fresh)
-                elif step.input_of(p) is None:
+                if homes[number] is None:
                     self.plan.defer(p, index)
+                elif homes[number] == (backend, device):
+                    self._add(step, states, p, index, number in fresh)
                 else:
                     self.plan.ignore(p, index)
+                number += 1
         self.plan.seal(step.state)
 
-    def _add(self, step: Step, states: States, p: Tensor, index: int, row: Row, fresh: bool) -> None:
+    @property
+    def newcomers(self) -> list[int]:
+        """Where nothing else kept the last refresh from bringing the plan up to its step: the numbers of the parameters that it
+        has deferred and that have a gradient now.
+        """
+        found: list[int] = self.plan.newcomers
+        return found
+
+    def adopt(self, step: Step, states: States, newcomers: list[tuple[int, int, Tensor]], fresh: set[int]) -> None:
+        """Update parameters that were deferred, given by number and group, from now on."""
+        for number, index, p in newcomers:
+            self._add(step, states, p, index, number in fresh, at=number)
+        self.plan.seal(step.state)
+
+    def _add(self, step: Step, states: States, p: Tensor, index: int, fresh: bool, at: int = -1) -> None:
         assert _backend._C is not None
-        group = step.groups[index]
+        group, row = step.groups[index], step.rows[index]
         layout = states.layout(p, group, row.rule)
         numbers = [] if layout.plain else [_backend._C.formats[name] for name in (layout.param, *layout.states)]
         self.plan.add(
@@ -115,21 +139,27 @@ class Compiled:
             formats=numbers,
             draws=layout.draws,
             place=layout.place,
+            at=at,
         )
-        self.params.append(p)
 
     def refresh(self, step: Step) -> bool:
         """Bring the plan up to a step. False where it no longer holds."""
         table, self._hyper_tensors = table_of(step.rows, self.device if self.backend == "cuda" else None)
         return bool(self.plan.refresh(step.groups, step.state, step.inputs, table))
 
-    def has_gradients(self, step: Step) -> bool:
-        """True: a plan is made for parameters with gradients."""
-        return True
+    def release(self) -> None:
+        """Let go of what the step held: gradients, states and hyper-parameters."""
+        self.plan.release()
+        if not self.plan.was_captured:
+            self._hyper_tensors = []
 
-    def set_norm_classes(self, classes: NormClasses) -> None:
-        """Have norms measured for each class of parameters."""
-        self.plan.set_norm_classes([classes.of[p] for p in self.params])
+    def has_gradients(self, step: Step) -> bool:
+        """True where one of the parameters is updated, by the last refresh."""
+        return bool(self.plan.has_gradients)
+
+    def set_norm_classes(self, numbers: list[int]) -> None:
+        """Have norms measured for each class of parameters, given by the class of each of them."""
+        self.plan.set_norm_classes(numbers)
 
     def norms(self, step: Step, classes: NormClasses, inf: bool) -> Iterator[Tensor]:
         """Parts of the norm: float64 numbers, one for each class."""
@@ -176,11 +206,17 @@ class Compiled:
 
 
 class Entry(NamedTuple):
-    """A parameter that no compiled plan updates."""
+    """A parameter that no compiled plan updates: where it stands, since a plan keeps no tensor alive."""
 
-    name: str
-    param: Tensor
+    number: int
     group: int
+    position: int
+    name: str
+
+    def param(self, step: Step) -> Tensor:
+        """It itself."""
+        p: Tensor = step.groups[self.group]["params"][self.position]
+        return p
 
 
 class InPython:
@@ -189,24 +225,25 @@ class InPython:
     backend: ClassVar[str]
     measures_itself: ClassVar[bool] = False
 
-    def __init__(self, entries: list[Entry], states: States, fresh: set[Tensor]) -> None:
+    def __init__(self, step: Step, entries: list[Entry], states: States, fresh: set[int]) -> None:
+        """``fresh``: numbers of the parameters whose states are new in the coming step."""
         self.entries, self.states, self.fresh = entries, states, fresh
-        self.device = local(entries[0].param).device
+        self.device = local(entries[0].param(step)).device
 
     def check_formats(self, step: Step) -> None:
         """Raise where states are not what their formats say: a checkpoint can bring anything."""
-        for name, p, index in self.entries:
-            rule = step.rows[index].rule
-            layout = self.states.layout(p, step.groups[index], rule)
+        for entry in self.entries:
+            p, rule = entry.param(step), step.rows[entry.group].rule
+            layout = self.states.layout(p, step.groups[entry.group], rule)
             if not layout.plain:
-                formats.check(name, p, step.state[p], self.states.names(rule), layout)
+                formats.check(entry.name, p, step.state[p], self.states.names(rule), layout)
 
     def holds(self, step: Step, checks: Checks) -> bool:
         """True where every parameter that has a gradient is as it was checked."""
         return all(self._holds(step, checks, entry) for entry in self.entries)
 
     def _holds(self, step: Step, checks: Checks, entry: Entry) -> bool:
-        p, row = entry.param, step.rows[entry.group]
+        p, row = entry.param(step), step.rows[entry.group]
         if step.input_of(p) is None:
             return True
         if checks.backend_of(entry.name, p, step, row, self.states) != self.backend or self.states.missing(p, row.rule):
@@ -219,24 +256,26 @@ class InPython:
 
     def has_gradients(self, step: Step) -> bool:
         """True where one of the parameters is updated."""
-        return any(step.input_of(entry.param) is not None for entry in self.entries)
+        return any(step.input_of(entry.param(step)) is not None for entry in self.entries)
 
     def counts_on_host(self, step: Step) -> bool:
         """True where the step moves a counter on the host."""
         return any(self._counts_on_host(step, entry) for entry in self.entries)
 
     def _counts_on_host(self, step: Step, entry: Entry) -> bool:
+        p = entry.param(step)
         return (
-            self.states.counts(entry.param, step.rows[entry.group].rule)
-            and step.input_of(entry.param) is not None
+            self.states.counts(p, step.rows[entry.group].rule)
+            and step.input_of(p) is not None
             and not counts_beside(step.groups[entry.group], self.backend)
         )
 
     def _number(self, step: Step, entry: Entry) -> Any:
         """The number of a parameter's step: its counter, already advanced where the host does that."""
-        if not self.states.counts(entry.param, step.rows[entry.group].rule):
+        p = entry.param(step)
+        if not self.states.counts(p, step.rows[entry.group].rule):
             return 0
-        counter = step.state[entry.param]["step"]
+        counter = step.state[p]["step"]
         if not self._counts_on_host(step, entry):
             return counter
         counter += 1
@@ -247,7 +286,7 @@ class InPython:
         rule, _, hyper = step.rows[entry.group]
         found = {}
         for name in self.states.scalars(rule):
-            value, advance = step.state[entry.param][name], reference.RULES[rule].advance
+            value, advance = step.state[entry.param(step)][name], reference.RULES[rule].advance
             assert advance is not None
             found[name] = float(value.fill_(advance(hyper, number, float(value))))
         return found
@@ -261,18 +300,18 @@ class Reference(InPython):
     def norms(self, step: Step, classes: NormClasses, inf: bool) -> Iterator[Tensor]:
         """Parts of the norm: float64 numbers, one for each class."""
         for entry in self.entries:
-            if (g := step.input_of(entry.param)) is None:
+            p = entry.param(step)
+            if (g := step.input_of(p)) is None:
                 continue
-            p = local(entry.param)
-            part = torch.zeros(len(classes.groups), dtype=torch.float64, device=p.device)
-            part[classes.of[entry.param]] = reference_part(local(g), inf)
+            part = torch.zeros(len(classes.groups), dtype=torch.float64, device=local(p).device)
+            part[classes.of[p]] = reference_part(local(g), inf)
             yield part
 
     def run(self, step: Step, control: Control, clip: Clip) -> bool:
         """Update the parameters. The host has already folded the clip coefficient into ``control.grad_coef``."""
         for entry in self.entries:
-            p, g = entry.param, step.input_of(entry.param)
-            if g is None:
+            p = entry.param(step)
+            if (g := step.input_of(p)) is None:
                 continue
             rule, sign, hyper = step.rows[entry.group]
             number = self._number(step, entry)
@@ -280,7 +319,13 @@ class Reference(InPython):
             # Where autograd watches, a tensor lr stays one.
             numbers = hyper if torch.is_grad_enabled() else {name: float(value) for name, value in hyper.items()}
             scalars = self._scalars(step, entry, number)
-            arguments = {**numbers, **scalars}, number, p in self.fresh, sign * control.grad_coef, control.clip_value
+            arguments = (
+                {**numbers, **scalars},
+                number,
+                entry.number in self.fresh,
+                sign * control.grad_coef,
+                control.clip_value,
+            )
             if not layout.plain:
                 formats.update(rule, p, local(g), step.state[p], self.states.names(rule), layout, *arguments)
                 continue
@@ -301,15 +346,15 @@ class Triton(InPython):
 
         by_device: dict[torch.device, list[tuple[Tensor, Tensor, int]]] = {}
         for entry in self.entries:
-            if (g := step.input_of(entry.param)) is not None:
-                p = local(entry.param)
-                by_device.setdefault(p.device, []).append((_real(p), _real(local(g)), classes.of[entry.param]))
+            p = entry.param(step)
+            if (g := step.input_of(p)) is not None:
+                by_device.setdefault(local(p).device, []).append((_real(local(p)), _real(local(g)), classes.of[p]))
         for items in by_device.values():
             yield triton_kernels.norm(items, len(classes.groups), inf)
 
-    def check_capture(self) -> None:
+    def check_capture(self, step: Step) -> None:
         """Raise where the step is being captured into a graph."""
-        if any(entry.param.is_cuda for entry in self.entries) and torch.cuda.is_current_stream_capturing():
+        if any(entry.param(step).is_cuda for entry in self.entries) and torch.cuda.is_current_stream_capturing():
             # A replay would upload its tables again, from memory that is somebody else's by then.
             raise RuntimeError("backend='triton' must not be captured into a graph")
 
@@ -319,8 +364,8 @@ class Triton(InPython):
 
         items = []
         for entry in self.entries:
-            p, g = entry.param, step.input_of(entry.param)
-            if g is None:
+            p = entry.param(step)
+            if (g := step.input_of(p)) is None:
                 continue
             rule, sign, hyper = step.rows[entry.group]
             layout = self.states.layout(p, step.groups[entry.group], rule)
@@ -336,7 +381,7 @@ class Triton(InPython):
                 states=[_real(local(t)) for t in self.states.present(p, rule).values()],
                 hyper=hyper,
                 step=number,
-                fresh=p in self.fresh,
+                fresh=entry.number in self.fresh,
                 sign=sign,
                 layout=layout,
                 beside=[None if t is None else local(t) for t in (state.get("remainder"), None, *scales)],

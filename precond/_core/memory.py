@@ -42,34 +42,71 @@ def element_addresses(tensor: Tensor) -> Tensor:
     return (offsets * tensor.element_size() + tensor.data_ptr()).flatten()
 
 
+class Written(NamedTuple):
+    """A tensor that a step writes: a parameter, or one of its states."""
+
+    #: Of the parameter among all, and its name.
+    number: int
+    name: str
+    #: Of the state; empty for the parameter itself.
+    key: str
+    tensor: Tensor
+
+    def __str__(self) -> str:
+        return f"{self.key} of {self.name}" if self.key else self.name
+
+
 class Span(NamedTuple):
     """The stretch of memory that a tensor's elements lie in."""
 
     start: int
     end: int
-    name: str
-    tensor: Tensor
+    owner: Written
     dense: bool
 
 
-def check_overlap(tensors: list[tuple[str, Tensor]]) -> None:
-    """Raise if two of the tensors that a step writes share memory, or one shares it with itself."""
-    spans = []
-    for name, tensor in tensors:
+class Memory:
+    """Whether tensors that steps write share memory. Keeps where they lie, not the tensors."""
+
+    def __init__(self) -> None:
+        self._spans = None if _backend._C is None else _backend._C.Spans(_backend.reader())
+
+    def meeting(self, tensors: list[Tensor]) -> list[int]:
+        """The places in the list of those that may share memory with another, given now or earlier, or with themselves."""
+        return list(range(len(tensors))) if self._spans is None else self._spans.add(tensors)
+
+    def check(self, written: list[Written], moving: set[int]) -> set[int]:
+        """Raise if two of the tensors share memory, or one shares it with itself. ``moving``: the numbers of the parameters that
+        this step updates. Of the others it returns those that would share memory if they were updated too.
+        """
+        return _shared([written[place] for place in self.meeting([item.tensor for item in written])], moving)
+
+
+def _shared(written: list[Written], moving: set[int]) -> set[int]:
+    spans: list[Span] = []
+    shared: set[int] = set()
+    for item in written:
+        tensor = item.tensor
         if tensor.numel() == 0 or not _backend.has_plain_memory(tensor):
             continue
         if not apart(tensor) and torch.unique(element_addresses(tensor)).numel() != tensor.numel():
-            raise RuntimeError(
-                f"{name} must not overlap itself, got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
-            )
+            if item.number in moving:
+                raise RuntimeError(
+                    f"{item} must not overlap itself, got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+                )
+            shared.add(item.number)
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         start = tensor.data_ptr()
-        spans.append(Span(start, start + (last + 1) * tensor.element_size(), name, tensor, dense(tensor)))
+        spans.append(Span(start, start + (last + 1) * tensor.element_size(), item, dense(tensor)))
     open_spans: list[Span] = []
     for span in sorted(spans, key=lambda span: span[:2]):
         open_spans = [other for other in open_spans if other.end > span.start]
         for other in open_spans:
-            both_dense = other.dense and span.dense
-            if both_dense or torch.isin(element_addresses(other.tensor), element_addresses(span.tensor)).any():
-                raise RuntimeError(f"{other.name} and {span.name} must not share memory: a step writes both")
+            tensors = [each.owner.tensor for each in (other, span)]
+            if (other.dense and span.dense) or torch.isin(*map(element_addresses, tensors)).any():
+                still = {each.owner.number for each in (other, span)} - moving
+                if not still:
+                    raise RuntimeError(f"{other.owner} and {span.owner} must not share memory: a step writes both")
+                shared |= still
         open_spans.append(span)
+    return shared

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -157,8 +158,9 @@ class ParamStates:
         self.state: State = {}
         self._groups: list[Group] = []
         self._seed = seed
-        #: What each parameter's stream of random bits is named by: its name, or its position among the parameters.
-        self._stream_names: dict[Tensor, str] = {}
+        #: What each parameter's stream of random bits is named by: its name, or its position among the parameters. By its id,
+        #: with a reference that keeps nothing alive and says whether it still is that parameter.
+        self._stream_names: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._warned = False
 
     def bind(self, state: State, groups: list[Group]) -> None:
@@ -269,19 +271,26 @@ class ParamStates:
 
     def name_streams(self) -> None:
         """Name every parameter's random bits by its name, or by its position among those that are bound now."""
-        if all(p in self._stream_names for group in self._groups for p in group["params"]):
+        if all(self._stream_name(p) is not None for group in self._groups for p in group["params"]):
             return
+        self._stream_names = {key: named for key, named in self._stream_names.items() if named[0]() is not None}
         position = 0
         for group in self._groups:
             for i, p in enumerate(group["params"]):
-                self._stream_names[p] = group["param_names"][i] if "param_names" in group else str(position)
+                name = group["param_names"][i] if "param_names" in group else str(position)
+                self._stream_names[id(p)] = weakref.ref(p), name
                 position += 1
+
+    def _stream_name(self, p: Tensor) -> str | None:
+        found = self._stream_names.get(id(p))
+        return None if found is None or found[0]() is not p else found[1]
 
     def _key(self, p: Tensor) -> int:
         """What names the stream of a parameter's random bits: from the seed and its name, or its position."""
-        if p not in self._stream_names:
-            self.name_streams()
-        named = f"{self._seed}:{self._stream_names[p]}"
+        self.name_streams()
+        name = self._stream_name(p)
+        assert name is not None
+        named = f"{self._seed}:{name}"
         return int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "little") >> 1
 
     def _new_state(self, p: Tensor, name: str, group: Group, row: Row) -> dict[str, Tensor]:

@@ -17,6 +17,9 @@ SMALLEST_CODED = 4096
 #: The same for tensors of one dimension: biases and gains stay, a flat buffer of many parameters does not.
 SMALLEST_CODED_FLAT = 1 << 20
 
+_PLAIN = frozenset(PLAIN.values())
+_DRAWS_NOTHING = _PLAIN | {"bf16_split32"}
+
 
 class Layout(NamedTuple):
     """How a parameter and its states lie in memory: names of formats, and where elements are in the unsharded tensor."""
@@ -29,12 +32,12 @@ class Layout(NamedTuple):
     @property
     def plain(self) -> bool:
         """True where the dtypes say it all."""
-        return all(name in PLAIN.values() for name in (self.param, *self.states))
+        return _PLAIN.issuperset((self.param, *self.states))
 
     @property
     def draws(self) -> bool:
         """True where something is rounded stochastically."""
-        return any(name not in (*PLAIN.values(), "bf16_split32") for name in (self.param, *self.states))
+        return not _DRAWS_NOTHING.issuperset((self.param, *self.states))
 
 
 def is_half(p: Tensor) -> bool:

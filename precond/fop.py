@@ -222,7 +222,8 @@ class FOP(Wrapper):
         U = (M @ M.T) @ G if dims else M * M * G
         if "step" in self.normalize:
             before, after = torch.linalg.vector_norm(G), torch.linalg.vector_norm(U)
-            U = U * torch.where(after > 0.0, before / after, torch.ones_like(after))
+            scale = torch.where((after > 0.0) & ~_is_identity(M, dims), before / after, torch.ones_like(after))
+            U = U * scale
         return like(p, torch.empty_like(g).copy_(_tensor(U, dims, g.shape)))
 
 
@@ -239,6 +240,13 @@ def _tensor(matrix: Tensor, dims: tuple[int, ...], shape: torch.Size) -> Tensor:
         return matrix
     rest = [n for dim, n in enumerate(shape) if dim not in dims]
     return matrix.reshape([shape[dim] for dim in dims] + rest).movedim(tuple(range(len(dims))), dims)
+
+
+def _is_identity(M: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """True where M M^T G is G: sums of its squares in another order would scale it by the last bit."""
+    if not dims:
+        return (M == 1.0).all()
+    return (M.diagonal() == 1.0).all() & (torch.count_nonzero(M) == len(M))
 
 
 def _norm_bound(M: Tensor) -> Tensor:

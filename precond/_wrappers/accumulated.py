@@ -57,38 +57,36 @@ class _Watch:
     """Sees whether backward passes accumulate into the very gradient that a parameter has now, with nobody writing it before."""
 
     def __init__(self, p: Tensor) -> None:
-        self._p = p
-        self._untouched: bool | None = None
+        assert p.grad is not None
+        self._p, self._grad, self._versions = p, p.grad, _versions_of(p.grad)
+        #: Whether the gradient was as it was handed out when the first pass came, and was never dropped since.
         self._kept: bool | None = None
-        self._note()
         self._hooks = []
         if p.requires_grad and p.is_leaf:
             self._hooks = [p.register_hook(self._before), p.register_post_accumulate_grad_hook(self._after)]
+        #: What ``_before`` saw; None where it was not called.
+        self._seen: bool | None = None
 
-    def _note(self) -> None:
-        grad = self._p.grad
-        self._grad, self._versions = grad, None if grad is None else _versions_of(grad)
-
-    def _is_as_noted(self) -> bool:
-        grad = self._p.grad
-        return grad is not None and grad is self._grad and _versions_of(grad) == self._versions
+    def _is_untouched(self) -> bool:
+        return self._p.grad is self._grad and _versions_of(self._grad) == self._versions
 
     def _before(self, _: Tensor) -> None:
-        self._untouched = self._is_as_noted()
+        # DistributedDataParallel writes or replaces a gradient after each pass: only None drops what is there.
+        self._seen = self._is_untouched() if self._kept is None else self._p.grad is not None
 
     def _after(self, p: Tensor) -> None:
-        untouched = self._untouched
-        if untouched is None:
+        seen = self._seen
+        if seen is None:
             # FSDP2 accumulates itself, in place in the local tensor, and calls this hook alone.
-            assert self._versions is not None
-            untouched = p.grad is self._grad and p.grad is not None and sum(_versions_of(p.grad)) == sum(self._versions) + 1
-        self._kept = untouched if self._kept is None else self._kept and untouched
-        self._untouched = None
-        self._note()
+            seen = p.grad is self._grad
+            if self._kept is None:
+                seen = seen and sum(_versions_of(self._grad)) == sum(self._versions) + 1
+        self._kept = seen and self._kept is not False
+        self._seen = None
 
     def kept(self) -> bool:
         """True where the gradient that was there is part of the one that is there now."""
-        return self._is_as_noted() if self._kept is None else self._kept and self._p.grad is not None
+        return self._is_untouched() if self._kept is None else self._kept and self._p.grad is not None
 
     def end(self) -> None:
         """Stop watching."""

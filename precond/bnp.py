@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._wrappers.decays import coupled_decays
-from ._wrappers.inputs import Inputs, Observer, add_seen, pooled
+from ._wrappers.inputs import Inputs, Observer, add_seen, pooled, statistics_dtype
 from ._wrappers.layers import Layer, layers_of, plain_layers
 from ._wrappers.standardised import Coordinates, step_in_z
 from ._wrappers.standardised import precondition_gradients as precondition_gradients
@@ -59,8 +61,10 @@ class BNP(Wrapper):
         ValueError: an argument is out of range, the module has no such layer, a layer is lazy or sharded, or layers that share a
             weight differ in their numbers of input channels.
 
-    State: per weight, in ``own``: ``mean`` (starts at 0), ``var`` (starts at 1) and ``rows``, the N of the last step. A
-    checkpoint has them among the states of ``base`` as "bnp_mean", "bnp_var" and "bnp_rows".
+    State: per weight, "bnp_mean" (starts at 0), "bnp_var" (starts at 1) and "bnp_rows" (the N of the last step; 0: not seen),
+    among the states of ``base``. ``own[weight]`` has them without the prefix.
+
+    A step warns of layers that have a gradient although no input of theirs was ever seen.
 
     Source: Lange, Helfrich, Ye 2022, JMLR 23(72). The constants, and q for convolutions, are recalled from it, not
     quoted: docs/theory.md, A.3, which also derives "direction" (A.3.5).
@@ -83,6 +87,12 @@ class BNP(Wrapper):
 
     _layers: dict[Tensor, Layer]
     _pending: dict[Tensor, Inputs]
+    #: The layers of the module, preconditioned or not.
+    _watched: list[nn.Module]
+    #: The weights that had hooks since the last step.
+    _awaited: set[Tensor]
+    #: False after ``remove``.
+    _observes = True
 
     def __init__(
         self,
@@ -106,8 +116,7 @@ class BNP(Wrapper):
         if compose not in ("gradient", "direction"):
             raise ValueError(f"compose must be 'gradient' or 'direction', got {compose!r}")
         super().__init__(base)
-        if isinstance(base, torch.optim.LBFGS):
-            raise TypeError("base must be an optimizer that steps without a closure, got LBFGS")
+        self._check_steps_alone()
         self.module, self.compose, self.process_group = module, compose, process_group
         self.stat_momentum, self.eps1, self.eps2 = stat_momentum, eps1, eps2
         self._pending = {}
@@ -117,30 +126,58 @@ class BNP(Wrapper):
                 "module must have an nn.Linear or nn.Conv layer whose weight base updates, "
                 f"got {type(module).__name__} with none"
             )
+        self._awaited = set(self._layers)
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        self._said: set[str] = set()
 
     def _attach(self) -> None:
-        """Find the layers and put hooks on them."""
+        """Find the layers, and put hooks on them unless ``remove`` was called."""
         self._layers = layers_of(self.module, self._params(), in_z=self.compose == "direction")
+        self._watched = list(plain_layers(self.module))
+        self._found_with = self._tensors()
         self._observer_hooks = [
             layer.register_forward_hook(Observer(self._observe), with_kwargs=True)
-            for layer in plain_layers(self.module)
-            if layer._parameters["weight"] in self._layers
+            for layer in self._watched
+            if self._observes and layer._parameters["weight"] in self._layers
         ]
 
-    def remove(self) -> None:
-        """Take the hooks off the model. Steps go on with the statistics as they are."""
+    def _detach(self) -> None:
         for hook in self._observer_hooks:
             hook.remove()
         self._observer_hooks = []
+
+    def _tensors(self) -> list[Tensor | None]:
+        """What the layers were found by: their parameters and those of ``base``, which anybody may replace."""
+        of_layers = [layer._parameters.get(name) for layer in self._watched for name in ("weight", "bias")]
+        return [*of_layers, *self._params()]
+
+    def _find_again(self) -> None:
+        """Find the layers again if a parameter was replaced."""
+        now = self._tensors()
+        if len(now) == len(self._found_with) and all(map(operator.is_, now, self._found_with)):
+            return
+        weights = zip(self._watched, self._found_with[::2], strict=False)
+        replaced = [
+            layer for layer, weight in weights if weight in self._layers and layer._parameters.get("weight") is not weight
+        ]
+        self._detach()
+        self._attach()
+        lost = {layer for layer in replaced if layer._parameters.get("weight") not in self._layers}
+        if lost:
+            self._warn(lost, "have new weights that base does not update: put these into its param_groups")
+
+    def remove(self) -> None:
+        """Take the hooks off the model. Steps go on with the statistics as they are."""
+        self._observes = False
+        self._detach()
         self._pending = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to ``base``; its layers are preconditioned too."""
         super().add_param_group(param_group)
-        pending = self._pending
-        self.remove()
-        self._attach()
-        self._pending = pending
+        self._find_again()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class; one of ``base`` alone starts with statistics 0 and 1."""
@@ -149,12 +186,14 @@ class BNP(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep; layers are found again."""
-        kept = {name: value for name, value in super().__getstate__().items() if name != "_layers"}
+        found = ("_layers", "_watched", "_found_with", "_awaited", "_said")
+        kept = {name: value for name, value in super().__getstate__().items() if name not in found}
         return {**kept, "process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._attach()
+        self._awaited = set(self._layers)
 
     # Statistics.
 
@@ -164,9 +203,14 @@ class BNP(Wrapper):
         """Add the inputs of one forward to what the next step sees."""
         weight = layer._parameters["weight"]
         # Values under torch.func must not outlive the call.
-        if weight not in self._layers or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if weight is None or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return
-        if weight is not None and weight.requires_grad:
+        if weight not in self._layers:
+            # Of torch.func.functional_call, or assigned by load_state_dict(assign=True).
+            if not any(weight is p for p in self._params()):
+                return
+            self._find_again()
+        if weight in self._layers and weight.requires_grad:
             add_seen(self._pending, weight, x, output)
 
     def _update_statistics(self) -> None:
@@ -175,26 +219,47 @@ class BNP(Wrapper):
         if self.process_group is not None:
             pending = pooled(pending, self._layers, self.process_group)
         for weight, inputs in pending.items():
-            if weight not in self.own:
-                self.own[weight] = {"mean": torch.zeros_like(inputs.mean), "var": torch.ones_like(inputs.mean)}
+            if weight not in self._layers:
+                continue
+            self._make_statistics(weight, inputs.mean)
             own, var = self.own[weight], inputs.squares / inputs.count
             finite = torch.isfinite(inputs.mean) & torch.isfinite(var)
             for name, value in (("mean", inputs.mean), ("var", var)):
                 own[name] = torch.where(finite, own[name].lerp(value, 1.0 - self.stat_momentum), own[name])
             own["rows"] = inputs.rows
 
+    def _make_statistics(self, weight: Tensor, mean: Tensor) -> None:
+        """Statistics of a layer that was not seen, unless it has some: they wait for its first input."""
+        if not self._is_known(weight):
+            self.own[weight] = {"mean": torch.zeros_like(mean), "var": torch.ones_like(mean), "rows": 0}
+
+    def _is_known(self, weight: Tensor) -> bool:
+        return weight in self.state and f"{self._start}rows" in self.state[weight]
+
+    def _is_seen(self, weight: Tensor) -> bool:
+        return self._is_known(weight) and self.state[weight][f"{self._start}rows"] > 0
+
     # The step.
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
         """Step ``base`` on preconditioned gradients; with a closure, evaluate it first and return its value."""
         value = self._evaluated(closure)
         self._update()
         return value
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def _update(self) -> None:
+        self._find_again()
+        if self._asked_for_states_only():
+            self._step_base()
+            for weight, layer in self._layers.items():
+                if weight.grad is not None:
+                    dtype = statistics_dtype(weight)
+                    self._make_statistics(weight, torch.zeros(layer.channels, dtype=dtype, device=weight.device))
+            return
         self._update_statistics()
+        self._warn_of_unseen()
         if self.compose == "gradient":
             transformed: dict[Tensor, Tensor] = {}
             for layer in self._with_statistics():
@@ -206,7 +271,7 @@ class BNP(Wrapper):
     def _with_statistics(self) -> Iterator[Coordinates]:
         """The layers whose gradients are transformed in this step."""
         for weight, layer in self._layers.items():
-            if weight.grad is None or weight not in self.own:
+            if weight.grad is None or not self._is_seen(weight):
                 continue
             if weight.grad.layout != torch.strided:
                 raise RuntimeError(f"the gradient of a layer must be dense, got {weight.grad.layout}")
@@ -216,3 +281,33 @@ class BNP(Wrapper):
             s2 = var + self.eps1 * var.max() + self.eps2
             q2 = max(math.prod(weight.shape[1:]) / own["rows"], 1.0)
             yield Coordinates(weight, bias, own["mean"], s2, q2)
+
+    # What does nothing says so.
+
+    def _warn_of_unseen(self) -> None:
+        """Warn of layers that have gradients although no hook saw an input: base's plain step is all they get."""
+        awaited, self._awaited = self._awaited, set(self._layers)
+        if not self._observes:
+            return
+        unseen = {
+            weight
+            for weight in self._layers
+            if weight in awaited
+            and weight.grad is not None
+            and not self._is_seen(weight)
+            and (weight.grad.layout != torch.strided or weight.grad.any())
+        }
+        if unseen:
+            self._warn(
+                {layer for layer in self._watched if layer._parameters.get("weight") in unseen},
+                "have gradients but no inputs were seen, so they take base's plain step. Inputs are seen where the layer itself "
+                "is called, in train() mode, with gradients enabled, and if torch.compile first ran the model after BNP was built",
+            )
+
+    def _warn(self, layers: set[nn.Module], what: str) -> None:
+        """Warn once of the same layers."""
+        names = [name or type(layer).__name__ for name, layer in self.module.named_modules() if layer in layers]
+        message = f"layers {', '.join(names)} {what}"
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,13 +55,13 @@ class FOP(Wrapper):
             overestimated by at most a factor :math:`r^{1/32}`: 1.07 for 9 rows, 1.3 for 4096.
 
     Raises:
-        TypeError: ``base`` is not an optimizer.
+        TypeError: ``base`` is not an optimizer, or one that needs a closure.
         ValueError: an argument is out of range, or a group of ``base`` has no ``lr``.
-        RuntimeError: at the step, for a sparse or complex gradient; for a sharded parameter, unless ``mode="diagonal"`` and
-            ``normalize=None``; for an M that was saved in another mode and has another shape.
+        RuntimeError: for a sharded parameter, unless ``mode="diagonal"`` and ``normalize=None``; at the step, for a sparse or
+            complex gradient, and for an M that was saved in another mode and has another shape.
 
-    State: per parameter, in ``own``: ``preconditioner`` (M, in float32, or float64 where gradients are) and ``previous_grad``.
-    A checkpoint has them as "fop_preconditioner" and "fop_previous_grad"; it does not have the arguments.
+    State: per parameter, "fop_preconditioner" (M, in float32, or float64 where gradients are) and "fop_previous_grad", among
+    the states of ``base``; a checkpoint does not have the arguments. ``own[p]`` has them without the prefix.
 
     Source: Moskovitz et al. 2019, arXiv 1910.08461, for the method; the formulas are derived in docs/theory.md, D, and what an
     M of a linear layer mixes, the normalisations and the defaults are this project's.
@@ -90,6 +91,7 @@ class FOP(Wrapper):
         max_norm: float = 10.0,
     ) -> None:
         super().__init__(base)
+        self._check_steps_alone()
         names = (normalize,) if isinstance(normalize, str) else tuple(normalize or ())
         check_nonnegative("hypergradient learning rate", "hyper_lr", hyper_lr)
         if mode not in MODES:
@@ -101,11 +103,26 @@ class FOP(Wrapper):
         if any("lr" not in group for group in base.param_groups):
             raise ValueError(f"base must have an lr in each of its groups, got {type(base).__name__}")
         self.hyper_lr, self.mode, self.normalize, self.max_norm = hyper_lr, mode, frozenset(names), max_norm
+        for p in self._params():
+            self._check_shards(p)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to ``base``."""
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            self._check_shards(p)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
         """Update each M by the last two gradients, and step ``base`` on the preconditioned ones."""
         loss = self._evaluated(closure)
+        if self._asked_for_states_only():
+            self._step_base()
+            for p in self._params():
+                if p.grad is not None and not p.is_complex() and not self._why_not_sharded(p):
+                    self._make_m(p, torch.zeros_like(p.grad))
+            return loss
         aligned = aligned_gradients(self.param_groups)
         gradients = {
             p: (aligned.get(p, p.grad), group["lr"])
@@ -136,33 +153,52 @@ class FOP(Wrapper):
         """Raise for a gradient that this class cannot precondition, and for an M of another mode."""
         if grad.layout != torch.strided or grad.is_complex():
             raise RuntimeError(f"FOP takes dense real gradients, got layout {grad.layout} and dtype {grad.dtype}")
-        cut = [
-            dim
-            for dim, placement in enumerate(getattr(p, "placements", ()))
-            if not placement.is_replicate() and p.device_mesh.size(dim) > 1  # type: ignore[attr-defined]
-        ]
-        if cut and (self._mixed(p) or self.normalize):
-            raise RuntimeError(
-                "a sharded parameter must have mode='diagonal' and normalize=None, "
-                f"got {self.mode!r} and {sorted(self.normalize)} for shape {tuple(p.shape)}"
-            )
-        if p in self.own and (shape := self.own[p]["preconditioner"].shape) != self._shape(p):
+        self._check_shards(p)
+        if self._has_m(p) and (shape := self.own[p]["preconditioner"].shape) != self._shape(p):
             raise RuntimeError(
                 f"M must have shape {tuple(self._shape(p))} with mode={self.mode!r}, "
                 f"got {tuple(shape)}, of a checkpoint with another mode"
             )
 
+    def _check_shards(self, p: Tensor) -> None:
+        if why := self._why_not_sharded(p):
+            raise RuntimeError(why)
+
+    def _why_not_sharded(self, p: Tensor) -> str:
+        """What is wrong with the way a parameter is sharded; nothing where M is elementwise."""
+        cut = [
+            dim
+            for dim, placement in enumerate(getattr(p, "placements", ()))
+            if not placement.is_replicate() and p.device_mesh.size(dim) > 1  # type: ignore[attr-defined]
+        ]
+        if not cut or not (self._mixed(p) or self.normalize):
+            return ""
+        return (
+            "a sharded parameter must have mode='diagonal' and normalize=None, "
+            f"got {self.mode!r} and {sorted(self.normalize)} for shape {tuple(p.shape)}"
+        )
+
+    def _has_m(self, p: Tensor) -> bool:
+        """True for a parameter with an M and a last gradient, which is 0 until there was one."""
+        names = (f"{self._start}preconditioner", f"{self._start}previous_grad")
+        return p in self.state and all(name in self.state[p] for name in names)
+
+    def _make_m(self, p: Tensor, previous: Tensor) -> None:
+        """The first M."""
+        if not self.hyper_lr or not p.numel():
+            return
+        dtype = torch.promote_types(previous.dtype, torch.float32)
+        if self._mixed(p):
+            M = torch.eye(self._shape(p)[0], dtype=dtype, device=previous.device)
+        else:
+            M = torch.ones_like(previous, dtype=dtype)
+        self.own[p] = {"preconditioner": M, "previous_grad": previous}
+
     def _preconditioned(self, p: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
         """M M^T g, after M was updated by g and the gradient before; g itself at the first one."""
         dims = self._mixed(p)
-        if p not in self.own:
-            if self.hyper_lr and p.numel():
-                dtype = torch.promote_types(grad.dtype, torch.float32)
-                if dims:
-                    M = torch.eye(self._shape(p)[0], dtype=dtype, device=grad.device)
-                else:
-                    M = torch.ones_like(grad, dtype=dtype)
-                self.own[p] = {"preconditioner": M, "previous_grad": grad.clone()}
+        if not self._has_m(p):
+            self._make_m(p, grad.clone())
             return grad
         own = self.own[p]
         M, g, previous = local(own["preconditioner"]), local(grad), local(own["previous_grad"])
@@ -177,7 +213,8 @@ class FOP(Wrapper):
         else:
             new = M + 2.0 * rate * G * last * M
         if "matrix" in self.normalize:
-            new = new * (math.sqrt(len(M) if dims else M.numel()) / torch.linalg.vector_norm(new))
+            scaled = new * (math.sqrt(len(M) if dims else M.numel()) / torch.linalg.vector_norm(new))
+            new = torch.where(last.any(), scaled, M)  # the first gradient leaves M at I, to the bit
         # NaN, infinity and 0 are refused: an overflowed Frobenius norm makes M 0, and no update leads away from 0.
         norm = _norm_bound(new) if dims else new.abs()
         M.copy_(torch.where((norm > 0.0) & (norm <= self.max_norm), new, M))
@@ -185,7 +222,8 @@ class FOP(Wrapper):
         U = (M @ M.T) @ G if dims else M * M * G
         if "step" in self.normalize:
             before, after = torch.linalg.vector_norm(G), torch.linalg.vector_norm(U)
-            U = U * torch.where(after > 0.0, before / after, torch.ones_like(after))
+            scale = torch.where((after > 0.0) & ~_is_identity(M, dims), before / after, torch.ones_like(after))
+            U = U * scale
         return like(p, torch.empty_like(g).copy_(_tensor(U, dims, g.shape)))
 
 
@@ -202,6 +240,13 @@ def _tensor(matrix: Tensor, dims: tuple[int, ...], shape: torch.Size) -> Tensor:
         return matrix
     rest = [n for dim, n in enumerate(shape) if dim not in dims]
     return matrix.reshape([shape[dim] for dim in dims] + rest).movedim(tuple(range(len(dims))), dims)
+
+
+def _is_identity(M: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """True where M M^T G is G: sums of its squares in another order would scale it by the last bit."""
+    if not dims:
+        return (M == 1.0).all()
+    return (M.diagonal() == 1.0).all() & (torch.count_nonzero(M) == len(M))
 
 
 def _norm_bound(M: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch import Tensor
 from ._core.metric import Metric, of_parts
 from ._core.optimizer import FusedOptimizer
 from ._core.passes import Job, Pass
+from ._core.sharding import aligned_gradients, like
 from ._methods.rotated import Rotated
+from ._wrappers.accumulated import Earlier
 from ._wrappers.wrapper import Wrapper
 
 T = TypeVar("T")
@@ -67,6 +69,7 @@ class GradientRegularizer(Wrapper):
     """
 
     _prefix = "gradient_regularizer"
+    _needs_closure = True
 
     def __init__(self, base: FusedOptimizer, rho: float = 0.01, radius: float = 1e-3) -> None:
         super().__init__(base)
@@ -87,55 +90,81 @@ class GradientRegularizer(Wrapper):
         """What deepcopy and pickle keep."""
         return {name: value for name, value in super().__getstate__().items() if name not in ("_passes", "_backups")}
 
-    def step(self, closure: Callable[[], T] | None = None) -> T:
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], T]) -> T: ...
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def step(self, closure: Callable[[], T] | None = None) -> T | None:
         """Evaluate the closure at p and at p + r u, and step on the combination of both gradients."""
         if closure is None:
-            raise RuntimeError("GradientRegularizer.step needs a closure that evaluates the loss and its gradients")
-        with torch.enable_grad():
-            loss = closure()
-        if self.rho > 0.0:
-            self._combine(closure)
-        self.base.step()
+            if not self._asked_for_states_only():
+                raise RuntimeError("GradientRegularizer.step needs a closure that evaluates the loss and its gradients")
+            self._step_base()
+            return None
+        if self.rho == 0.0:
+            loss = self._evaluated(closure)
+        else:
+            earlier = Earlier(self._params())
+            try:
+                with earlier.handed_out():
+                    loss = self._evaluated(closure)
+                self._combine(closure, earlier)
+            except BaseException:
+                earlier.restore()
+                raise
+        self._step_base()
         return loss
 
     @torch.no_grad()
-    def _combine(self, closure: Callable[[], T]) -> None:
+    def _combine(self, closure: Callable[[], T], earlier: Earlier) -> None:
         base: Any = self.base
         if isinstance(base, Rotated) and any(map(base.rotates, base.param_groups)):
             raise TypeError(f"base must have no basis, got a {type(base).__name__}")
-        first: dict[Tensor, Tensor] = {}
+        aligned = aligned_gradients(self.param_groups)
+        first = {p: _unshared(aligned.get(p, p.grad)) for p in self._params()}
+        moved: list[Tensor] = []
         jobs: dict[str, list[Job]] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                metric = None if p.grad is None else base.metric_of(p, group)
-                if metric is not None:
-                    first[p] = p.grad
-                    rule, job = self._job(p, p.grad, group, metric)
+                g = first[p]
+                metric = None if g is None else base.metric_of(p, group)
+                if g is not None and metric is not None:
+                    moved.append(p)
+                    rule, job = self._job(p, g, group, metric)
                     jobs.setdefault(rule, []).append(job)
         if not jobs:
             return
+        kept = earlier.kept()
         split = base.states.remainders.watched()
         base.states.begin(split)
-        others = {p: p.grad for p in self._params() if p not in first}
-        for p in self._params():
+        for p in first:
             p.grad = None  # else a closure could zero the first gradient in place
+        earlier.hand_out_again(kept)
         for rule, of_rule in jobs.items():
             names = ("backup", "v") if rule == "perturb_adaptive" else ("backup",)
             if rule not in self._passes:
                 self._passes[rule] = Pass(rule, names, base.engine.settings["backend"])
             self._passes[rule].run(of_rule)
         try:
-            with torch.enable_grad():
-                closure()
+            self._evaluated(closure)
         finally:
-            for p in first:
+            for p in moved:
                 p.copy_(self._backups[p])
             # p is what it was, so the remainder of a split weight still belongs to it.
             base.states.end(split)
+        second = {p: p.grad for p in first} | aligned_gradients(self.param_groups)
+        if kept and not all(_same(g, second[p]) for p, g in first.items()):
+            raise RuntimeError(
+                f"the closure must evaluate all micro-batches, got {len(kept)} parameters with an earlier gradient in .grad, which "
+                "cannot be evaluated again at the second point: call zero_grad before the step or in the closure"
+            )
         for p, g in first.items():
-            p.grad = g if p.grad is None else g.lerp(p.grad, self.rho / self.radius)
-        for p, grad in others.items():
-            p.grad = grad
+            p.grad = g
+        for p in moved:
+            g, other = first[p], second[p]
+            if g is not None and other is not None:
+                p.grad = g.lerp(other, self.rho / self.radius)
 
     def _job(self, p: Tensor, g: Tensor, group: dict[str, Any], metric: Metric) -> tuple[str, Job]:
         """The rule that moves a parameter along P P^T g, or along g where base has no P, and its operands."""
@@ -151,4 +180,16 @@ class GradientRegularizer(Wrapper):
         v = metric.v
         if metric.known is not None:
             v = of_parts(lambda v, known: torch.where(known > 0, v, 0.0), v, metric.known)
+        v = v if hasattr(v, "placements") else like(p, v)
         return "perturb_adaptive", Job(p, g, {**state, "v": v}, hyper, sign)
+
+
+def _unshared(g: Tensor | None) -> Tensor | None:
+    """A gradient in memory that the next backward pass does not write: DistributedDataParallel may keep views of its buckets."""
+    return g.clone() if g is not None and g._is_view() else g
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)

@@ -259,3 +259,201 @@ def test_a_complex_parameter_is_two_real_ones(cls, kwargs):
         for _ in range(4):
             optimizer.step(closure_of(optimizer, lambda p=p, f=as_complex: (f(p).exp() * f(p)).abs().square().sum()))
     torch.testing.assert_close(torch.view_as_real(w.detach()), x.detach(), rtol=1e-12, atol=0)
+
+
+# Micro-batches.
+
+X = torch.randn(12, 6, generator=torch.Generator().manual_seed(5), dtype=F64)
+MICRO = {
+    # How a closure of the whole batch is written: whether it zeroes gradients, and whether somebody did before the step.
+    "none inside": (dict(set_to_none=True), None),
+    "zero inside": (dict(set_to_none=False), None),
+    "none before": (None, dict(set_to_none=True)),
+    "zero before": (None, dict(set_to_none=False)),
+    "both": (dict(set_to_none=False), dict(set_to_none=False)),
+}
+
+
+def net_of(cls=precond.AdamW, **kwargs):
+    torch.manual_seed(2)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).double()
+    base = cls(net.parameters(), **{"lr": 0.05, **kwargs})
+    return net, precond.GradientRegularizer(base, rho=0.2, radius=0.05)
+
+
+def loss_of(net, rows):
+    return net(X[rows]).square().sum() / len(X)
+
+
+def full_batch(net, optimizer):
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(net, slice(None))
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("way", MICRO)
+@pytest.mark.filterwarnings("ignore:Using backward.* with create_graph=True")
+def test_a_closure_may_loop_over_micro_batches(way, create_graph):
+    inside, before = MICRO[way]
+    (net, optimizer), (twin, whole) = net_of(), net_of()
+
+    def closure():
+        if inside is not None:
+            optimizer.zero_grad(**inside)
+        total = 0.0
+        for begin in range(0, 12, 4):
+            loss = loss_of(net, slice(begin, begin + 4))
+            loss.backward(create_graph=create_graph)
+            total += loss.item()
+        return total
+
+    for _ in range(4):
+        if before is not None:
+            optimizer.zero_grad(**before)
+        value = optimizer.step(closure)
+        assert value == pytest.approx(whole.step(full_batch(twin, whole)).item())
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+    if create_graph:
+        for p in net.parameters():
+            p.grad = None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("touched", ["all", "other layers"])
+@pytest.mark.filterwarnings("ignore:Using backward.* with create_graph=True")
+def test_earlier_micro_batches_are_refused_with_everything_as_it_was(parts, create_graph, touched):
+    net, optimizer = net_of()
+    optimizer.step(full_batch(net, optimizer))  # P is known from here on
+    optimizer.zero_grad()
+    if touched == "all":
+        loss_of(net, slice(0, 4)).backward()
+    else:
+        net[0](X[:4]).square().sum().backward()  # gradients that the closure does not touch
+
+    def closure():
+        for rows in torch.arange(4, 12).chunk(parts):
+            loss = loss_of(net, rows) if touched == "all" else net[2](X[rows, :5]).square().sum()
+            loss.backward(create_graph=create_graph)
+
+    before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    gradients = [(p.grad, None if p.grad is None else p.grad.clone()) for p in net.parameters()]
+    with pytest.raises(RuntimeError, match="the closure must evaluate all micro-batches, got .* call zero_grad before"):
+        optimizer.step(closure)
+    for p, (grad, values) in zip(net.parameters(), gradients, strict=True):
+        assert p.grad is grad
+        assert grad is None or torch.equal(grad, values)
+    assert all(map(torch.equal, net.state_dict().values(), before[0].values()))
+    assert str(optimizer.state_dict()) == str(before[1])
+    optimizer.step(full_batch(net, optimizer))
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in net.parameters())
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_earlier_gradients_of_linear_losses_are_added(parts):
+    """Without curvature there is nothing to evaluate again, and the step is that of base."""
+    w, v = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer, plain = precond.GradientRegularizer(precond.SGD([w], lr=0.1)), precond.SGD([v], lr=0.1)
+    factors = torch.tensor([[0.1, 0.7, -3.0, 1e-3], [0.3, 11.0, 0.4, 0.5], [0.9, 0.6, -0.4, 1e4]])
+    for _ in range(3):
+        optimizer.zero_grad()
+        plain.zero_grad()
+        (0.5 * w).sum().backward()
+
+        def closure():
+            for factor in factors[:parts]:
+                (factor * w).sum().backward()
+
+        optimizer.step(closure)
+        (0.5 * v).sum().backward()
+        for factor in factors[:parts]:
+            (factor * v).sum().backward()
+        plain.step()
+        assert torch.equal(w, v)
+
+
+def test_gradients_of_the_last_step_are_not_added_in_silence():
+    """A closure that never zeroes them."""
+    net, optimizer = net_of()
+
+    def closure():
+        loss_of(net, slice(None)).backward()
+
+    optimizer.step(closure)
+    with pytest.raises(RuntimeError, match="the closure must evaluate all micro-batches"):
+        optimizer.step(closure)
+
+
+def test_a_closure_may_assign_gradients():
+    (net, optimizer), (twin, whole) = net_of(), net_of()
+
+    def closure():
+        gradients = torch.autograd.grad(loss_of(net, slice(None)), list(net.parameters()))
+        for p, g in zip(net.parameters(), gradients, strict=True):
+            if p.grad is None:
+                p.grad = g
+            else:
+                p.grad.copy_(g)
+
+    for _ in range(3):
+        optimizer.step(closure)
+        whole.step(full_batch(twin, whole))
+    assert all(map(torch.equal, net.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_closure_that_fails_leaves_parameters_and_gradients(at):
+    net, optimizer = net_of()
+    optimizer.step(full_batch(net, optimizer))
+    calls = []
+
+    def closure():
+        full_batch(net, optimizer)()
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyError("no loss")
+
+    before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    with pytest.raises(KeyError, match="no loss"):
+        optimizer.step(closure)
+    assert all(map(torch.equal, net.state_dict().values(), before[0].values()))
+    assert str(optimizer.state_dict()) == str(before[1])
+
+
+def test_watching_gradients_does_not_compile_the_model_again():
+    net, optimizer = net_of()
+    compiled = torch.compile(net.float(), backend="eager")
+    x = X.float()
+
+    def closure():
+        optimizer.zero_grad()
+        compiled(x).square().mean().backward()
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(4):
+            optimizer.step(closure)
+
+
+# Steps without a closure.
+
+
+def test_a_step_without_a_closure_only_makes_states():
+    net, optimizer = net_of()
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(RuntimeError, match="needs a closure"):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert optimizer.step() is None
+    assert {len(state) for state in optimizer.state.values()} == {3}
+    assert all(float(state["step"]) == 0.0 for state in optimizer.state.values())
+    with pytest.raises(RuntimeError, match="needs a closure"):
+        optimizer.step()

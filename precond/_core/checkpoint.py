@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from .rows import Group
 
 
 @contextlib.contextmanager
-def states_as_saved(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """While torch loads a checkpoint: states have the dtype they were saved in and memory of their own. torch casts and aliases
-    them.
+def states_as_saved(
+    optimizer: torch.optim.Optimizer, concerned: Callable[[object], bool] = lambda name: True
+) -> Iterator[None]:
+    """While torch loads a checkpoint: states, or those of some names, have the dtype they were saved in and memory of their own.
+    torch casts and aliases them.
     """
     # What torch loads is what the user's hooks made of the dictionary; ours sees it last, and mends before theirs.
     final: dict[str, Any] = {}
@@ -25,6 +27,8 @@ def states_as_saved(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for saved_id, p in zip(saved_ids, params, strict=True):
             for name, saved in final["state"].get(saved_id, {}).items():
+                if not concerned(name):
+                    continue
                 if isinstance(saved, Tensor) and name == "step":
                     optimizer.state[p][name] = optimizer.state[p][name].clone()
                 elif isinstance(saved, Tensor):

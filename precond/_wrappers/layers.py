@@ -21,8 +21,12 @@ class Layer:
 
 def plain_layers(module: nn.Module) -> Iterator[nn.Module]:
     """The dense layers and convolutions whose forward is that of torch's class."""
+    # nn.MultiheadAttention multiplies by this layer's weight itself and never runs it.
+    never_run = {of.out_proj for of in module.modules() if isinstance(of, nn.MultiheadAttention)}
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
+        if layer in never_run:
+            plain = False
+        elif isinstance(layer, nn.Linear):
             plain = type(layer).forward is nn.Linear.forward
         elif isinstance(layer, _CONVOLUTIONS):
             kind = next(kind for kind in _CONVOLUTIONS if isinstance(layer, kind))

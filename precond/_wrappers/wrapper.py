@@ -1,53 +1,99 @@
-"""The base class of wrappers: an optimizer around another one, with the other one's groups."""
+"""The base class of wrappers: an optimizer around another one, with the other one's groups and states."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+
+from .._core.backend import on_device
+from .._core.checkpoint import states_as_saved
+from .._core.optimizer import FusedOptimizer
+from .._core.sharding import local
+from .entries import Own, add_prefix, is_entry
 
 T = TypeVar("T")
 
 
 class Wrapper(torch.optim.Optimizer):
     """Base class. ``param_groups``, ``defaults`` and ``state`` are those of ``base``, so schedulers, ``GradScaler`` and
-    ``torch.distributed.checkpoint`` work on either. A subclass keeps its states per parameter in ``own``.
+    ``torch.distributed.checkpoint`` work on either.
 
-    ``state_dict`` saves the entries of ``own`` among a parameter's states, with ``_prefix`` before their names. They are not in
-    ``state`` itself, because torch's optimizers take an empty ``state[p]`` for a first step.
+    What a subclass keeps per parameter stands among the states of ``base``, with ``_prefix`` before the names; ``own`` shows it
+    without.
     """
 
-    #: Stands before the names of ``own`` entries in a checkpoint.
+    #: Stands before the names of entries.
     _prefix: ClassVar[str]
+    #: True where a step needs a closure.
+    _needs_closure: ClassVar[bool] = False
 
     base: torch.optim.Optimizer
-    own: dict[Tensor, dict[str, Any]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        add_prefix(cls._prefix)
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         if not isinstance(base, torch.optim.Optimizer):
             raise TypeError(f"base must be a torch.optim.Optimizer, got {type(base).__name__}")
-        self.base, self.own = base, {}
+        self.base = base
         self._set_up()
 
     def _set_up(self) -> None:
         torch.optim.Optimizer.__setstate__(self, {})  # makes the dictionaries of hooks, and `step` call them
+        inside = sum(wrapper._prefix == self._prefix for wrapper in self._wrappers_inside())
+        #: How the names of this wrapper's entries begin.
+        self._start = f"{self._prefix}_" if inside == 0 else f"{self._prefix}{inside + 1}_"
+
+    def _wrappers_inside(self) -> Iterator[Wrapper]:
+        base = self.base
+        while isinstance(base, Wrapper):
+            yield base
+            base = base.base
+
+    def _check_steps_alone(self) -> None:
+        """Raise for a base whose step needs a closure: there is one gradient to hand to it."""
+        base = self.base
+        closure = inspect.signature(type(base).step).parameters.get("closure")
+        needed = closure is not None and closure.default is inspect.Parameter.empty
+        if needed or (isinstance(base, Wrapper) and base._needs_closure):
+            raise TypeError(f"base must be an optimizer that steps without a closure, got {type(base).__name__}")
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The groups of ``base``."""
         return self.base.param_groups
 
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The defaults of ``base``."""
         return self.base.defaults
 
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """The states of ``base``."""
+        """The states of ``base``, with the entries of wrappers."""
         return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def own(self) -> Own:
+        """What this class keeps per parameter: a view of ``state``, with names without the prefix."""
+        return Own(self.state, self._params, self._start)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop or zero all gradients."""
@@ -61,43 +107,47 @@ class Wrapper(torch.optim.Optimizer):
         """Every parameter, at the position by which a checkpoint knows it."""
         return [p for group in self.param_groups for p in group["params"]]
 
+    # Checkpoints.
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def state_dict(self) -> dict[str, Any]:
-        """The checkpoint of ``base``, with the entries of ``own`` among the states."""
+        """The checkpoint of ``base``, whose states have the entries of wrappers."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        params = self._params()
+        self._forget_strangers(params)
         saved = self.base.state_dict()
-        state = dict(saved["state"])
-        for i, p in enumerate(self._params()):
-            if p in self.own:
-                state[i] = {**state.get(i, {}), **{f"{self._prefix}_{name}": v for name, v in self.own[p].items()}}
-        saved = {**saved, "state": state}
+        if any(map(is_entry, (name for state in saved["state"].values() if isinstance(state, dict) for name in state))):
+            # torch.distributed.checkpoint takes states for all trained parameters, or for none.
+            empty: dict[int, dict[str, Any]] = {i: {} for i, p in enumerate(params) if p.requires_grad}
+            saved = {**saved, "state": {**saved["state"], **{i: {} for i in empty if i not in saved["state"]}}}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, saved)
             saved = saved if changed is None else changed
         return saved
 
+    def _forget_strangers(self, params: list[Tensor]) -> None:
+        """Drop the entries of parameters that are in no group any more: torch saves no state of theirs."""
+        for p in self.state.keys() - set(params):
+            if isinstance(p, Tensor) and self.state[p] and all(map(is_entry, self.state[p])):
+                del self.state[p]
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this class; one of ``base`` alone starts with ``own`` empty."""
+        """Load a checkpoint of this class; one of ``base`` alone starts without entries."""
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        start = f"{self._prefix}_"
-        plain, own = {}, {}
-        for i, state in state_dict["state"].items():
-            plain[i] = {name: value for name, value in state.items() if not str(name).startswith(start)}
-            own[i] = {name[len(start) :]: value for name, value in state.items() if str(name).startswith(start)}
-        self.base.load_state_dict(
-            {**state_dict, "state": {i: state for i, state in plain.items() if state or not own[i]}}
-        )
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        self.own = {}
-        for i, p in zip(saved_ids, self._params(), strict=True):
-            if own.get(i):
-                self.own[p] = {
-                    name: value.detach().to(p.device, copy=True) if isinstance(value, Tensor) else value
-                    for name, value in own[i].items()
-                }
+        if isinstance(self.base, (Wrapper, FusedOptimizer)):  # which keep dtypes
+            self.base.load_state_dict(state_dict)
+        else:
+            with states_as_saved(self.base, is_entry):
+                self.base.load_state_dict(state_dict)
+        for p in filter(self.state.__contains__, self._params()):
+            # {} is what torch.distributed.checkpoint makes of a state that a flat checkpoint does not have.
+            for name in [n for n, value in self.state[p].items() if is_entry(n) and isinstance(value, dict)]:
+                del self.state[p][name]
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -108,11 +158,16 @@ class Wrapper(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what ``__getstate__`` kept."""
+        state = dict(state)
+        own = state.pop("own", {})  # of a pickle from when entries were no states
         self.__dict__.update(state)
         self._set_up()
+        self.own.update(own)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"
+
+    # The step.
 
     @staticmethod
     def _evaluated(closure: Callable[[], T] | None) -> T | None:
@@ -122,13 +177,44 @@ class Wrapper(torch.optim.Optimizer):
         with torch.enable_grad():
             return closure()
 
-    def _with_gradients(self, gradients: dict[Tensor, Tensor]) -> None:
-        """Step ``base`` on other gradients, and restore ``.grad``."""
-        before = {p: p.grad for p in gradients}
-        for p, g in gradients.items():
-            p.grad = g
+    def _asked_for_states_only(self) -> bool:
+        """True for a first step at lr 0 on gradients of zeros, which is how torch.distributed.checkpoint has states made."""
+        if any(self.state.values()):
+            return False
+        rates = [group.get("lr") for group in self.param_groups]
+        if any(lr is None or on_device(lr) or float(lr) != 0.0 for lr in rates):
+            return False
+        gradients = [p.grad for p in self._params() if p.grad is not None]
+        return bool(gradients) and not any(g.layout != torch.strided or local(g).any() for g in gradients)
+
+    def _step_base(self) -> None:
+        """Step ``base``, from which entries are hidden: torch's optimizers take an empty ``state[p]`` for a first step. Those of
+        precond look for names.
+        """
+        if isinstance(self.base, (Wrapper, FusedOptimizer)):
+            self.base.step()
+            return
+        hidden: dict[Tensor, dict[str, Any]] = {}
+        for p, state in list(self.state.items()):
+            entries = {name: state.pop(name) for name in list(state) if is_entry(name)}
+            if entries:
+                hidden[p] = entries
+                if not state:
+                    del self.state[p]
         try:
             self.base.step()
+        finally:
+            for p, entries in hidden.items():
+                self.state.setdefault(p, {}).update(entries)
+
+    def _with_gradients(self, gradients: dict[Tensor, Tensor]) -> None:
+        """Step ``base`` on other gradients, of the dtypes of those that are there, and restore ``.grad``."""
+        before = {p: p.grad for p in gradients}
+        try:
+            for p, g in gradients.items():
+                grad = before[p]
+                p.grad = g if grad is None else g.to(grad.dtype)
+            self._step_base()
         finally:
             for p, grad in before.items():
                 p.grad = grad

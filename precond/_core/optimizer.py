@@ -238,9 +238,20 @@ class FusedOptimizer(torch.optim.Optimizer):
                 del group[name]  # as in torch's groups, or a flat checkpoint does not go both ways
 
     def __getstate__(self) -> dict[str, Any]:
-        """What deepcopy and pickle keep: torch's three dictionaries and our own settings."""
+        """What deepcopy and pickle keep: torch's three dictionaries, our own settings, and the split weights that others write."""
+        self._drop_stale_remainders()
         lost = {} if self._own["norm_process_group"] is None else {"norm_process_group": LOST}
-        return {**super().__getstate__(), "_own": self._own | lost}
+        written = self._states.remainders.written()
+        return {**super().__getstate__(), "_own": self._own | lost, **({"_written": written} if written else {})}
+
+    def _drop_stale_remainders(self) -> None:
+        """Before states are saved: a remainder that is loaded is trusted."""
+        self.states.begin(p for group in self.param_groups for p in group["params"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states and groups, as torch has them."""
+        self._drop_stale_remainders()
+        return super().state_dict()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickled optimizer, or the groups and states of a checkpoint."""
@@ -262,7 +273,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._group_options,
         )
         before: Engine | None = self.__dict__.get("_engine")
-        self._states = ParamStates(recipe, self._own["seed"])
+        written = self.__dict__.pop("_written", None)
+        if written is None and "_states" in self.__dict__:
+            written = self._states.remainders.written()
+        self._states = ParamStates(recipe, self._own["seed"], written or ())
         self._engine = Engine(
             self._states,
             Checks(type(self), self._sparse_rules, self._own),

@@ -6,8 +6,8 @@ export PRECOND_CUDA_ARCHS ?= 90
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 CPP := $(wildcard csrc/*/* tests/cpp/*.cpp tests/cpp/*.h tests/cpp/rules/*.h tests/cuda_on_host/* tests/machine_code/*.c* bench/*.cu)
-TOOLS := torch triton numpy scipy scikit-learn pybind11 ninja cmake setuptools pytest pytest-xdist filelock pytest-benchmark hypothesis matplotlib \
-	tqdm ruff mypy clang-format build
+TOOLS := torch triton numpy scipy scikit-learn pybind11 ninja cmake setuptools pytest pytest-xdist filelock pytest-benchmark hypothesis expecttest \
+	matplotlib tqdm ruff mypy clang-format build
 
 .PHONY: setup build test test-all lint format bench codegen demo gpu sanitize dist clean
 

@@ -21,6 +21,7 @@ class _RatioOfMeans(FusedOptimizer):
 
     _name: str
     _counts_steps = True
+    _older_options = {**FusedOptimizer._older_options, "capturable": False}
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])
@@ -28,11 +29,6 @@ class _RatioOfMeans(FusedOptimizer):
             raise ValueError(f"Invalid rho value: {defaults['rho']} (rho must be in [0, 1])")
         check_nonnegative("epsilon value", "eps", defaults["eps"])
         check_nonnegative("weight_decay value", "weight_decay", defaults["weight_decay"])
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("capturable", False)
 
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group, "rho", "eps")

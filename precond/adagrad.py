@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative
+from ._core.arguments import L1_OPTIONS, arguments, check_lr, check_nonnegative, number
 from ._core.formats import StateFormat
 from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
@@ -42,6 +42,7 @@ class _SumOfSquares(FusedOptimizer):
     @classmethod
     def _initial(cls, p: Tensor, group: dict[str, Any]) -> complex:
         value = group["initial_accumulator_value"]
+        value = float(value.detach() if isinstance(value, Tensor) else number(value))
         return complex(value, value) if p.is_complex() else value
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:

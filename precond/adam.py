@@ -99,26 +99,17 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
         check_lr(lr)
         check_nonnegative("epsilon value", "eps", defaults["eps"])
-        check_betas(betas)
+        betas = check_betas(betas)
         check_nonnegative("weight_decay value", "weight_decay", defaults["weight_decay"])
         if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor) or not all(
             isinstance(b, float | Tensor) for b in betas
         ):
             raise ValueError(f"betas must be either both floats or both Tensors, got {betas}")
         for i, beta in enumerate(betas):
-            if isinstance(beta, Tensor):
-                if defaults["foreach"] and not defaults["capturable"]:
-                    raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
-                if beta.numel() != 1:
-                    raise ValueError(f"Tensor betas[{i}] must be 1-element, got {beta.numel()} elements")
-        defaults["betas"] = tuple(betas)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("amsgrad", False)
-            group.setdefault("capturable", False)
-            group.setdefault("decoupled_weight_decay", False)
+            if isinstance(beta, Tensor) and defaults["foreach"] and not defaults["capturable"]:
+                raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
+        # Without dimensions, as torch keeps them.
+        defaults["betas"] = tuple(beta.squeeze() if isinstance(beta, Tensor) else beta for beta in betas)
 
     def _row(self, group: dict[str, Any]) -> Row:
         suffix = "_amsgrad" if group["amsgrad"] else ""

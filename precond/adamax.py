@@ -21,17 +21,13 @@ class _LargestGradient(FusedOptimizer):
 
     _name: str
     _eps_inside: bool
+    _older_options = {**FusedOptimizer._older_options, "capturable": False}
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])
         check_nonnegative("epsilon value", "eps", defaults["eps"])
-        check_betas(defaults["betas"])
+        defaults["betas"] = check_betas(defaults["betas"])
         check_nonnegative("weight_decay value", "weight_decay", defaults["weight_decay"])
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("capturable", False)
 
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group, "eps")

@@ -87,7 +87,7 @@ class Lion(FusedOptimizer):
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])
-        check_betas(defaults["betas"])
+        defaults["betas"] = check_betas(defaults["betas"])
         check_nonnegative("weight_decay value", "weight_decay", defaults["weight_decay"])
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:

@@ -70,6 +70,8 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
     """
 
     _why_not_one_pass = "for Muon"
+    _group_options = {**MultiPass._group_options, "maximize": False}
+    _older_options = {}
 
     def __init__(
         self,
@@ -88,7 +90,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         weight_format: str | None = None,
         **settings: Unpack[Settings],
     ) -> None:
-        defaults = arguments(locals()) | {"differentiable": False}
+        defaults = arguments(locals())
         FusedOptimizer.__init__(self, params, defaults, settings=settings)
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])
         check_nonnegative("epsilon value", "eps", defaults["eps"])
-        check_betas(defaults["betas"])
+        defaults["betas"] = check_betas(defaults["betas"])
         for name in ("weight_decay", "momentum_decay"):
             check_nonnegative(f"{name} value", name, defaults[name])
 

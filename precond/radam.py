@@ -102,7 +102,7 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])
         check_nonnegative("epsilon value", "eps", defaults["eps"])
-        check_betas(defaults["betas"])
+        defaults["betas"] = check_betas(defaults["betas"])
         check_nonnegative("weight_decay value", "weight_decay", defaults["weight_decay"])
 
     def _row(self, group: dict[str, Any]) -> Row:

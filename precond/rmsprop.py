@@ -21,19 +21,13 @@ class _MeanOfSquares(FusedOptimizer):
 
     _name: str
     _counts_steps = True
+    _older_options = {**FusedOptimizer._older_options, "momentum": 0, "centered": False, "capturable": False}
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])
         check_nonnegative("epsilon value", "eps", defaults["eps"])
         for name in ("momentum", "weight_decay", "alpha"):
             check_nonnegative(f"{name} value", name, defaults[name])
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("momentum", 0)
-            group.setdefault("centered", False)
-            group.setdefault("capturable", False)
 
     def _row(self, group: dict[str, Any]) -> Row:
         suffix = ("_centered" if group["centered"] else "") + ("_momentum" if group["momentum"] > 0 else "")

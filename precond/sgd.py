@@ -20,6 +20,7 @@ class _Momentum(FusedOptimizer):
     """What SGD and SGDW share; ``_name`` is that of the rule without momentum."""
 
     _name: str
+    _older_options = {**FusedOptimizer._older_options, "nesterov": False}
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])
@@ -30,11 +31,6 @@ class _Momentum(FusedOptimizer):
                 "Nesterov momentum requires a momentum and zero dampening, "
                 f"got momentum={defaults['momentum']} and dampening={defaults['dampening']}"
             )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("nesterov", False)
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
         return Metric()

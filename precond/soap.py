@@ -78,6 +78,7 @@ class SOAP(Rotated):
     _basis_options = ("shampoo_beta", "precondition_frequency", "max_precond_dim")
     _why_not_one_pass = "for SOAP"
     _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS, "l1_cap": 10.0}
+    _older_options = {"maximize": False, "differentiable": False}
 
     def __init__(
         self,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import fractions
 import inspect
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from families import CLASSES, DROP_INS, OPTIMIZERS, WITH_PEER, stock
@@ -289,6 +292,104 @@ def test_a_first_sgd_step_that_overflows_leaves_no_momentum_behind():
 def test_without_fused_the_scaler_does_its_own_work(row):
     optimizer = row.cls(model().parameters(), **row.kwargs)
     assert not hasattr(optimizer, "_step_supports_amp_scaling")
+
+
+#: Values of options, and the kinds in which configuration files, arrays and schedulers hand them over.
+VALUES = dict(
+    lr=0.25, betas=(0.5, 0.75), eps=0.125, weight_decay=0.25, momentum=0.5, lr_decay=0.25, initial_accumulator_value=0.5,
+    alpha=0.5, momentum_decay=0.25, rho=0.5, ns_coefficients=(3.5, -4.75, 2.0), dampening=0.0,
+)  # fmt: skip
+NUMBERS = {
+    "int": int, "float64": np.float64, "float32": np.float32, "array": np.array, "array of one": lambda v: np.array([v]),
+    "fraction": fractions.Fraction, "tensor": torch.tensor, "tensor of one": lambda v: torch.tensor([[v]]),
+    "double tensor": lambda v: torch.tensor(v, dtype=torch.float64), "parameter": lambda v: torch.nn.Parameter(torch.tensor(v)),
+}  # fmt: skip
+SEQUENCES = {
+    "list": list, "list of a configuration": collections.UserList, "deque": collections.deque, "array": np.array,
+    "tensor": torch.tensor, "float32 array": lambda v: np.array(v, np.float32), "tensors": lambda v: [*map(torch.tensor, v)],
+    "tensors of one": lambda v: [torch.tensor([x]) for x in v], "iterator": iter,
+}  # fmt: skip
+#: Options, each of some of torch's classes; the others ignore it in a group.
+FLAGS = ("fused", "foreach", "capturable", "differentiable", "amsgrad", "nesterov", "centered", "decoupled_weight_decay",
+         "dampening", "lr_decay", "another library's")  # fmt: skip
+TORCHS = [(row.cls, row.peer) for row in DROP_INS] + [(precond.Muon, torch.optim.Muon)]
+torchs = pytest.mark.parametrize(("ours", "theirs"), TORCHS, ids=lambda cls: cls.__name__)
+
+
+def after_two_steps(cls, options, in_group=False):
+    """The weight after two steps, or what was raised instead of one."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(4, 3, generator=generator))
+    try:
+        optimizer = cls([{"params": [w], **options}]) if in_group else cls([w], **options)
+        for _ in range(2):
+            w.grad = torch.randn(4, 3, generator=generator)
+            optimizer.step()
+    except (TypeError, ValueError, RuntimeError, AssertionError, Warning) as error:
+        return error
+    return w.detach()
+
+
+def close(cls, a, b):
+    # Muon's products of bfloat16 differ from torch's in the order of their sums.
+    return torch.allclose(a, b, rtol=1e-4, atol=2e-2 if cls is precond.Muon else 1e-5)
+
+
+@torchs
+@pytest.mark.parametrize("in_group", [False, True])
+def test_an_option_is_taken_in_every_kind_that_torch_takes(ours, theirs, in_group):
+    taken = 0
+    for name in VALUES.keys() & inspect.signature(theirs.__init__).parameters.keys():
+        value = VALUES[name]
+        plain = after_two_steps(ours, {name: value}, in_group)
+        for kind, convert in (SEQUENCES if isinstance(value, tuple) else NUMBERS).items():
+            expected = after_two_steps(theirs, {name: convert(value)}, in_group)
+            if isinstance(expected, Exception):
+                continue
+            found = after_two_steps(ours, {name: convert(value)}, in_group)
+            assert isinstance(found, torch.Tensor), (name, kind, found)
+            # An Adagrad of torch ignores its initial value in a group.
+            assert close(ours, found, plain if in_group and kind != "int" else expected), (name, kind)
+            taken += 1
+    assert taken >= 15
+
+
+@torchs
+def test_an_option_of_a_group_that_torchs_class_ignores_is_ignored(ours, theirs):
+    plain = after_two_steps(ours, {})
+    for name in FLAGS:
+        expected = after_two_steps(theirs, {name: True}, in_group=True)
+        if isinstance(expected, Exception):
+            assert name in inspect.signature(theirs.__init__).parameters
+            continue
+        found = after_two_steps(ours, {name: True}, in_group=True)
+        assert isinstance(found, torch.Tensor), (name, found)
+        assert close(ours, found, expected), name
+        if name not in inspect.signature(theirs.__init__).parameters:
+            assert bits_equal(found, plain), name
+
+
+@pytest.mark.parametrize("cls", [precond.SOAP, precond.DualDescent, precond.GaussNewton, precond.Sophia, precond.Lion])
+@pytest.mark.parametrize("name", ["fused", "foreach", "capturable", "another library's"])
+def test_a_class_that_torch_does_not_have_ignores_them_too(cls, name):
+    """torchtitan sets fused and foreach in every group, whatever the class."""
+    kwargs = {"clip": 0.05} if cls is precond.GaussNewton else {}
+    w, u = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    a, b = cls([{"params": [w], name: True}], **kwargs), cls([u], **kwargs)
+    for _ in range(2):
+        w.grad = u.grad = torch.eye(4)
+        a.step()
+        b.step()
+    assert bits_equal(w.detach(), u.detach())
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.9, 0.9), 0.9, None, {"a": 0.9, "b": 0.9}])
+@pytest.mark.parametrize(
+    "cls", [precond.AdamW, precond.NAdam, precond.RAdam, precond.Adamax, precond.Lion, precond.SOAP]
+)
+def test_betas_that_are_no_pair_are_an_error(cls, betas):
+    with pytest.raises(ValueError, match="betas must be a pair of numbers, got"):
+        cls([torch.nn.Parameter(torch.ones(2, 2))], betas=betas)
 
 
 def test_own_options_stay_out_of_plain_groups():

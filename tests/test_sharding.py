@@ -83,3 +83,33 @@ precond.SGD([r], lr=1.0).step()
 assert r.to_local().tolist() == [-2.0, -2.0], r
 """
     on_two_ranks(code, tmp_path)
+
+
+@pytest.mark.parametrize("weight_format", ["split24", "split32"])
+def test_what_others_write_of_a_shard_is_told_element_by_element(weight_format, tmp_path):
+    """Each rank compares its own piece, as FSDP2 has it."""
+    code = f"""
+whole = torch.randn(8, 64, dtype=torch.bfloat16)
+w = torch.nn.Parameter(distribute_tensor(whole.clone(), mesh, [Shard(0)]))
+model = torch.nn.ParameterList([w])
+optimizer = precond.AdamW([w], lr=1e-3, weight_format="{weight_format}")
+def step(i):
+    torch.manual_seed(i)
+    w.grad = distribute_tensor(torch.randn(8, 64, dtype=torch.bfloat16), mesh, [Shard(0)])
+    optimizer.step()
+for i in range(3):
+    step(i)
+    with torch.no_grad():
+        w.clamp_(-9, 9)
+before = precond.master_weights(optimizer, model)["0"].to_local()
+bits = w.to_local().detach().clone()
+assert (before != bits.float()).float().mean() > 0.5
+with torch.no_grad():
+    w.clamp_(-0.5, 0.5)
+now = w.to_local().detach()
+after, changed = precond.master_weights(optimizer, model)["0"].to_local(), now != bits
+assert 0.1 < changed.float().mean() < 0.9
+assert torch.equal(after[~changed], before[~changed])
+assert torch.equal(after[changed], now[changed].float())
+"""
+    on_two_ranks(code, tmp_path)

@@ -25,19 +25,26 @@ def check_lr(lr: Any) -> None:
     check_nonnegative("learning rate", "lr", lr)
 
 
-def check_betas(betas: Any) -> None:
-    """Raise torch's messages for decay rates that no optimizer takes."""
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(f"betas must be a pair of numbers, got {betas!r}")
-    for i, beta in enumerate(betas):
+def check_betas(betas: Any) -> tuple[Any, Any]:
+    """Raise torch's messages for decay rates that no optimizer takes. Returns them as a pair, whatever sequence they are in: a
+    list, an array, a tensor, or what a configuration library has for a list.
+    """
+    try:
+        beta1, beta2 = (betas[i] for i in range(len(betas)))
+    except (TypeError, ValueError, LookupError):
+        raise ValueError(f"betas must be a pair of numbers, got {betas!r}") from None
+    for i, beta in enumerate((beta1, beta2)):
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"Tensor betas[{i}] must be 1-element, got {beta.numel()} elements")
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta} (it must be in [0, 1))")
+    return beta1, beta2
 
 
 def number(value: Any) -> float | Tensor:
     """A hyper-parameter as the rules take it: a float, or a tensor that only its device reads or that autograd watches."""
     if not isinstance(value, Tensor):
-        return float(value)
+        return float(value.item() if hasattr(value, "item") else value)  # an array of one element too
     if torch.is_grad_enabled():
         return value.reshape(())  # without dimensions it widens no operand
     return value if _backend.on_device(value) else float(value.detach())

@@ -100,7 +100,7 @@ def master_weights(optimizer: FusedOptimizer, model: nn.Module) -> dict[str, Ten
         ([[1.0, 1.0]], [[0.9998999834060669, 0.9998999834060669]])
     """
     _check(optimizer)
-    optimizer.states.begin(p for p, state in optimizer.state.items() if "remainder" in state)
+    optimizer.states.begin(p for group in optimizer.param_groups for p in group["params"])
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     masters = {}
     for name, p in model.named_parameters():

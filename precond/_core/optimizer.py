@@ -46,6 +46,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     _counts_steps: ClassVar[bool] = False
     #: Group options that torch does not have, with their defaults.
     _group_options: ClassVar[dict[str, Any]] = {"state_format": None, "weight_format": None}
+    #: Options that groups of older checkpoints may lack, with what they were then. A drop-in's are in torch's ``__setstate__``.
+    _older_options: ClassVar[dict[str, Any]] = {
+        "foreach": None,
+        "maximize": False,
+        "differentiable": False,
+        "fused": None,
+    }
 
     #: Required in every subclass, unless it is declared with ``abstract=True``.
     _must_declare: ClassVar[tuple[str, ...]] = ("_row", "_check_defaults")
@@ -162,7 +169,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _checked_row(self, group: dict[str, Any]) -> Row:
         self._check_group(group)  # a scheduler or a checkpoint may have changed it
-        check_capturable(group)
+        if "capturable" in self.defaults:  # other classes ignore it, as torch's do
+            check_capturable(group)
         row = self._row(group)
         check_numbers(row)
         return row
@@ -224,22 +232,35 @@ class FusedOptimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name, default in self._group_options.items():
+            if name in group and group[name] == default:
+                del group[name]  # as in torch's groups, or a flat checkpoint does not go both ways
 
     def __getstate__(self) -> dict[str, Any]:
-        """What deepcopy and pickle keep: torch's three dictionaries and our own settings."""
+        """What deepcopy and pickle keep: torch's three dictionaries, our own settings, and the split weights that others write."""
+        self._drop_stale_remainders()
         lost = {} if self._own["norm_process_group"] is None else {"norm_process_group": LOST}
-        return {**super().__getstate__(), "_own": self._own | lost}
+        written = self._states.remainders.written()
+        return {**super().__getstate__(), "_own": self._own | lost, **({"_written": written} if written else {})}
+
+    def _drop_stale_remainders(self) -> None:
+        """Before states are saved: a remainder that is loaded is trusted."""
+        self.states.begin(p for group in self.param_groups for p in group["params"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states and groups, as torch has them."""
+        self._drop_stale_remainders()
+        return super().state_dict()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickled optimizer, or the groups and states of a checkpoint."""
         super().__setstate__(state)
         self._own = {**DEFAULTS, **self.__dict__.get("_own", {})}
         for group in self.param_groups:
-            group.setdefault("foreach", None)
-            if "fused" not in self._group_options:
-                group.setdefault("fused", None)
-            for name in ("maximize", "differentiable"):
-                group.setdefault(name, False)
+            for name, value in self._older_options.items():
+                if name not in self._group_options:  # which is not there where it has its default
+                    group.setdefault(name, value)
         self._rebuild()
 
     def _rebuild(self) -> None:
@@ -252,7 +273,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._group_options,
         )
         before: Engine | None = self.__dict__.get("_engine")
-        self._states = ParamStates(recipe, self._own["seed"])
+        written = self.__dict__.pop("_written", None)
+        if written is None and "_states" in self.__dict__:
+            written = self._states.remainders.written()
+        self._states = ParamStates(recipe, self._own["seed"], written or ())
         self._engine = Engine(
             self._states,
             Checks(type(self), self._sparse_rules, self._own),

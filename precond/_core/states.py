@@ -105,26 +105,105 @@ def make_counter(p: Tensor, state: dict[str, Any], group: Group, scalars: Mappin
 # Split weights.
 
 
-class Remainders:
-    """Watches split weights: what a weight lacks of its master, its remainder, is void once somebody else wrote the weight."""
+class _Noted:
+    """A split weight as the last step left it."""
 
-    def __init__(self) -> None:
-        #: Version counters after the last step: one that moved since was written by somebody else.
-        self._versions: dict[Tensor, tuple[int, int]] = {}
+    __slots__ = ("stored", "versions", "weight", "written")
+
+    def __init__(self, weight: weakref.ref[Tensor], written: bool) -> None:
+        self.weight = weight
+        #: Its version counters then; None where no step has been: a remainder that was loaded or copied is trusted.
+        self.versions: tuple[int, int] | None = None
+        #: True once somebody else has written it.
+        self.written = written
+        #: Its 16 bits then, where it was ever written: most weights never are, and cost nothing.
+        self.stored: Tensor | None = None
+
+    def fits(self, now: Tensor) -> bool:
+        """True where there are bits to compare with."""
+        before = self.stored
+        return before is not None and (before.shape, before.dtype, before.device) == (now.shape, now.dtype, now.device)
+
+    def drop_changed(self, now: Tensor, remainder: Tensor) -> None:
+        """Zero the remainders of elements whose bits are others now; of all, the first time."""
+        if self.stored is None or not self.fits(now):
+            remainder.zero_()
+            return
+        changed = now.view(torch.int16) != self.stored.view(torch.int16)
+        remainder.masked_fill_(changed if remainder.dim() == now.dim() else changed.unsqueeze(-1), 0)
+
+    def store(self, now: Tensor) -> None:
+        """Keep the bits, for the next write to be compared with."""
+        if self.stored is not None and self.fits(now):
+            self.stored.copy_(now)
+            return
+        with torch.inference_mode(False):  # or it could not be written outside of that mode
+            self.stored = now.clone()
+
+
+class Remainders:
+    """Watches split weights: what an element of a weight lacks of its master, its remainder, is void once somebody else wrote the
+    element.
+
+    Version counters tell that a weight was written. Its first foreign write voids all of its remainders, since nothing says which
+    elements it changed. From then on a copy of its 16 bits is kept after each step, and elements whose bits a write leaves alone
+    keep their remainders: a clamp after every step would else undo every step below half an ulp.
+    """
+
+    def __init__(self, written: Iterable[Tensor] = ()) -> None:
+        """``written``: weights that are known to be written by others, and whose remainders are right."""
+        #: By the weight's id: a weight that its owner drops is not kept alive.
+        self._noted: dict[int, _Noted] = {}
+        for p in written:
+            self._add(p, written=True)
 
     def drop_stale(self, state: State, split: Iterable[Tensor]) -> None:
-        """Forget the remainders of weights that somebody else has written since the last step."""
+        """Forget the remainders of elements that somebody else has written since the last step."""
         for p in split:
-            if p in self._versions and self._versions[p] != _versions_of(p):
-                local(state[p]["remainder"]).zero_()
+            noted = self._of(p)
+            if noted is None or noted.versions is None or noted.versions == _versions_of(p):
+                continue
+            remainder = state[p].get("remainder") if p in state else None
+            if remainder is None:  # its group asks for another format by now
+                del self._noted[id(p)]
+                continue
+            with torch.no_grad():
+                now = local(p.detach())
+                noted.drop_changed(now, local(remainder))
+                noted.store(now)
+            noted.versions, noted.written = _versions_of(p), True
 
     def note(self, split: Iterable[Tensor]) -> None:
         """These weights are as their remainders have them."""
-        self._versions.update((p, _versions_of(p)) for p in split)
+        for p in split:
+            noted = self._of(p) or self._add(p)
+            if noted.written:
+                with torch.no_grad():
+                    noted.store(local(p.detach()))
+            noted.versions = _versions_of(p)
 
     def watched(self) -> list[Tensor]:
         """The weights of past steps."""
-        return list(self._versions)
+        return self._weights(noted for noted in list(self._noted.values()) if noted.versions is not None)
+
+    def written(self) -> list[Tensor]:
+        """Those that others have written, too."""
+        return self._weights(noted for noted in list(self._noted.values()) if noted.written)
+
+    def _weights(self, some: Iterable[_Noted]) -> list[Tensor]:
+        return [p for p in (noted.weight() for noted in some) if p is not None]
+
+    def _of(self, p: Tensor) -> _Noted | None:
+        noted = self._noted.get(id(p))
+        return noted if noted is not None and noted.weight() is p else None
+
+    def _add(self, p: Tensor, written: bool = False) -> _Noted:
+        noted = self._noted[id(p)] = _Noted(weakref.ref(p, functools.partial(self._forget, id(p))), written)
+        return noted
+
+    def _forget(self, key: int, weight: weakref.ref[Tensor]) -> None:
+        if key in self._noted and self._noted[key].weight is weight:
+            del self._noted[key]
 
 
 def _versions_of(p: Tensor) -> tuple[int, int]:
@@ -152,9 +231,10 @@ class Recipe(NamedTuple):
 class ParamStates:
     """The states of an optimizer's parameters."""
 
-    def __init__(self, recipe: Recipe, seed: int) -> None:
+    def __init__(self, recipe: Recipe, seed: int, written: Iterable[Tensor] = ()) -> None:
+        """``written``: split weights that others are known to write."""
         self.recipe = recipe
-        self.remainders = Remainders()
+        self.remainders = Remainders(written)
         self.state: State = {}
         self._groups: list[Group] = []
         self._seed = seed

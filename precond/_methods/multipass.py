@@ -103,8 +103,9 @@ class MultiPass(FusedOptimizer, abstract=True):
                     "call torch.nn.utils.clip_grad_norm_ or clip_grad_value_ before the step"
                 )
         for name in ("fused", "differentiable", "capturable"):
-            # By its default a GradScaler leaves all gradients as they are.
-            if group.get(name) or self.defaults.get(name):
+            # By its default a GradScaler leaves all gradients as they are. In a group alone it changes nothing and is ignored, as
+            # in torch.optim.Muon: some frameworks set fused=True in every group.
+            if self.defaults.get(name):
                 raise RuntimeError(f"{name} must be False {self._why_not_one_pass}")
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
         step = Step([group], self.state, aligned_gradients([group]), [], Control())

@@ -31,7 +31,7 @@ class Rotated(MultiPass, abstract=True):
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])
-        check_betas(defaults["betas"])
+        defaults["betas"] = check_betas(defaults["betas"])
         check_nonnegative("weight_decay value", "weight_decay", defaults["weight_decay"])
 
     def _check_group(self, group: dict[str, Any]) -> None:

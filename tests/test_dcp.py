@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from support.cases import BACKEND
 from support.dcp_training import STEPS, load, model_of, save, straight, train, weights
 from support.methods import ALL
-from support.ranks import launch
+from support.ranks import call_on_ranks
+
+import precond
 
 pytestmark = [
     pytest.mark.skipif(BACKEND != "cpu", reason="gloo ranks are CPU processes"),
@@ -51,12 +50,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, form, tmp_path):
 def sharded(tmp_path_factory):
     """The results of FSDP2 on two ranks, and of the runs that continue it on one and on three."""
     folder = tmp_path_factory.mktemp("dcp")
-    tests = str(Path(__file__).parent)
-    # Three ranks on two cores: threads that wait would spin on the core of another rank.
-    code = "import os, sys; os.environ['OMP_NUM_THREADS'] = '1'; rank, ranks, folder, *sys.path[:0] = sys.argv[1:]; "
-    code += "from support.dcp_training import run_rank; run_rank(int(rank), int(ranks), folder)"
     for ranks in (2, 1, 3):
-        launch([[sys.executable, "-c", code, str(r), str(ranks), str(folder), tests] for r in range(ranks)])
+        call_on_ranks(ranks, "support.dcp_training", "run", folder)
     return {ranks: torch.load(folder / f"{ranks}.pt") for ranks in (2, 1, 3)}
 
 
@@ -71,3 +66,14 @@ def test_a_resharded_run_is_the_one_that_was_never_sharded(method, ranks, sharde
             assert not differing(found, expected), form
         else:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [precond.Adagrad, precond.AdagradW])
+def test_states_of_the_constructor_follow_parameters_that_a_trainer_replaces(cls):
+    """As Accelerate's FSDP2 does: DCP takes a state that is not empty for a complete one."""
+    p, shard = (torch.nn.Parameter(torch.zeros(n)) for n in (4, 2))
+    optimizer = cls([p], initial_accumulator_value=0.5)
+    optimizer.param_groups[0]["params"] = [shard]
+    (state,) = optimizer.state_dict()["state"].values()
+    assert state["sum"].tolist() == [0.5, 0.5]
+    assert list(optimizer.state) == [shard]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import traceback
-import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -121,11 +117,9 @@ def on_mesh(method: Method, mesh, folder: Path, first: bool) -> dict[str, dict[s
     return found
 
 
-def run_rank(rank: int, ranks: int, folder: str) -> None:
-    """All methods in one group: on two ranks the first half, on any other number the second. A method's error is its result."""
-    warnings.simplefilter("ignore")
-    store = f"file://{folder}/store-{ranks}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+def run(folder: str) -> None:
+    """All methods on one mesh: on two ranks the first half, on any other number the second. A method's error is its result."""
+    ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
     results = {}
     for method in ALL:
@@ -134,11 +128,5 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
                 results[str(method)] = on_mesh(method, mesh, Path(folder), first=ranks == 2)
             except BaseException:  # as CheckpointException is
                 results[str(method)] = traceback.format_exc()
-    if rank == 0:
+    if dist.get_rank() == 0:
         torch.save(results, f"{folder}/{ranks}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-    # Everything is written. On its way out an interpreter now and then aborts in a thread of gloo's.
-    sys.stdout.flush()
-    os._exit(0)

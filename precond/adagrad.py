@@ -29,7 +29,9 @@ class _SumOfSquares(FusedOptimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, settings: Settings) -> None:
         FusedOptimizer.__init__(self, params, defaults, settings=settings)
-        # As torch: these states exist before the first step.
+        self._make_states()  # as torch: they exist before the first step
+
+    def _make_states(self) -> None:
         states = self.states
         for index, group in enumerate(self.param_groups):
             for position, p in enumerate(group["params"]):
@@ -38,6 +40,18 @@ class _SumOfSquares(FusedOptimizer):
     def _row(self, group: dict[str, Any]) -> Row:
         rule = self._decayed(self._name, group)
         return Row(rule, -1.0 if group["maximize"] else 1.0, self._hyper(group, "lr_decay", "eps"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The checkpoint. Accelerate and DeepSpeed put shards into the groups after the constructor has made states; torch's
+        method raises KeyError for those. Here the parameters that are in the groups now have them.
+        """
+        known = {p for group in self.param_groups for p in group["params"]}
+        gone = [p for p in self.state if p not in known]
+        for p in gone:
+            del self.state[p]
+        if gone:
+            self._make_states()
+        return super().state_dict()
 
     @classmethod
     def _initial(cls, p: Tensor, group: dict[str, Any]) -> complex:

@@ -48,3 +48,26 @@ def on_two_ranks(code: str, folder: Path) -> None:
     launch(
         [[sys.executable, "-W", "ignore", "-c", START + code + END, str(r), "2", f"{folder}/store"] for r in range(2)]
     )
+
+
+# Ranks are more than cores: threads that wait would spin on the core of another rank.
+CALL = """
+import importlib, os, sys, warnings
+rank, ranks, module, function, folder, *sys.path[:0] = sys.argv[1:]
+os.environ.update(OMP_NUM_THREADS="1", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks)
+warnings.simplefilter("ignore")
+import torch.distributed as dist
+dist.init_process_group("gloo", init_method=f"file://{folder}/store-{ranks}", rank=int(rank), world_size=int(ranks))
+getattr(importlib.import_module(module), function)(folder)
+"""
+
+
+def call_on_ranks(ranks: int, module: str, function: str, folder: Path) -> None:
+    """Call a function of a module of tests on every rank with the folder, where it leaves what it found."""
+    tests = str(Path(__file__).parent.parent)
+    launch(
+        [
+            [sys.executable, "-c", CALL + END, str(rank), str(ranks), module, function, str(folder), tests]
+            for rank in range(ranks)
+        ]
+    )

@@ -1,0 +1,76 @@
+"""Hugging Face's Trainer trains a Llama of 3,000 parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.methods import ALL
+
+import precond
+
+LR = 3e-3
+
+
+@pytest.fixture(scope="module")
+def transformers(library):
+    module = library("transformers")
+    module.utils.logging.set_verbosity_error()
+    return module
+
+
+def train(transformers, folder, optimizer, *, dtype=torch.float32, resume=None, cls_and_kwargs=None, **options):
+    """The weights after six steps, half of them of a checkpoint where one is named."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    tokens = torch.randint(0, 32, (24, 12), generator=torch.Generator().manual_seed(1))
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        max_steps=6,
+        save_steps=3,
+        learning_rate=LR,
+        warmup_steps=2,
+        max_grad_norm=0.5,
+        weight_decay=0.1,
+        per_device_train_batch_size=4,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
+        optimizers=(None if optimizer is None else optimizer(model), None),
+        optimizer_cls_and_kwargs=cls_and_kwargs,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_the_trainer_takes_the_class_in_the_place_of_torchs(transformers, tmp_path, options):
+    """With its own groups, of parameters that decay and that do not."""
+    kwargs = dict(lr=LR, eps=1e-5)
+    theirs, ours = (
+        train(transformers, tmp_path / cls.__module__, None, cls_and_kwargs=(cls, kwargs), **options)
+        for cls in (torch.optim.AdamW, precond.AdamW)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [method for method in ALL if not method.closure], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one(transformers, tmp_path, method):
+    straight = train(transformers, tmp_path, method.make, dtype=method.dtype)
+    resumed = train(transformers, tmp_path, method.make, dtype=method.dtype, resume=f"{tmp_path}/checkpoint-3")
+    assert all(value.isfinite().all() for value in straight.values())
+    assert not [name for name, value in straight.items() if not torch.equal(value, resumed[name])]

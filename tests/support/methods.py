@@ -1,0 +1,88 @@
+"""Every optimizer and wrapper as something that a training loop is handed: a function of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from families import CLASSES
+from torch import nn
+
+import precond
+
+KRONECKER = dict(lr=0.01, clip=1.0, curvature="gradient", basis="kronecker", basis_frequency=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An optimizer of a model, and what a training loop must know of it."""
+
+    name: str
+    make: Callable[[nn.Module], torch.optim.Optimizer]
+    #: torch's optimizer that takes the same steps within float32 rounding, or None.
+    stock: Callable[[nn.Module], torch.optim.Optimizer] | None = None
+    #: The dtype of the model.
+    dtype: torch.dtype = torch.float32
+    #: The step evaluates a closure.
+    closure: bool = False
+    #: It needs whole matrices: sharded parameters raise.
+    whole: bool = False
+    #: Shards take the steps of the whole bit for bit.
+    exact: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def of_class(cls: type[torch.optim.Optimizer], **options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: cls(model.parameters(), **options)
+
+
+def muon(model: nn.Module) -> torch.optim.Optimizer:
+    """Of matrices alone; what nobody trains needs no gradients, which nobody would drop."""
+    for p in model.parameters():
+        p.requires_grad_(p.dim() == 2)
+    return precond.Muon([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+
+#: A row per class of the table.
+ELEMENTWISE = [
+    Method(row.rule, of_class(row.cls, **row.kwargs), row.peer and of_class(row.peer, **row.kwargs)) for row in CLASSES
+]
+#: Classes that are no row of the table, in each mode that has states or arithmetic of its own.
+METHODS = [
+    Method("dual_entry", of_class(precond.DualDescent, lr=0.01, granularity="entry", momentum=0.9)),
+    Method("dual_unit", of_class(precond.DualDescent, lr=0.01, granularity="unit", momentum=0.9)),
+    # Shards add their squares up in another order.
+    Method("dual_global", of_class(precond.DualDescent, lr=0.01, momentum=0.9), exact=False),
+    Method("dual_spectral", of_class(precond.DualDescent, lr=0.01, granularity="spectral", momentum=0.9), whole=True),
+    Method("muon", muon, whole=True),
+    Method("soap", of_class(precond.SOAP, lr=0.01, precondition_frequency=2), whole=True),
+    Method("sophia", of_class(precond.Sophia, lr=0.01)),
+    Method("gauss_newton", of_class(precond.GaussNewton, lr=0.01, clip=1.0, curvature="gradient")),
+    Method("gauss_newton_kronecker", of_class(precond.GaussNewton, **KRONECKER), whole=True),
+]
+#: Formats of less than 32 bits.
+FORMATS = [
+    Method(
+        "adamw_split24_int8",
+        of_class(precond.AdamW, lr=0.01, weight_format="split24", state_format="int8"),
+        dtype=torch.bfloat16,
+    )
+]
+WRAPPERS = [
+    Method(
+        "bnp",
+        lambda model: precond.BNP(model, precond.AdamW(model.parameters(), lr=0.01), stat_momentum=0.5),
+        whole=True,
+    ),
+    Method("fop", lambda model: precond.FOP(precond.AdamW(model.parameters(), lr=0.01), 0.05, mode="diagonal")),
+    Method(
+        "gradient_regularizer",
+        lambda model: precond.GradientRegularizer(precond.AdamW(model.parameters(), lr=0.01), rho=0.05),
+        closure=True,
+    ),
+]
+ALL = [*ELEMENTWISE, *METHODS, *FORMATS, *WRAPPERS]

@@ -18,7 +18,7 @@ from .checks import Checks
 from .norm import NOTHING, Clip, NormClasses, reference_part
 from .rows import Control, Row, Step
 from .sharding import local
-from .states import States, counts_beside, is_counter
+from .states import States, counts_beside, is_counter, next_step
 
 # Elements per chunk; 0 lets the plan choose.
 _CHUNK = 0
@@ -90,19 +90,21 @@ class Compiled:
         )
         self.params: list[Tensor] = []
         for index, (group, row) in enumerate(zip(step.groups, step.rows, strict=True)):
-            for p in group["params"]:
+            for position, p in enumerate(group["params"]):
                 if homes.get(p) == (backend, device):
-                    self._add(step, states, p, index, row, p in fresh)
+                    self._add(step, states, f"parameter {position} of group {index}", p, index, row, p in fresh)
                 elif step.input_of(p) is None:
                     self.plan.defer(p, index)
                 else:
                     self.plan.ignore(p, index)
         self.plan.seal(step.state)
 
-    def _add(self, step: Step, states: States, p: Tensor, index: int, row: Row, fresh: bool) -> None:
+    def _add(self, step: Step, states: States, name: str, p: Tensor, index: int, row: Row, fresh: bool) -> None:
         assert _backend._C is not None
         group = step.groups[index]
         layout = states.layout(p, group, row.rule)
+        if not layout.plain:
+            formats.check(name, p, step.state[p], states.names(row.rule), layout)  # the plan does not know the name
         numbers = [] if layout.plain else [_backend._C.formats[name] for name in (layout.param, *layout.states)]
         self.plan.add(
             param=p,
@@ -215,7 +217,7 @@ class InPython:
             return True
         beside = counts_beside(step.groups[entry.group], "triton")
         device = p.device if beside else torch.device("cpu")
-        return all(is_counter(step.state[p][name], p, device) for name in ("step", *self.states.scalars(row.rule)))
+        return all(is_counter(name, step.state[p][name], device) for name in ("step", *self.states.scalars(row.rule)))
 
     def has_gradients(self, step: Step) -> bool:
         """True where one of the parameters is updated."""
@@ -239,8 +241,7 @@ class InPython:
         counter = step.state[entry.param]["step"]
         if not self._counts_on_host(step, entry):
             return counter
-        counter += 1
-        return int(counter.item())
+        return next_step(counter)
 
     def _scalars(self, step: Step, entry: Entry, number: int) -> dict[str, float]:
         """A parameter's states of one number, advanced by the host: computed in float64, and read as they were stored."""

@@ -17,7 +17,7 @@ from .memory import check_overlap
 from .norm import NormClasses, local_total, norm_classes
 from .rows import Step
 from .sharding import local
-from .states import States
+from .states import States, counts_beside
 
 
 class Outcome(enum.Enum):
@@ -90,7 +90,13 @@ class StepPlan:
                     homes[p] = backend, local(p).device
                 written.append((name, local(p)))
                 state = step.state[p] if p in step.state else {}
-                written += [(f"{k} of {name}", local(t)) for k, t in state.items() if isinstance(t, Tensor) and t.dim()]
+                # Parameters may share a counter on the host, which counts one after the other.
+                numbers = () if counts_beside(group, backend) else ("step", *self.states.scalars(row.rule))
+                written += [
+                    (f"{k} of {name}", local(t))
+                    for k, t in state.items()
+                    if isinstance(t, Tensor) and (t.dim() or counts_beside(group, backend)) and k not in numbers
+                ]
         check_overlap(written)
         return homes, entries
 

@@ -49,13 +49,13 @@ def test_states_are_made_without_waiting_for_the_device(fake, row, formats):
     assert all(t.device == FIRST for t in made)
 
 
-def test_a_loaded_counter_of_another_dtype_is_converted_on_its_device(fake):
+def test_a_loaded_counter_that_cannot_count_is_converted_on_its_device(fake):
     p = torch.nn.Parameter(torch.empty(10, device=FIRST))
     optimizer = precond.AdamW([p], fused=True)
-    loaded = torch.zeros((), device=FIRST, dtype=torch.float64)
+    loaded = torch.zeros((), device=FIRST, dtype=torch.bfloat16)
     optimizer.state[p]["step"] = loaded
     with device.HostReads():
-        make_counter(p, optimizer.state[p], optimizer.param_groups[0])
+        make_counter("p", p, optimizer.state[p], optimizer.param_groups[0])
     step = optimizer.state[p]["step"]
     assert (step.dtype, step.device, step.shape) == (torch.float32, FIRST, ())
     assert step is not loaded

@@ -210,10 +210,12 @@ def test_scalars_have_the_seed_of_their_key_and_step():
 
     rule = RULES["lion"]
     width = SCALAR_FLOATS.value
-    cases = list(itertools.product([0, 1, 2**32 - 1, 0x0123456789ABCDEF, 2**63 - 1], [1, 2, 1000, 2**24]))
+    cases = list(
+        itertools.product([0, 1, 2**32 - 1, 0x0123456789ABCDEF, 2**63 - 1], [1, 2, 1000, 2**24, 2**31 + 2, 2**52 + 1])
+    )
     written = torch.zeros(len(cases) * width)
     hyper = torch.rand(len(rule.hyper), dtype=torch.float64)
-    jobs = job_table([number for key, step in cases for number in (0, 1, 0, 0, step, 0, 0, key)])
+    jobs = job_table([number for key, step in cases for number in (0, 1, 0, 0, step, 0, 0, key, 0, 0)])
     run_prologue(rule, hyper, jobs, written, torch.empty(1 + len(cases)))
     found = written.view(torch.int32).view(-1, width)[:, SEED.value :].long() & 0xFFFFFFFF
     assert found.tolist() == [list(_formats.seed_of(*case)) for case in cases]

@@ -224,10 +224,13 @@ def test_the_scalars_of_both_texts_are_the_same_bits(row):
 
     rule = RULES[row.rule]
     names = _C.rules[row.rule].hyper
+    quarter = 0x3FD0000000000000  # the bits of 0.25
     generator = torch.Generator().manual_seed(0)
-    for step in (1, 2, 3, 10, 1000, 123_456, 2**24):
+    for step in (1, 2, 3, 10, 1000, 123_456, 2**24, 2**31 + 3, 2**53, 2**63):
         hyper = torch.rand(len(names), generator=generator, dtype=torch.float64)
         expected = torch.tensor(_C.scalars(row.rule, hyper.tolist(), step, step == 1, 0.25))
         written = torch.full((SCALAR_FLOATS.value,), 7.0)
-        run_prologue(rule, hyper, job_table([0, 1, step == 1, 0, step, 0, 0x3E800000, 0]), written, torch.empty(2))
+        run_prologue(
+            rule, hyper, job_table([0, 1, step == 1, 0, min(step, 2**62), 0, quarter, 0, 0, 0]), written, torch.empty(2)
+        )
         assert bits_equal(written[: len(expected)], expected)

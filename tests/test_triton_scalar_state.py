@@ -75,7 +75,7 @@ def test_what_a_rule_reads_without_saying_so_is_an_error(undeclared):
 
     rule = RULES["adamw"] if "reads_step" in undeclared else RULE
     hyper = torch.full((len(rule.hyper),), 0.5, dtype=torch.float64, device=DEVICE)
-    jobs = job_table([0, 1, 0, 0, 1, 0, 0, 0]).to(DEVICE)
+    jobs = job_table([0, 1, 0, 0, 1, 0, 0, 0, 0, 0]).to(DEVICE)
     scalars, control = torch.empty(SCALAR_FLOATS.value, device=DEVICE), torch.empty(2, device=DEVICE)
     run_prologue(rule, hyper, jobs, scalars, control)
     with pytest.raises(Exception, match="NoneType"):

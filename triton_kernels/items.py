@@ -12,7 +12,7 @@ from torch import Tensor
 from .._core.formats import Layout
 from .families import Rule
 from .kernel import BLOCK, OPERANDS, SLOTS
-from .prologue import JOB
+from .prologue import JOB, NUMBER_TYPES
 from .tables import storage_order, table
 
 
@@ -79,13 +79,16 @@ def chunk_table(sizes: list[int]) -> Tensor:
 
 def job_of(item: Item, group: int) -> list[int]:
     """The numbers of a tensor in the table of jobs, in the order that prologue.py names."""
-    counter, step = (item.step.data_ptr(), 0) if isinstance(item.step, Tensor) else (0, item.step)
-    state = bits = 0
+    counter = step = state = bits = step_type = state_type = 0
+    if isinstance(item.step, Tensor):
+        counter, step_type = item.step.data_ptr(), NUMBER_TYPES[item.step.dtype]
+    else:
+        step = item.step
     if isinstance(item.scalar_state, Tensor):
-        state = item.scalar_state.data_ptr()
+        state, state_type = item.scalar_state.data_ptr(), NUMBER_TYPES[item.scalar_state.dtype]
     elif item.scalar_state is not None:
-        (bits,) = struct.unpack("<i", struct.pack("<f", item.scalar_state))
-    return [group, int(item.sign), int(item.fresh), counter, step, state, bits, item.key]
+        (bits,) = struct.unpack("<q", struct.pack("<d", item.scalar_state))
+    return [group, int(item.sign), int(item.fresh), counter, step, state, bits, item.key, step_type, state_type]
 
 
 def job_table(values: list[int]) -> Tensor:

@@ -2,6 +2,7 @@
 scale, and what a norm comes to.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -23,9 +24,60 @@ FRESH = tl.constexpr(2)
 COUNTER = tl.constexpr(3)  # its address, or 0
 STEP = tl.constexpr(4)
 SCALAR_STATE = tl.constexpr(5)  # its address where the counter has one
-SCALAR_VALUE = tl.constexpr(6)  # the bits of a float32
+SCALAR_VALUE = tl.constexpr(6)  # the bits of a float64
 KEY = tl.constexpr(7)  # of random bits
-JOB = tl.constexpr(8)
+COUNTER_TYPE = tl.constexpr(8)  # NUMBER_TYPES has what the addresses point at
+SCALAR_TYPE = tl.constexpr(9)
+JOB = tl.constexpr(10)
+
+FP32, FP64, INT32, INT64 = (tl.constexpr(i) for i in range(4))
+NUMBER_TYPES = {torch.float32: 0, torch.float64: 1, torch.int32: 2, torch.int64: 3}
+
+
+@triton.jit
+def read_number(address, kind, mask):
+    """Numbers of any type, in fp64, csrc/plan/number.h."""
+    x = tl.load(address.to(tl.pointer_type(tl.float32)), mask=mask & (kind == FP32), other=0.0).to(tl.float64)
+    wide = tl.load(address.to(tl.pointer_type(tl.float64)), mask=mask & (kind == FP64), other=0.0)
+    short = tl.load(address.to(tl.pointer_type(tl.int32)), mask=mask & (kind == INT32), other=0).to(tl.float64)
+    whole = tl.load(address.to(tl.pointer_type(tl.int64)), mask=mask & (kind == INT64), other=0).to(tl.float64)
+    return tl.where(kind == FP32, x, tl.where(kind == FP64, wide, tl.where(kind == INT32, short, whole)))
+
+
+@triton.jit
+def write_number(address, kind, x, mask):
+    tl.store(address.to(tl.pointer_type(tl.float32)), x.to(tl.float32), mask=mask & (kind == FP32))
+    tl.store(address.to(tl.pointer_type(tl.float64)), x, mask=mask & (kind == FP64))
+    whole = tl.where(kind >= INT32, x, 0.0).to(tl.int64)
+    tl.store(address.to(tl.pointer_type(tl.int32)), whole.to(tl.int32), mask=mask & (kind == INT32))
+    tl.store(address.to(tl.pointer_type(tl.int64)), whole, mask=mask & (kind == INT64))
+
+
+@triton.jit
+def rounded_number(kind, x):
+    return tl.where(kind == FP32, x.to(tl.float32).to(tl.float64), x)
+
+
+@triton.jit
+def next_step(kind, step):
+    """A counter after one more step; a float that 1 no longer moves goes to the next one that there is."""
+    stays = (step > 0.0) & (step < float("inf"))
+    x = step.to(tl.float32)
+    after = x + 1.0
+    above = (x.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
+    short = tl.where(stays & (after == x), above, after).to(tl.float64)
+    after = step + 1.0
+    above = (step.to(tl.int64, bitcast=True) + 1).to(tl.float64, bitcast=True)
+    wide = tl.where(stays & (after == step), above, after)
+    wide = tl.where((kind == INT32) & (after > 2147483647.0), step, wide)
+    return tl.where(kind == FP32, short, wide)
+
+
+@triton.jit
+def countable(step):
+    """The number of a step, so that it can be made an integer."""
+    step = tl.where(step < 2.0**62, step, 2.0**62)
+    return tl.where(step > 0.0, step, 0.0)
 
 
 @triton.jit
@@ -127,27 +179,28 @@ def prologue(
     sign = tl.load(job + SIGN, mask=mask, other=1).to(tl.float32)
     fresh = tl.load(job + FRESH, mask=mask, other=0)
     counter = tl.load(job + COUNTER, mask=mask, other=0)
-    step = tl.load(job + STEP, mask=mask, other=1).to(tl.float32)
+    counter_type = tl.load(job + COUNTER_TYPE, mask=mask, other=0)
+    step = tl.load(job + STEP, mask=mask, other=1).to(tl.float64)
     key = tl.load(job + KEY, mask=mask, other=0)
     tl.store(control_ptr + 1 + tensor, sign * grad_coef, mask=mask)
 
     hyper = hyper_ptr + group * HYPERS
-    counter_ptr = counter.to(tl.pointer_type(tl.float32))
     counts = mask & (counter != 0)
-    step = tl.where(counts, tl.load(counter_ptr, mask=counts, other=0.0) + 1.0, step)
+    step = tl.where(counts, next_step(counter_type, read_number(counter, counter_type, counts)), step)
     written = counts
     if (found_inf_ptr is not None) or (total_ptr is not None):
         written = tl.where(skip == 0.0, counts, False)
-    tl.store(counter_ptr, step, mask=written)
+    write_number(counter, counter_type, step, written)
+    step = countable(step)
     scalar_state = None
     if ADVANCE is not None:
-        state_ptr = tl.load(job + SCALAR_STATE, mask=mask, other=0).to(tl.pointer_type(tl.float32))
-        given = tl.load(job + SCALAR_VALUE, mask=mask, other=0).to(tl.int32).to(tl.float32, bitcast=True)
-        before = tl.load(state_ptr, mask=counts, other=0.0).to(tl.float64)
+        state = tl.load(job + SCALAR_STATE, mask=mask, other=0)
+        state_type = tl.load(job + SCALAR_TYPE, mask=mask, other=0)
+        given = tl.load(job + SCALAR_VALUE, mask=mask, other=0).to(tl.float64, bitcast=True)
+        before = read_number(state, state_type, counts)
         # Rounded before it is used: a checkpoint, which has the rounded one, goes on with the same bits.
-        after = tl.where(counts, ADVANCE(hyper, step, before, mask).to(tl.float32), given)
-        tl.store(state_ptr, after, mask=written)
-        scalar_state = after.to(tl.float64)
+        scalar_state = tl.where(counts, rounded_number(state_type, ADVANCE(hyper, step, before, mask)), given)
+        write_number(state, state_type, scalar_state, written)
     tl.store(control_ptr, skip)
     scalars = scalars_ptr + tensor * SCALAR_FLOATS
     # A rule that reads the step without saying so does not compile.

@@ -6,8 +6,6 @@ import triton.language as tl
 _LN2 = tl.constexpr(float.fromhex("0x1.62e430p-1"))
 _LOG2_E = tl.constexpr(float.fromhex("0x1.715476p0"))
 _LARGEST = tl.constexpr(float.fromhex("0x1.fffffep127"))
-# A float32 counter cannot pass 2^24.
-_STEP_BITS = tl.constexpr(25)
 
 
 @triton.jit
@@ -84,7 +82,7 @@ def power_of(r, exponent):
 def integer_power(base, n):
     """base^n in fp64, by repeated squaring."""
     result = base * 0.0 + 1.0
-    for _ in tl.static_range(_STEP_BITS):
+    while tl.max(n) != 0:
         result = tl.where((n & 1) != 0, result * base, result)
         base = base * base
         n = n >> 1

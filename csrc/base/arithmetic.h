@@ -68,6 +68,12 @@ PRECOND_INLINE float float_of(uint32_t u) {
   return x;
 }
 
+// The number of a step, so that it can be made an integer: no counter comes to 2^62 by counting.
+PRECOND_INLINE double countable(double step) {
+  if (!(step < 0x1p62)) return 0x1p62;  // a NaN too
+  return step > 0.0 ? step : 0.0;
+}
+
 PRECOND_INLINE float magnitude_of(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 // r >= 0 with the sign of x.
 PRECOND_INLINE float with_sign_of(float r, float x) { return float_of(bits_of(r) | (bits_of(x) & 0x80000000u)); }

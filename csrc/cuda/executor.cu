@@ -226,11 +226,13 @@ void CudaExecutor::Impl::scalars_on_device(const Plan& plan, const std::vector<G
     job.fresh = t.fresh;
     job.draws = t.draws;
     job.key = t.key;
-    if (t.step != nullptr && t.step_on_device) {
-      job.step = t.step;
-      job.scalar = t.scalar;
-    } else if (t.step != nullptr) {
-      job.known_step = *t.step + 1.0f;
+    if (t.step && t.step_on_device) {
+      job.step = t.step.data;
+      job.scalar = t.scalar.data;
+      job.step_type = t.step.type;
+      job.scalar_type = t.scalar.type;
+    } else if (t.step) {
+      job.known_step = t.next_step;
       job.known_scalar = t.next_scalar;
     }
   }
@@ -248,7 +250,7 @@ static void require_known_scalars(const Plan& plan, const DeviceStep& step) {
   for (const Override& override : step.overrides)
     for (int64_t i = 0; i < plan.size(); ++i) {
       const Tensor& t = plan.tensor(i);
-      if (t.active && t.group == override.group && t.scalar != nullptr && !t.step_on_device &&
+      if (t.active && t.group == override.group && t.scalar && !t.step_on_device &&
           t.next_scalar != t.next_scalar)
         throw std::runtime_error(
             "capturable must be True for a hyper-parameter in a tensor: the host advances a state with it");
@@ -266,7 +268,7 @@ void CudaExecutor::run(Plan* plan, const std::vector<GroupRow>& groups, const De
   bool counters_on_device = true;
   for (int64_t i = 0; i < plan->size(); ++i) {
     const Tensor& t = plan->tensor(i);
-    if (!t.active || t.step == nullptr) continue;
+    if (!t.active || !t.step) continue;
     on_device = on_device || t.step_on_device;
     counters_on_device = counters_on_device && t.step_on_device;
   }

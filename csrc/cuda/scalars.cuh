@@ -8,10 +8,11 @@
 namespace precond {
 
 struct ScalarsJob {
-  float* step;       // counter on the device, advanced here; null: the host has counted
-  float* scalar;     // scalar state on the device, advanced with it; null: none, or advanced by the host
-  float known_step;  // where the host has counted; already advanced, like the next
-  float known_scalar;
+  void* step;         // counter on the device, advanced here; null: the host has counted
+  void* scalar;       // scalar state on the device, advanced with it; null: none, or advanced by the host
+  double known_step;  // where the host has counted; already advanced, like the next
+  double known_scalar;
+  NumberType step_type, scalar_type;
   int32_t group;  // -1: inactive in this step
   int32_t fresh;
   int32_t draws;
@@ -36,19 +37,20 @@ __device__ __forceinline__ void read_overrides(const Override* overrides, int32_
 // Counts the step, unless it is skipped, and fills a tensor's scalars.
 template <class Rule>
 __device__ __forceinline__ void prepare(const ScalarsJob& job, const double* hyper, bool skip, float* scalars) {
-  float step = job.known_step, scalar = job.known_scalar;
+  double step = job.known_step, scalar = job.known_scalar;
   if (job.step != nullptr) {
-    step = *job.step + 1.0f;
-    if (!skip) *job.step = step;
+    step = next_step(job.step_type, read_number(job.step, job.step_type));
+    if (!skip) write_number(job.step, job.step_type, step);
   }
   if constexpr (Rule::kScalarStates != 0) {
     if (job.scalar != nullptr) {
-      scalar = advanced<Rule>(hyper, step, *job.scalar);
-      if (!skip) *job.scalar = scalar;
+      const double before = read_number(job.scalar, job.scalar_type);
+      scalar = rounded_number(job.scalar_type, advanced<Rule>(hyper, step, before));
+      if (!skip) write_number(job.scalar, job.scalar_type, scalar);
     }
   }
   fill_scalars<Rule>(hyper, step, job.fresh != 0, scalar, scalars);
-  if (job.draws) put_seed(seed_of(job.key, uint64_t(step)), scalars);
+  if (job.draws) put_seed(seed_of(job.key, uint64_t(countable(step))), scalars);
 }
 
 }  // namespace PRECOND_ISA

@@ -1,6 +1,8 @@
 // Split weights: a 16-bit parameter, rounded to nearest, and beside it what that lacks of a 24- or 32-bit master.
 #pragma once
 
+#include <cmath>
+
 #include "formats/stochastic.h"
 
 namespace precond {
@@ -13,15 +15,22 @@ struct Split {
   RemainderT remainder;
 };
 
-// bf16 is the upper half of fp32: the remainder is a difference of bits, and the master every finite fp32 number, also
-// where its bf16 is infinite.
+// bf16 is the upper half of fp32, and the remainder a difference of bits. One that is not the parameter's, which somebody
+// wrote, leaves an infinite parameter infinite, and does not take a 0 below 0, where the bits are a NaN's.
+PRECOND_INLINE float master_of(uint16_t stored, uint32_t remainder) {
+  const uint32_t u = uint32_t(stored) << 16;
+  const float plain = float_of(u), master = float_of(u + remainder);
+  return magnitude_of(plain) < HUGE_VALF && master == master ? master : plain;
+}
+
+// The master is every fp32 number whose bf16 is finite.
 struct Bf16Split32 {
   static constexpr Storing kStoring = Storing::remainder;
   static constexpr Storage kStorage = Storage::bf16;
   using Stored = uint16_t;
   using Remainder = int16_t;
   PRECOND_INLINE static float value(Stored x, Remainder remainder) {
-    return float_of((uint32_t(x) << 16) + uint32_t(int32_t(remainder)));
+    return master_of(x, uint32_t(int32_t(remainder)));
   }
   PRECOND_INLINE static Split<Remainder> split(float x, uint32_t) {
     const uint32_t u = x != x ? 0x7fc00000u : bits_of(x);
@@ -37,7 +46,7 @@ struct Bf16Split24 {
   using Stored = uint16_t;
   using Remainder = int8_t;
   PRECOND_INLINE static float value(Stored x, Remainder remainder) {
-    return float_of((uint32_t(x) << 16) + uint32_t(int32_t(remainder) * 256));
+    return master_of(x, uint32_t(int32_t(remainder) * 256));
   }
   PRECOND_INLINE static Split<Remainder> split(float x, uint32_t draw) {
     const uint32_t u = x != x ? 0x7fc00000u : bits_of(x);

@@ -12,7 +12,8 @@ enum class Storing {
   codes,      // codes and a scale per group: unit(scale), value(code, unit), group(top), code(x, group, draw)
 };
 
-// What elements are in memory: the dtypes of operands, and of the codes, scales and remainders beside them.
-enum class Storage : int32_t { none, fp32, bf16, fp16, int8, uint8 };
+// What elements are in memory: the dtypes of operands, of the codes, scales and remainders beside them, and of step
+// counters.
+enum class Storage : int32_t { none, fp32, bf16, fp16, int8, uint8, fp64, int32, int64 };
 
 }  // namespace precond

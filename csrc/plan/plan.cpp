@@ -2,6 +2,7 @@
 #include "plan/plan.h"
 
 #include <algorithm>
+#include <unordered_map>
 
 #include "base/denormals.h"
 #include "rules/registry.h"
@@ -16,6 +17,8 @@ constexpr int64_t kChunkOverhead = 64;
 
 int32_t Plan::add(const Tensor& tensor) {
   tensors_.push_back(tensor);
+  for (const Number& number : {tensor.step, tensor.scalar})
+    if (number && !numbers_.insert(number.data).second) shares_numbers_ = true;
   return int32_t(tensors_.size()) - 1;
 }
 
@@ -58,9 +61,23 @@ int32_t Plan::add_strides(const Strides& strides) {
 
 void Plan::advance(const std::vector<GroupRow>& groups) {
   const IeeeDenormals ieee;
-  for (Tensor& t : tensors_)
-    if (t.active && t.scalar != nullptr && !t.step_on_device)
-      t.next_scalar = rules()[t.rule].advanced(groups[t.group].hyper, double(*t.step + 1.0f), *t.scalar);
+  // Of numbers that tensors share: what the tensors so far leave there.
+  std::unordered_map<const void*, double> left;
+  const auto read = [&](const Number& number) {
+    if (shares_numbers_)
+      if (const auto found = left.find(number.data); found != left.end()) return found->second;
+    return read_number(number.data, number.type);
+  };
+  for (Tensor& t : tensors_) {
+    if (!t.active || !t.step || t.step_on_device) continue;
+    t.next_step = next_step(t.step.type, read(t.step));
+    if (t.scalar)
+      t.next_scalar = rounded_number(
+          t.scalar.type, rules()[t.rule].advanced(groups[t.group].hyper, t.next_step, read(t.scalar)));
+    if (!shares_numbers_) continue;
+    left[t.step.data] = t.next_step;
+    if (t.scalar) left[t.scalar.data] = t.next_scalar;
+  }
 }
 
 // Tensors of one group nearly always share a step, so scalars are computed for the first and shared, or copied beside a
@@ -69,7 +86,7 @@ const std::vector<float>& Plan::fill_scalars(const std::vector<GroupRow>& groups
   const IeeeDenormals ieee;
   advance(groups);
   struct Known {
-    float step = -1.0f, scalar = 0.0f;
+    double step = -1.0, scalar = 0.0;
     bool fresh = false;
     int32_t at = -1;
   };
@@ -82,7 +99,7 @@ const std::vector<float>& Plan::fill_scalars(const std::vector<GroupRow>& groups
   const auto at = [&](int32_t index) { return &scalars_[size_t(index) * kScalarFloats]; };
   for (Tensor& t : tensors_) {
     if (!t.active) continue;
-    const float step = t.step == nullptr ? 0.0f : *t.step + 1.0f;
+    const double step = t.next_step;
     Known& known = last[t.group];
     if (known.at < 0 || known.step != step || known.scalar != t.next_scalar || known.fresh != t.fresh) {
       known = {step, t.next_scalar, t.fresh, append()};
@@ -92,7 +109,7 @@ const std::vector<float>& Plan::fill_scalars(const std::vector<GroupRow>& groups
     if (!t.draws) continue;
     t.scalars = append();
     std::copy_n(at(known.at), kSeedAt, at(t.scalars));
-    put_seed(seed_of(t.key, uint64_t(step)), at(t.scalars));
+    put_seed(seed_of(t.key, uint64_t(countable(step))), at(t.scalars));
   }
   return scalars_;
 }
@@ -101,9 +118,9 @@ void Plan::count_step() {
   for (Tensor& t : tensors_) {
     if (!t.active) continue;
     t.fresh = false;
-    if (t.step == nullptr || t.step_on_device) continue;
-    *t.step += 1.0f;
-    if (t.scalar != nullptr) *t.scalar = t.next_scalar;
+    if (!t.step || t.step_on_device) continue;
+    write_number(t.step.data, t.step.type, t.next_step);
+    if (t.scalar) write_number(t.scalar.data, t.scalar.type, t.next_scalar);
   }
 }
 

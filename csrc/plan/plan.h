@@ -4,11 +4,13 @@
 
 #include <cmath>
 #include <cstdint>
+#include <unordered_set>
 #include <vector>
 
 #include "base/limits.h"
 #include "formats/formats.h"
 #include "plan/layout.h"
+#include "plan/number.h"
 
 namespace precond {
 
@@ -40,10 +42,10 @@ struct Place {
 struct Tensor {
   Operand p, g, state[kMaxStates];
   int64_t numel = 0;
-  float* step = nullptr;        // counter in the parameter's state, advanced by address; null where none is kept
-  float* scalar = nullptr;      // the rule's scalar state, advanced with it; null where the rule has none
+  Number step;                  // counter in the parameter's state, advanced by address; null where none is kept
+  Number scalar;                // the rule's scalar state, advanced with it; null where the rule has none
   bool step_on_device = false;  // both of them
-  float next_scalar = 0.0f;     // after the coming step; where the host advances it
+  double next_step = 0.0, next_scalar = 0.0;  // after the coming step; where the host advances them
   int32_t rule = 0;
   int32_t group = 0;
   int32_t scalars = 0;  // of this step: their place in Plan::fill_scalars
@@ -104,8 +106,9 @@ class Plan {
   // The first chunk of each batch: about one full chunk's work, which a thread takes at a time. Cut with the chunks.
   const std::vector<int32_t>& batches() const { return batches_; }
 
-  // What an executor needs of every step: the scalar states that the host advances; all scalars, kScalarFloats each;
-  // and, after a step that was not skipped, counting it. A plan's tensors then have their state no longer fresh.
+  // What an executor needs of every step: the counters and scalar states that the host advances, one after the other
+  // where tensors share one; all scalars, kScalarFloats each; and, after a step that was not skipped, counting it. A
+  // plan's tensors then have their state no longer fresh.
   void advance(const std::vector<GroupRow>& groups);
   const std::vector<float>& fill_scalars(const std::vector<GroupRow>& groups);
   void count_step();
@@ -118,6 +121,8 @@ class Plan {
   std::vector<Strides> strides_;
   std::vector<Chunk> chunks_;
   std::vector<int32_t> batches_;
+  std::unordered_set<const void*> numbers_;  // counters and scalar states
+  bool shares_numbers_ = false;              // between tensors
   std::vector<float> scalars_;  // shared by tensors with the same group and step that draw nothing
 };
 

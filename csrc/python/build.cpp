@@ -64,10 +64,23 @@ bool TensorPlan::fits(const View& view) const {
   return false;
 }
 
-// What the step counter and a scalar state must be.
-bool TensorPlan::is_counter(const View& view, bool on_device) const {
-  return view.device == (on_device ? device_ : kCpuDevice) && view.storage == Storage::fp32 && view.ndim == 0 &&
-         view.data != nullptr;
+// The step counter or a scalar state, of one element in any number of dimensions; none where it cannot be one.
+Number TensorPlan::number_of(const View& view, bool on_device) const {
+  if (view.device != (on_device ? device_ : kCpuDevice)) return {};
+  for (int d = 0; d < view.ndim; ++d)
+    if (view.shape[d] != 1) return {};
+  switch (view.storage) {
+    case Storage::fp32:
+      return {view.data, NumberType::fp32};
+    case Storage::fp64:
+      return {view.data, NumberType::fp64};
+    case Storage::int32:
+      return {view.data, NumberType::int32};
+    case Storage::int64:
+      return {view.data, NumberType::int64};
+    default:
+      return {};
+  }
 }
 
 Order TensorPlan::order_of(const Entry& entry) const {
@@ -188,9 +201,8 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
   }
   if (counts) {
     reader_.read(state[step_name_].ptr(), &view);
-    if (!is_counter(view, step_on_device))
-      throw py::type_error("state step must be a float32 tensor without dimensions");
-    tensor.step = reinterpret_cast<float*>(view.data);
+    tensor.step = number_of(view, step_on_device);
+    if (!tensor.step) throw py::type_error("state step must be a tensor of one float32, float64, int32 or int64");
     tensor.step_on_device = step_on_device;
     traces.step = trace(state[step_name_], view);
   } else if (rules()[size_t(rule)].reads_step) {
@@ -198,10 +210,10 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
   }
   if (const py::object& name = scalar_names_[size_t(rule)]) {
     reader_.read(state[name].ptr(), &view);
-    if (!is_counter(view, step_on_device))
+    tensor.scalar = number_of(view, step_on_device);
+    if (!tensor.scalar)
       throw py::type_error("state " + py::str(name).cast<std::string>() +
-                           " must be a float32 tensor without dimensions, beside step");
-    tensor.scalar = reinterpret_cast<float*>(view.data);
+                           " must be a tensor of one float32 or float64, beside step");
     traces.scalar = trace(state[name], view);
   }
   if (at < 0) {

@@ -64,7 +64,7 @@ std::vector<float> scalars(const std::string& rule, const std::vector<double>& h
 }
 
 float advance(const std::string& rule, const std::vector<double>& hyper, double step, float scalar) {
-  return checked(rule, hyper.size()).advanced(hyper.data(), step, scalar);
+  return float(checked(rule, hyper.size()).advanced(hyper.data(), step, scalar));
 }
 
 Request request(int rule, float sign, const std::vector<double>& hyper) {

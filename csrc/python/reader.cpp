@@ -14,6 +14,9 @@ Storage storage_of(const std::string& dtype) {
   if (dtype == "torch.float16") return Storage::fp16;
   if (dtype == "torch.int8") return Storage::int8;
   if (dtype == "torch.uint8") return Storage::uint8;
+  if (dtype == "torch.float64") return Storage::fp64;
+  if (dtype == "torch.int32") return Storage::int32;
+  if (dtype == "torch.int64") return Storage::int64;
   return Storage::none;
 }
 
@@ -32,6 +35,12 @@ Storage storage_of(const dlpack::DLTensor& t) {
       return Storage::int8;
     case dlpack::kUint << 8 | 8:
       return Storage::uint8;
+    case dlpack::kFloat << 8 | 64:
+      return Storage::fp64;
+    case dlpack::kInt << 8 | 32:
+      return Storage::int32;
+    case dlpack::kInt << 8 | 64:
+      return Storage::int64;
     default:
       return Storage::none;
   }

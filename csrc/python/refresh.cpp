@@ -69,13 +69,14 @@ bool TensorPlan::same_state(const Entry& entry, PyObject* param_state, View* vie
 }
 
 // The step counter, or a scalar state.
-bool TensorPlan::same_number(const float* number, const py::object& name, bool on_device, PyObject* param_state,
+bool TensorPlan::same_number(const Number& number, const py::object& name, bool on_device, PyObject* param_state,
                              View* view) const {
-  if (number == nullptr) return true;
+  if (!number) return true;
   PyObject* value = PyDict_GetItemWithError(param_state, name.ptr());
   if (value == nullptr) return false;
   reader_.read(value, view);
-  return is_counter(*view, on_device) && view->data == reinterpret_cast<const char*>(number);
+  const Number found = number_of(*view, on_device);
+  return found.data == number.data && found.type == number.type;
 }
 
 // Scales, remainder and key.

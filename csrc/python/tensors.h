@@ -96,7 +96,7 @@ class TensorPlan {
   bool refresh_gradients(const py::list& param_groups, const py::dict& inputs);
   bool refresh_states(const py::dict& state);
   bool fits(const View& view) const;
-  bool is_counter(const View& view, bool on_device) const;
+  Number number_of(const View& view, bool on_device) const;
   py::list updated();
   Trace trace(py::handle tensor, const View& view) const;
   py::object gradient_of(PyObject* param, const py::dict& inputs) const;
@@ -108,7 +108,7 @@ class TensorPlan {
   bool is_scales(const View& view, int64_t numel) const;
   bool is_remainder(const View& view, Format format, int64_t numel) const;
   bool same_operand(const Operand& operand, const Entry& entry, const View& view) const;
-  bool same_number(const float* number, const py::object& name, bool on_device, PyObject* param_state,
+  bool same_number(const Number& number, const py::object& name, bool on_device, PyObject* param_state,
                    View* view) const;
   bool same_shape(const Entry& entry, const View& view) const;
   bool same_strides(const Entry& entry, const View& view) const;

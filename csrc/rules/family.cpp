@@ -19,10 +19,10 @@ RuleInfo info(const char* name, const char* type) {
           Rule::kReadsStep,
           {std::begin(Hyper::names), std::end(Hyper::names)},
           int(sizeof(Rule) / sizeof(float)),
-          [](const double* hyper, double step, bool fresh, float scalar, float* scalars) {
+          [](const double* hyper, double step, bool fresh, double scalar, float* scalars) {
             fill_scalars<Rule>(hyper, step, fresh, scalar, scalars);
           },
-          [](const double* hyper, double step, float scalar) { return advanced<Rule>(hyper, step, scalar); }};
+          [](const double* hyper, double step, double scalar) { return advanced<Rule>(hyper, step, scalar); }};
 }
 
 std::vector<RuleInfo> table() {

@@ -16,8 +16,8 @@ struct RuleInfo {
   bool reads_step;
   std::vector<std::string> hyper;
   int scalars;  // floats that fill() writes
-  void (*fill)(const double* hyper, double step, bool fresh, float scalar, float* scalars);
-  float (*advanced)(const double* hyper, double step, float scalar);
+  void (*fill)(const double* hyper, double step, bool fresh, double scalar, float* scalars);
+  double (*advanced)(const double* hyper, double step, double scalar);
 };
 
 // Rules of one family have consecutive numbers.

@@ -35,7 +35,7 @@ struct Carried : Counted {
 
 // The fields of a rule, as floats.
 template <class Rule>
-PRECOND_INLINE void fill_scalars(const double* hyper, double step, bool fresh, float scalar, float* scalars) {
+PRECOND_INLINE void fill_scalars(const double* hyper, double step, bool fresh, double scalar, float* scalars) {
   static_assert(sizeof(Rule) <= (kScalarFloats - 2) * sizeof(float), "raise kScalarFloats: a seed lies behind a rule");
   static_assert(Rule::kStates <= kMaxStates, "raise kMaxStates");
   static_assert(sizeof(typename Rule::Hyper) <= kMaxHyper * sizeof(double), "raise kMaxHyper");
@@ -43,8 +43,9 @@ PRECOND_INLINE void fill_scalars(const double* hyper, double step, bool fresh, f
   typename Rule::Hyper h;
   std::memcpy(&h, hyper, sizeof h);
   Rule rule;
+  step = countable(step);
   if constexpr (Rule::kScalarStates != 0)
-    set_scalars(rule, h, Carried{{{fresh}, step}, double(scalar)});
+    set_scalars(rule, h, Carried{{{fresh}, step}, scalar});
   else if constexpr (Rule::kReadsStep)
     set_scalars(rule, h, Counted{{fresh}, step});
   else
@@ -52,14 +53,14 @@ PRECOND_INLINE void fill_scalars(const double* hyper, double step, bool fresh, f
   std::memcpy(scalars, &rule, sizeof rule);
 }
 
-// The scalar state after a step, rounded to what is stored: the scalars of the step are made of that, so that a
-// checkpoint continues with the same bits.
+// The scalar state after a step. The caller rounds it to what is stored: the scalars of the step are made of that, so
+// that a checkpoint continues with the same bits.
 template <class Rule>
-PRECOND_INLINE float advanced([[maybe_unused]] const double* hyper, [[maybe_unused]] double step, float scalar) {
+PRECOND_INLINE double advanced([[maybe_unused]] const double* hyper, [[maybe_unused]] double step, double scalar) {
   if constexpr (Rule::kScalarStates != 0) {
     typename Rule::Hyper h;
     std::memcpy(&h, hyper, sizeof h);
-    return float(Rule::advance(h, step, double(scalar)));
+    return Rule::advance(h, countable(step), scalar);
   } else {
     return scalar;
   }

@@ -18,7 +18,7 @@ from .checks import Checks
 from .norm import NOTHING, Clip, NormClasses, reference_part
 from .rows import Control, Row, Step
 from .sharding import local
-from .states import States, counts_beside, is_counter
+from .states import States, counts_beside, is_counter, next_step
 
 # Elements per chunk; 0 lets the plan choose.
 _CHUNK = 0
@@ -230,14 +230,6 @@ class InPython:
         self.entries, self.states, self.fresh = entries, states, fresh
         self.device = local(entries[0].param(step)).device
 
-    def check_formats(self, step: Step) -> None:
-        """Raise where states are not what their formats say: a checkpoint can bring anything."""
-        for entry in self.entries:
-            p, rule = entry.param(step), step.rows[entry.group].rule
-            layout = self.states.layout(p, step.groups[entry.group], rule)
-            if not layout.plain:
-                formats.check(entry.name, p, step.state[p], self.states.names(rule), layout)
-
     def holds(self, step: Step, checks: Checks) -> bool:
         """True where every parameter that has a gradient is as it was checked."""
         return all(self._holds(step, checks, entry) for entry in self.entries)
@@ -252,7 +244,7 @@ class InPython:
             return True
         beside = counts_beside(step.groups[entry.group], "triton")
         device = p.device if beside else torch.device("cpu")
-        return all(is_counter(step.state[p][name], p, device) for name in ("step", *self.states.scalars(row.rule)))
+        return all(is_counter(name, step.state[p][name], device) for name in ("step", *self.states.scalars(row.rule)))
 
     def has_gradients(self, step: Step) -> bool:
         """True where one of the parameters is updated."""
@@ -278,8 +270,7 @@ class InPython:
         counter = step.state[p]["step"]
         if not self._counts_on_host(step, entry):
             return counter
-        counter += 1
-        return int(counter.item())
+        return next_step(counter)
 
     def _scalars(self, step: Step, entry: Entry, number: int) -> dict[str, float]:
         """A parameter's states of one number, advanced by the host: computed in float64, and read as they were stored."""

@@ -76,7 +76,7 @@ class JobStates:
     def ensure(self, name: str, p: Tensor, group: Group, row: Row) -> bool:
         """Make a step counter. False: the caller has made the states."""
         if self.counts(p, row.rule):
-            make_counter(p, self.state[p], group, self.scalars(row.rule))
+            make_counter(name, p, self.state[p], group, self.scalars(row.rule))
         return False
 
     def counts(self, p: Tensor, rule: str) -> bool:

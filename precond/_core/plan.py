@@ -6,8 +6,10 @@ from __future__ import annotations
 import enum
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from . import formats
 from .checks import Checks
 from .clipping import Executor, Report, begin
 from .executors import Compiled, Entry, Home, Reference, Triton, parameters
@@ -16,7 +18,7 @@ from .memory import Memory, Written
 from .norm import NormClasses, local_total, norm_classes
 from .rows import Group, Row, Step
 from .sharding import local
-from .states import States
+from .states import States, counts_beside
 
 
 class Outcome(enum.Enum):
@@ -69,8 +71,6 @@ class StepPlan:
                 for kind in (Reference, Triton)
                 if entries[kind.backend]
             ]
-            for executor in self.in_python:
-                executor.check_formats(step)
             self.compiled = [
                 Compiled(step, states, *home, homes, self.fresh, captured)
                 for home in dict.fromkeys(homes)
@@ -102,14 +102,17 @@ class StepPlan:
                     homes.append(None)
                     continue
                 try:
-                    homes.append(self._home(step, name, p, group, row))
+                    home = self._home(step, name, p, group, row)
+                    if not has_gradient:
+                        self._check_formats(step, name, p, group, row)
+                    homes.append(home)
                 except (RuntimeError, TypeError):
                     if has_gradient:
                         raise
                     # Whatever is wrong with it is an error of the step in which it gets a gradient.
                     homes.append(None)
                     continue
-                written += _written(step, number, name, p)
+                written += self._written(step, number, name, p, group, row, home)
         for number in self._memory.check(written, moving):
             homes[number] = None
         number = 0
@@ -121,13 +124,32 @@ class StepPlan:
                 number += 1
         return homes, entries
 
-    def _home(self, step: Step, name: str, p: Tensor, group: Group, row: Row) -> Home:
+    def _home(self, step: Step, name: str, p: Tensor, group: Group, row: Row) -> tuple[str, torch.device]:
         """Backend and device of a parameter, which is checked."""
         if group.get("fused") and p.is_meta:
             raise RuntimeError(
                 f"`fused=True` requires all the params to be floating point Tensors with memory, got {name} on meta"
             )
         return self.checks.backend_of(name, p, step, row, self.states), local(p).device
+
+    def _check_formats(self, step: Step, name: str, p: Tensor, group: Group, row: Row) -> None:
+        """Raise where states are not what their formats say: a checkpoint can bring anything."""
+        layout = self.states.layout(p, group, row.rule)
+        if not layout.plain:
+            formats.check(name, p, step.state[p], self.states.names(row.rule), layout)
+
+    def _written(
+        self, step: Step, number: int, name: str, p: Tensor, group: Group, row: Row, home: tuple[str, torch.device]
+    ) -> list[Written]:
+        """What a step of a parameter writes, of what exists."""
+        beside = counts_beside(group, home[0])
+        # Parameters may share a counter on the host, which counts one after the other.
+        shared = () if beside else ("step", *self.states.scalars(row.rule))
+        found = [Written(number, name, "", local(p))]
+        for key, t in step.state.get(p, {}).items():
+            if isinstance(t, Tensor) and (t.dim() or beside) and key not in shared:
+                found.append(Written(number, name, key, local(t)))
+        return found
 
     def _is_ready(self, step: Step, p: Tensor, group: Group, row: Row) -> bool:
         """True for a parameter that has all the states that its first gradient would make, or needs none."""
@@ -140,6 +162,7 @@ class StepPlan:
         self._before.append((p, None if state is None else dict(state)))
         if self.states.ensure(name, p, group, row) and step.input_of(p) is not None:
             self.fresh.add(number)
+        self._check_formats(step, name, p, group, row)
         if "remainder" in step.state.get(p, ()):
             self.split.append(number)
 
@@ -198,9 +221,10 @@ class StepPlan:
                 number += 1
         written: list[Written] = []
         for number, index, name, p in found:
-            if self._home(step, name, p, step.groups[index], step.rows[index]) != (compiled.backend, compiled.device):
+            home = self._home(step, name, p, step.groups[index], step.rows[index])
+            if home != (compiled.backend, compiled.device):
                 return False
-            written += _written(step, number, name, p)
+            written += self._written(step, number, name, p, step.groups[index], step.rows[index], home)
         if self._memory.meeting([item.tensor for item in written]):
             return False
         try:
@@ -301,12 +325,3 @@ class StepPlan:
 
 def _name(group: Group, index: int, position: int) -> str:
     return f"parameter {position} of group {index}"
-
-
-def _written(step: Step, number: int, name: str, p: Tensor) -> list[Written]:
-    """What a step of a parameter writes, of what exists."""
-    found = [Written(number, name, "", local(p))]
-    for key, t in step.state.get(p, {}).items():
-        if isinstance(t, Tensor) and t.dim():
-            found.append(Written(number, name, key, local(t)))
-    return found

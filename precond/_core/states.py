@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -75,9 +76,32 @@ def counter_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def is_counter(value: object, p: Tensor, device: torch.device) -> bool:
-    """True for a parameter's step counter, or another state of one number, as torch keeps it, on a device."""
-    return isinstance(value, Tensor) and (value.dtype, value.dim(), value.device) == (counter_dtype(p), 0, device)
+#: What a step counter may be, in any shape of one element: what counts past 2^24. One of 16 bits stands still at 2048 or 256.
+COUNTER_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
+
+
+def is_counter(name: str, value: object, device: torch.device) -> bool:
+    """True for a parameter's step counter, or another state of one number, that a step advances in place."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.device != device or value.layout != torch.strided:
+        return False
+    return value.dtype in (COUNTER_DTYPES if name == "step" else COUNTER_DTYPES[:2]) and not value.is_neg()
+
+
+def next_step(counter: Tensor) -> int:
+    """Advance a counter on the host, and return it. A float that 1 no longer moves goes to the next one that there is, as in
+    csrc/plan/number.h: random bits, which depend on it, would otherwise be the same in every step.
+    """
+    before = counter.item()
+    if counter.dtype.is_floating_point and 0 < before < math.inf and before >= 2 / torch.finfo(counter.dtype).eps:
+        counter.copy_(torch.nextafter(counter, torch.full_like(counter, math.inf)))
+    elif counter.dtype.is_floating_point or before < torch.iinfo(counter.dtype).max:
+        counter += 1
+    return countable(counter.item())
+
+
+def countable(step: float) -> int:
+    """The number of a step; no counter comes to 2^62 by counting."""
+    return max(int(step), 0) if step < 2**62 else 2**62
 
 
 def counts_beside(group: Group, backend: str) -> bool:
@@ -85,17 +109,22 @@ def counts_beside(group: Group, backend: str) -> bool:
     return backend in ("cuda", "triton") and bool(group.get("capturable") or group.get("fused"))
 
 
-def make_counter(p: Tensor, state: dict[str, Any], group: Group, scalars: Mapping[str, float] = _NO_SCALARS) -> None:
-    """Make a parameter's step counter and a rule's scalar states, or those of the right kind in place of what a checkpoint
-    brought.
+def make_counter(
+    param: str, p: Tensor, state: dict[str, Any], group: Group, scalars: Mapping[str, float] = _NO_SCALARS
+) -> None:
+    """Make a parameter's step counter and a rule's scalar states. What is there stays the same tensor, which others may share,
+    unless it is on another device, is a number of Python's or cannot count; then one that can takes its place.
     """
     device = p.device if p.device.type != "cpu" and counts_beside(group, "cuda") else torch.device("cpu")
     for name, initial in (("step", 0.0), *scalars.items()):
         value = state.get(name, initial)
-        if is_counter(value, p, device):
+        if is_counter(name, value, device):
             continue
         if isinstance(value, Tensor):
-            state[name] = value.detach().to(device, counter_dtype(p), copy=True).reshape(())
+            if value.numel() != 1:
+                raise RuntimeError(f"{name} of {param} must have one element, got shape {tuple(value.shape)}")
+            kept = value.dtype in COUNTER_DTYPES and (name == "step" or value.dtype.is_floating_point)
+            state[name] = value.detach().to(device, value.dtype if kept else counter_dtype(p), copy=True)
         else:
             # torch.tensor() would wait for a device, once per parameter; on the host a fake one knows its value.
             make = torch.tensor if device.type == "cpu" else functools.partial(torch.full, ())
@@ -306,7 +335,7 @@ class ParamStates:
         state = self.state[p]
         fresh = not self.present(p, row.rule)
         if counts:  # before the states, as in torch
-            make_counter(p, state, group, self.scalars(row.rule))
+            make_counter(name, p, state, group, self.scalars(row.rule))
         for key in names:
             if state.get(key) is None:
                 state.update(self._new_state(p, key, group, row))
@@ -318,7 +347,7 @@ class ParamStates:
         if self.layout(p, group, row.rule).draws and not isinstance(state.get("key"), int):
             state["key"] = self._key(p)
         if self.counts(p, row.rule):
-            make_counter(p, state, group, self.scalars(row.rule))
+            make_counter(name, p, state, group, self.scalars(row.rule))
         for key, number in self.recipe.numbers(group).items():
             state.setdefault(key, number)
         return fresh

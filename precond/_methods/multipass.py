@@ -29,10 +29,12 @@ class MultiPass(FusedOptimizer, abstract=True):
     _counted: set[Tensor]
     #: Copies of their counters, for a pass that draws after the one that counts.
     _counters: dict[Tensor, Tensor]
+    #: What errors call a parameter.
+    _names: dict[Tensor, str]
 
     def _rebuild(self) -> None:
         super()._rebuild()
-        self._passes, self._buffers, self._counted, self._counters = {}, {}, set(), {}
+        self._passes, self._buffers, self._counted, self._counters, self._names = {}, {}, set(), {}, {}
 
     def _step_in_one_pass(self, groups: list[dict[str, Any]]) -> None:
         """The one-pass step of some of the groups."""
@@ -42,7 +44,7 @@ class MultiPass(FusedOptimizer, abstract=True):
     def _init_state(self, p: Tensor, group: dict[str, Any], row: Row) -> None:
         """Make what a parameter's rule needs and has not."""
         states = self.states
-        states.ensure("a parameter", p, group, row)
+        states.ensure(self._names.get(p, "a parameter"), p, group, row)
         if states.keeps_step(row.rule):
             self._counted.add(p)
 
@@ -77,7 +79,15 @@ class MultiPass(FusedOptimizer, abstract=True):
         if "key" in state:
             given["key"] = state["key"]
             if p in self._counted and "step" not in names:
-                given["step"] = self._counters.setdefault(p, state["step"].clone()).copy_(state["step"])
+                counter = state["step"]
+                copy = self._counters.get(p)
+                if copy is None or (copy.dtype, copy.shape, copy.device) != (
+                    counter.dtype,
+                    counter.shape,
+                    counter.device,
+                ):
+                    copy = self._counters[p] = counter.clone()
+                given["step"] = copy.copy_(counter)
             else:
                 given["step"] = state["step"]
         return Job(target, g, given, hyper, sign, weight_format, state_format)
@@ -115,7 +125,7 @@ class MultiPass(FusedOptimizer, abstract=True):
         for position, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
-            name = f"parameter {position} of group {index}"
+            name = self._names[p] = f"parameter {position} of group {index}"
             self.engine.checks.backend_of(name, p, step, row, states)
             found.append((name, p, step.inputs.get(p, p.grad)))
         return found

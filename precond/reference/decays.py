@@ -23,9 +23,10 @@ def intrinsic_l1_threshold(den: Tensor, v: Tensor, lr: Number, hyper: Hyper) -> 
 
 def decayed_gradient(p: Tensor, g: Tensor, hyper: Hyper, decay: str) -> Tensor:
     """What the statistics see: g, or with a penalty on p itself g + wd p."""
-    if decay != "coupled":
+    weight_decay = hyper["weight_decay"]
+    if decay != "coupled" or weight_decay == 0:  # 0 times an infinite p is NaN
         return g
-    return g + p * hyper["weight_decay"]
+    return g + p * weight_decay
 
 
 def decayed(
@@ -34,7 +35,9 @@ def decayed(
     """p - step, and the decay that a penalty on z = den^(1/2) p brings; den = 1 where there is none."""
     if decay == "coupled":
         return p - step
-    q = p - lr * hyper["weight_decay"] * p - step
+    # An infinite p stays what it is: inf - inf is NaN.
+    finite = torch.where(p.isinf(), 0.0, p)
+    q = p - lr * hyper["weight_decay"] * finite - step
     if decay == "l2":
         return q
     if den is None or v is None:

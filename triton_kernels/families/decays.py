@@ -7,7 +7,7 @@ rule has behind its own. A rule where den = 1 passes None for den and v.
 import triton
 import triton.language as tl
 
-from ..arithmetic import soft_threshold
+from ..arithmetic import magnitude_of, soft_threshold
 from .rule import given, positions, put
 
 (WEIGHT_DECAY,) = positions(1)  # of "coupled"
@@ -48,7 +48,8 @@ def threshold(den, v, at):
 def gradient(p, g, at, DECAY: tl.constexpr):
     """What the statistics see."""
     if DECAY == "coupled":
-        g = tl.fma(tl.load(at + WEIGHT_DECAY), p, g)
+        weight_decay = tl.load(at + WEIGHT_DECAY)
+        g = tl.where(weight_decay != 0.0, tl.fma(weight_decay, p, g), g)
     return g
 
 
@@ -60,12 +61,13 @@ def decayed(p, rate, direction, den, v, at, DECAY: tl.constexpr):
     else:
         lr_wd = tl.load(at + LR_WD)
         step = rate * direction
+        finite = tl.where(magnitude_of(p) < float("inf"), p, 0.0)
         if DECAY == "l2":
-            new_p = p - tl.fma(lr_wd, p, step)
+            new_p = p - tl.fma(lr_wd, finite, step)
         elif DECAY == "l1_proximal":
-            new_p = soft_threshold(p - tl.fma(lr_wd, p, step), threshold(den, v, at))
+            new_p = soft_threshold(p - tl.fma(lr_wd, finite, step), threshold(den, v, at))
         else:
             t = threshold(den, v, at)
             t = tl.where(p > 0.0, t, tl.where(p < 0.0, -t, 0.0))
-            new_p = p - tl.fma(lr_wd, p, step + t)
+            new_p = p - tl.fma(lr_wd, finite, step + t)
     return new_p

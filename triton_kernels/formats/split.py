@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..arithmetic import magnitude_of
 from .plain import plain_stored, plain_value
 from .stochastic import fp16_step, inverse_power
 
@@ -35,11 +36,20 @@ def largest_of(name):
 
 
 @triton.jit
+def master_of(stored, remainder):
+    """From bits; a remainder that is not the parameter's leaves an infinite one infinite, and does not take a 0 below 0."""
+    u = stored.to(tl.uint32) << 16
+    plain = u.to(tl.float32, bitcast=True)
+    master = (u + remainder).to(tl.float32, bitcast=True)
+    return tl.where((magnitude_of(plain) < float("inf")) & (master == master), master, plain)
+
+
+@triton.jit
 def split_value(stored, remainder, FORMAT: tl.constexpr):
     if FORMAT == "bf16_split32":
-        value = ((stored.to(tl.uint32) << 16) + remainder.to(tl.uint32)).to(tl.float32, bitcast=True)
+        value = master_of(stored, remainder.to(tl.uint32))
     elif FORMAT == "bf16_split24":
-        value = ((stored.to(tl.uint32) << 16) + (remainder.to(tl.uint32) << 8)).to(tl.float32, bitcast=True)
+        value = master_of(stored, remainder.to(tl.uint32) << 8)
     else:
         PARTS: tl.constexpr = parts_of(FORMAT)
         h = plain_value(stored, "fp16")

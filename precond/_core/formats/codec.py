@@ -50,7 +50,9 @@ def decode(stored: Tensor, beside: Tensor | None, form: str, shape: torch.Size) 
         if form.startswith("bf16"):
             high = stored.contiguous().view(torch.int16).int() << 16
             low = beside.int() << 8 if form.endswith("24") else _of_bytes(beside).int()
-            return (high + low).view(torch.float32)
+            # A remainder that is not the parameter's leaves it infinite, and does not take a 0 below 0.
+            master = (high + low).view(torch.float32)
+            return torch.where(stored.isfinite() & ~master.isnan(), master, stored.float())
         value = stored.float()
         if form.endswith("24"):
             return value + beside.float() * (fp16_step(value) / 2**8)
@@ -107,8 +109,9 @@ def _bf16_of(bits: Tensor) -> Tensor:
 
 def fp16_step(x: Tensor) -> Tensor:
     """The distance of float16 numbers around x."""
-    _, exponent = torch.frexp(x.float())  # x = m 2^exponent, 1/2 <= m < 1
-    return torch.ldexp(torch.ones_like(x, dtype=torch.float32), exponent.clamp(min=-13) - 11)
+    _, exponent = torch.frexp(x.float())  # x = m 2^exponent, 1/2 <= m < 1, and 0 of 0
+    exponent = torch.where(x == 0, -13, exponent.clamp(min=-13))
+    return torch.ldexp(torch.ones_like(x, dtype=torch.float32), exponent - 11)
 
 
 def _encode_codes(values: Tensor, form: str, draw: Tensor | int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from .checks import Checks
 from .clipping import Executor, Report, begin
 from .executors import Compiled, Entry, Home, Reference, Triton, parameters
 from .formats import is_half
-from .memory import Memory, Written
+from .memory import Memory
 from .norm import NormClasses, local_total, norm_classes
 from .rows import Group, Row, Step
 from .sharding import local
@@ -90,11 +90,14 @@ class StepPlan:
         """
         homes: list[Home] = []
         entries: dict[str, list[Entry]] = {Reference.backend: [], Triton.backend: []}
-        written: list[Written] = []
+        names: list[str] = []
+        tensors: list[Tensor] = []
+        owners: list[tuple[int, str]] = []
         moving: set[int] = set()
         for index, (group, row) in enumerate(zip(step.groups, step.rows, strict=True)):
             for position, p in enumerate(group["params"]):
                 number, name = len(homes), _name(group, index, position)
+                names.append(name)
                 has_gradient = step.input_of(p) is not None
                 if has_gradient:
                     moving.add(number)
@@ -109,15 +112,15 @@ class StepPlan:
                     # Whatever is wrong with it is an error of the step in which it gets a gradient.
                     homes.append(None)
                     continue
-                written += _written(step, number, name, p)
-        for number in self._memory.check(written, moving):
+                _add_written(step, number, p, tensors, owners)
+        for number in self._memory.check(tensors, owners, moving, names.__getitem__):
             homes[number] = None
         number = 0
         for index, group in enumerate(step.groups):
             for position in range(len(group["params"])):
                 home = homes[number]
                 if home is not None and home[0] in entries:
-                    entries[home[0]].append(Entry(number, index, position, _name(group, index, position)))
+                    entries[home[0]].append(Entry(number, index, position, names[number]))
                 number += 1
         return homes, entries
 
@@ -196,12 +199,12 @@ class StepPlan:
                 if number in numbers:
                     found.append((number, index, _name(group, index, position), p))
                 number += 1
-        written: list[Written] = []
+        tensors: list[Tensor] = []
         for number, index, name, p in found:
             if self._home(step, name, p, step.groups[index], step.rows[index]) != (compiled.backend, compiled.device):
                 return False
-            written += _written(step, number, name, p)
-        if self._memory.meeting([item.tensor for item in written]):
+            _add_written(step, number, p, tensors, [])
+        if self._memory.meeting(tensors):
             return False
         try:
             for number, index, name, p in found:
@@ -303,10 +306,11 @@ def _name(group: Group, index: int, position: int) -> str:
     return f"parameter {position} of group {index}"
 
 
-def _written(step: Step, number: int, name: str, p: Tensor) -> list[Written]:
-    """What a step of a parameter writes, of what exists."""
-    found = [Written(number, name, "", local(p))]
+def _add_written(step: Step, number: int, p: Tensor, tensors: list[Tensor], owners: list[tuple[int, str]]) -> None:
+    """Add what a step of a parameter writes, of what exists, and whose it is."""
+    tensors.append(local(p))
+    owners.append((number, ""))
     for key, t in step.state.get(p, {}).items():
         if isinstance(t, Tensor) and t.dim():
-            found.append(Written(number, name, key, local(t)))
-    return found
+            tensors.append(local(t))
+            owners.append((number, key))

@@ -178,6 +178,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Reader>(m, "Reader")
       .def(py::init<py::tuple, py::object, bool>(), py::arg("tensor_types"), py::arg("local"), py::arg("use_exchange"))
+      .def("alike", &Reader::alike, py::arg("tensors"))
       .def_property_readonly("uses_exchange", &Reader::uses_exchange);
 
   py::class_<Spans>(m, "Spans")

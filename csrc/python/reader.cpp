@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <string>
 
+#include "plan/layout.h"
+
 namespace precond {
 namespace {
 
@@ -55,6 +57,7 @@ void view_as_real(View* view) {
   view->owned = std::move(dims);
   view->ndim += 1;
   view->itemsize /= 2;
+  view->complex = true;
   view->shape = view->owned.data();
   view->strides = view->shape + view->ndim;
 }
@@ -88,6 +91,32 @@ void Reader::read(PyObject* object, View* view) const {
     read_methods(object, view);
 }
 
+bool Reader::alike(const py::list& tensors) const {
+  View view;
+  std::vector<int64_t> shape;
+  int device = kOtherDevice;
+  bool first = true;
+  for (const py::handle tensor : tensors) {
+    if (std::find(types_.begin(), types_.end(), Py_TYPE(tensor.ptr())) == types_.end()) return false;
+    try {
+      read(tensor.ptr(), &view);
+      if (is_negative(tensor.ptr())) return false;
+    } catch (const py::error_already_set&) {
+      return false;
+    }
+    const bool known = view.storage == Storage::fp32 || view.storage == Storage::bf16 || view.storage == Storage::fp16;
+    if (!known || view.complex || view.data == nullptr || view.ndim > kMaxDims) return false;
+    if (first) {
+      shape.assign(view.shape, view.shape + view.ndim);
+      device = view.device;
+    }
+    first = false;
+    if (view.device != device || !std::equal(view.shape, view.shape + view.ndim, shape.begin(), shape.end()))
+      return false;
+  }
+  return true;
+}
+
 bool Reader::is_negative(PyObject* object) const { return py::handle(object).attr("is_neg")().cast<bool>(); }
 
 void Reader::read_exchange(PyObject* object, View* view) const {
@@ -99,6 +128,7 @@ void Reader::read_exchange(PyObject* object, View* view) const {
   view->shape = t.shape;
   view->strides = t.strides;
   const bool complex64 = t.code == dlpack::kComplex && t.bits == 64;
+  view->complex = false;
   view->storage = complex64 && is_conjugate(object) ? Storage::none : storage_of(t);
   view->device = t.device_type == dlpack::kCpu    ? kCpuDevice
                  : t.device_type == dlpack::kCuda ? t.device_id
@@ -110,6 +140,7 @@ void Reader::read_methods(PyObject* object, View* view) const {
   const py::handle t(object);
   const std::string dtype = py::str(t.attr("dtype"));
   const bool complex64 = dtype == "torch.complex64";
+  view->complex = false;
   view->storage = complex64 && is_conjugate(object) ? Storage::none : storage_of(dtype);
   view->device = t.attr("is_cpu").cast<bool>()    ? kCpuDevice
                  : t.attr("is_cuda").cast<bool>() ? t.attr("device").attr("index").cast<int>()

@@ -21,6 +21,7 @@ struct View {
   Storage storage = Storage::none;  // none: of another dtype
   int device = kOtherDevice;
   int itemsize = 0;
+  bool complex = false;
   int ndim = 0;
   const int64_t* shape = nullptr;
   const int64_t* strides = nullptr;
@@ -38,6 +39,9 @@ class Reader {
   void read(PyObject* object, View* view) const;
   // True for a tensor whose values are the negatives of its memory; a view does not show it.
   bool is_negative(PyObject* object) const;
+  // True for tensors of the known types that lie in memory as their strides say and that the kernels take as they are:
+  // real floats of the formats, on one device and of one shape, and not empty.
+  bool alike(const py::list& tensors) const;
   bool uses_exchange() const { return api_ != nullptr; }
 
  private:

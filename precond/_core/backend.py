@@ -127,6 +127,18 @@ def has_plain_memory(tensor: Tensor) -> bool:
     )
 
 
+def known(backend: str | None, tensors: list[Tensor]) -> str | None:
+    """The compiled backend that updates plain tensors of one device and shape: a parameter, its gradient and its states. None
+    where each of them must be looked at.
+    """
+    if _C is None or not reader().alike(tensors):
+        return None
+    p = tensors[0]
+    if p.is_cpu:
+        return "cpu" if backend in (None, "cpu") else None
+    return "cuda" if p.is_cuda and backend in (None, "cuda") and not why_not_on(p.device.index) else None
+
+
 def choose(backend: str | None, tensors: list[Tensor]) -> str:
     """The backend that updates these tensors: a parameter, its gradient and its states."""
     device = tensors[0].device.type

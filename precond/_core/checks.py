@@ -32,6 +32,11 @@ class Checks:
         """
         g = step.input_of(p)
         g = p if g is None else g
+        present = states.present(p, row.rule)
+        if not torch.is_grad_enabled() and not p.is_inference():
+            found = _backend.known(self.settings["backend"], [p, g, *present.values()])
+            if found is not None:
+                return found
         if not (p.is_floating_point() or p.is_complex()):
             raise TypeError(f"{name} must be floating point or complex, got {p.dtype}")
         if p.is_inference() and not torch.is_inference_mode_enabled():
@@ -44,7 +49,6 @@ class Checks:
             raise RuntimeError(f"{name} of {p.dtype} must have a gradient of the same kind, got {g.dtype}")
         if g.shape != p.shape:
             raise RuntimeError(f"{name} must have a gradient of shape {tuple(p.shape)}, got {tuple(g.shape)}")
-        present = states.present(p, row.rule)
         coded = {key for key in present if f"{key}_scale" in states.state[p]}
         for key, state in present.items():
             if (state.shape != p.shape and key not in coded) or state.device != p.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -75,11 +76,18 @@ class Memory:
         """The places in the list of those that may share memory with another, given now or earlier, or with themselves."""
         return list(range(len(tensors))) if self._spans is None else self._spans.add(tensors)
 
-    def check(self, written: list[Written], moving: set[int]) -> set[int]:
-        """Raise if two of the tensors share memory, or one shares it with itself. ``moving``: the numbers of the parameters that
-        this step updates. Of the others it returns those that would share memory if they were updated too.
+    def check(
+        self, tensors: list[Tensor], owners: list[tuple[int, str]], moving: set[int], name_of: Callable[[int], str]
+    ) -> set[int]:
+        """Raise if two of the tensors share memory, or one shares it with itself. ``owners``: of each the number of its parameter
+        and the key of the state, empty for the parameter itself. ``moving``: the numbers of the parameters that this step
+        updates. Of the others it returns those that would share memory if they were updated too.
         """
-        return _shared([written[place] for place in self.meeting([item.tensor for item in written])], moving)
+        written = []
+        for place in self.meeting(tensors):
+            number, key = owners[place]
+            written.append(Written(number, name_of(number), key, tensors[place]))
+        return _shared(written, moving)
 
 
 def _shared(written: list[Written], moving: set[int]) -> set[int]:

@@ -14,7 +14,7 @@ from .checks import Checks
 from .clipping import Executor, Report, begin
 from .executors import Compiled, Entry, Home, Reference, Triton, parameters
 from .formats import is_half
-from .memory import Memory, Written
+from .memory import Memory
 from .norm import NormClasses, local_total, norm_classes
 from .rows import Group, Row, Step
 from .sharding import local
@@ -90,11 +90,14 @@ class StepPlan:
         """
         homes: list[Home] = []
         entries: dict[str, list[Entry]] = {Reference.backend: [], Triton.backend: []}
-        written: list[Written] = []
+        names: list[str] = []
+        tensors: list[Tensor] = []
+        owners: list[tuple[int, str]] = []
         moving: set[int] = set()
         for index, (group, row) in enumerate(zip(step.groups, step.rows, strict=True)):
             for position, p in enumerate(group["params"]):
                 number, name = len(homes), _name(group, index, position)
+                names.append(name)
                 has_gradient = step.input_of(p) is not None
                 if has_gradient:
                     moving.add(number)
@@ -112,15 +115,15 @@ class StepPlan:
                     # Whatever is wrong with it is an error of the step in which it gets a gradient.
                     homes.append(None)
                     continue
-                written += self._written(step, number, name, p, group, row, home)
-        for number in self._memory.check(written, moving):
+                self._add_written(step, number, p, group, row, home, tensors, owners)
+        for number in self._memory.check(tensors, owners, moving, names.__getitem__):
             homes[number] = None
         number = 0
         for index, group in enumerate(step.groups):
             for position in range(len(group["params"])):
                 home = homes[number]
                 if home is not None and home[0] in entries:
-                    entries[home[0]].append(Entry(number, index, position, _name(group, index, position)))
+                    entries[home[0]].append(Entry(number, index, position, names[number]))
                 number += 1
         return homes, entries
 
@@ -138,18 +141,27 @@ class StepPlan:
         if not layout.plain:
             formats.check(name, p, step.state[p], self.states.names(row.rule), layout)
 
-    def _written(
-        self, step: Step, number: int, name: str, p: Tensor, group: Group, row: Row, home: tuple[str, torch.device]
-    ) -> list[Written]:
-        """What a step of a parameter writes, of what exists."""
+    def _add_written(
+        self,
+        step: Step,
+        number: int,
+        p: Tensor,
+        group: Group,
+        row: Row,
+        home: tuple[str, torch.device],
+        tensors: list[Tensor],
+        owners: list[tuple[int, str]],
+    ) -> None:
+        """Add what a step of a parameter writes, of what exists, and whose it is."""
+        tensors.append(local(p))
+        owners.append((number, ""))
         beside = counts_beside(group, home[0])
         # Parameters may share a counter on the host, which counts one after the other.
         shared = () if beside else ("step", *self.states.scalars(row.rule))
-        found = [Written(number, name, "", local(p))]
         for key, t in step.state.get(p, {}).items():
             if isinstance(t, Tensor) and (t.dim() or beside) and key not in shared:
-                found.append(Written(number, name, key, local(t)))
-        return found
+                tensors.append(local(t))
+                owners.append((number, key))
 
     def _is_ready(self, step: Step, p: Tensor, group: Group, row: Row) -> bool:
         """True for a parameter that has all the states that its first gradient would make, or needs none."""
@@ -219,13 +231,13 @@ class StepPlan:
                 if number in numbers:
                     found.append((number, index, _name(group, index, position), p))
                 number += 1
-        written: list[Written] = []
+        tensors: list[Tensor] = []
         for number, index, name, p in found:
             home = self._home(step, name, p, step.groups[index], step.rows[index])
             if home != (compiled.backend, compiled.device):
                 return False
-            written += self._written(step, number, name, p, step.groups[index], step.rows[index], home)
-        if self._memory.meeting([item.tensor for item in written]):
+            self._add_written(step, number, p, step.groups[index], step.rows[index], home, tensors, [])
+        if self._memory.meeting(tensors):
             return False
         try:
             for number, index, name, p in found:

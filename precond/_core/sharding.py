@@ -13,8 +13,13 @@ import torch
 from torch import Tensor
 
 
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
 def local(tensor: Tensor) -> Tensor:
     """The plain tensor behind a wrapper such as DTensor, waited for if it is on its way; any other tensor itself."""
+    if type(tensor) in _PLAIN_TYPES:  # nearly all; what has no such attribute takes long to say so
+        return tensor
     to_local = getattr(tensor, "to_local", None)
     if to_local is None:
         return tensor

@@ -346,7 +346,7 @@ class ParamStates:
             state.pop("remainder", None)  # a parameter that is updated without it is not what it belongs to
         if self.layout(p, group, row.rule).draws and not isinstance(state.get("key"), int):
             state["key"] = self._key(p)
-        if self.counts(p, row.rule):
+        if not counts and self.counts(p, row.rule):
             make_counter(name, p, state, group, self.scalars(row.rule))
         for key, number in self.recipe.numbers(group).items():
             state.setdefault(key, number)

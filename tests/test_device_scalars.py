@@ -80,6 +80,62 @@ def test_one_launch_for_all_tensors_of_all_groups(row):
     assert compiled.plan.launches == 1
 
 
+@pytest.mark.parametrize("row", [row for row in CLASSES if row.counts_steps], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.float64, ()), (torch.int32, (1,)), (torch.int64, (1, 1)), (torch.float32, (1,))],
+    ids=str,
+)
+def test_any_counter_on_the_device_is_advanced_in_place(row, dtype, shape):
+    ours, theirs, a, b = pair(row, fused=True)
+    made = {}
+    for i in range(5):
+        give(ours, theirs)
+        if i == 1:
+            for p in ours:
+                made[p] = {"step": a.state[p]["step"].to(dtype).reshape(shape).clone()}
+                if "mu_product" in a.state[p]:
+                    made[p]["mu_product"] = a.state[p]["mu_product"].reshape(shape).clone()
+                a.state[p].update(made[p])
+        a.found_inf = torch.tensor(float(i == 3), device=DEVICE)
+        a.step()
+        if i != 3:
+            b.step()
+    assert all(bits_equal(p.cpu(), q) for p, q in zip(ours, theirs, strict=True))
+    for p in ours:
+        assert all(a.state[p][name] is number for name, number in made[p].items())
+        assert a.state[p]["step"].item() == 4
+
+
+@pytest.mark.parametrize("start", [2.0**24 - 1, 2.0**24 + 2, 2.0**33])
+@pytest.mark.parametrize("fused", [None, True], ids=["on the host", "on the device"])
+def test_a_counter_on_the_device_does_not_stand_still_and_draws_the_bits_of_the_host(start, fused):
+    ends = []
+    for device, options in ((DEVICE, {"backend": "cuda", "fused": fused}), ("cpu", {"backend": "cpu"})):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 4096).view(64, 64).to(device, torch.bfloat16))
+        optimizer = precond.AdamW([p], weight_format="split24", state_format="int8", **options)
+        for i in range(4):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p)
+            optimizer.step()
+            if i == 0:
+                optimizer.state[p]["step"].fill_(start)
+        ends.append([p.detach().cpu(), *(t.cpu() for t in optimizer.state[p].values() if isinstance(t, torch.Tensor))])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_parameters_that_share_a_counter_on_the_device_are_an_error():
+    params = [torch.nn.Parameter(torch.randn(5, device=DEVICE)) for _ in range(2)]
+    optimizer = precond.AdamW(params, fused=True, backend="cuda")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[params[1]]["step"] = optimizer.state[params[0]]["step"]
+    with pytest.raises(
+        RuntimeError, match="step of parameter 0 of group 0 and step of parameter 1 of group 0 must not"
+    ):
+        optimizer.step()
+
+
 def test_a_scaler_with_counters_on_the_host_is_an_error():
     p = torch.nn.Parameter(torch.randn(4, device=DEVICE))
     optimizer = precond.AdamW([p])

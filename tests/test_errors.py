@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from families import CLASSES
+from support.cases import BACKEND
 
 import precond
 
@@ -236,3 +237,22 @@ except RuntimeError as error:
     result = run_python(code)
     assert "True" in result.stdout, result.stderr
     assert "backend='cpu' cannot run here: the compiled extension is missing" in result.stdout
+
+
+@pytest.mark.parametrize("backend", [BACKEND, "reference"])
+@pytest.mark.parametrize("state_format", ["int8", "int4"])
+@pytest.mark.parametrize("cls", [precond.AdamW, precond.Lion, precond.SGD, precond.Muon, precond.DualDescent])
+@pytest.mark.parametrize("shape", [(64, 128), (128, 64)])
+def test_codes_of_another_shape_are_an_error_that_names_the_state_and_the_parameter(cls, state_format, shape, backend):
+    options = {"momentum": 0.9} if cls in (precond.SGD, precond.DualDescent) else {}
+    first, p = (torch.nn.Parameter(torch.randn(64, 64)) for _ in range(2))
+    optimizer = cls([{"params": [first]}, {"params": [p]}], **options, state_format=state_format, backend=backend)
+    for q in (first, p):
+        q.grad = torch.randn_like(q)
+    optimizer.step()
+    p.data = torch.randn(shape)
+    p.grad = torch.randn_like(p)
+    with pytest.raises(
+        (TypeError, RuntimeError), match=r"^(exp_avg|momentum_buffer)\w* of parameter 0 of group 1 must have"
+    ):
+        optimizer.step()

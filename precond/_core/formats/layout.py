@@ -63,7 +63,9 @@ def layout_of(p: Tensor, group: dict[str, Any], state: dict[str, Any], names: tu
         if value is None:
             continue
         if state.get(f"{name}_scale") is not None:
-            found.append(code_format(name, "int8" if value.shape == p.shape else "int4"))
+            # Of another shape than its parameter's, int8 codes are still int8's: ``check`` says so.
+            whole = value.shape == p.shape or value.dtype == torch.int8
+            found.append(code_format(name, "int8" if whole else "int4"))
         else:
             short = PLAIN.get(value.dtype, "fp32")
             drawn = asked is not None and name in SECOND_MOMENTS and short != "fp32" and not value.is_complex()
@@ -108,9 +110,11 @@ def check(name: str, p: Tensor, state: dict[str, Any], names: tuple[str, ...], l
             expected[f"{key}_scale"] = torch.bfloat16, -(-n // GROUP)
     for key, (dtype, count) in expected.items():
         t = local(state[key])
-        if (t.dtype, t.numel(), t.device) != (dtype, count, local(p).device) or not t.is_contiguous():
+        fits = (t.dtype, t.numel(), t.device) == (dtype, count, local(p).device) and t.is_contiguous()
+        if not fits or (dtype == torch.int8 and key in names and state[key].shape != p.shape):
             raise TypeError(
-                f"{key} of {name} must have {count} contiguous elements of {dtype} on {p.device}, "
+                f"{key} of {name} must have {count} contiguous elements of {dtype} on {p.device} "
+                f"for a parameter of shape {tuple(p.shape)}, "
                 f"got shape {tuple(t.shape)} with strides {t.stride()} of {t.dtype} on {t.device}"
             )
 

@@ -160,7 +160,9 @@ class BNP(Wrapper):
             return
         weights = zip(self._watched, self._found_with[::2], strict=False)
         replaced = [
-            layer for layer, weight in weights if weight in self._layers and layer._parameters.get("weight") is not weight
+            layer
+            for layer, weight in weights
+            if weight in self._layers and layer._parameters.get("weight") is not weight
         ]
         self._detach()
         self._attach()

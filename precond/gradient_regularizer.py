@@ -13,7 +13,7 @@ from ._core.optimizer import FusedOptimizer
 from ._core.passes import Job, Pass
 from ._core.sharding import aligned_gradients, like
 from ._methods.rotated import Rotated
-from ._wrappers.accumulated import Earlier
+from ._wrappers.accumulated import Earlier, unshared
 from ._wrappers.wrapper import Wrapper
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ class GradientRegularizer(Wrapper):
         if isinstance(base, Rotated) and any(map(base.rotates, base.param_groups)):
             raise TypeError(f"base must have no basis, got a {type(base).__name__}")
         aligned = aligned_gradients(self.param_groups)
-        first = {p: _unshared(aligned.get(p, p.grad)) for p in self._params()}
+        first = {p: unshared(aligned.get(p, p.grad)) for p in self._params()}
         moved: list[Tensor] = []
         jobs: dict[str, list[Job]] = {}
         for group in self.param_groups:
@@ -182,11 +182,6 @@ class GradientRegularizer(Wrapper):
             v = of_parts(lambda v, known: torch.where(known > 0, v, 0.0), v, metric.known)
         v = v if hasattr(v, "placements") else like(p, v)
         return "perturb_adaptive", Job(p, g, {**state, "v": v}, hyper, sign)
-
-
-def _unshared(g: Tensor | None) -> Tensor | None:
-    """A gradient in memory that the next backward pass does not write: DistributedDataParallel may keep views of its buckets."""
-    return g.clone() if g is not None and g._is_view() else g
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

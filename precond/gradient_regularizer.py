@@ -40,9 +40,10 @@ class GradientRegularizer(Wrapper):
     Raises:
         TypeError: base is not one of precond's, or has a basis (SOAP, GaussNewton).
         ValueError: rho or radius is out of range.
-        RuntimeError: at a step without a closure, or for a sparse gradient.
+        RuntimeError: at a step without a closure, for a sparse gradient, or where the closure added to gradients that were there
+            before the step and its own differ between the two points; everything is then as it was.
 
-    ``step(closure)`` evaluates the closure twice and returns its first value. Layers that draw random numbers draw again, and
+    ``step(closure)`` evaluates the closure twice and returns its first value. The closure evaluates all micro-batches of a step. Layers that draw random numbers draw again, and
     running statistics see both points. P is unknown before the first step of a parameter, and for coordinates that never had a
     gradient: these are not moved for the second evaluation. ``.grad`` then holds the combination, and clipping and other
     settings of base apply to it.
@@ -156,8 +157,8 @@ class GradientRegularizer(Wrapper):
         second = {p: p.grad for p in first} | aligned_gradients(self.param_groups)
         if kept and not all(_same(g, second[p]) for p, g in first.items()):
             raise RuntimeError(
-                f"the closure must evaluate all micro-batches, got {len(kept)} parameters with an earlier gradient in .grad, which "
-                "cannot be evaluated again at the second point: call zero_grad before the step or in the closure"
+                f"the closure must evaluate all micro-batches, got {len(kept)} parameters with an earlier gradient in .grad, "
+                "which cannot be evaluated again at the second point: call zero_grad before the step or in the closure"
             )
         for p, g in first.items():
             p.grad = g

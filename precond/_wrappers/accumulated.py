@@ -37,8 +37,8 @@ class Earlier:
                 watch.end()
 
     def kept(self) -> list[Tensor]:
-        """The parameters whose gradient still has the earlier one in it, which is not 0. The others' earlier ones are freed, unless
-        they may have to be restored.
+        """The parameters whose gradient has the earlier one in it still, unless that is 0. If there are none, earlier ones are
+        freed: nothing will have to be restored.
         """
         kept = [p for p, watch in self._watches.items() if watch.kept() and not _is_zero(self._before[p])]
         self._watches = {}

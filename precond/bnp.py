@@ -302,8 +302,9 @@ class BNP(Wrapper):
         if unseen:
             self._warn(
                 {layer for layer in self._watched if layer._parameters.get("weight") in unseen},
-                "have gradients but no inputs were seen, so they take base's plain step. Inputs are seen where the layer itself "
-                "is called, in train() mode, with gradients enabled, and if torch.compile first ran the model after BNP was built",
+                "have gradients but no inputs were seen, so they take base's plain step. Inputs are seen where the layer "
+                "itself is called, in train() mode, with gradients enabled, and if torch.compile first ran the model after "
+                "BNP was built",
             )
 
     def _warn(self, layers: set[nn.Module], what: str) -> None:

@@ -13,7 +13,7 @@ from ._core.optimizer import FusedOptimizer
 from ._core.passes import Job, Pass
 from ._core.sharding import aligned_gradients, like
 from ._methods.rotated import Rotated
-from ._wrappers.accumulated import Earlier
+from ._wrappers.accumulated import Earlier, unshared
 from ._wrappers.wrapper import Wrapper
 
 T = TypeVar("T")
@@ -40,9 +40,10 @@ class GradientRegularizer(Wrapper):
     Raises:
         TypeError: base is not one of precond's, or has a basis (SOAP, GaussNewton).
         ValueError: rho or radius is out of range.
-        RuntimeError: at a step without a closure, or for a sparse gradient.
+        RuntimeError: at a step without a closure, for a sparse gradient, or where the closure added to gradients that were there
+            before the step and its own differ between the two points; everything is then as it was.
 
-    ``step(closure)`` evaluates the closure twice and returns its first value. Layers that draw random numbers draw again, and
+    ``step(closure)`` evaluates the closure twice and returns its first value. The closure evaluates all micro-batches of a step. Layers that draw random numbers draw again, and
     running statistics see both points. P is unknown before the first step of a parameter, and for coordinates that never had a
     gradient: these are not moved for the second evaluation. ``.grad`` then holds the combination, and clipping and other
     settings of base apply to it.
@@ -122,7 +123,7 @@ class GradientRegularizer(Wrapper):
         if isinstance(base, Rotated) and any(map(base.rotates, base.param_groups)):
             raise TypeError(f"base must have no basis, got a {type(base).__name__}")
         aligned = aligned_gradients(self.param_groups)
-        first = {p: _unshared(aligned.get(p, p.grad)) for p in self._params()}
+        first = {p: unshared(aligned.get(p, p.grad)) for p in self._params()}
         moved: list[Tensor] = []
         jobs: dict[str, list[Job]] = {}
         for group in self.param_groups:
@@ -156,8 +157,8 @@ class GradientRegularizer(Wrapper):
         second = {p: p.grad for p in first} | aligned_gradients(self.param_groups)
         if kept and not all(_same(g, second[p]) for p, g in first.items()):
             raise RuntimeError(
-                f"the closure must evaluate all micro-batches, got {len(kept)} parameters with an earlier gradient in .grad, which "
-                "cannot be evaluated again at the second point: call zero_grad before the step or in the closure"
+                f"the closure must evaluate all micro-batches, got {len(kept)} parameters with an earlier gradient in .grad, "
+                "which cannot be evaluated again at the second point: call zero_grad before the step or in the closure"
             )
         for p, g in first.items():
             p.grad = g
@@ -182,11 +183,6 @@ class GradientRegularizer(Wrapper):
             v = of_parts(lambda v, known: torch.where(known > 0, v, 0.0), v, metric.known)
         v = v if hasattr(v, "placements") else like(p, v)
         return "perturb_adaptive", Job(p, g, {**state, "v": v}, hyper, sign)
-
-
-def _unshared(g: Tensor | None) -> Tensor | None:
-    """A gradient in memory that the next backward pass does not write: DistributedDataParallel may keep views of its buckets."""
-    return g.clone() if g is not None and g._is_view() else g
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

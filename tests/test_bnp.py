@@ -751,6 +751,142 @@ for a, b in zip(halves, whole, strict=True):
     on_two_ranks(code, tmp_path)
 
 
+# Layers that do nothing.
+
+
+def linear_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def stepped(net, opt, forward=None):
+    opt.zero_grad()
+    (net(torch.randn(8, 4) + 5.0) if forward is None else forward()).square().mean().backward()
+    opt.step()
+
+
+def test_assigned_weights_are_found_again():
+    """load_state_dict(assign=True), as for a model that was made on the meta device."""
+    net, other = linear_net(), linear_net()
+    opt, twin = (precond.BNP(m, precond.AdamW(m.parameters()), stat_momentum=0.5) for m in (net, other))
+    stepped(net, opt)
+    net.load_state_dict({name: value.clone() for name, value in other.state_dict().items()}, assign=True)
+    opt.param_groups[0]["params"][:] = list(net.parameters())
+    opt.state.clear()
+    for i in range(3):
+        for m, o in ((net, opt), (other, twin)):
+            torch.manual_seed(i)
+            stepped(m, o)
+    assert len(opt.own) == 2
+    assert snapshot(opt) == snapshot(twin)
+    assert all(map(torch.equal, net.parameters(), other.parameters()))
+    assert [len(layer._forward_hooks) for layer in net] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_weights_that_the_base_does_not_update_are_named(seen):
+    net = linear_net()
+    opt = precond.BNP(net, precond.SGD(net.parameters(), lr=0.1))
+    if seen:
+        stepped(net, opt)
+    net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()}, assign=True)
+    with pytest.warns(UserWarning, match="layers 0, 2 have new weights that base does not update: put these into its"):
+        stepped(net, opt)
+    stepped(net, opt)  # once is enough
+
+
+def unseen_by_eval(net, opt):
+    net.eval()
+    stepped(net, opt)
+
+
+def unseen_by_functional_call(net, opt):
+    params = {name: p * 1.0 for name, p in net.named_parameters()}
+    stepped(net, opt, lambda: torch.func.functional_call(net, params, (torch.randn(8, 4),)))
+
+
+def unseen_by_bypass(net, opt):
+    def forward():
+        x = torch.tanh(F.linear(torch.randn(8, 4), net[0].weight, net[0].bias))
+        return F.linear(x, net[2].weight, net[2].bias)
+
+    stepped(net, opt, forward)
+
+
+@pytest.mark.parametrize("unseen", [unseen_by_eval, unseen_by_functional_call, unseen_by_bypass])
+@pytest.mark.parametrize("compose", ["gradient", "direction"])
+def test_layers_whose_inputs_nobody_sees_are_named_once(unseen, compose):
+    net, twin = linear_net(), linear_net()
+    opt = precond.BNP(net, torch.optim.SGD(net.parameters(), lr=0.1), compose=compose)
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1)
+    torch.manual_seed(1)
+    with pytest.warns(
+        UserWarning, match="layers 0, 2 have gradients but no inputs were seen, so they take base's plain step"
+    ):
+        unseen(net, opt)
+    torch.manual_seed(1)
+    unseen(twin, plain)
+    assert all(map(torch.equal, net.parameters(), twin.parameters()))
+    unseen(net, opt)  # once is enough
+    net.train()
+    stepped(net, opt)
+    assert len(opt.own) == 2
+
+
+@pytest.mark.parametrize("first", ["run", "build"])
+@pytest.mark.filterwarnings("ignore")  # what Dynamo says of profilers and leaves
+def test_a_model_that_was_compiled_before_is_named(first):
+    """A model that ran before has no hooks in what was compiled."""
+    torch._dynamo.reset()
+    net = linear_net()
+    compiled = torch.compile(net, backend="eager")
+    if first == "run":
+        compiled(torch.randn(8, 4) + 5.0).sum().backward()
+    opt = precond.BNP(net, precond.SGD(net.parameters(), lr=0.1))
+    if first == "run":
+        with pytest.warns(UserWarning, match="if torch.compile first ran the model after BNP was built"):
+            stepped(compiled, opt)
+    else:
+        stepped(compiled, opt)
+    assert len(opt.own) == (2 if first == "build" else 0)
+
+
+def test_what_is_meant_to_do_nothing_says_nothing():
+    """No gradient, a frozen layer, hooks that were removed, and a step that only makes states."""
+    net = linear_net()
+    net[0].requires_grad_(False)
+    opt = precond.BNP(net, precond.SGD(net.parameters(), lr=0.1))
+    opt.step()
+    stepped(net, opt)
+    assert set(opt.own) == {net[2].weight}
+    copied = copy.deepcopy((net, opt))[1]
+    assert set(copied.own) == {copied.module[2].weight}
+    net[0].requires_grad_(True)
+    opt.remove()
+    stepped(net, opt)
+    assert set(opt.own) == {net[2].weight}
+    assert not any(layer._forward_hooks for layer in net)
+    group = {"params": [nn.Parameter(torch.ones(2))]}
+    opt.add_param_group(group)
+    assert not any(layer._forward_hooks for layer in net)
+
+
+def test_a_layer_is_seen_first_after_a_checkpoint_of_torch_distributed():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    (net, asked), (other, plain) = (
+        (m, precond.BNP(m, precond.AdamW(m.parameters()))) for m in (linear_net(), linear_net())
+    )
+    saved = get_optimizer_state_dict(net, asked)
+    state = saved["state"]["0.weight"]
+    assert (state["bnp_rows"], state["bnp_mean"].tolist(), state["bnp_var"].tolist()) == (0, [0.0] * 4, [1.0] * 4)
+    for m, o in ((net, asked), (other, plain)):
+        torch.manual_seed(0)
+        stepped(m, o)
+    assert snapshot(asked) == snapshot(plain)
+    assert all(map(torch.equal, net.parameters(), other.parameters()))
+
+
 # The kernel.
 
 KERNEL_SHAPES = [((1, 1), 1), ((3, 7), 1), ((257, 200), 1), ((40, 3, 3, 3), 1), ((6, 5, 13), 2), ((8, 1, 3, 3), 8)]

@@ -344,7 +344,7 @@ def test_earlier_micro_batches_are_refused_with_everything_as_it_was(parts, crea
 
     before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
     gradients = [(p.grad, None if p.grad is None else p.grad.clone()) for p in net.parameters()]
-    with pytest.raises(RuntimeError, match="the closure must evaluate all micro-batches, got .* call zero_grad before"):
+    with pytest.raises(RuntimeError, match=r"must evaluate all micro-batches, got .* call zero_grad before"):
         optimizer.step(closure)
     for p, (grad, values) in zip(net.parameters(), gradients, strict=True):
         assert p.grad is grad

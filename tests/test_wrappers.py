@@ -81,7 +81,9 @@ def assert_same(one, other, a=None, b=None):
             assert a.state.get(p, {}).keys() == b.state.get(q, {}).keys()
             for name, value in a.state.get(p, {}).items():
                 other_value = b.state[q][name]
-                assert torch.equal(value, other_value) if isinstance(value, torch.Tensor) else value == other_value, name
+                assert torch.equal(value, other_value) if isinstance(value, torch.Tensor) else value == other_value, (
+                    name
+                )
                 assert value is not other_value or not isinstance(value, torch.Tensor)
 
 
@@ -231,7 +233,9 @@ def test_a_checkpoint_of_the_base_alone_starts_without_entries(wrap, base):
         if options is None:
             optimizer.load_state_dict(alone.state_dict())
         else:
-            set_optimizer_state_dict(other, optimizer, get_optimizer_state_dict(net, alone, options=options), options=options)
+            set_optimizer_state_dict(
+                other, optimizer, get_optimizer_state_dict(net, alone, options=options), options=options
+            )
         assert not any(len(wrapper.own) for wrapper in (optimizer, *optimizer._wrappers_inside()))
         run(other, optimizer, 2)
 
@@ -295,7 +299,9 @@ def test_entries_keep_their_dtype_in_a_checkpoint(wrap, dtype, base):
                 assert b.state[q][name].dtype == value.dtype
                 assert torch.equal(b.state[q][name], value)
                 assert b.state[q][name].data_ptr() != value.data_ptr()
-    kinds = {value.dtype for state in b.state.values() for name, value in state.items() if name.endswith(("mean", "er"))}
+    kinds = {
+        value.dtype for state in b.state.values() for name, value in state.items() if name.endswith(("mean", "er"))
+    }
     assert torch.float32 in kinds
 
 
@@ -483,13 +489,14 @@ if rank == 0:
 """
 
 
-@pytest.mark.parametrize("flat", ["plain", "flat"])
-@pytest.mark.parametrize("base", ["SGD", "AdamW", "torch"])
+@pytest.mark.parametrize(("base", "flat"), [("SGD", "flat"), ("AdamW", "plain"), ("torch", "flat")])
 def test_an_elementwise_m_is_resharded_with_its_parameter(tmp_path, flat, base):
     for ranks, load, save in ((2, "-", "half"), (3, "half", "three"), (2, "half", "two")):
         store = f"{tmp_path}/store-{save}"
         arguments = [str(ranks), store, str(tmp_path), flat, load, save, base]
-        launch([[sys.executable, "-W", "ignore", "-c", START + RESHARD + END, str(r), *arguments] for r in range(ranks)])
+        launch(
+            [[sys.executable, "-W", "ignore", "-c", START + RESHARD + END, str(r), *arguments] for r in range(ranks)]
+        )
     three, two = (torch.load(tmp_path / f"{save}.pt") for save in ("three", "two"))
     torch.testing.assert_close(three, two, rtol=1e-12, atol=1e-14)
 
@@ -606,7 +613,7 @@ for sharded in (False, True):
     def closure():
         opt.zero_grad()
         (net(x) - 1).square().mean().backward()
-    for _ in range(3):
+    for _ in range(2):  # the first makes P
         opt.step(closure)
         if hasattr(opt.base, "update_curvature") and opt.param_groups[0]["curvature"] != "gradient":
             closure()
@@ -616,8 +623,7 @@ for p, q in zip(*steps):
     assert torch.equal(p, q), (CASE, (p - q).abs().max())
 """
 #: Every class, and formats whose values are not what lies in memory.
-METRICS = [f"(precond.{row.cls.__name__}, {dict(row.kwargs, state_format=f)!r}, torch.float32)"
-           for row in CLASSES for f in (None, "int8")]  # fmt: skip
+METRICS = [f"(precond.{row.cls.__name__}, {dict(row.kwargs, state_format='int8')!r}, torch.float32)" for row in CLASSES]
 METRICS += [
     f"(precond.{name}, {dict(lr=1e-2, **kwargs)!r}, torch.float32)"
     for name, kwargs in [
@@ -626,7 +632,6 @@ METRICS += [
         ("AdamW", dict(amsgrad=True, state_format="bf16")),
         ("Sophia", {}),
         ("Sophia", dict(state_format="int8")),
-        ("GaussNewton", dict(curvature="gradient", eps=1e-2)),
         ("GaussNewton", dict(curvature="gradient", power=-0.5, state_format="int8")),
         ("DualDescent", {}),
     ]

@@ -11,11 +11,16 @@ from torch import Tensor
 from .._core.sharding import local
 
 
+def unshared(g: Tensor | None) -> Tensor | None:
+    """A gradient in memory that the next backward pass does not write: DistributedDataParallel may keep views of its buckets."""
+    return g.clone() if g is not None and g._is_view() else g
+
+
 class Earlier:
     """The gradients of some parameters as they are now. A closure is handed copies, so that they can be restored."""
 
     def __init__(self, params: Iterable[Tensor]) -> None:
-        self._before = {p: p.grad for p in params}
+        self._before = {p: unshared(p.grad) for p in params}
         self._watches: dict[Tensor, _Watch] = {}
 
     @contextlib.contextmanager
@@ -25,15 +30,15 @@ class Earlier:
             for p, grad in self._before.items():
                 if grad is not None:
                     p.grad = grad.detach().clone()
-                    self._watches[p] = _Watch(p)
+                    self._watches[p] = _Watch(p, grad)
             yield
         finally:
             for watch in self._watches.values():
                 watch.end()
 
     def kept(self) -> list[Tensor]:
-        """The parameters whose gradient still has the earlier one in it, which is not 0. The others' earlier ones are freed, unless
-        they may have to be restored.
+        """The parameters whose gradient has the earlier one in it still, unless that is 0. If there are none, earlier ones are
+        freed: nothing will have to be restored.
         """
         kept = [p for p, watch in self._watches.items() if watch.kept() and not _is_zero(self._before[p])]
         self._watches = {}
@@ -56,9 +61,10 @@ class Earlier:
 class _Watch:
     """Sees whether backward passes accumulate into the very gradient that a parameter has now, with nobody writing it before."""
 
-    def __init__(self, p: Tensor) -> None:
+    def __init__(self, p: Tensor, before: Tensor) -> None:
+        """``before``: the values of that gradient."""
         assert p.grad is not None
-        self._p, self._grad, self._versions = p, p.grad, _versions_of(p.grad)
+        self._p, self._grad, self._versions, self._values = p, p.grad, _versions_of(p.grad), before
         #: Whether the gradient was as it was handed out when the first pass came, and was never dropped since.
         self._kept: bool | None = None
         self._hooks = []
@@ -68,7 +74,11 @@ class _Watch:
         self._seen: bool | None = None
 
     def _is_untouched(self) -> bool:
-        return self._p.grad is self._grad and _versions_of(self._grad) == self._versions
+        grad = self._p.grad
+        if grad is self._grad:
+            return _versions_of(grad) == self._versions
+        # DistributedDataParallel has moved it into a bucket.
+        return grad is not None and grad._is_view() and torch.equal(grad, self._values)
 
     def _before(self, _: Tensor) -> None:
         # DistributedDataParallel writes or replaces a gradient after each pass: only None drops what is there.

@@ -14,6 +14,7 @@ from ._core.arguments import L1_OPTIONS, arguments, number
 from ._core.formats import StateFormat, is_coded
 from ._core.metric import Metric, of_parts
 from ._core.optimizer import FusedOptimizer, ParamsT
+from ._core.precision import at_stated_precision
 from ._core.rows import Row
 from ._core.settings import Settings
 from ._methods.kronecker import Rotation
@@ -190,6 +191,7 @@ class GaussNewton(Rotated):
         return True
 
     @torch.no_grad()
+    @at_stated_precision
     def update_curvature(self, batch_size: float = 1.0, estimates: Sequence[Tensor | None] | None = None) -> None:
         r"""Averages a new estimate of the Gauss-Newton diagonal into the curvature.
 

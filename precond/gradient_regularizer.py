@@ -11,6 +11,7 @@ from torch import Tensor
 from ._core.metric import Metric, of_parts
 from ._core.optimizer import FusedOptimizer
 from ._core.passes import Job, Pass
+from ._core.precision import at_stated_precision
 from ._methods.rotated import Rotated
 from ._wrappers.wrapper import Wrapper
 
@@ -137,6 +138,7 @@ class GradientRegularizer(Wrapper):
         for p, grad in others.items():
             p.grad = grad
 
+    @at_stated_precision
     def _job(self, p: Tensor, g: Tensor, group: dict[str, Any], metric: Metric) -> tuple[str, Job]:
         """The rule that moves a parameter along P P^T g, or along g where base has no P, and its operands."""
         if g.layout != torch.strided:

@@ -125,7 +125,7 @@ def total(executors: Iterable[Measures], step: Step, classes: NormClasses, inf: 
     """The sum of squares, or the largest magnitude, of all gradients of all processes."""
     found = local_total(executors, step, classes, inf)
     if found is None:
-        found = torch.zeros(len(classes.groups), dtype=torch.float64)
+        found = torch.zeros(len(classes.groups), dtype=torch.float64, device="cpu")
     for index, over in enumerate(classes.groups):
         reduce(found[index : index + 1], over, inf)
     norm = found[:1]

@@ -17,6 +17,7 @@ from .checks import Checks, check_capturable, check_defaults, check_numbers, che
 from .engine import Engine
 from .formats import StateFormat
 from .metric import Metric
+from .precision import at_stated_precision
 from .rows import Row, Step
 from .settings import DEFAULTS, LOST, Settings, own_settings
 from .states import ParamStates, Recipe
@@ -144,8 +145,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
-            self._update()
+            self._update_at_stated_precision()
         return loss
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @at_stated_precision
+    def _update_at_stated_precision(self) -> None:
+        self._update()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:

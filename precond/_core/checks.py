@@ -54,7 +54,7 @@ class Checks:
         if sparse or torch.is_grad_enabled():
             return "reference"
         valued = [local(state) for key, state in present.items() if key not in coded]
-        return _backend.choose(self.settings["backend"], [local(p), local(g), *valued])
+        return _backend.choose(self.settings["backend"], [local(p), local(g), *valued], name)
 
     def _check_layouts(self, name: str, p: Tensor, g: Tensor, row: Row, sparse: bool) -> None:
         if sparse and row.hyper["weight_decay"] != 0.0:

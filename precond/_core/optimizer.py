@@ -18,7 +18,7 @@ from .engine import Engine
 from .formats import StateFormat
 from .metric import Metric
 from .precision import at_stated_precision
-from .rows import Row, Step
+from .rows import Row, Step, name_of
 from .settings import DEFAULTS, LOST, Settings, own_settings
 from .states import ParamStates, Recipe
 from .states import PrecisionWarning as PrecisionWarning
@@ -286,5 +286,5 @@ class FusedOptimizer(torch.optim.Optimizer):
             if group.get("state_format") is not None:
                 rule = self._row(group).rule
                 for position, p in enumerate(group["params"]):
-                    states.convert(f"parameter {position} of group {index}", p, group, rule)
+                    states.convert(name_of(group, index, position), p, group, rule)
         self._rebuild()

@@ -15,7 +15,7 @@ from .clipping import Executor, Report, begin
 from .executors import Compiled, Entry, Reference, Triton
 from .memory import check_overlap
 from .norm import NormClasses, local_total, norm_classes
-from .rows import Step
+from .rows import Step, name_of
 from .sharding import local
 from .states import States
 
@@ -78,7 +78,7 @@ class StepPlan:
             for position, p in enumerate(group["params"]):
                 if step.input_of(p) is None:
                     continue
-                name = _name(position, index)
+                name = name_of(group, index, position)
                 if group.get("fused") and p.is_meta:
                     raise RuntimeError(
                         f"`fused=True` requires all the params to be floating point Tensors with memory, got {name} on meta"
@@ -99,7 +99,7 @@ class StepPlan:
             for position, p in enumerate(group["params"]):
                 if step.input_of(p) is None:
                     continue
-                if self.states.ensure(_name(position, index), p, group, row):
+                if self.states.ensure(name_of(group, index, position), p, group, row):
                     self.fresh.add(p)
                 if p in step.state and "remainder" in step.state[p]:
                     self.split.append(p)
@@ -186,7 +186,3 @@ class StepPlan:
             )
         for executor in triton:
             executor.check_capture()
-
-
-def _name(position: int, index: int) -> str:
-    return f"parameter {position} of group {index}"

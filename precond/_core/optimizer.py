@@ -170,7 +170,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._check_group(group)  # a scheduler or a checkpoint may have changed it
         check_capturable(group)
         row = self._row(group)
-        check_numbers(row)
+        check_numbers(row, group)
         return row
 
     # What others ask.

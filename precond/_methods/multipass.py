@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import weakref
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._core.formats import StateFormat
 from .._core.optimizer import FusedOptimizer
 from .._core.passes import Job, Pass
 from .._core.rows import Control, Row, Step, name_of
 from .._core.sharding import aligned_gradients, local
+
+
+class OfParameters:
+    """A tensor for each of some parameters. It keeps no parameter alive, and a tensor as long as its parameter is. (By id: a
+    dictionary of torch.utils.weak takes 4 us for a look-up, and a step makes two for each parameter.)
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, p: Tensor) -> Tensor | None:
+        """That of a parameter."""
+        found = self._held.get(id(p))
+        return found[1] if found is not None and found[0]() is p else None
+
+    def put(self, p: Tensor, tensor: Tensor) -> None:
+        """Hold it for a parameter."""
+        held, key = self._held, id(p)
+
+        def forget(gone: weakref.ref[Tensor]) -> None:
+            if key in held and held[key][0] is gone:
+                del held[key]
+
+        held[key] = weakref.ref(p, forget), tensor
 
 
 class MultiPass(FusedOptimizer, abstract=True):
@@ -25,17 +51,15 @@ class MultiPass(FusedOptimizer, abstract=True):
     _why_not_one_pass: ClassVar[str]
     _must_declare = (*FusedOptimizer._must_declare, "_why_not_one_pass")
     _passes: dict[tuple[str, int], Pass]
-    #: Tensors that a pass writes and the next one reads, by parameter: memory that no checkpoint has. What a user drops is freed.
-    _buffers: MutableMapping[Tensor, Tensor]
-    #: Parameters with a rule that counts their steps and with random bits.
-    _counted: MutableMapping[Tensor, None]
-    #: Copies of their counters, for a pass that draws after the one that counts.
-    _counters: MutableMapping[Tensor, Tensor]
+    #: Tensors that a pass writes and the next one reads, by parameter: memory that no checkpoint has.
+    _buffers: OfParameters
+    #: Copies of the counters of parameters with a rule that counts their steps and with random bits: for a pass that draws after
+    #: the one that counts.
+    _counters: OfParameters
 
     def _rebuild(self) -> None:
         super()._rebuild()
-        self._passes = {}
-        self._buffers, self._counted, self._counters = (WeakTensorKeyDictionary() for _ in range(3))
+        self._passes, self._buffers, self._counters = {}, OfParameters(), OfParameters()
 
     # What a subclass declares.
 
@@ -89,7 +113,10 @@ class MultiPass(FusedOptimizer, abstract=True):
         states = self.states
         states.ensure(self._name(p) if name is None else name, p, group, row)
         if "key" in self.state[p] and states.keeps_step(row.rule):
-            self._counted[p] = None
+            counter = self.state[p]["step"]
+            copy = self._counters.get(p)
+            if copy is None or (copy.dtype, copy.device) != (counter.dtype, counter.device):
+                self._counters.put(p, counter.clone())
 
     def _name(self, p: Tensor) -> str:
         """What errors call a parameter."""
@@ -108,8 +135,9 @@ class MultiPass(FusedOptimizer, abstract=True):
     def _buffer(self, p: Tensor, dtype: torch.dtype) -> Tensor:
         made = self._buffers.get(p)
         if made is None or (made.dtype, made.shape, made.device) != (dtype, p.shape, p.device):
-            self._buffers[p] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
-        return self._buffers[p]
+            made = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            self._buffers.put(p, made)
+        return made
 
     def _job(
         self,
@@ -130,10 +158,8 @@ class MultiPass(FusedOptimizer, abstract=True):
         given = {key: state[key] for key in names if key in state}
         if "key" in state:
             given["key"] = state["key"]
-            if p in self._counted and "step" not in names:
-                given["step"] = self._counters.setdefault(p, state["step"].clone()).copy_(state["step"])
-            else:
-                given["step"] = state["step"]
+            copy = None if "step" in names else self._counters.get(p)
+            given["step"] = state["step"] if copy is None else copy.copy_(state["step"])
         return Job(target, g, given, hyper, sign, weight_format, state_format, name)
 
     def _pass(self, rule: str, names: tuple[str, ...] = (), *, of: int = 0) -> Pass:
@@ -153,13 +179,16 @@ class MultiPass(FusedOptimizer, abstract=True):
         self._check_settings(group)
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
         step = Step([group], self.state, aligned_gradients([group]), [], Control())
-        states = self.states
+        states, plain, of_rule = self.states, Row("sgdw", 1.0, {}), self.states.names(row.rule)
         found = []
         for position, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
             name = name_of(group, index, position)
-            self.engine.checks.backend_of(name, p, step, row, states)
+            self.engine.checks.backend_of(name, p, step, plain, states)
+            held = self.state[p] if p in self.state else {}
+            if any((t := held.get(key)) is not None and t.shape != p.shape for key in of_rule):
+                self.engine.checks.backend_of(name, p, step, row, states)  # raises, unless they are codes
             if hasattr(p, "placements"):
                 self._check_whole(name, p, group)
             found.append((name, p, step.inputs.get(p, p.grad)))

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ._core.extras import need
+from ._core.precision import at_stated_precision
 
 
+@at_stated_precision
 def interpolate_basis(u0: Tensor, u1: Tensor, s: float | Tensor, *, match: bool = True) -> Tensor:
     r"""A basis on the geodesic from one orthonormal basis to another.
 
@@ -53,7 +55,7 @@ def interpolate_basis(u0: Tensor, u1: Tensor, s: float | Tensor, *, match: bool 
         [[1.0, 0.0], [0.0, 1.0]]
     """
     _check_pair(u0, u1)
-    parts = torch.as_tensor(s, dtype=torch.float64).detach().cpu()
+    parts = torch.as_tensor(s, dtype=torch.float64, device="cpu").detach()
     if parts.ndim > 1 or not bool(((parts >= 0) & (parts <= 1)).all()):
         raise ValueError(f"s must be in [0, 1], a number or a tensor of one dimension, got {s!r}")
     start = _wide(u0)
@@ -62,13 +64,14 @@ def interpolate_basis(u0: Tensor, u1: Tensor, s: float | Tensor, *, match: bool 
     moved = (start @ z).expand(*parts.shape, *start.shape).clone()
     if planes:
         turn = parts[..., None, None] * angles
-        i, j = (torch.tensor(side) for side in zip(*planes, strict=True))
+        i, j = (torch.tensor(side, device="cpu") for side in zip(*planes, strict=True))
         first, second = moved[..., i], moved[..., j]
         moved[..., i] = torch.cos(turn) * first + torch.sin(turn) * second
         moved[..., j] = torch.cos(turn) * second - torch.sin(turn) * first
     return (moved @ z.T).to(u0)
 
 
+@at_stated_precision
 def distance(u0: Tensor, u1: Tensor, *, match: bool = True) -> float:
     """The length of the path that :func:`interpolate_basis` takes, the Frobenius norm of log(u0^T u1).
 
@@ -93,6 +96,7 @@ def distance(u0: Tensor, u1: Tensor, *, match: bool = True) -> float:
     return math.sqrt(2.0) * float(angles.norm())
 
 
+@at_stated_precision
 def match_columns(u0: Tensor, u1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Orders and signs the columns of one basis so that they are closest to another.
 
@@ -119,7 +123,7 @@ def match_columns(u0: Tensor, u1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scipy_optimize = need("scipy.optimize", "matching columns")
     overlap = _wide(u0).T @ _wide(u1)
     _, columns = scipy_optimize.linear_sum_assignment(overlap.abs().numpy(), maximize=True)
-    order = torch.as_tensor(columns, dtype=torch.int64)
+    order = torch.as_tensor(columns, dtype=torch.int64, device="cpu")
     matched = overlap[:, order]
     signs = torch.where(matched.diagonal() < 0, -1.0, 1.0).double()
     if torch.linalg.det(matched * signs) < 0:
@@ -165,12 +169,14 @@ def _rotation(q: Tensor) -> tuple[Tensor, list[tuple[int, int]], Tensor]:
     reversed_ = [i for i in alone if t[i, i] < 0]  # an even number, since the determinant is 1
     angles = [math.atan2(t[i + 1, i] - t[i, i + 1], t[i, i] + t[i + 1, i + 1]) for i in pairs]
     planes = [(i, i + 1) for i in pairs] + list(itertools.pairwise(reversed_))[::2]
-    return z, planes, torch.tensor(angles + [math.pi] * (len(reversed_) // 2), dtype=torch.float64)
+    turned = angles + [math.pi] * (len(reversed_) // 2)
+    return z, planes, torch.tensor(turned, dtype=torch.float64, device="cpu")
 
 
 # Bases of a matrix.
 
 
+@at_stated_precision
 def eigenbasis(a: Tensor) -> Tensor:
     """Eigenvectors of a symmetric positive semidefinite matrix, largest eigenvalue first.
 
@@ -204,6 +210,7 @@ def eigenbasis(a: Tensor) -> Tensor:
     return torch.flip(vectors, (-1,)).to(scaled.dtype)
 
 
+@at_stated_precision
 def refreshed(basis: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     r"""One step of orthogonal iteration: moves a basis towards the eigenvectors of a matrix that has changed a little.
 
@@ -262,6 +269,7 @@ def _scaled(a: Tensor) -> Tensor:
 # Kronecker bases: U = L (x) R for a matrix parameter, which is rotated by its two small factors.
 
 
+@at_stated_precision
 def rotate(g: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """Rotates a matrix into a Kronecker basis: L^T G R.
 
@@ -289,6 +297,7 @@ def rotate(g: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     return g if right is None else g @ right
 
 
+@at_stated_precision
 def rotate_back(g: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """Rotates a matrix out of a Kronecker basis, L G R^T: the inverse of :func:`rotate`, with its arguments and errors.
 

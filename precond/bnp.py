@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ._core.precision import at_stated_precision
 from ._wrappers.decays import coupled_decays
 from ._wrappers.inputs import Inputs, Observer, add_seen, pooled, statistics_dtype
 from ._wrappers.layers import Layer, layers_of, plain_layers
@@ -201,6 +202,7 @@ class BNP(Wrapper):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
+    @at_stated_precision
     def _observe(self, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         """Add the inputs of one forward to what the next step sees."""
         weight = layer._parameters["weight"]
@@ -215,6 +217,7 @@ class BNP(Wrapper):
         if weight in self._layers and weight.requires_grad:
             add_seen(self._pending, weight, x, output)
 
+    @at_stated_precision
     def _update_statistics(self) -> None:
         """Move the running statistics to those of the inputs since the last step."""
         pending, self._pending = self._pending, {}

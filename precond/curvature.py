@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ._core.precision import at_stated_precision, stated_precision
 from .bases import rotate, rotate_back
 
 #: Left and right factor of a Kronecker basis, the basis vectors as columns; None is the identity.
@@ -18,6 +19,7 @@ Product = Callable[[Sequence[Tensor]], list[Tensor]]
 _LOSSES = ("cross_entropy", "squared")
 
 
+@at_stated_precision
 def sampled_label_loss(
     outputs: Tensor, loss: str = "cross_entropy", *, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -83,6 +85,7 @@ def batch_size_of(outputs: Tensor) -> int:
     return outputs.numel() // outputs.shape[-1]
 
 
+@at_stated_precision
 def gauss_newton_bartlett(
     outputs: Tensor,
     params: Iterable[Tensor],
@@ -196,6 +199,19 @@ def hutchinson(
         times = gauss_newton_of(outputs, loss, params)
     else:
         raise ValueError(f"product must be 'hessian' or 'gauss_newton', got {product!r}")
+    return _of_probes(times, params, probe, spread, draws, generator)
+
+
+@at_stated_precision
+def _of_probes(
+    times: Product,
+    params: list[Tensor],
+    probe: str,
+    spread: Sequence[Basis],
+    draws: int,
+    generator: torch.Generator | None,
+) -> list[Tensor]:
+    """The mean of u (P u) over random vectors u, in bases, where ``times`` multiplies by P."""
     total: list[Tensor] = []
     for _ in range(draws):
         probes = [_probe(p, probe, generator) for p in params]
@@ -269,12 +285,13 @@ def gauss_newton_product(
     return gauss_newton_of(outputs, loss_fn, _real(params))(vectors)
 
 
+@at_stated_precision
 def hessian_of(loss: object, params: list[Tensor]) -> Product:
     """u -> H u; the graph of the gradient is built once."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TypeError(f"loss must be a scalar tensor, got {_described(loss)}")
     grads = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
-    return lambda vectors: _slopes(grads, _aligned(params, vectors), params)
+    return at_stated_precision(lambda vectors: _slopes(grads, _aligned(params, vectors), params))
 
 
 def gauss_newton_of(outputs: object, loss_fn: object, params: list[Tensor]) -> Product:
@@ -283,15 +300,18 @@ def gauss_newton_of(outputs: object, loss_fn: object, params: list[Tensor]) -> P
         raise TypeError(f"outputs must be a tensor with a graph, got {_described(outputs)}")
     if not callable(loss_fn):
         raise TypeError(f"loss must be a function of outputs, got {_described(loss_fn)}")
-    with torch.enable_grad():
+    # The caller's function runs in the caller's modes, but for those that make no graph.
+    with torch.inference_mode(False), torch.enable_grad():
         w = torch.zeros_like(outputs, requires_grad=True)
         z = outputs.detach().requires_grad_()
         loss = loss_fn(z)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TypeError(f"loss must give a scalar tensor, got {_described(loss)}")
-    back = torch.autograd.grad(outputs, params, w, create_graph=True, materialize_grads=True)
-    slope = torch.autograd.grad(loss, (z,), create_graph=True, materialize_grads=True)
+    with stated_precision():
+        back = torch.autograd.grad(outputs, params, w, create_graph=True, materialize_grads=True)
+        slope = torch.autograd.grad(loss, (z,), create_graph=True, materialize_grads=True)
 
+    @at_stated_precision
     def times(vectors: Sequence[Tensor]) -> list[Tensor]:
         forward = _slopes(back, _aligned(params, vectors), [w])
         (bent,) = _slopes(slope, forward, [z])

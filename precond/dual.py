@@ -18,7 +18,7 @@ from ._core.optimizer import ParamsT
 from ._core.passes import Job, plain_step
 from ._core.rows import Row
 from ._core.settings import Settings
-from ._core.sharding import local
+from ._core.sharding import like, local
 from ._methods.multipass import MultiPass
 
 GRANULARITIES = ("global", "tensor", "unit", "entry", "spectral")
@@ -138,6 +138,20 @@ class DualDescent(MultiPass):
         if group["nesterov"] and group["momentum"] == 0.0:
             raise ValueError("nesterov needs a momentum > 0, got 0")
 
+    def _needs_passes(self, group: dict[str, Any]) -> bool:
+        return bool(group["granularity"] != "entry")
+
+    def _check_whole(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
+        if group["granularity"] not in ("unit", "spectral"):
+            return
+        spectral = group["granularity"] == "spectral"
+        for placement in getattr(p, "placements", ()):
+            if not placement.is_replicate() and (spectral or not placement.is_shard(0)):
+                needed = "Replicate" if spectral else "Shard(0) or Replicate"
+                raise RuntimeError(
+                    f"{name} must have placements {needed} for {group['granularity']!r}, got {placement}"
+                )
+
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
         if group["kernel"] == "identity":
             return Metric()
@@ -160,32 +174,32 @@ class DualDescent(MultiPass):
             return super()._update()
         rows = [self._checked_row(group) for group in groups]
         whole = [(group, row) for group, row in zip(groups, rows, strict=True) if group["granularity"] != "entry"]
-        found = [(group, row, *item) for group, row in whole for item in self._gradients(group)]
+        found = [(group, row, *item) for group, row in whole for item in self._gradients(group, row)]
         if entrywise:
             self._step_in_one_pass(entrywise)
-        for group, row, _, p, _ in found:
-            self._init_state(p, group, row)
-        directions = self._averaged([(row, p, g) for _, row, _, p, g in found])
+        for group, row, name, p, _ in found:
+            self._init_state(p, group, row, name)
+        directions = self._averaged([(row, name, p, g) for _, row, name, p, g in found])
         jobs = []
         for (group, row, name, p, _), u in zip(found, directions, strict=True):
             if group["granularity"] in ("unit", "spectral"):
                 u = mapped(name, u, group)
             step = plain_step(row.hyper["lr"], row.hyper["weight_decay"])
-            jobs.append(self._job(p, p, u, ("remainder",), step, row.sign, group.get("weight_format")))
+            jobs.append(self._job(name, p, p, u, ("remainder",), step, row.sign, group.get("weight_format")))
         self._scale_by_norms([group for group, *_ in found], jobs)
         self._pass("sgdw").run(jobs)
         return None
 
-    def _averaged(self, found: list[tuple[Row, Tensor, Tensor]]) -> list[Tensor]:
+    def _averaged(self, found: list[tuple[Row, str, Tensor, Tensor]]) -> list[Tensor]:
         """What K's gradient is taken of: gradients, or their means, or points between the two."""
         jobs = []
-        for row, p, g in found:
+        for row, name, p, g in found:
             if row.rule.endswith("_momentum"):
                 names = ("momentum_buffer", "momentum_buffer_scale")
-                jobs.append(self._job(p, self._buffer(p, p.dtype), g, names, row.hyper))
+                jobs.append(self._job(name, p, self._buffer(p, p.dtype), g, names, row.hyper))
         self._pass("average", ("momentum_buffer",)).run(jobs)
         means = iter(jobs)
-        return [next(means).p if row.rule.endswith("_momentum") else g for row, _, g in found]
+        return [next(means).p if row.rule.endswith("_momentum") else g for row, _, _, g in found]
 
     def _scale_by_norms(self, groups: list[dict[str, Any]], jobs: list[Job]) -> None:
         """Scale the steps of tensors that share a norm, or have one each, to steps along K's gradient, on their device."""
@@ -216,22 +230,21 @@ def coefficients(r: Tensor, group: dict[str, Any]) -> Tensor:
 
 def mapped(name: str, u: Tensor, group: dict[str, Any]) -> Tensor:
     """K's gradient in the norms of rows, or in the singular values."""
-    spectral = group["granularity"] == "spectral"
-    for placement in getattr(u, "placements", ()):
-        if not placement.is_replicate() and (spectral or not placement.is_shard(0)):
-            needed = "Replicate" if spectral else "Shard(0) or Replicate"
-            raise RuntimeError(f"{name} must have placements {needed} for {group['granularity']!r}, got {placement}")
-    u = local(u)
+    if local(u) is not u:
+        return like(u, mapped(name, local(u), group).contiguous())
     if u.numel() == 0:
         return u
     rows = u.reshape(u.shape[0] if u.dim() > 0 else 1, -1)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    if not spectral:
+    if group["granularity"] != "spectral":
         # In float64 no square overflows or underflows.
         wide = torch.promote_types(rows.dtype, torch.float64)
         r = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide)
         return (rows * coefficients(r, group)).to(rows.dtype).view(u.shape)
-    left, s, right = torch.linalg.svd(rows, full_matrices=False)
+    try:
+        left, s, right = torch.linalg.svd(rows, full_matrices=False)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise torch.linalg.LinAlgError(f"the direction of {name} has no singular values: {error}") from error  # type: ignore[attr-defined]
     # A singular value of 0 is rounded to a tiny one, whose vectors are noise.
     s = torch.where(s > s.amax() * max(rows.shape) * torch.finfo(s.dtype).eps, s, 0.0)
     found: Tensor = (left * reference.KERNELS[group["kernel"]](s, group)) @ right

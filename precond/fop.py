@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._core.arguments import check_nonnegative
+from ._core.precision import at_stated_precision
 from ._core.sharding import aligned_gradients, like, local
 from ._wrappers.wrapper import T, Wrapper
 
@@ -194,6 +195,7 @@ class FOP(Wrapper):
             M = torch.ones_like(previous, dtype=dtype)
         self.own[p] = {"preconditioner": M, "previous_grad": previous}
 
+    @at_stated_precision
     def _preconditioned(self, p: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
         """M M^T g, after M was updated by g and the gradient before; g itself at the first one."""
         dims = self._mixed(p)

@@ -14,10 +14,10 @@ from ._core.arguments import L1_OPTIONS, arguments, number
 from ._core.formats import StateFormat, is_coded
 from ._core.metric import Metric, of_parts
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.rows import Row
+from ._core.precision import at_stated_precision
+from ._core.rows import Row, name_of
 from ._core.settings import Settings
-from ._methods.kronecker import Rotation
-from ._methods.rotated import Rotated
+from ._methods.rotated import Rotated, Work
 
 CURVATURES = ("gnb", "hutchinson", "gradient")
 
@@ -175,21 +175,25 @@ class GaussNewton(Rotated):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
-        for group in self.param_groups:
+        for place, group in enumerate(self.param_groups):
             moves = isinstance(group["lr"], Tensor) or group["lr"] != 0.0
             if group["curvature"] != "gradient" and group["clip"] is None and moves:
-                for p in group["params"]:
+                for position, p in enumerate(group["params"]):
                     if p.grad is not None and not self.state.get(p, {}).get("curvature_step"):
-                        raise RuntimeError("update_curvature must be called before the first step, or clip be given")
+                        raise RuntimeError(
+                            "update_curvature must be called before the first step, or clip be given: "
+                            f"{name_of(group, place, position)} has no curvature"
+                        )
         super()._update()
 
-    def _before(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> bool:
+    def _before(self, work: Work, group: dict[str, Any], row: Row) -> bool:
         """Feed the basis, unless ``update_curvature`` does: it feeds the gradients that it squares."""
         if group["curvature"] != "gnb":
-            self._feed(p, g, basis, group)
+            self._feed(work.p, work.g, work.basis, group)
         return True
 
     @torch.no_grad()
+    @at_stated_precision
     def update_curvature(self, batch_size: float = 1.0, estimates: Sequence[Tensor | None] | None = None) -> None:
         r"""Averages a new estimate of the Gauss-Newton diagonal into the curvature.
 
@@ -222,35 +226,34 @@ class GaussNewton(Rotated):
         position, total = 0, sum(len(group["params"]) for group in self.param_groups)
         if estimates is not None and len(estimates) != total:
             raise ValueError(f"estimates must be one per parameter, {total}, got {len(estimates)}")
-        for group in self.param_groups:
+        for place, group in enumerate(self.param_groups):
             if group["curvature"] == "gradient":
                 raise RuntimeError("curvature must be 'gnb' or 'hutchinson' for update_curvature, got 'gradient'")
             if group["curvature"] == "hutchinson" and estimates is None:
                 raise RuntimeError("estimates must be given with curvature='hutchinson', got None")
             row = self._checked_row(group)
             for index, p in enumerate(group["params"]):
+                name = name_of(group, place, index)
                 given = p.grad if estimates is None else estimates[position]
                 position += 1
                 if given is None:
                     continue
                 if given.shape != p.shape:
                     raise RuntimeError(
-                        f"an estimate must have shape {tuple(p.shape)} for parameter {index}, got {tuple(given.shape)}"
+                        f"an estimate must have shape {tuple(p.shape)} for {name}, got {tuple(given.shape)}"
                     )
                 if p.is_complex():
-                    raise RuntimeError(f"parameter {index} must be real for update_curvature, got {p.dtype}")
+                    raise RuntimeError(f"{name} must be real for update_curvature, got {p.dtype}")
                 state = self.state[p]
                 if self.rotates(group):
-                    basis = self._basis(f"parameter {index}", p, group)
+                    basis = self._basis(name, p, group)
                     if estimates is None:
                         self._feed(p, given, basis, group)
                         given = basis.rotate(given, torch.promote_types(p.dtype, torch.float32))
                     elif basis.kronecker is not None and not basis.kronecker.ready:
                         first = "an update from gradients" if group["curvature"] == "gnb" else "a step"
-                        raise RuntimeError(
-                            f"{first} must come before estimates of parameter {index}, to make their basis"
-                        )
-                self._init_state(p, group, row)
+                        raise RuntimeError(f"{first} must come before estimates of {name}, to make their basis")
+                self._init_state(p, group, row, name)
                 h = state["curvature"]
                 wide = torch.promote_types(h.dtype, torch.float32)
                 new = given.to(wide) if estimates is not None else given.to(wide).square() * batch_size

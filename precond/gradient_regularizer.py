@@ -11,6 +11,7 @@ from torch import Tensor
 from ._core.metric import Metric, of_parts
 from ._core.optimizer import FusedOptimizer
 from ._core.passes import Job, Pass
+from ._core.precision import at_stated_precision
 from ._core.sharding import aligned_gradients, like
 from ._methods.rotated import Rotated
 from ._wrappers.accumulated import Earlier, unshared
@@ -167,6 +168,7 @@ class GradientRegularizer(Wrapper):
             if g is not None and other is not None:
                 p.grad = g.lerp(other, self.rho / self.radius)
 
+    @at_stated_precision
     def _job(self, p: Tensor, g: Tensor, group: dict[str, Any], metric: Metric) -> tuple[str, Job]:
         """The rule that moves a parameter along P P^T g, or along g where base has no P, and its operands."""
         if g.layout != torch.strided:

@@ -14,9 +14,10 @@ from ._core.formats import StateFormat
 from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.passes import plain_step
-from ._core.rows import Row
+from ._core.rows import Row, name_of
 from ._core.settings import Settings
-from ._methods.kronecker import check_matrix
+from ._core.sharding import like, local
+from ._methods.kronecker import check_whole
 from ._methods.multipass import MultiPass
 
 #: torch's, from 2.9 on.
@@ -117,10 +118,17 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of matrices."""
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
+        group, index = self.param_groups[-1], len(self.param_groups) - 1
+        for position, p in enumerate(group["params"]):
             if p.ndim != 2:
                 del self.param_groups[-1]
-                raise ValueError(f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()}")
+                raise ValueError(
+                    f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()}: "
+                    f"{name_of(group, index, position)}"
+                )
+
+    def _check_whole(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
+        check_whole(name, p)
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
         return Metric(why_not="it takes all singular values to 1")
@@ -136,17 +144,16 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         found = [
             (group, row, name, p, g)
             for group, row in zip(self.param_groups, rows, strict=True)
-            for name, p, g in self._gradients(group)
+            for name, p, g in self._gradients(group, row)
             if p.numel() > 0
         ]
         means = []
         for group, row, name, p, g in found:
             if p.is_complex():
-                raise RuntimeError("Muon does not support complex parameters")
-            check_matrix(name, p)
-            self._init_state(p, group, row)
+                raise RuntimeError(f"Muon does not support complex parameters, got {p.dtype} for {name}")
+            self._init_state(p, group, row, name)
             names = ("momentum_buffer", "momentum_buffer_scale")
-            means.append(self._job(p, self._buffer(p, torch.bfloat16), g, names, row.hyper, row.sign))
+            means.append(self._job(name, p, self._buffer(p, torch.bfloat16), g, names, row.hyper, row.sign))
         self._pass("average", ("momentum_buffer",)).run(means)
         alike: dict[tuple[Any, ...], list[int]] = {}
         for i, (group, _, _, p, _) in enumerate(found):
@@ -154,12 +161,13 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         steps = []
         for indices in alike.values():
             group = found[indices[0]][0]
-            stack = torch.stack([means[i].p for i in indices])
+            stack = torch.stack([local(means[i].p) for i in indices])
             for i, direction in zip(indices, newton_schulz(stack, group), strict=True):
-                _, row, _, p, _ = found[i]
+                _, row, name, p, _ = found[i]
                 scale = _scale(group["adjust_lr_fn"], p.shape)
                 step = plain_step(row.hyper["lr"] * scale, row.hyper["weight_decay"] / scale)
-                steps.append(self._job(p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
+                turned = like(p, direction.contiguous())
+                steps.append(self._job(name, p, p, turned, ("remainder",), step, 1.0, group.get("weight_format")))
         self._pass("sgdw").run(steps)
 
 

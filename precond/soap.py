@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -16,7 +15,7 @@ from ._core.passes import plain_step
 from ._core.rows import Row
 from ._core.settings import Settings
 from ._methods.kronecker import Rotation
-from ._methods.rotated import Rotated
+from ._methods.rotated import Rotated, Work
 
 
 class SOAP(Rotated):
@@ -123,15 +122,13 @@ class SOAP(Rotated):
         hyper["beta1"], hyper["beta2"] = map(number, group["betas"])
         return Row(self._decayed("adamw", group), -1.0 if group["maximize"] else 1.0, hyper)
 
-    def _for_factors(self, p: Tensor, g: Tensor) -> Tensor:
-        return g.to(torch.promote_types(p.dtype, torch.float32))
-
-    def _before(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> bool:
+    def _before(self, work: Work, group: dict[str, Any], row: Row) -> bool:
         """The first gradient of a matrix only builds its bases."""
+        name, p, g, basis = work
         if basis.kronecker is None or basis.kronecker.ready:
             return True
         self._feed(p, g, basis, group)
-        self._init_state(p, group, row)
+        self._init_state(p, group, row, name)
         return False
 
     def _after(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> None:

@@ -433,10 +433,8 @@ def test_a_fused_scaler_is_for_single_passes():
     assert_close(ours, theirs, 1e-6, 1e-7)
     for group in ({}, {"fused": False}):  # the scaler asks the defaults
         (p,) = params_of(((2, 2),))
-        optimizer = precond.DualDescent([{"params": [p], "granularity": "unit", **group}], fused=True)
-        give([p], 0)
         with pytest.raises(RuntimeError, match="fused must be False unless granularity is 'entry'"):
-            optimizer.step()
+            precond.DualDescent([{"params": [p], "granularity": "unit", **group}], fused=True)
 
 
 def test_norms_of_all_gradients_clip_single_passes():
@@ -453,15 +451,21 @@ def test_norms_of_all_gradients_clip_single_passes():
 
 
 @pytest.mark.parametrize("setting", ["max_grad_norm", "clip_grad_value"])
-def test_a_setting_that_needs_one_pass_is_refused_before_anything_moves(setting):
+def test_a_setting_that_needs_one_pass_is_refused_when_built_and_before_anything_moves(setting):
     params = params_of(((2, 2), (2, 2)))
     before = [p.detach().clone() for p in params]
     groups = [{"params": params[:1], "granularity": "entry"}, {"params": params[1:], "granularity": "unit"}]
-    optimizer = precond.DualDescent(groups, **{setting: 1.0})
+    message = f"{setting} must be None unless granularity is 'entry', got 1.0: call torch"
+    with pytest.raises(RuntimeError, match=message):
+        precond.DualDescent(groups, **{setting: 1.0})
+    optimizer = precond.DualDescent(groups[:1], **{setting: 1.0})
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.add_param_group(groups[1])
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group(groups[1] | {"granularity": "entry"})
+    optimizer.param_groups[1]["granularity"] = "unit"
     give(params, 0)
-    with pytest.raises(
-        RuntimeError, match=f"{setting} must be None unless granularity is 'entry', got 1.0: call torch"
-    ):
+    with pytest.raises(RuntimeError, match=message):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     assert len(optimizer.param_groups) == 2

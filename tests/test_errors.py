@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 import subprocess
@@ -170,6 +171,154 @@ def test_a_state_of_the_wrong_shape_is_named(row):
     optimizer.state[p][key] = torch.zeros(5)
     with pytest.raises(RuntimeError, match=rf"{key} of parameter 0 of group 0 must have shape \(4,\)"):
         optimizer.step()
+
+
+#: Every class, as it is made for matrices.
+OF_MATRICES = {
+    **{row.cls.__name__: functools.partial(row.cls, **row.kwargs) for row in CLASSES},
+    "Muon": precond.Muon,
+    "SOAP": precond.SOAP,
+    "GaussNewton in a basis": functools.partial(precond.GaussNewton, basis="kronecker", curvature="gradient"),
+    "Sophia": precond.Sophia,
+    **{
+        f"DualDescent {granularity}": functools.partial(precond.DualDescent, granularity=granularity, momentum=0.9)
+        for granularity in precond.dual.GRANULARITIES
+    },
+}
+matrices = pytest.mark.parametrize("make", OF_MATRICES.values(), ids=OF_MATRICES)
+
+
+def named_groups():
+    """Three matrices, two of them in a second group with names."""
+    a, b, c = (param(4, 4) for _ in range(3))
+    return [{"params": [("a", a)]}, {"params": [("b", b), ("c", c)]}], [a, b, c]
+
+
+def give_ones(params):
+    for p in params:
+        p.grad = torch.ones_like(p) * torch.arange(1.0, 5.0)
+
+
+@matrices
+@pytest.mark.parametrize("names", [True, False])
+@pytest.mark.parametrize("shape", [(5, 4), (4, 5), (2, 3)])
+def test_a_parameter_of_another_size_is_named(make, names, shape):
+    groups, params = named_groups()
+    if not names:
+        groups = [{"params": [p for _, p in group["params"]]} for group in groups]
+    optimizer = make(groups)
+    for _ in range(2):
+        give_ones(params)
+        optimizer.step()
+    c = params[2]
+    if not optimizer.state.get(c):
+        return  # nothing of the old size
+    c.grad = None
+    c.data = torch.ones(shape)
+    c.grad = torch.ones(shape)
+    before = [p.detach().clone() for p in params]
+    message = r"parameter 1 of group 1 \('c'\) must" if names else "parameter 1 of group 1 must"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+@matrices
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize(
+    ("gradient", "message"),
+    [
+        (lambda: torch.ones(4, 4).to_sparse_csr(), "sparse gradients"),
+        (lambda: torch.ones(4, 4, device="meta"), "must have its gradient on cpu, got meta"),
+        (lambda: torch.ones(4, 4, dtype=torch.complex64), "must have a gradient of the same kind"),
+    ],
+)
+def test_a_parameter_whose_gradient_does_not_fit_is_named(make, gradient, message):
+    groups, params = named_groups()
+    optimizer = make(groups)
+    give_ones(params)
+    params[1].grad = None
+
+    class Odd(torch.nn.Parameter):  # torch checks what it is given
+        grad = gradient()
+
+    optimizer.param_groups[1]["params"][0] = Odd(torch.ones(4, 4))
+    with pytest.raises(RuntimeError, match=message) as found:
+        optimizer.step()
+    assert "parameter 0 of group 1 ('b')" in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["factor_left_0", "basis_right_0"])
+@pytest.mark.parametrize("make", [OF_MATRICES["SOAP"], OF_MATRICES["GaussNewton in a basis"]])
+def test_a_factor_of_another_size_is_named(make, name):
+    groups, params = named_groups()
+    optimizer = make(groups)
+    give_ones(params)
+    optimizer.step()
+    optimizer.state[params[1]][name] = torch.eye(3)
+    with pytest.raises(RuntimeError, match=rf"{name} of parameter 0 of group 1 \('b'\) must have shape \(4, 4\)"):
+        optimizer.step()
+
+
+def test_errors_of_one_class_name_the_parameter():
+    given, params = named_groups()
+
+    def fresh(b=params[1]):
+        """Groups that no optimizer has completed."""
+        return [given[0].copy(), {"params": [("b", b), ("c", params[2])]}]
+
+    place = r"parameter 0 of group 1 \('b'\)"
+    give_ones(params)
+    params[1].grad = torch.full((4, 4), math.nan)
+    with pytest.raises(ValueError, match=rf"factor_left_0 of {place}: a must be finite"):
+        precond.SOAP(fresh()).step()
+    with pytest.raises(torch.linalg.LinAlgError, match=f"the direction of {place} has no singular values"):
+        precond.DualDescent(fresh(), granularity="spectral").step()
+    params[0].grad = None
+    with pytest.raises(RuntimeError, match=f"update_curvature must be called before the first step.*{place}"):
+        precond.GaussNewton(fresh()).step()
+    estimates = [None, torch.ones(3), None]
+    with pytest.raises(RuntimeError, match=rf"an estimate must have shape \(4, 4\) for {place}, got \(3,\)"):
+        precond.GaussNewton(fresh()).update_curvature(estimates=estimates)
+    with pytest.raises(RuntimeError, match=f"must come before estimates of {place}, to make their basis"):
+        precond.GaussNewton(fresh(), basis="kronecker").update_curvature(estimates=[None, torch.ones(4, 4), None])
+    b = param(4, 4, dtype=torch.complex64)
+    with pytest.raises(RuntimeError, match=f"{place} must be real for update_curvature"):
+        precond.GaussNewton(fresh(b)).update_curvature(estimates=[None, torch.ones(4, 4), None])
+    b.grad = torch.ones(4, 4, dtype=torch.complex64)
+    with pytest.raises(
+        RuntimeError, match=f"Muon does not support complex parameters, got torch.complex64 for {place}"
+    ):
+        precond.Muon(fresh(b)).step()
+    with pytest.raises(ValueError, match=rf"Muon only supports 2D parameters.*torch.Size\(\[4\]\): {place}"):
+        precond.Muon(fresh(param(4)))
+
+
+@matrices
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_number_that_is_none_in_float32_is_named(make, name):
+    groups, params = named_groups()
+    optimizer = make(groups)
+    before = [p.detach().clone() for p in params]
+    optimizer.param_groups[1][name] = 1e39
+    give_ones(params)
+    with pytest.raises(ValueError, match=f"{name} must be at most 3.403e\\+38 in magnitude, as a float32, got 1e\\+39"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+def test_float64_parameters_take_numbers_that_are_none_in_float32():
+    p = param(dtype=torch.float64)
+    p.grad = torch.ones_like(p)
+    precond.SGD([p], lr=1e39).step()
+    assert (p < -1e38).all()
+
+
+@pytest.mark.parametrize("name", ["max_grad_norm", "clip_grad_value"])
+@pytest.mark.parametrize("make", [OF_MATRICES["Muon"], OF_MATRICES["SOAP"], OF_MATRICES["DualDescent unit"]])
+def test_a_setting_that_no_step_takes_is_refused_when_built(make, name):
+    with pytest.raises(RuntimeError, match=f"{name} must be None"):
+        make([param(4, 4)], **{name: 1.0})
 
 
 @classes

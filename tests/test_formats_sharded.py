@@ -90,7 +90,7 @@ def test_a_place_in_the_unsharded_tensor_gives_its_draws(monkeypatch):
     values, g = torch.randn(64, 256).bfloat16(), torch.randn(64, 256).bfloat16()
 
     def step(piece, place):
-        monkeypatch.setattr(_sharding, "place_of", lambda p: place)
+        monkeypatch.setattr(_sharding, "place_of", lambda *_: place)
         p = torch.nn.Parameter(values[piece].clone().contiguous())
         optimizer = precond.AdamW([p], weight_format="stochastic", state_format="int8")
         p.grad = g[piece].contiguous()

@@ -178,7 +178,7 @@ ODD_PLACES = [(5, 97, 1000), (0, 1, 3), (3, 1025, 1026)]
 def test_a_piece_of_a_larger_tensor_has_the_bits_of_the_cpu(formats, place, monkeypatch):
     row, sizes = BY_RULE["adamw"], [(17, 192)]
     whole = train(row, formats, "cpu", sizes=sizes, steps=2)
-    monkeypatch.setattr(_sharding, "place_of", lambda p: place)
+    monkeypatch.setattr(_sharding, "place_of", lambda *_: place)
     found = train(row, formats, "triton", sizes=sizes, steps=2)
     assert_same(found, train(row, formats, "cpu", sizes=sizes, steps=2))
     assert not all(bits_equal(found[key], whole[key]) for key in found)
@@ -189,7 +189,7 @@ def test_columns_of_a_tensor_have_the_bits_of_the_whole(formats, monkeypatch):
     values, grads = random_values((8, 256)).to(formats[0]), [random_values((8, 256)) for _ in range(2)]
 
     def step(columns, place):
-        monkeypatch.setattr(_sharding, "place_of", lambda p: place)
+        monkeypatch.setattr(_sharding, "place_of", lambda *_: place)
         p = values[:, columns].clone(memory_format=torch.contiguous_format).requires_grad_()
         optimizer = precond.AdamW([group_of([p], formats)], lr=0.05, backend="triton")
         for g in grads:

@@ -426,9 +426,13 @@ def test_a_basis_refuses_clipping_before_anything_moves(setting):
     params = params_of(((2, 2), (2, 2)))
     before = [p.detach().clone() for p in params]
     groups = [{"params": params[:1]}, {"params": params[1:], "basis": "kronecker"}]
-    optimizer = precond.GaussNewton(groups, curvature="gradient", **{setting: 1.0})
+    message = f"{setting} must be None with a basis, got 1.0: call torch.nn.utils"
+    with pytest.raises(RuntimeError, match=message):
+        precond.GaussNewton(groups, curvature="gradient", **{setting: 1.0})
+    optimizer = precond.GaussNewton(params, curvature="gradient", **{setting: 1.0})
+    optimizer.param_groups[0]["basis"] = "kronecker"
     give(params, 0)
-    with pytest.raises(RuntimeError, match=f"{setting} must be None with a basis, got 1.0: call torch.nn.utils"):
+    with pytest.raises(RuntimeError, match=message):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 

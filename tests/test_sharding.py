@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from families import OPTIMIZERS
 from support.cases import bits_equal
-from support.ranks import on_two_ranks
+from support.ranks import on_ranks, on_two_ranks
 
 from precond._core import sharding as _sharding
 
@@ -113,3 +113,114 @@ assert torch.equal(after[~changed], before[~changed])
 assert torch.equal(after[changed], now[changed].float())
 """
     on_two_ranks(code, tmp_path)
+
+
+METHODS = """
+SHAPES = ((5, 3), (1,), (4, 2, 3), (7,), (2, 6))
+
+def run(make, placement, dtype=torch.float32, update=None):
+    generator = torch.Generator().manual_seed(5)
+    def draw(shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+    def place(t):
+        return t if placement is None else distribute_tensor(t, mesh, [placement])
+    params = [torch.nn.Parameter(place(draw(shape))) for shape in SHAPES]
+    optimizer = make(params)
+    for i in range(4):
+        for p in params:
+            p.grad = place(draw(p.shape))
+        if update is not None:
+            update(optimizer)
+        optimizer.step()
+    found = [p.full_tensor() if isinstance(p, DTensor) else p for p in params]
+    return optimizer, [t.detach() for t in found]
+
+def check(make, placement, exact=True, **options):
+    _, whole = run(make, None, **options)
+    optimizer, pieces = run(make, placement, **options)
+    for p, q in zip(whole, pieces):
+        assert torch.equal(p, q) if exact else torch.allclose(p, q, rtol=1e-5, atol=1e-6), (p, q)
+    return optimizer
+"""
+
+ON_SHARDS = (
+    METHODS
+    + """
+def dual(**options):
+    return lambda ps: precond.DualDescent(ps, lr=0.1, weight_decay=0.1, **options)
+
+for granularity in ("global", "tensor", "unit", "entry"):
+    for kernel in ("clip", "normalize", "power", "log"):
+        for momentum, nesterov in ((0.0, False), (0.9, False), (0.9, True)):
+            options = dict(granularity=granularity, kernel=kernel, momentum=momentum, nesterov=nesterov)
+            # The norm of a whole tensor is added up in another order.
+            exact = granularity in ("unit", "entry")
+            check(dual(**options), Shard(0), exact)
+            check(dual(**options), Replicate(), exact)
+    for formats in (dict(weight_format="split24"), dict(weight_format="split32", momentum=0.9, state_format="bf16")):
+        check(dual(granularity=granularity, **formats), Shard(0), granularity in ("unit", "entry"), dtype=torch.bfloat16)
+w = distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)])
+for granularity, placement, needed in (
+    ("unit", Shard(1), "Shard.0. or Replicate"), ("spectral", Shard(1), "Replicate"), ("spectral", Shard(0), "Replicate"),
+):
+    p = torch.nn.Parameter(w.redistribute(mesh, [placement]))
+    for named in ([p], [("w", p)]):
+        try:
+            dual(granularity=granularity)(named)
+        except RuntimeError as error:
+            said = str(error)
+        called = "parameter 0 of group 0 ('w')" if named[0] is not p else "parameter 0 of group 0"
+        assert said.startswith(called + " must have placements " + needed.replace(".0.", "(0)")), said
+    optimizer = dual(granularity="tensor")([p])
+    optimizer.param_groups[0]["granularity"] = granularity
+    p.grad = w.redistribute(mesh, [placement])
+    before = p.full_tensor().clone()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert "parameter 0 of group 0 must have placements" in str(error), error
+    assert torch.equal(p.full_tensor(), before)
+"""
+)
+
+WHOLE = (
+    METHODS
+    + """
+MATRICES = SHAPES[::4]
+everything, SHAPES = SHAPES, MATRICES
+check(precond.Muon, Replicate())
+SHAPES = everything
+basis = dict(basis="kronecker", basis_frequency=2, clip=1.0)
+for placement in (Replicate(),):
+    check(lambda ps: precond.SOAP(ps, precondition_frequency=2), placement)
+    check(lambda ps: precond.SOAP(ps, l1_decay=0.01, max_precond_dim=3), placement)
+    check(lambda ps: precond.GaussNewton(ps, curvature="gradient", **basis), placement)
+    check(lambda ps: precond.GaussNewton(ps, **basis), placement, update=lambda o: o.update_curvature())
+    check(lambda ps: precond.DualDescent(ps, granularity="spectral", momentum=0.9), placement)
+check(lambda ps: precond.GaussNewton(ps, clip=1.0), Shard(0), update=lambda o: o.update_curvature())
+check(precond.Sophia, Shard(0), update=lambda o: o.update_curvature())
+vectors, SHAPES = SHAPES, ((7,), (1,))
+check(precond.SOAP, Shard(0))
+p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)]))
+pair = (torch.eye(4), torch.eye(6))
+for make in (
+    precond.Muon, precond.SOAP, lambda ps: precond.GaussNewton(ps, basis="kronecker"),
+    lambda ps: precond.GaussNewton(ps, basis=pair), lambda ps: precond.GaussNewton(ps, basis=torch.eye(24)),
+):
+    for group in ([p], [{"params": [("w", p)]}]):
+        try:
+            make(group)
+        except RuntimeError as error:
+            said = str(error)
+        called = "parameter 0 of group 0" + ("" if group[0] is p else " ('w')")
+        assert said.startswith(called + " must be whole or replicated to have a basis, got placement S"), said
+        said = ""
+"""
+)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("code", [ON_SHARDS, WHOLE], ids=["shards", "whole"])
+def test_methods_take_the_placements_that_they_promise(code, ranks, tmp_path):
+    """Against unsharded runs; shards are uneven or empty. Where a whole matrix is needed, that is said when it is built."""
+    on_ranks(ranks, code, tmp_path)

@@ -63,7 +63,7 @@ def padded(addresses: list[int]) -> list[int]:
 
 def address_table(values: list[int]) -> Tensor:
     """Per tensor SLOTS numbers, from its number of elements, its addresses and its place."""
-    found = torch.tensor(values, dtype=torch.int64).view(-1, SLOTS.value - 1)
+    found = torch.tensor(values, dtype=torch.int64, device="cpu").view(-1, SLOTS.value - 1)
     numel, addresses, place = found.split([1, 2 * OPERANDS, 3], dim=1)
     aligned = numel * (addresses % 16 == 0).all(dim=1, keepdim=True)
     return torch.cat([addresses[:, :OPERANDS], numel, aligned, addresses[:, OPERANDS:], place], dim=1)
@@ -71,10 +71,10 @@ def address_table(values: list[int]) -> Tensor:
 
 def chunk_table(sizes: list[int]) -> Tensor:
     """(tensor, first element) of every chunk."""
-    counts = (torch.tensor(sizes, dtype=torch.int64) + BLOCK - 1) // BLOCK
+    counts = (torch.tensor(sizes, dtype=torch.int64, device="cpu") + BLOCK - 1) // BLOCK
     tensor = torch.repeat_interleave(counts)
     first_chunk = counts.cumsum(0) - counts
-    return torch.stack([tensor, (torch.arange(len(tensor)) - first_chunk[tensor]) * BLOCK], dim=1)
+    return torch.stack([tensor, (torch.arange(len(tensor), device="cpu") - first_chunk[tensor]) * BLOCK], dim=1)
 
 
 def job_of(item: Item, group: int) -> list[int]:
@@ -92,7 +92,7 @@ def job_of(item: Item, group: int) -> list[int]:
 
 
 def job_table(values: list[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).view(-1, JOB.value)
+    return torch.tensor(values, dtype=torch.int64, device="cpu").view(-1, JOB.value)
 
 
 def hyper_table(key: Hashable, rule: Rule, hypers: list[Mapping[str, float | Tensor]], device: torch.device) -> Tensor:
@@ -100,7 +100,7 @@ def hyper_table(key: Hashable, rule: Rule, hypers: list[Mapping[str, float | Ten
     values = [hyper[name] for hyper in hypers for name in rule.hyper]
     # NaN is no hyper-parameter: a number that takes a tensor's place is seen as a change.
     numbers = [math.nan if isinstance(value, Tensor) else value for value in values]
-    hyper = table(key, numbers, functools.partial(torch.tensor, dtype=torch.float64), device)
+    hyper = table(key, numbers, functools.partial(torch.tensor, dtype=torch.float64, device="cpu"), device)
     for cell, value in enumerate(values):
         if isinstance(value, Tensor):
             hyper[cell].copy_(value.view(()))

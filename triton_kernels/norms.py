@@ -117,17 +117,17 @@ _LEVELS = LANES.bit_length() - 1
 
 def gradient_table(values: list[int]) -> Tensor:
     """Per tensor SLOTS numbers, from its address and number of elements."""
-    found = torch.tensor(values, dtype=torch.int64).view(-1, 2)
+    found = torch.tensor(values, dtype=torch.int64, device="cpu").view(-1, 2)
     aligned = found[:, 1:] * (found[:, :1] % 16 == 0)
     return torch.cat([found, aligned], dim=1)
 
 
 def block_table(values: list[int]) -> Tensor:
     """(tensor, first element, index of the sum) of every block, from each tensor's number of elements and first index."""
-    sizes, first = torch.tensor(values, dtype=torch.int64).view(-1, 2).unbind(1)
+    sizes, first = torch.tensor(values, dtype=torch.int64, device="cpu").view(-1, 2).unbind(1)
     counts = (sizes + BLOCK - 1) // BLOCK
     tensor = torch.repeat_interleave(counts)
-    block = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    block = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
     return torch.stack([tensor, block * BLOCK, first[tensor] + block], dim=1)
 
 

@@ -139,8 +139,8 @@ def known(backend: str | None, tensors: list[Tensor]) -> str | None:
     return "cuda" if p.is_cuda and backend in (None, "cuda") and not why_not_on(p.device.index) else None
 
 
-def choose(backend: str | None, tensors: list[Tensor]) -> str:
-    """The backend that updates these tensors: a parameter, its gradient and its states."""
+def choose(backend: str | None, tensors: list[Tensor], name: str = "a parameter") -> str:
+    """The backend that updates these tensors: a parameter, which errors call so, its gradient and its states."""
     device = tensors[0].device.type
     unfit = next((t for t in tensors if t.dtype not in FUSED_DTYPES or not has_plain_memory(t)), None)
     if backend is None:
@@ -156,8 +156,8 @@ def choose(backend: str | None, tensors: list[Tensor]) -> str:
         bad = tensors[0] if unfit is None else unfit
         raise RuntimeError(
             f"backend={backend!r} must get float32, bfloat16, float16 or complex64 tensors on {wanted[backend]} "
-            f"that lie in memory as their strides say, got a {type(bad).__name__} of {bad.dtype} on {bad.device}; "
-            "backend=None or 'reference' takes it"
+            f"that lie in memory as their strides say, got a {type(bad).__name__} of {bad.dtype} on {bad.device} "
+            f"for {name}; backend=None or 'reference' takes it"
         )
     if backend == "cuda" and (reason := why_not_on(tensors[0].device.index or 0)):
         raise RuntimeError(f"backend='cuda' cannot run here: {reason}; backend=None or 'triton' can")

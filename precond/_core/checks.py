@@ -19,6 +19,9 @@ from .states import States
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
+_LARGEST = torch.finfo(torch.float32).max
+_WIDE = (torch.float64, torch.complex128)
+
 
 class Checks:
     """What an optimizer takes. ``owner`` is the class that errors name."""
@@ -60,7 +63,7 @@ class Checks:
         if sparse or torch.is_grad_enabled():
             return "reference"
         valued = [local(state) for key, state in present.items() if key not in coded]
-        return _backend.choose(self.settings["backend"], [local(p), local(g), *valued])
+        return _backend.choose(self.settings["backend"], [local(p), local(g), *valued], name)
 
     def _check_layouts(self, name: str, p: Tensor, g: Tensor, row: Row, sparse: bool) -> None:
         if sparse and row.hyper["weight_decay"] != 0.0:
@@ -116,8 +119,13 @@ def check_capturable(group: Group) -> None:
             raise AssertionError(f"If capturable=True, params and state_steps must be on supported devices: {devices}.")
 
 
-def check_numbers(row: Row) -> None:
-    """Raise for a hyper-parameter that is no number."""
+def check_numbers(row: Row, group: Group) -> None:
+    """Raise for a hyper-parameter that is no number, or that is none in float32, which all but float64 parameters are updated
+    in: a step with it is infinite, and the next one NaN. torch raises too. Infinity itself is a number.
+    """
     for name, value in row.hyper.items():
-        if isinstance(value, float) and math.isnan(value):
-            raise ValueError(f"{name} must be a number, got nan")
+        if isinstance(value, float) and not -_LARGEST <= value <= _LARGEST:
+            if math.isnan(value):
+                raise ValueError(f"{name} must be a number, got nan")
+            if math.isfinite(value) and any(p.dtype not in _WIDE for p in group["params"]):
+                raise ValueError(f"{name} must be at most {_LARGEST:.4g} in magnitude, as a float32, got {value}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend
-from .rows import Group, Step
+from .rows import Group, Step, name_of
 from .settings import LOST
 from .sharding import reduce, shard_groups
 
@@ -87,14 +87,14 @@ def norm_classes(param_groups: list[Group], given: Any) -> NormClasses:
     of: dict[Tensor, int] = {}
     groups: list[tuple[Any, ...]] = [() if given is None else (given,)]
     names: list[tuple[str, ...]] = [("plain",)]
-    for group in param_groups:
-        for p in group["params"]:
-            shards = shard_groups(p)
+    for index, group in enumerate(param_groups):
+        for position, p in enumerate(group["params"]):
+            shards = shard_groups(p, name_of(group, index, position))
             if shards is None:
                 if given is None and _is_flat_shard(p):
                     raise RuntimeError(
                         "norm_process_group must be given with max_grad_norm where parameters are flat shards (FSDP1): "
-                        "the norm of the local shard is not the global one"
+                        f"the norm of the local shard of {name_of(group, index, position)} is not the global one"
                     )
                 of[p] = 0
                 continue
@@ -125,7 +125,7 @@ def total(executors: Iterable[Measures], step: Step, classes: NormClasses, inf: 
     """The sum of squares, or the largest magnitude, of all gradients of all processes."""
     found = local_total(executors, step, classes, inf)
     if found is None:
-        found = torch.zeros(len(classes.groups), dtype=torch.float64)
+        found = torch.zeros(len(classes.groups), dtype=torch.float64, device="cpu")
     for index, over in enumerate(classes.groups):
         reduce(found[index : index + 1], over, inf)
     norm = found[:1]

@@ -17,7 +17,8 @@ from .checks import Checks, check_capturable, check_defaults, check_numbers, che
 from .engine import Engine
 from .formats import StateFormat
 from .metric import Metric
-from .rows import Row, Step
+from .precision import at_stated_precision
+from .rows import Row, Step, name_of
 from .settings import DEFAULTS, LOST, Settings, own_settings
 from .states import ParamStates, Recipe
 from .states import PrecisionWarning as PrecisionWarning
@@ -151,8 +152,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
-            self._update()
+            self._update_at_stated_precision()
         return loss
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @at_stated_precision
+    def _update_at_stated_precision(self) -> None:
+        self._update()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
@@ -172,7 +178,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "capturable" in self.defaults:  # other classes ignore it, as torch's do
             check_capturable(group)
         row = self._row(group)
-        check_numbers(row)
+        check_numbers(row, group)
         return row
 
     # What others ask.
@@ -304,5 +310,5 @@ class FusedOptimizer(torch.optim.Optimizer):
             if group.get("state_format") is not None:
                 rule = self._row(group).rule
                 for position, p in enumerate(group["params"]):
-                    states.convert(f"parameter {position} of group {index}", p, group, rule)
+                    states.convert(name_of(group, index, position), p, group, rule)
         self._rebuild()

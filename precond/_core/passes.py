@@ -4,6 +4,7 @@ methods that have a matrix product or a norm between two passes.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -35,6 +36,8 @@ class Job(NamedTuple):
     weight_format: str | None = None
     #: What the states are asked to be stored in.
     state_format: StateFormat = None
+    #: What errors call it: the parameter of its caller that it is, or is made for.
+    name: str = "a tensor"
 
 
 class JobStates:
@@ -93,8 +96,8 @@ class JobStates:
 
 
 class Pass:
-    """Runs one rule over tensors of its caller: a group for each, so that plans serve. Not copied or saved: its owner makes
-    another.
+    """Runs one rule over tensors of its caller: a group for each, so that plans serve. Between runs it keeps none of them alive.
+    Not copied or saved: its owner makes another.
     """
 
     def __init__(
@@ -112,20 +115,28 @@ class Pass:
         checks = Checks(Pass, frozenset(), {**DEFAULTS, "backend": backend})
         self.engine = Engine(self._states, checks, captured=captured)
         self._groups: list[Group] = []
+        #: The tensors of the last run.
+        self._seen: list[weakref.ref[Tensor]] = []
 
     def run(self, jobs: list[Job]) -> None:
         """Update every job's tensor in one region."""
         if jobs:
-            self.engine.run(self._step(jobs))
+            try:
+                self.engine.run(self._step(jobs))
+            finally:
+                self._release()
 
     def squared_norms(self, jobs: list[Job], classes: list[int]) -> list[Tensor]:
         """Per job the sum of squares of every ``g`` of its class, classes being numbered from 0, over all processes that have a
         piece of one: float64 numbers on the first one's device, in the order of csrc/plan/norm.h.
         """
-        shards = [shard_groups(job.p) or {} for job in jobs]
+        shards = [shard_groups(job.p, job.name) or {} for job in jobs]
         measured = range(len(jobs)) if any(shards) else classes  # pieces are added up over their own processes
         of = {job.p: number for job, number in zip(jobs, measured, strict=True)}
-        found = self.engine.norms(self._step(jobs), NormClasses(of, [()] * (max(measured) + 1)))
+        try:
+            found = self.engine.norms(self._step(jobs), NormClasses(of, [()] * (max(measured) + 1)))
+        finally:
+            self._release()
         # No index by numbers of the host, which torch would copy to the device and wait.
         parts = found.unbind()
         if not any(shards):
@@ -137,12 +148,12 @@ class Pass:
         return [totals[number] for number in classes]
 
     def _step(self, jobs: list[Job]) -> Step:
-        if len(jobs) != len(self._groups) or any(
-            group["params"][0] is not job.p for group, job in zip(self._groups, jobs, strict=True)
-        ):
-            self._groups = [{"params": [job.p]} for job in jobs]
+        if len(jobs) != len(self._seen) or any(seen() is not job.p for seen, job in zip(self._seen, jobs, strict=True)):
+            self._groups = [{} for _ in jobs]
+            self._seen = [weakref.ref(job.p) for job in jobs]
             self.engine.forget_plans()
         for group, job in zip(self._groups, jobs, strict=True):
+            group["params"], group["_called"] = [job.p], job.name
             group["weight_format"], group["state_format"] = job.weight_format, job.state_format
         return Step(
             groups=self._groups,
@@ -151,6 +162,12 @@ class Pass:
             rows=[Row(self._rule, job.sign, job.hyper) for job in jobs],
             control=Control(),
         )
+
+    def _release(self) -> None:
+        """Let go of tensors and states."""
+        for group in self._groups:
+            group["params"] = []
+        self._states.bind({}, [])
 
 
 def plain_step(lr: float | Tensor, weight_decay: float | Tensor) -> dict[str, float | Tensor]:

@@ -16,7 +16,7 @@ from .executors import Compiled, Entry, Home, Reference, Triton, parameters
 from .formats import is_half
 from .memory import Memory
 from .norm import NormClasses, local_total, norm_classes
-from .rows import Group, Row, Step
+from .rows import Group, Row, Step, name_of
 from .sharding import local
 from .states import States, counts_beside
 
@@ -63,7 +63,7 @@ class StepPlan:
             for index, (group, row) in enumerate(zip(step.groups, step.rows, strict=True)):
                 for position, p in enumerate(group["params"]):
                     if homes[number] is not None:
-                        self._make_states(step, number, _name(group, index, position), p, group, row)
+                        self._make_states(step, number, name_of(group, index, position), p, group, row)
                     number += 1
             self._note_made(step)
             self.in_python = [
@@ -96,7 +96,7 @@ class StepPlan:
         moving: set[int] = set()
         for index, (group, row) in enumerate(zip(step.groups, step.rows, strict=True)):
             for position, p in enumerate(group["params"]):
-                number, name = len(homes), _name(group, index, position)
+                number, name = len(homes), name_of(group, index, position)
                 names.append(name)
                 has_gradient = step.input_of(p) is not None
                 if has_gradient:
@@ -229,7 +229,7 @@ class StepPlan:
         for index, group in enumerate(step.groups):
             for position, p in enumerate(group["params"]):
                 if number in numbers:
-                    found.append((number, index, _name(group, index, position), p))
+                    found.append((number, index, name_of(group, index, position), p))
                 number += 1
         tensors: list[Tensor] = []
         for number, index, name, p in found:
@@ -333,7 +333,3 @@ class StepPlan:
             )
         for executor in triton:
             executor.check_capture(step)
-
-
-def _name(group: Group, index: int, position: int) -> str:
-    return f"parameter {position} of group {index}"

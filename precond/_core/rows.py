@@ -10,6 +10,16 @@ Group = dict[str, Any]
 Hyper = dict[str, float | Tensor]
 
 
+def name_of(group: Group, index: int, position: int) -> str:
+    """What errors call a parameter: where it stands, and its name where it has one."""
+    if "_called" in group:  # the group that a pass makes of a tensor; errors are about what its caller knows
+        called: str = group["_called"]
+        return called
+    place = f"parameter {position} of group {index}"
+    names = group.get("param_names")
+    return place if names is None or position >= len(names) else f"{place} ({names[position]!r})"
+
+
 class Row(NamedTuple):
     """What a group asks for in this step: a rule, the sign of its gradients, and the rule's hyper-parameters.
 

@@ -28,7 +28,7 @@ def local(tensor: Tensor) -> Tensor:
     return plain if trigger_wait is None else trigger_wait()
 
 
-def place_of(p: Tensor) -> tuple[int, int, int]:
+def place_of(p: Tensor, name: str = "a parameter") -> tuple[int, int, int]:
     """Where a local tensor's elements are in the unsharded one: the first, and if rows are cut, a row's length and the step
     from row to row. For formats that number elements; raise where a mesh cuts otherwise.
     """
@@ -39,7 +39,7 @@ def place_of(p: Tensor) -> tuple[int, int, int]:
     cut = [placement for placement in p.placements if not placement.is_replicate()]
     if any(not placement.is_shard() or placement.dim > 1 or type(placement).__name__ != "Shard" for placement in cut):
         raise RuntimeError(
-            f"a format below float32 must have placements Shard(0), Shard(1) or Replicate, got {p.placements}"
+            f"a format below float32 must have placements Shard(0), Shard(1) or Replicate for {name}, got {p.placements}"
         )
     shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)  # type: ignore[attr-defined]
     if p.dim() < 2:
@@ -53,7 +53,7 @@ def place_of(p: Tensor) -> tuple[int, int, int]:
     )
 
 
-def zeros_per_row(p: Tensor, per: int, dtype: torch.dtype) -> Tensor:
+def zeros_per_row(p: Tensor, per: int, dtype: torch.dtype, name: str = "a parameter") -> Tensor:
     """Zeros, one for so many elements of a row, placed as the parameter: shape (rows, elements of a row / per)."""
     if p.dim() < 2:
         return torch.zeros(-(-p.numel() // per), dtype=dtype, device=p.device)
@@ -63,7 +63,8 @@ def zeros_per_row(p: Tensor, per: int, dtype: torch.dtype) -> Tensor:
     for dim, placement in enumerate(getattr(p, "placements", ())):
         if placement.is_shard(1) and (local_row % per or p.shape[1] % p.device_mesh.size(dim)):  # type: ignore[attr-defined]
             raise RuntimeError(
-                f"state_format with codes must have shards of rows of a multiple of {per} elements, got {local_row} of {row}"
+                f"state_format with codes must have shards of rows of a multiple of {per} elements for {name}, "
+                f"got {local_row} of {row}"
             )
     zeros = torch.zeros(local_rows, local_row // per, dtype=dtype, device=plain.device)
     return like(p, zeros, torch.Size((rows, row // per)))
@@ -95,7 +96,7 @@ def aligned_gradients(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
     return aligned
 
 
-def shard_groups(tensor: Tensor) -> dict[str, Any] | None:
+def shard_groups(tensor: Tensor, name: str = "a DTensor parameter") -> dict[str, Any] | None:
     """The process groups that a DTensor's shards are spread over, by name; None for a plain tensor."""
     mesh = getattr(tensor, "device_mesh", None)
     if mesh is None:
@@ -106,9 +107,7 @@ def shard_groups(tensor: Tensor) -> dict[str, Any] | None:
             group = mesh.get_group(dim)
             groups[group.group_name] = group
         elif not placement.is_replicate():
-            raise RuntimeError(
-                f"a DTensor parameter must be placed by Shard or Replicate to have a norm, got {placement}"
-            )
+            raise RuntimeError(f"{name} must be placed by Shard or Replicate to have a norm, got {placement}")
     return groups
 
 

@@ -303,9 +303,9 @@ class ParamStates:
         """True where a rule's step counter is a state like the others, whatever the formats."""
         return self.recipe.counts_steps or reference.RULES[rule].reads_step
 
-    def layout(self, p: Tensor, group: Group, rule: str) -> Layout:
-        """The formats of a parameter and of its states as they are."""
-        return formats.layout_of(p, group, self.state[p] if p in self.state else {}, self.names(rule))
+    def layout(self, p: Tensor, group: Group, rule: str, name: str = "a parameter") -> Layout:
+        """The formats of a parameter, which errors call so, and of its states as they are."""
+        return formats.layout_of(p, group, self.state[p] if p in self.state else {}, self.names(rule), name)
 
     def begin(self, split: Iterable[Tensor]) -> None:
         """Forget what split weights lacked of their masters where somebody else has written them."""
@@ -338,13 +338,13 @@ class ParamStates:
             make_counter(name, p, state, group, self.scalars(row.rule))
         for key in names:
             if state.get(key) is None:
-                state.update(self._new_state(p, key, group, row))
+                state.update(self._new_state(name, p, key, group, row))
         if weight_format in ("split24", "split32"):
             if not formats.has_remainder(state, weight_format, p):
                 state["remainder"] = formats.new_remainder(p, weight_format)
         else:
             state.pop("remainder", None)  # a parameter that is updated without it is not what it belongs to
-        if self.layout(p, group, row.rule).draws and not isinstance(state.get("key"), int):
+        if self.layout(p, group, row.rule, name).draws and not isinstance(state.get("key"), int):
             state["key"] = self._key(p)
         if not counts and self.counts(p, row.rule):
             make_counter(name, p, state, group, self.scalars(row.rule))
@@ -357,7 +357,7 @@ class ParamStates:
         if group.get("state_format") is None or p not in self.state or p.is_complex():
             return
         state = self.state[p]
-        forms = self.layout(p, group, rule).states
+        forms = self.layout(p, group, rule, name).states
         for key, form in zip(self.present(p, rule), forms, strict=True):
             wanted = STATE_FORMATS[self.recipe.format_of(key, group)]
             coded = isinstance(wanted, str) and formats.takes_codes(p)
@@ -372,7 +372,7 @@ class ParamStates:
             values = formats.values_of(state, key, form, p)
             state.pop(f"{key}_scale", None)
             if coded:
-                state.update(formats.new_codes(p, key, str(wanted)))
+                state.update(formats.new_codes(p, key, str(wanted), name))
                 formats.fill(state, key, values, formats.code_format(key, str(wanted)))
             else:
                 state[key] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
@@ -402,23 +402,23 @@ class ParamStates:
         named = f"{self._seed}:{name}"
         return int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "little") >> 1
 
-    def _new_state(self, p: Tensor, name: str, group: Group, row: Row) -> dict[str, Tensor]:
-        """A state with its initial value, and what lies beside it."""
+    def _new_state(self, name: str, p: Tensor, key: str, group: Group, row: Row) -> dict[str, Tensor]:
+        """A state of a parameter, which errors call so, with its initial value, and what lies beside it."""
         initial = self.recipe.initial(p, group)
         # A complex state has its parameter's dtype: a pair of other floats is no dtype of torch.
-        state_format = None if p.is_complex() else self.recipe.format_of(name, group)
+        state_format = None if p.is_complex() else self.recipe.format_of(key, group)
         dtype = p.dtype if state_format is None else STATE_FORMATS[state_format]
         if isinstance(dtype, str):
             if formats.takes_codes(p):
-                made = formats.new_codes(p, name, dtype)
+                made = formats.new_codes(p, key, dtype, name)
                 if initial != 0.0:
                     values = torch.full(local(p).shape, initial, device=p.device, dtype=torch.float32)
-                    formats.fill(made, name, values, formats.code_format(name, dtype))
+                    formats.fill(made, key, values, formats.code_format(key, dtype))
                 return made
             dtype = torch.float32
-        self._warn_precision(name, dtype, group, row)
+        self._warn_precision(key, dtype, group, row)
         full = torch.full_like(p, initial, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-        return {name: full}
+        return {key: full}
 
     def _warn_precision(self, name: str, dtype: torch.dtype, group: Group, row: Row) -> None:
         """Warn once where a new state's dtype cannot hold what the rule needs."""

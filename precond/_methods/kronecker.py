@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import bases
+from .._core.sharding import like, local
 
 
 def as_matrix(t: Tensor) -> Tensor:
@@ -28,6 +29,11 @@ def check_matrix(name: str, p: Tensor) -> None:
     """Raise for a parameter that cannot have a basis: complex, or sharded."""
     if p.is_complex():
         raise RuntimeError(f"{name} must be real to have a basis, got {p.dtype}")
+    check_whole(name, p)
+
+
+def check_whole(name: str, p: Tensor) -> None:
+    """Raise for a sharded parameter."""
     for placement in getattr(p, "placements", ()):
         if not placement.is_replicate():
             raise RuntimeError(f"{name} must be whole or replicated to have a basis, got placement {placement}")
@@ -36,10 +42,18 @@ def check_matrix(name: str, p: Tensor) -> None:
 class Kronecker:
     """The bases of one matrix parameter: a pair of orthogonal matrices for each block, from running means of G G^T and G^T G."""
 
-    def __init__(self, shape: torch.Size, state: dict[str, Any], max_size: int) -> None:
+    def __init__(self, name: str, shape: torch.Size, state: dict[str, Any], max_size: int) -> None:
+        self.name = name
         self.shape = (shape[0], shape[1:].numel())
         self.blocks = bases.blocks(self.shape, max_size)
         self.state = state
+        for side, (rows, columns), left in self._sides():
+            size = (rows if left else columns).stop - (rows if left else columns).start
+            for what in (f"factor_{side}", f"basis_{side}"):
+                if what in state and state[what].shape != (size, size):
+                    raise RuntimeError(
+                        f"{what} of {name} must have shape {(size, size)}, got {tuple(state[what].shape)}"
+                    )
 
     def _sides(self) -> Iterator[tuple[str, tuple[slice, ...], bool]]:
         """Each side of each block that is longer than 1; True for the left one."""
@@ -70,7 +84,7 @@ class Kronecker:
             if factor is None:
                 self.state[f"factor_{side}"] = square * (1 - beta)
             else:
-                factor.lerp_(square, 1 - beta)
+                factor.lerp_(square.to(factor), 1 - beta)
 
     def learn(self, g: Tensor, beta: float, frequency: int, mean: str, square: str) -> None:
         """Fold a gradient into the factors; the first one, and every ``frequency``-th after it, refreshes the bases."""
@@ -84,7 +98,7 @@ class Kronecker:
         """Compute new bases: eigenvectors at first, then one step of QR. The state ``mean`` is transformed to them. ``square`` is
         only permuted, as in SOAP: a diagonal does not determine its transform.
         """
-        found = [as_matrix(self.state[name]) if name in self.state else None for name in (mean, square)]
+        found = [as_matrix(local(self.state[name])) if name in self.state else None for name in (mean, square)]
         for side, block, left in self._sides():
             turn, order = self._refresh_side(side)
             m, v = (t if t is None else t[block] for t in found)
@@ -94,15 +108,19 @@ class Kronecker:
                 v.copy_(v[order] if left else v[:, order])
         for name, t in zip((mean, square), found, strict=True):
             if t is not None:
-                self.state[name].copy_(t.view(self.state[name].shape))  # a copy only where reshape made one
+                state = local(self.state[name])
+                state.copy_(t.view(state.shape))  # a copy only where reshape made one
 
     def _refresh_side(self, side: str) -> tuple[Tensor, Tensor | None]:
         """Replace a side's basis. Returns the rotation from the last one, at first the identity, and the order of its columns."""
         factor, before = self.state[f"factor_{side}"], self.state.get(f"basis_{side}")
-        if before is None or not self.ready:
-            self.state[f"basis_{side}"] = bases.eigenbasis(factor)
-            return self.state[f"basis_{side}"], None
-        self.state[f"basis_{side}"], order = bases.refreshed(before, factor)
+        try:
+            if before is None or not self.ready:
+                self.state[f"basis_{side}"] = bases.eigenbasis(factor)
+                return self.state[f"basis_{side}"], None
+            self.state[f"basis_{side}"], order = bases.refreshed(before, factor)
+        except ValueError as error:  # what the tensor is called here, "a" there
+            raise ValueError(f"factor_{side} of {self.name}: {error}") from error
         return before.mT @ self.state[f"basis_{side}"], order
 
     def rotate(self, m: Tensor) -> Tensor:
@@ -115,11 +133,16 @@ class Kronecker:
 
     def _each(self, m: Tensor, turn: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]) -> Tensor:
         if len(self.blocks) == 1:
-            return turn(m, self.state.get("basis_left_0"), self.state.get("basis_right_0"))
+            return turn(m, *self._pair(0, m))
         out = torch.empty_like(m)
         for k, block in enumerate(self.blocks):
-            out[block] = turn(m[block], self.state.get(f"basis_left_{k}"), self.state.get(f"basis_right_{k}"))
+            out[block] = turn(m[block], *self._pair(k, m))
         return out
+
+    def _pair(self, k: int, m: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The bases of a block, as a matrix that is rotated has them: a checkpoint may bring another dtype."""
+        left, right = (self.state.get(f"basis_{side}_{k}") for side in ("left", "right"))
+        return None if left is None else left.to(m), None if right is None else right.to(m)
 
     def mean_square_norm(self) -> Tensor:
         """The running mean of the gradient's squared Frobenius norm, from the factors' traces."""
@@ -147,11 +170,11 @@ class Rotation:
         return self.flat is None and self.pair is None and (self.kronecker is None or not self.kronecker.ready)
 
     def matrix(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Dimension 0 by all others, in a dtype at least as wide."""
-        return as_matrix(t.detach().to(torch.promote_types(t.dtype, dtype)))
+        """Dimension 0 by all others."""
+        return as_matrix(local(t.detach()).to(dtype))
 
     def rotate(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """U^T t."""
+        """U^T t; of a tensor that is placed on a mesh, as its parameter is."""
         return self._turned(t.detach().to(dtype), back=False)
 
     def rotate_back(self, t: Tensor) -> Tensor:
@@ -159,6 +182,8 @@ class Rotation:
         return self._turned(t, back=True)
 
     def _turned(self, t: Tensor, back: bool) -> Tensor:
+        if local(t) is not t and not self.is_identity:
+            return like(t, self._turned(local(t), back).contiguous())
         if self.flat is not None:
             u = self.flat.to(t)
             return ((u if back else u.mT) @ t.reshape(-1)).view(self.shape)
@@ -180,7 +205,7 @@ def rotation_of(
         return Rotation(p)
     check_matrix(name, p)
     if isinstance(given, str):
-        return Rotation(p, kronecker=Kronecker(p.shape, state, max_size))
+        return Rotation(p, kronecker=Kronecker(name, p.shape, state, max_size))
     if isinstance(given, Tensor):
         if given.shape != (p.numel(), p.numel()):
             raise RuntimeError(f"basis must have shape {(p.numel(), p.numel())} for {name}, got {tuple(given.shape)}")

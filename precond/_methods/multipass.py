@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +11,35 @@ from torch import Tensor
 from .._core.formats import StateFormat
 from .._core.optimizer import FusedOptimizer
 from .._core.passes import Job, Pass
-from .._core.rows import Control, Row, Step
+from .._core.rows import Control, Row, Step, name_of
 from .._core.sharding import aligned_gradients, local
+
+
+class OfParameters:
+    """A tensor for each of some parameters. It keeps no parameter alive, and a tensor as long as its parameter is. (By id: a
+    dictionary of torch.utils.weak takes 4 us for a look-up, and a step makes two for each parameter.)
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, p: Tensor) -> Tensor | None:
+        """That of a parameter."""
+        found = self._held.get(id(p))
+        return found[1] if found is not None and found[0]() is p else None
+
+    def put(self, p: Tensor, tensor: Tensor) -> None:
+        """Hold it for a parameter."""
+        held, key = self._held, id(p)
+
+        def forget(gone: weakref.ref[Tensor]) -> None:
+            if key in held and held[key][0] is gone:
+                del held[key]
+
+        held[key] = weakref.ref(p, forget), tensor
 
 
 class MultiPass(FusedOptimizer, abstract=True):
@@ -24,29 +52,80 @@ class MultiPass(FusedOptimizer, abstract=True):
     _must_declare = (*FusedOptimizer._must_declare, "_why_not_one_pass")
     _passes: dict[tuple[str, int], Pass]
     #: Tensors that a pass writes and the next one reads, by parameter: memory that no checkpoint has.
-    _buffers: dict[Tensor, Tensor]
-    #: Parameters with a rule that counts their steps.
-    _counted: set[Tensor]
-    #: Copies of their counters, for a pass that draws after the one that counts.
-    _counters: dict[Tensor, Tensor]
-    #: What errors call a parameter.
-    _names: dict[Tensor, str]
+    _buffers: OfParameters
+    #: Copies of the counters of parameters with a rule that counts their steps and with random bits: for a pass that draws after
+    #: the one that counts.
+    _counters: OfParameters
 
     def _rebuild(self) -> None:
         super()._rebuild()
-        self._passes, self._buffers, self._counted, self._counters, self._names = {}, {}, set(), {}, {}
+        self._passes, self._buffers, self._counters = {}, OfParameters(), OfParameters()
+
+    # What a subclass declares.
+
+    def _needs_passes(self, group: dict[str, Any]) -> bool:
+        """True for a group whose step has several passes."""
+        return True
+
+    def _check_whole(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
+        """Raise for a sharded parameter of such a group that must be whole, or have whole rows."""
+
+    # Groups.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does. What no step of it could take is refused here: ``torch.distributed.checkpoint`` leaves lr
+        at 0 where its step that makes states raises.
+        """
+        super().add_param_group(param_group)
+        group, index = self.param_groups[-1], len(self.param_groups) - 1
+        try:
+            if self._needs_passes(group):
+                self._check_settings(group)
+                for position, p in enumerate(group["params"]):
+                    if hasattr(p, "placements"):
+                        self._check_whole(name_of(group, index, position), p, group)
+        except RuntimeError:
+            del self.param_groups[-1]
+            raise
+
+    def _check_settings(self, group: dict[str, Any]) -> None:
+        """Raise for settings that need one pass."""
+        for name in ("max_grad_norm", "clip_grad_value"):
+            if self._own[name] is not None:
+                raise RuntimeError(
+                    f"{name} must be None {self._why_not_one_pass}, got {self._own[name]}: "
+                    "call torch.nn.utils.clip_grad_norm_ or clip_grad_value_ before the step"
+                )
+        for name in ("fused", "differentiable", "capturable"):
+            # By its default a GradScaler leaves all gradients as they are. In a group alone it changes nothing and is ignored, as
+            # in torch.optim.Muon: some frameworks set fused=True in every group.
+            if self.defaults.get(name):
+                raise RuntimeError(f"{name} must be False {self._why_not_one_pass}")
+
+    # The step.
 
     def _step_in_one_pass(self, groups: list[dict[str, Any]]) -> None:
         """The one-pass step of some of the groups."""
         self.states.name_streams()  # by places among all
         super()._step_in_one_pass(groups)
 
-    def _init_state(self, p: Tensor, group: dict[str, Any], row: Row) -> None:
+    def _init_state(self, p: Tensor, group: dict[str, Any], row: Row, name: str | None = None) -> None:
         """Make what a parameter's rule needs and has not."""
         states = self.states
-        states.ensure(self._names.get(p, "a parameter"), p, group, row)
-        if states.keeps_step(row.rule):
-            self._counted.add(p)
+        states.ensure(self._name(p) if name is None else name, p, group, row)
+        if "key" in self.state[p] and states.keeps_step(row.rule):
+            counter = self.state[p]["step"]
+            copy = self._counters.get(p)
+            if copy is None or _kind(copy) != _kind(counter):
+                self._counters.put(p, counter.clone())
+
+    def _name(self, p: Tensor) -> str:
+        """What errors call a parameter."""
+        for index, group in enumerate(self.param_groups):
+            for position, other in enumerate(group["params"]):
+                if other is p:
+                    return name_of(group, index, position)
+        return "a parameter"
 
     def _only_makes_states(self, rows: list[Row], gradients: dict[Tensor, Tensor]) -> bool:
         """True for a first step at lr 0 on gradients of zeros, which is how torch.distributed.checkpoint has states made."""
@@ -57,11 +136,13 @@ class MultiPass(FusedOptimizer, abstract=True):
     def _buffer(self, p: Tensor, dtype: torch.dtype) -> Tensor:
         made = self._buffers.get(p)
         if made is None or (made.dtype, made.shape, made.device) != (dtype, p.shape, p.device):
-            self._buffers[p] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
-        return self._buffers[p]
+            made = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            self._buffers.put(p, made)
+        return made
 
     def _job(
         self,
+        name: str,
         p: Tensor,
         target: Tensor,
         g: Tensor,
@@ -75,22 +156,12 @@ class MultiPass(FusedOptimizer, abstract=True):
         step of the parameter, so that no two draw alike; where its rule counts them itself, a later pass has a copy to count.
         """
         state = self.state[p] if p in self.state else {}
-        given = {name: state[name] for name in names if name in state}
+        given = {key: state[key] for key in names if key in state}
         if "key" in state:
             given["key"] = state["key"]
-            if p in self._counted and "step" not in names:
-                counter = state["step"]
-                copy = self._counters.get(p)
-                if copy is None or (copy.dtype, copy.shape, copy.device) != (
-                    counter.dtype,
-                    counter.shape,
-                    counter.device,
-                ):
-                    copy = self._counters[p] = counter.clone()
-                given["step"] = copy.copy_(counter)
-            else:
-                given["step"] = state["step"]
-        return Job(target, g, given, hyper, sign, weight_format, state_format)
+            copy = None if "step" in names else self._counters.get(p)
+            given["step"] = state["step"] if copy is None else copy.copy_(state["step"])
+        return Job(target, g, given, hyper, sign, weight_format, state_format, name)
 
     def _pass(self, rule: str, names: tuple[str, ...] = (), *, of: int = 0) -> Pass:
         """The pass of a rule, for those who call it once per group: of a group."""
@@ -104,28 +175,26 @@ class MultiPass(FusedOptimizer, abstract=True):
             )
         return self._passes[rule, of]
 
-    def _gradients(self, group: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
-        """Name, parameter and gradient of each parameter that has one, checked; raise for settings that need one pass."""
-        for name in ("max_grad_norm", "clip_grad_value"):
-            if self._own[name] is not None:
-                raise RuntimeError(
-                    f"{name} must be None {self._why_not_one_pass}, got {self._own[name]}: "
-                    "call torch.nn.utils.clip_grad_norm_ or clip_grad_value_ before the step"
-                )
-        for name in ("fused", "differentiable", "capturable"):
-            # By its default a GradScaler leaves all gradients as they are. In a group alone it changes nothing and is ignored, as
-            # in torch.optim.Muon: some frameworks set fused=True in every group.
-            if self.defaults.get(name):
-                raise RuntimeError(f"{name} must be False {self._why_not_one_pass}")
+    def _gradients(self, group: dict[str, Any], row: Row) -> list[tuple[str, Tensor, Tensor]]:
+        """Name, parameter and gradient of each parameter that has one, checked with its states before anything changes."""
+        self._check_settings(group)
         index = next(i for i, other in enumerate(self.param_groups) if other is group)
         step = Step([group], self.state, aligned_gradients([group]), [], Control())
-        states = self.states
+        states, plain, of_rule = self.states, Row("sgdw", 1.0, {}), self.states.names(row.rule)
         found = []
-        row = Row("sgdw", 1.0, {})
         for position, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
-            name = self._names[p] = f"parameter {position} of group {index}"
-            self.engine.checks.backend_of(name, p, step, row, states)
+            name = name_of(group, index, position)
+            self.engine.checks.backend_of(name, p, step, plain, states)
+            held = self.state[p] if p in self.state else {}
+            if any((t := held.get(key)) is not None and t.shape != p.shape for key in of_rule):
+                self.engine.checks.backend_of(name, p, step, row, states)  # raises, unless they are codes
+            if hasattr(p, "placements"):
+                self._check_whole(name, p, group)
             found.append((name, p, step.inputs.get(p, p.grad)))
         return found
+
+
+def _kind(t: Tensor) -> tuple[Any, ...]:
+    return t.dtype, t.shape, t.device

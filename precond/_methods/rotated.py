@@ -4,7 +4,7 @@ and let a plain step take it.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,17 @@ from .._core.arguments import check_betas, check_lr, check_nonnegative
 from .._core.formats import is_coded
 from .._core.passes import plain_step
 from .._core.rows import Row
-from .kronecker import Rotation, rotation_of
+from .kronecker import Rotation, check_whole, is_matrix, rotation_of
 from .multipass import MultiPass
 
-#: A parameter, its gradient and its basis.
-Work = tuple[Tensor, Tensor, Rotation]
+
+class Work(NamedTuple):
+    """A parameter, its gradient and its basis."""
+
+    name: str
+    p: Tensor
+    g: Tensor
+    basis: Rotation
 
 
 class Rotated(MultiPass, abstract=True):
@@ -49,6 +55,13 @@ class Rotated(MultiPass, abstract=True):
         """True for a group whose matrices have a basis."""
         return True
 
+    def _needs_passes(self, group: dict[str, Any]) -> bool:
+        return self.rotates(group)
+
+    def _check_whole(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
+        if not isinstance(group.get("basis", "kronecker"), str) or is_matrix(p):
+            check_whole(name, p)
+
     def _basis(self, name: str, p: Tensor, group: dict[str, Any]) -> Rotation:
         """The basis that a group gives a parameter; the identity for a vector without one."""
         state = self.state[p] if p in self.state else {}
@@ -58,25 +71,19 @@ class Rotated(MultiPass, abstract=True):
 
     def _basis_of_metric(self, p: Tensor, group: dict[str, Any]) -> Rotation | None:
         """The basis of a parameter that has one by now."""
-        basis = self._basis("a parameter", p, group) if self.rotates(group) and p in self.state else None
+        basis = self._basis(self._name(p), p, group) if self.rotates(group) and p in self.state else None
         return None if basis is None or basis.is_identity else basis
-
-    def _for_factors(self, p: Tensor, g: Tensor) -> Tensor:
-        """A gradient in the dtype of the factors; 16-bit ones are widened later."""
-        return g
 
     def _feed(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> None:
         """Fold a gradient into the factors of a Kronecker basis, and refresh the basis where that is due."""
         if basis.kronecker is not None:
             beta, frequency, _ = (group[name] for name in self._basis_options)
             kept = float(group["betas"][1] if beta in (None, -1) else beta)
-            basis.kronecker.learn(
-                basis.matrix(self._for_factors(p, g), torch.float32), kept, frequency, *self._in_basis
-            )
+            basis.kronecker.learn(basis.matrix(g, _wide(p)), kept, frequency, *self._in_basis)
 
     # What a subclass adds to the step.
 
-    def _before(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> bool:
+    def _before(self, work: Work, group: dict[str, Any], row: Row) -> bool:
         """Called before a parameter's states are made and its gradient is rotated; False: the step is over for it."""
         return True
 
@@ -102,14 +109,14 @@ class Rotated(MultiPass, abstract=True):
             return
         rows = [self._checked_row(group) for group in groups]
         work: list[list[Work]] = [
-            [(p, g, self._basis(name, p, group)) for name, p, g in self._gradients(group)]
+            [Work(name, p, g, self._basis(name, p, group)) for name, p, g in self._gradients(group, row)]
             if self.rotates(group)
             else []
-            for group in groups
+            for group, row in zip(groups, rows, strict=True)
         ]
         if straight:
             self._step_in_one_pass(straight)
-        only_states = self._only_makes_states(rows, {p: g for items in work for p, g, _ in items})
+        only_states = self._only_makes_states(rows, {item.p: item.g for items in work for item in items})
         for index, (group, row) in enumerate(zip(groups, rows, strict=True)):
             if only_states:
                 self._make_states(group, row, work[index])
@@ -117,35 +124,41 @@ class Rotated(MultiPass, abstract=True):
                 self._step_group(index, group, row, work[index])
 
     def _make_states(self, group: dict[str, Any], row: Row, work: list[Work]) -> None:
-        for p, g, basis in work:
-            self._init_state(p, group, row)
+        for name, p, g, basis in work:
+            self._init_state(p, group, row, name)
             if basis.kronecker is not None:
-                basis.kronecker.make_states(basis.matrix(self._for_factors(p, g), torch.float32))
+                basis.kronecker.make_states(basis.matrix(g, _wide(p)))
 
     def _step_group(self, index: int, group: dict[str, Any], row: Row, work: list[Work]) -> None:
         """One pass of the rule over buffers in the basis, then one plain pass over the parameters."""
         has_l1 = float(group.get("l1_decay", 0.0)) != 0.0
         moving, jobs, before = [], [], []
-        for p, g, basis in work:
-            if not self._before(p, g, basis, group, row):
+        for item in work:
+            if not self._before(item, group, row):
                 continue
-            self._init_state(p, group, row)
+            name, p, g, basis = item
+            self._init_state(p, group, row, name)
             # L1 decays the coordinates of the parameter itself; else the buffer holds the direction alone.
-            buffer = self._buffer(p, torch.promote_types(p.dtype, torch.float32))
+            buffer = self._buffer(p, _wide(p))
             buffer.copy_(basis.rotate(p, buffer.dtype)) if has_l1 else buffer.zero_()
             before.append(buffer.clone() if has_l1 else None)
             hyper = self._hyper_in_basis(p, basis, group, row)
             hyper = hyper if has_l1 else {**hyper, "lr": 1.0, "weight_decay": 0.0}
             rotated, asked = basis.rotate(g, buffer.dtype), group.get("state_format")
             names = (*self._in_basis, "step")
-            jobs.append(self._job(p, buffer, rotated, names, hyper, row.sign, state_format=asked))
-            moving.append((p, g, basis))
+            jobs.append(self._job(name, p, buffer, rotated, names, hyper, row.sign, state_format=asked))
+            moving.append(item)
         self._pass(row.rule, self._in_basis, of=index).run(jobs)
         step = plain_step(1.0, 0.0) if has_l1 else self._plain_hyper(row)
         last = []
-        for (p, _, basis), job, start in zip(moving, jobs, before, strict=True):
+        for (name, p, _, basis), job, start in zip(moving, jobs, before, strict=True):
             direction = basis.rotate_back(-job.p if start is None else start - job.p)
-            last.append(self._job(p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
+            last.append(self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
         self._pass("sgdw", of=index).run(last)
-        for p, g, basis in moving:
+        for _, p, g, basis in moving:
             self._after(p, g, basis, group)
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    """What a parameter's gradients are rotated and multiplied in, whatever their own dtype."""
+    return torch.promote_types(p.dtype, torch.float32)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core import backend as _backend
+from .._core.precision import at_stated_precision
 
 
 class Coordinates:
@@ -24,6 +25,7 @@ class Coordinates:
         pairs = zip((self.weight, self.bias), values, strict=True)
         return {q: value for q, value in pairs if q is not None and value is not None}
 
+    @at_stated_precision
     def gradients(self) -> dict[Tensor, Tensor]:
         """P P^T g."""
         assert self.weight.grad is not None
@@ -37,6 +39,7 @@ class Coordinates:
         scale = self.s2.sqrt() * math.sqrt(self.q2)
         return _per_column(self.mean, self.weight), _per_column(scale, self.weight)
 
+    @at_stated_precision
     def z(self) -> dict[Tensor, Tensor]:
         """P^-1 p."""
         mean, scale = self._columns()
@@ -45,6 +48,7 @@ class Coordinates:
             centred = (self.bias + _row_sums(self.weight, mean)) * math.sqrt(self.q2)
         return self._named((self.weight * scale, centred))
 
+    @at_stated_precision
     def z_gradients(self, g: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """P^T g."""
         mean, scale = self._columns()
@@ -53,6 +57,7 @@ class Coordinates:
         centred = torch.addcmul(g[self.weight], _per_row(g[self.bias], self.weight), mean, value=-1.0)
         return {self.weight: centred.div_(scale), self.bias: g[self.bias] / math.sqrt(self.q2)}
 
+    @at_stated_precision
     def move(self, p: dict[Tensor, Tensor], z: dict[Tensor, Tensor]) -> None:
         """From parameters that hold the new z to new parameters: p + P (z_new - z)."""
         mean, scale = self._columns()
@@ -90,6 +95,7 @@ def step_in_z(
         layer.move({q: p[q] for q in layer.params()}, {q: z[q] for q in layer.params()})
 
 
+@at_stated_precision
 def precondition_gradients(
     gW: Tensor, gb: Tensor | None, mean: Tensor, inv_s2: Tensor, inv_q2: float
 ) -> tuple[Tensor, Tensor | None]:

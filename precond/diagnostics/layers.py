@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._core.precision import at_stated_precision
 from .preconditioner import at_least_single
 
 
@@ -19,6 +20,7 @@ class Standardized(NamedTuple):
     scale: Tensor
 
 
+@at_stated_precision
 def standardize(inputs: Tensor) -> Standardized:
     """Standardizes inputs to mean 0 and variance 1 in each feature. BNP preconditions as if a layer had such inputs.
 
@@ -49,6 +51,7 @@ def standardize(inputs: Tensor) -> Standardized:
     return Standardized(((samples - mean) / scale).view(inputs.shape), mean, scale)
 
 
+@at_stated_precision
 def layer_conditions(
     inputs: Tensor,
     *,

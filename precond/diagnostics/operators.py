@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import curvature
 from .._core.extras import need
+from .._core.precision import at_stated_precision
 from .preconditioner import Preconditioner, maps_of
 
 
@@ -91,6 +92,7 @@ def _operator(product: Callable[[], curvature.Product], params: list[Tensor], pr
     into, out_of = maps_of(preconditioner, params)
     sizes = [p.numel() for p in params]
 
+    @at_stated_precision
     def matvec(z: Any) -> Any:
         parts = torch.split(torch.from_numpy(z.reshape(-1).astype("float64")), sizes)
         moved = out_of(times(into([part.view(p.shape).to(p) for part, p in zip(parts, params, strict=True)])))

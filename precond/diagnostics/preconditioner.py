@@ -10,12 +10,14 @@ from torch import Tensor
 
 from .._core.metric import Metric
 from .._core.optimizer import FusedOptimizer
+from .._core.precision import at_stated_precision
 
 Map = Callable[[list[Tensor]], Sequence[Tensor]]
 #: None; P elementwise, per parameter; an optimizer; or P and its transpose as functions of lists of tensors.
 Preconditioner = None | Mapping[Tensor, Tensor] | Sequence[Tensor] | torch.optim.Optimizer | tuple[Map, Map]
 
 
+@at_stated_precision
 def maps_of(preconditioner: Preconditioner, params: list[Tensor]) -> tuple[Map, Map]:
     """P and its transpose."""
     given: Any = preconditioner
@@ -76,6 +78,7 @@ def _diagonal_maps(diagonals: Sequence[Tensor], metrics: Sequence[Metric], param
     return into, out_of
 
 
+@at_stated_precision
 def preconditioner_of(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     r"""The diagonal P of an optimizer, as its last step left it: the optimizer is gradient descent in z = P^{-1} p.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core.extras import need
+from .._core.precision import at_stated_precision
 
 #: Up to this size all eigenvalues are computed, by n products: a Lanczos iteration takes 500 to 10,000 for the smallest one.
 _SMALL = 1024
@@ -40,6 +41,7 @@ class Density(NamedTuple):
     weights: Tensor
 
 
+@at_stated_precision
 def dense(operator: Any) -> Tensor:
     """The matrix of a symmetric operator, (n, n) in float64, by n products and symmetrised.
 
@@ -51,11 +53,13 @@ def dense(operator: Any) -> Tensor:
         [[1.0, 0.0], [0.0, 2.0]]
     """
     n = operator.shape[0]
-    columns = [torch.from_numpy(operator.matvec(e.numpy())) for e in torch.eye(n, dtype=torch.float64)]
-    a = torch.stack(columns) if columns else torch.zeros(0, 0, dtype=torch.float64)
+    units = torch.eye(n, dtype=torch.float64, device="cpu")
+    columns = [torch.from_numpy(operator.matvec(e.numpy())) for e in units]
+    a = torch.stack(columns) if columns else units
     return (a + a.T) / 2
 
 
+@at_stated_precision
 def extreme_eigenvalues(operator: Any, k: int = 1, *, tol: float = 1e-6) -> Extremes:
     """The k smallest and the k largest eigenvalues.
 
@@ -92,7 +96,8 @@ def extreme_eigenvalues(operator: Any, k: int = 1, *, tol: float = 1e-6) -> Extr
         raise ValueError(f"k must be from 1 to n = {n}, got {k}")
     if n <= max(_SMALL, 4 * k):
         return _dense_extremes(operator, k)
-    start = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).numpy()
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(n, dtype=torch.float64, device="cpu", generator=generator).numpy()
     # One Krylov space for both ends, of 128 dimensions: a third fewer products than with 64, where both converge at all.
     options = dict(which="BE", v0=start, tol=tol, ncv=min(n, max(128, 6 * k)), maxiter=100)
     try:
@@ -110,6 +115,7 @@ def _dense_extremes(operator: Any, k: int) -> Extremes:
     return Extremes(values[:k], values[len(values) - k :])
 
 
+@at_stated_precision
 def condition_number(operator: Any, *, nonzero: bool = False, rtol: float = 1e-10, tol: float = 1e-6) -> float:
     r"""The ratio kappa of the largest to the smallest eigenvalue, which says how fast gradient descent can converge.
 
@@ -144,6 +150,7 @@ def condition_number(operator: Any, *, nonzero: bool = False, rtol: float = 1e-1
     return spectrum_of(operator, nonzero, rtol, tol).condition
 
 
+@at_stated_precision
 def spectrum_of(operator: Any, nonzero: bool, rtol: float, tol: float) -> Spectrum:
     """Both ends of an operator's spectrum, with the options of :func:`condition_number`."""
     if not nonzero:
@@ -158,6 +165,7 @@ def spectrum_of(operator: Any, nonzero: bool, rtol: float, tol: float) -> Spectr
     return Spectrum(smallest, largest, largest / smallest if smallest > 0 else math.inf)
 
 
+@at_stated_precision
 def spectral_density(
     operator: Any,
     *,
@@ -211,7 +219,7 @@ def spectral_density(
             raise ValueError(f"{name} must be >= 1, got {value}")
     if sigma is not None and not 0 < sigma < math.inf:
         raise ValueError(f"sigma must be None or > 0, got {sigma}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     quadratures = [_quadrature(operator, steps, generator) for _ in range(probes)]
     nodes = torch.cat([q[0] for q in quadratures])
     weights = torch.cat([q[1] for q in quadratures]) / probes
@@ -219,7 +227,8 @@ def spectral_density(
     if sigma is None:
         sigma = (high - low) / 100 or max(abs(high), 1.0) / 100
     low, high = low - 5 * sigma, high + 5 * sigma
-    grid = torch.linspace(low, high, max(points, math.ceil(4 * (high - low) / sigma)), dtype=torch.float64)
+    points = max(points, math.ceil(4 * (high - low) / sigma))
+    grid = torch.linspace(low, high, points, dtype=torch.float64, device="cpu")
     density = torch.zeros_like(grid)
     for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
         density += weight * torch.exp(-0.5 * ((grid - node) / sigma) ** 2)
@@ -229,7 +238,7 @@ def spectral_density(
 def _quadrature(operator: Any, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Nodes and weights of one Lanczos iteration."""
     n = operator.shape[0]
-    v = torch.randn(n, dtype=torch.float64, generator=generator)
+    v = torch.randn(n, dtype=torch.float64, device="cpu", generator=generator)
     basis = (v / v.norm())[None]
     diagonal: list[Tensor] = []
     beside: list[Tensor] = []

@@ -16,7 +16,7 @@ def momentum_of(hyper: Hyper, step: int) -> Number:
 
 def product_after(hyper: Hyper, step: int, product: float) -> float:
     """The product of all mu_t so far. Each is rounded to float32 first, as where torch multiplies its float32 tensor."""
-    return product * torch.tensor(float(momentum_of(hyper, step)), dtype=torch.float32).item()
+    return product * torch.tensor(float(momentum_of(hyper, step)), dtype=torch.float32, device="cpu").item()
 
 
 def nadam(

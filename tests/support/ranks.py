@@ -45,9 +45,13 @@ def launch(commands: list[list[str]]) -> None:
 
 def on_two_ranks(code: str, folder: Path) -> None:
     """Run code on two ranks; it sees ``rank``, ``mesh``, ``dist`` and what every test needs."""
-    launch(
-        [[sys.executable, "-W", "ignore", "-c", START + code + END, str(r), "2", f"{folder}/store"] for r in range(2)]
-    )
+    on_ranks(2, code, folder)
+
+
+def on_ranks(ranks: int, code: str, folder: Path) -> None:
+    """Run code on so many ranks."""
+    command = [sys.executable, "-W", "ignore", "-c", START + code + END]
+    launch([[*command, str(r), str(ranks), f"{folder}/store-{ranks}"] for r in range(ranks)])
 
 
 # Ranks are more than cores: threads that wait would spin on the core of another rank.

@@ -13,7 +13,7 @@ from ... import reference
 from ..sharding import local
 from .layout import Layout
 from .names import GROUP, LEVELS
-from .random import M32, draw_of, random_words
+from .random import M32, draw_of, fraction, random_words
 
 
 def values_of(state: dict[str, Any], name: str, form: str, p: Tensor) -> Tensor:
@@ -81,8 +81,7 @@ def encode(values: Tensor, form: str, words: Tensor | None, operand: int) -> tup
         value = rounded.float()
         parts, kept, largest = (2.0**8, 15, 127) if form == "fp16_split24" else (2.0**14, 10, 32767)
         lacking = torch.where(value.isfinite(), x - value, 0.0)
-        least = (draw >> (16 - kept)) / 2**kept
-        whole = torch.floor(lacking / fp16_step(value) * parts + least)
+        whole = torch.floor(lacking / fp16_step(value) * parts + fraction(draw, kept))
         whole = whole.clamp(max=largest)
         return rounded, whole.to(torch.int8) if largest == 127 else _bytes_of(whole.to(torch.int16))
     if form == "bf16_stochastic":
@@ -90,7 +89,7 @@ def encode(values: Tensor, form: str, words: Tensor | None, operand: int) -> tup
         return _bf16_of(torch.where(x.isnan(), 0x7FC0, (bits + draw) >> 16)), None
     if form == "fp16_stochastic":
         step = fp16_step(x)
-        whole = torch.floor(x.abs() / step + (draw >> 3) / 2**13) * step
+        whole = torch.floor(x.abs() / step + fraction(draw, 13)) * step
         return torch.where(x.isfinite(), torch.copysign(whole, x), x).half(), None
     return x, None
 
@@ -126,7 +125,7 @@ def _encode_codes(values: Tensor, form: str, draw: Tensor | int) -> tuple[Tensor
     scale = torch.where(finite, scale, 0x7FC0)
     y = flat.abs() / _bf16_of(scale).float()[:, None]
     y = torch.where(finite[:, None], y, 0.0).reshape(-1)[:n]
-    part = (draw.reshape(-1) if isinstance(draw, Tensor) else draw) / 65536
+    part = fraction(draw.reshape(-1) if isinstance(draw, Tensor) else draw, 16)
     if root:
         # The mean of the second moment is exact, not that of its root: y^2 between the squares of two codes.
         y = y * levels

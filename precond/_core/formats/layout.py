@@ -54,38 +54,40 @@ def takes_codes(p: Tensor) -> bool:
     return p.dim() > 1 and p.numel() >= SMALLEST_CODED and math.prod(p.shape[1:]) % GROUP == 0
 
 
-def layout_of(p: Tensor, group: dict[str, Any], state: dict[str, Any], names: tuple[str, ...]) -> Layout:
-    """The formats of a parameter and of those states that exist."""
+def layout_of(
+    p: Tensor, group: dict[str, Any], state: dict[str, Any], names: tuple[str, ...], name: str = "a parameter"
+) -> Layout:
+    """The formats of a parameter, which errors call so, and of those states that exist."""
     asked = group.get("state_format")
     found = []
-    for name in names:
-        value = state.get(name)
+    for key in names:
+        value = state.get(key)
         if value is None:
             continue
-        if state.get(f"{name}_scale") is not None:
+        if state.get(f"{key}_scale") is not None:
             # Of another shape than its parameter's, int8 codes are still int8's: ``check`` says so.
             whole = value.shape == p.shape or value.dtype == torch.int8
-            found.append(code_format(name, "int8" if whole else "int4"))
+            found.append(code_format(key, "int8" if whole else "int4"))
         else:
             short = PLAIN.get(value.dtype, "fp32")
-            drawn = asked is not None and name in SECOND_MOMENTS and short != "fp32" and not value.is_complex()
+            drawn = asked is not None and key in SECOND_MOMENTS and short != "fp32" and not value.is_complex()
             found.append(short + "_stochastic" if drawn else short)
     short = PLAIN.get(p.dtype, "fp32")
     weight_format = group.get("weight_format")
     param = f"{short}_{weight_format}" if weight_format is not None and is_half(p) else short
     layout = Layout(param, tuple(found), (0, 0, 0))
-    return layout if layout.plain else layout._replace(place=sharding.place_of(p))
+    return layout if layout.plain else layout._replace(place=sharding.place_of(p, name))
 
 
-def new_codes(p: Tensor, name: str, state_format: str) -> dict[str, Tensor]:
-    """Zeros for a state of a parameter: its codes and their scales."""
-    root = name in SECOND_MOMENTS
+def new_codes(p: Tensor, key: str, state_format: str, name: str = "a parameter") -> dict[str, Tensor]:
+    """Zeros for a state of a parameter, which errors call so: its codes and their scales."""
+    root = key in SECOND_MOMENTS
     if state_format == "int8":
         dtype = torch.uint8 if root else torch.int8
         codes = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False)
     else:
-        codes = sharding.zeros_per_row(p, 2, torch.uint8)
-    return {name: codes, f"{name}_scale": sharding.zeros_per_row(p, GROUP, torch.bfloat16)}
+        codes = sharding.zeros_per_row(p, 2, torch.uint8, name)
+    return {key: codes, f"{key}_scale": sharding.zeros_per_row(p, GROUP, torch.bfloat16, name)}
 
 
 def new_remainder(p: Tensor, weight_format: str) -> Tensor:

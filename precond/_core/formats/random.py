@@ -42,3 +42,9 @@ def _times(x: Tensor, factor: int) -> Tensor:
 def draw_of(words: Tensor | None, operand: int) -> Tensor | int:
     """16 bits of an operand; without words, half."""
     return 0x8000 if words is None else (words >> (0, 8, 16, 4)[operand]) & 0xFFFF
+
+
+def fraction(draw: Tensor | int, bits: int) -> Tensor | float:
+    """The first so many bits of a draw as a number in [0, 1): float32, whatever torch divides integers into by default."""
+    first = draw >> (16 - bits)
+    return (first.float() if isinstance(first, Tensor) else first) / 2**bits

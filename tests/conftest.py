@@ -23,6 +23,12 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:The CUDA Graph is empty")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """tests/integrations runs only where it is named, as ``make test-integrations`` does: it needs other libraries."""
+    named = any("integrations" in argument for argument in config.args)
+    return True if collection_path.name == "integrations" and not named else None
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     """torch.empty returns NaN, so that an element nobody wrote shows."""

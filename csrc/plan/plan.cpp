@@ -16,10 +16,15 @@ constexpr int64_t kChunkOverhead = 64;
 }  // namespace
 
 int32_t Plan::add(const Tensor& tensor) {
-  tensors_.push_back(tensor);
+  tensors_.emplace_back();
+  put(int32_t(tensors_.size()) - 1, tensor);
+  return int32_t(tensors_.size()) - 1;
+}
+
+void Plan::put(int32_t i, const Tensor& tensor) {
+  tensors_[size_t(i)] = tensor;
   for (const Number& number : {tensor.step, tensor.scalar})
     if (number && !numbers_.insert(number.data).second) shares_numbers_ = true;
-  return int32_t(tensors_.size()) - 1;
 }
 
 const std::vector<Chunk>& Plan::chunks(int threads) {

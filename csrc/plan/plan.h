@@ -92,6 +92,8 @@ class Plan {
   explicit Plan(int64_t chunk = 0) : fixed_chunk_(chunk) {}
 
   int32_t add(const Tensor& tensor);
+  // In the place of one that has no numbers yet.
+  void put(int32_t i, const Tensor& tensor);
   int32_t add_strides(const Strides& strides);
 
   Tensor& tensor(int64_t i) { return tensors_[i]; }

@@ -224,7 +224,7 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
   }
   entry.tensor = entries_[size_t(at)].tensor;
   tensor.norm_class = plan_.tensor(entry.tensor).norm_class;
-  plan_.tensor(entry.tensor) = tensor;
+  plan_.put(entry.tensor, tensor);
   entries_[size_t(at)] = entry;
   traces_[size_t(at)] = traces;
 }

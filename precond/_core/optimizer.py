@@ -244,7 +244,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 del group[name]  # as in torch's groups, or a flat checkpoint does not go both ways
 
     def __getstate__(self) -> dict[str, Any]:
-        """What deepcopy and pickle keep: torch's three dictionaries, our own settings, and the split weights that others write."""
+        """What deepcopy and pickle keep: torch's dictionaries, our own settings, and the split weights that others write."""
         self._drop_stale_remainders()
         lost = {} if self._own["norm_process_group"] is None else {"norm_process_group": LOST}
         written = self._states.remainders.written()

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 

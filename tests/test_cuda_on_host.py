@@ -41,6 +41,8 @@ def test_the_kernels_pass_their_tests_under_sanitizers(sanitizer, threads):
         # Not those of the host's own passes, of float64, and of a skipped first step, which leaves zero states on a device.
         ("test_api.py", "not loss_scaling"),
         ("test_plan.py", "not temporary and not gil and not set_num_threads and not another_dtype"),
+        # float64 beside it is for the reference text, and what is freed does not depend on the backend.
+        ("test_changing_sets.py", "not freed and not several_backends"),
         ("test_checkpoints.py", ""),
         ("test_device_scalars.py", ""),
         ("test_devices.py", ""),

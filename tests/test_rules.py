@@ -115,14 +115,18 @@ def test_a_scalar_state_continues_from_a_checkpoint_and_a_copy(product):
     assert [stepped(loaded, q), stepped(again, twin), stepped(optimizer, p)] == [-0.75] * 3
 
 
-def test_a_scalar_state_of_another_kind_is_replaced(product):
+def test_a_scalar_state_stays_the_tensor_that_it_is_where_it_can(product):
     p = torch.nn.Parameter(torch.zeros(()))
     optimizer = product([p])
     stepped(optimizer, p)
     optimizer.state[p]["product"] = 0.25
     assert stepped(optimizer, p) == -0.625
-    optimizer.state[p]["product"] = torch.full((1,), 0.5, dtype=torch.float64)
+    given = optimizer.state[p]["product"] = torch.full((1,), 0.5, dtype=torch.float64)
     assert stepped(optimizer, p) == -0.875
+    assert optimizer.state[p]["product"] is given
+    assert given == 0.25
+    optimizer.state[p]["product"] = torch.full((1,), 0.5, dtype=torch.bfloat16)
+    assert stepped(optimizer, p) == -1.125
     assert optimizer.state[p]["product"].dtype == torch.float32
 
 

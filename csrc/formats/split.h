@@ -1,8 +1,6 @@
 // Split weights: a 16-bit parameter, rounded to nearest, and beside it what that lacks of a 24- or 32-bit master.
 #pragma once
 
-#include <cmath>
-
 #include "formats/stochastic.h"
 
 namespace precond {
@@ -20,7 +18,7 @@ struct Split {
 PRECOND_INLINE float master_of(uint16_t stored, uint32_t remainder) {
   const uint32_t u = uint32_t(stored) << 16;
   const float plain = float_of(u), master = float_of(u + remainder);
-  return magnitude_of(plain) < HUGE_VALF && master == master ? master : plain;
+  return is_finite(plain) && master == master ? master : plain;
 }
 
 // The master is every fp32 number whose bf16 is finite.

@@ -3,8 +3,6 @@
 // den = 1 / P^2 and the statistic v behind it, and returns the new p.
 #pragma once
 
-#include <cmath>
-
 #include "base/arithmetic.h"
 
 namespace precond {
@@ -26,7 +24,7 @@ struct Intrinsic {
   PRECOND_INLINE float gradient(float, float g) const { return g; }
   // What decay and step take from p. An infinite p stays what it is, as where torch multiplies it: inf - inf is NaN.
   PRECOND_INLINE float taken(float p, float step) const {
-    return fma(lr_wd, magnitude_of(p) < HUGE_VALF ? p : 0.0f, step);
+    return fma(lr_wd, is_finite(p) ? p : 0.0f, step);
   }
 };
 

@@ -7,7 +7,7 @@ rule has behind its own. A rule where den = 1 passes None for den and v.
 import triton
 import triton.language as tl
 
-from ..arithmetic import magnitude_of, soft_threshold
+from ..arithmetic import soft_threshold
 from .rule import given, positions, put
 
 (WEIGHT_DECAY,) = positions(1)  # of "coupled"
@@ -61,7 +61,7 @@ def decayed(p, rate, direction, den, v, at, DECAY: tl.constexpr):
     else:
         lr_wd = tl.load(at + LR_WD)
         step = rate * direction
-        finite = tl.where(magnitude_of(p) < float("inf"), p, 0.0)
+        finite = tl.where(tl.abs(p) < float("inf"), p, 0.0)
         if DECAY == "l2":
             new_p = p - tl.fma(lr_wd, finite, step)
         elif DECAY == "l1_proximal":

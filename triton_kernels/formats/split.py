@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from ..arithmetic import magnitude_of
 from .plain import plain_stored, plain_value
 from .stochastic import fp16_step, inverse_power
 
@@ -41,7 +40,7 @@ def master_of(stored, remainder):
     u = stored.to(tl.uint32) << 16
     plain = u.to(tl.float32, bitcast=True)
     master = (u + remainder).to(tl.float32, bitcast=True)
-    return tl.where((magnitude_of(plain) < float("inf")) & (master == master), master, plain)
+    return tl.where((tl.abs(plain) < float("inf")) & (master == master), master, plain)
 
 
 @triton.jit

@@ -43,10 +43,10 @@ class GradientRegularizer(Wrapper):
         RuntimeError: at a step without a closure, for a sparse gradient, or where the closure added to gradients that were there
             before the step and its own differ between the two points; everything is then as it was.
 
-    ``step(closure)`` evaluates the closure twice and returns its first value. The closure evaluates all micro-batches of a step. Layers that draw random numbers draw again, and
-    running statistics see both points. P is unknown before the first step of a parameter, and for coordinates that never had a
-    gradient: these are not moved for the second evaluation. ``.grad`` then holds the combination, and clipping and other
-    settings of base apply to it.
+    ``step(closure)`` evaluates the closure twice and returns its first value. The closure evaluates all micro-batches of a step.
+    Layers that draw random numbers draw again, and running statistics see both points. P is unknown before the first step of a
+    parameter, and for coordinates that never had a gradient: these are not moved for the second evaluation. ``.grad`` then holds
+    the combination, and clipping and other settings of base apply to it.
 
     State: none; a copy of the parameters is kept between steps but not saved.
 

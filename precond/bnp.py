@@ -236,7 +236,7 @@ class BNP(Wrapper):
             self.own[weight] = {"mean": torch.zeros_like(mean), "var": torch.ones_like(mean), "rows": 0}
 
     def _is_known(self, weight: Tensor) -> bool:
-        return weight in self.state and f"{self._start}rows" in self.state[weight]
+        return f"{self._start}rows" in (self.state.get(weight) or {})
 
     def _is_seen(self, weight: Tensor) -> bool:
         return self._is_known(weight) and self.state[weight][f"{self._start}rows"] > 0

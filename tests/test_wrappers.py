@@ -650,3 +650,38 @@ METRICS += [
 def test_the_regularizer_moves_shards_as_it_moves_whole_parameters(tmp_path):
     code = "".join(f"CASE = {case}\n{SHARDED_METRICS}" for case in METRICS)
     on_two_ranks(code, tmp_path)
+
+
+def test_entries_around_a_zero_redundancy_optimizer_are_saved(tmp_path):
+    code = """
+from torch.distributed.optim import ZeroRedundancyOptimizer
+def make():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    base = ZeroRedundancyOptimizer(net.parameters(), optimizer_class=precond.AdamW, lr=0.05)
+    bnp = precond.BNP(net, base, stat_momentum=0.5)
+    return net, base, precond.FOP(bnp, 0.05, mode="output", normalize="hypergradient")
+def train(net, opt, steps):
+    for i in steps:
+        torch.manual_seed(i)
+        opt.zero_grad()
+        net(torch.randn(8, 4)).square().mean().backward()
+        opt.step()
+net, base, opt = make()
+train(net, opt, range(3))
+saved = []
+for to in range(2):
+    base.consolidate_state_dict(to)
+    if rank == to:
+        saved.append(copy.deepcopy((net.state_dict(), opt.state_dict())))
+other, _, fresh = make()
+other.load_state_dict(saved[0][0])
+fresh.load_state_dict(saved[0][1])
+assert len(fresh.own) == 4 and len(fresh.base.own) == 2
+train(net, opt, range(3, 5))
+train(other, fresh, range(3, 5))
+for p, q in zip(net.parameters(), other.parameters()):
+    assert torch.equal(p, q)
+    assert torch.equal(opt.own[p]["preconditioner"], fresh.own[q]["preconditioner"])
+"""
+    on_two_ranks(code, tmp_path)

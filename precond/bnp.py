@@ -264,8 +264,8 @@ class BNP(Wrapper):
         self._warn_of_unseen()
         if self.compose == "gradient":
             transformed: dict[Tensor, Tensor] = {}
-            for layer in self._with_statistics():
-                transformed.update(layer.gradients())
+            for coordinates in self._with_statistics():
+                transformed.update(coordinates.gradients())
             self._with_gradients(transformed)
         else:
             step_in_z(list(self._with_statistics()), coupled_decays(self.base), self._with_gradients)

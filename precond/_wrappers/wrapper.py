@@ -64,7 +64,7 @@ class Wrapper(torch.optim.Optimizer):
             raise TypeError(f"base must be an optimizer that steps without a closure, got {type(base).__name__}")
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The groups of ``base``."""
         return self.base.param_groups
 
@@ -73,7 +73,7 @@ class Wrapper(torch.optim.Optimizer):
         self.base.param_groups = groups
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The defaults of ``base``."""
         return self.base.defaults
 
@@ -82,7 +82,7 @@ class Wrapper(torch.optim.Optimizer):
         self.base.defaults = defaults
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The states of ``base``, with the entries of wrappers."""
         return self.base.state
 

@@ -239,7 +239,7 @@ class BNP(Wrapper):
             self.own[weight] = {"mean": torch.zeros_like(mean), "var": torch.ones_like(mean), "rows": 0}
 
     def _is_known(self, weight: Tensor) -> bool:
-        return weight in self.state and f"{self._start}rows" in self.state[weight]
+        return f"{self._start}rows" in (self.state.get(weight) or {})
 
     def _is_seen(self, weight: Tensor) -> bool:
         return self._is_known(weight) and self.state[weight][f"{self._start}rows"] > 0
@@ -267,8 +267,8 @@ class BNP(Wrapper):
         self._warn_of_unseen()
         if self.compose == "gradient":
             transformed: dict[Tensor, Tensor] = {}
-            for layer in self._with_statistics():
-                transformed.update(layer.gradients())
+            for coordinates in self._with_statistics():
+                transformed.update(coordinates.gradients())
             self._with_gradients(transformed)
         else:
             step_in_z(list(self._with_statistics()), coupled_decays(self.base), self._with_gradients)

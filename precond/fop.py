@@ -182,7 +182,8 @@ class FOP(Wrapper):
     def _has_m(self, p: Tensor) -> bool:
         """True for a parameter with an M and a last gradient, which is 0 until there was one."""
         names = (f"{self._start}preconditioner", f"{self._start}previous_grad")
-        return p in self.state and all(name in self.state[p] for name in names)
+        state = self.state.get(p) or {}
+        return all(name in state for name in names)
 
     def _make_m(self, p: Tensor, previous: Tensor) -> None:
         """The first M."""

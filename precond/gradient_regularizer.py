@@ -46,9 +46,8 @@ class GradientRegularizer(Wrapper):
 
     ``step(closure)`` evaluates the closure twice and returns its first value. The closure evaluates all micro-batches of a step.
     Layers that draw random numbers draw again, and running statistics see both points. P is unknown before the first step of a
-    parameter, and for coordinates that never had a gradient: these are not moved for the second evaluation. ``.grad`` then
-    holds the combination, and clipping and other
-    settings of base apply to it.
+    parameter, and for coordinates that never had a gradient: these are not moved for the second evaluation. ``.grad`` then holds
+    the combination, and clipping and other settings of base apply to it.
 
     State: none; a copy of the parameters is kept between steps but not saved.
 

@@ -26,7 +26,7 @@ def states_as_saved(
         saved_ids = [i for group in final["param_groups"] for i in group["params"]]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for saved_id, p in zip(saved_ids, params, strict=True):
-            for name, saved in final["state"].get(saved_id, {}).items():
+            for name, saved in (final["state"].get(saved_id) or {}).items():
                 if not concerned(name):
                     continue
                 if isinstance(saved, Tensor) and name == "step":

@@ -69,7 +69,9 @@ class _Watch:
         self._kept: bool | None = None
         self._hooks = []
         if p.requires_grad and p.is_leaf:
-            self._hooks = [p.register_hook(self._before), p.register_post_accumulate_grad_hook(self._after)]
+            before_pass = p.register_hook(self._before)  # type: ignore[no-untyped-call]
+            after_pass = p.register_post_accumulate_grad_hook(self._after)  # type: ignore[no-untyped-call]
+            self._hooks = [before_pass, after_pass]
         #: What ``_before`` saw; None where it was not called.
         self._seen: bool | None = None
 

@@ -60,14 +60,16 @@ class Own(MutableMapping[Tensor, MutableMapping[str, Any]]):
         self._state, self._params, self._start = state, params, start
 
     def __getitem__(self, p: Tensor) -> Entries:
-        found = Entries(self._state[p], self._start) if p in self._state else None
+        found = Entries(self._state.get(p) or {}, self._start)
         if not found:
             raise KeyError(p)
         return found
 
     def __setitem__(self, p: Tensor, values: Mapping[str, Any]) -> None:
         values = dict(values)
-        entries = Entries(self._state.setdefault(p, {}), self._start)
+        if not self._state.get(p):
+            self._state[p] = {}
+        entries = Entries(self._state[p], self._start)
         entries.clear()
         entries.update(values)
 
@@ -77,7 +79,7 @@ class Own(MutableMapping[Tensor, MutableMapping[str, Any]]):
             del self._state[p]
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (p for p in self._params() if p in self._state and Entries(self._state[p], self._start))
+        return (p for p in self._params() if Entries(self._state.get(p) or {}, self._start))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -64,7 +64,7 @@ class Wrapper(torch.optim.Optimizer):
             raise TypeError(f"base must be an optimizer that steps without a closure, got {type(base).__name__}")
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The groups of ``base``."""
         return self.base.param_groups
 
@@ -73,7 +73,7 @@ class Wrapper(torch.optim.Optimizer):
         self.base.param_groups = groups
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The defaults of ``base``."""
         return self.base.defaults
 
@@ -82,7 +82,7 @@ class Wrapper(torch.optim.Optimizer):
         self.base.defaults = defaults
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The states of ``base``, with the entries of wrappers."""
         return self.base.state
 
@@ -117,10 +117,15 @@ class Wrapper(torch.optim.Optimizer):
         params = self._params()
         self._forget_strangers(params)
         saved = self.base.state_dict()
-        if any(map(is_entry, (name for state in saved["state"].values() if isinstance(state, dict) for name in state))):
+        entries = {i: _entries_of(self.state[p]) for i, p in enumerate(params) if p in self.state}
+        if any(entries.values()):
             # torch.distributed.checkpoint takes states for all trained parameters, or for none.
-            empty: dict[int, dict[str, Any]] = {i: {} for i, p in enumerate(params) if p.requires_grad}
-            saved = {**saved, "state": {**saved["state"], **{i: {} for i in empty if i not in saved["state"]}}}
+            states: dict[int, dict[str, Any]] = {i: {} for i, p in enumerate(params) if p.requires_grad}
+            states |= saved["state"]
+            for i, of in entries.items():
+                if of and not of.keys() <= states.get(i, {}).keys():  # ZeroRedundancyOptimizer saves none but its own
+                    states[i] = {**states.get(i, {}), **of}
+            saved = {**saved, "state": states}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, saved)
             saved = saved if changed is None else changed
@@ -142,14 +147,24 @@ class Wrapper(torch.optim.Optimizer):
         if isinstance(self.base, (Wrapper, FusedOptimizer)):  # which keep dtypes
             self.base.load_state_dict(state_dict)
         else:
+            entries = {i: _entries_of(state) for i, state in state_dict["state"].items() if isinstance(state, dict)}
             with states_as_saved(self.base, is_entry):
                 self.base.load_state_dict(state_dict)
-        for p in filter(self.state.__contains__, self._params()):
+            self._load_lost(entries, [i for group in state_dict["param_groups"] for i in group["params"]])
+        for p in filter(self.state.get, self._params()):
             # {} is what torch.distributed.checkpoint makes of a state that a flat checkpoint does not have.
             for name in [n for n, value in self.state[p].items() if is_entry(n) and isinstance(value, dict)]:
                 del self.state[p][name]
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _load_lost(self, entries: dict[Any, dict[str, Any]], saved_ids: list[Any]) -> None:
+        """Load the entries that ``base`` did not: ZeroRedundancyOptimizer loads none but its own."""
+        for i, p in zip(saved_ids, self._params(), strict=True):
+            for name, value in entries.get(i, {}).items():
+                if not self.state.get(p) or name not in self.state[p]:
+                    copied = value.detach().to(p.device, copy=True) if isinstance(value, Tensor) else value
+                    self.state[p] = {**(self.state.get(p) or {}), name: copied}
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep. Hooks are lost, as in torch, and so is a scheduler's wrapper of ``step``."""
@@ -196,9 +211,11 @@ class Wrapper(torch.optim.Optimizer):
             return
         hidden: dict[Tensor, dict[str, Any]] = {}
         for p, state in list(self.state.items()):
-            entries = {name: state.pop(name) for name in list(state) if is_entry(name)}
+            entries = _entries_of(state)
             if entries:
                 hidden[p] = entries
+                for name in entries:
+                    del state[name]
                 if not state:
                     del self.state[p]
         try:
@@ -218,3 +235,7 @@ class Wrapper(torch.optim.Optimizer):
         finally:
             for p, grad in before.items():
                 p.grad = grad
+
+
+def _entries_of(state: dict[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (state or {}).items() if is_entry(name)}

@@ -354,9 +354,9 @@ def _checked(
 
 def _real(params: Iterable[Tensor]) -> list[Tensor]:
     params = list(params)
-    for p in params:
+    for position, p in enumerate(params):
         if p.is_complex():
-            raise ValueError(f"params must be real, got one of {p.dtype}")
+            raise ValueError(f"params must be real, got one of {p.dtype} at position {position}")
     return params
 
 

@@ -76,8 +76,8 @@ class DualDescent(MultiPass):
 
     Raises:
         ValueError: an argument is out of range or not one of its names.
-        RuntimeError: at the step, for a sparse gradient, a sharded parameter where a whole matrix or row is needed, or a setting
-            that needs one pass.
+        RuntimeError: when built and at the step, for a sharded parameter where a whole matrix or row is needed, or a setting that
+            needs one pass; at the step, for a sparse gradient.
 
     State: ``momentum_buffer`` where there is a momentum.
 

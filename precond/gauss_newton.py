@@ -63,7 +63,8 @@ class GaussNewton(Rotated):
 
     Raises:
         ValueError: an argument is out of range or not one of its names.
-        RuntimeError: at the step, if the curvature was never updated and no ``clip`` bounds the step, or a basis does not fit.
+        RuntimeError: with a basis when built and at the step, for a sharded matrix or a setting that needs one pass; at the step,
+            if the curvature was never updated and no ``clip`` bounds the step, or a basis does not fit.
 
     State: ``step``, ``exp_avg`` and ``curvature`` (in the basis), ``curvature_step``; ``factor_...`` and ``basis_...`` of blocks.
 

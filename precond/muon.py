@@ -53,8 +53,8 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
 
     Raises:
         ValueError: an argument is out of range, or a parameter is not a matrix.
-        RuntimeError: at the step, for a sparse or complex gradient, a sharded parameter, or a setting that clips: clip with
-            torch's functions before the step.
+        RuntimeError: when built and at the step, for a sharded parameter or a setting that clips: clip with torch's functions
+            before the step; at the step, for a sparse or complex gradient.
 
     State: ``momentum_buffer``, as torch.
 

@@ -54,8 +54,8 @@ class SOAP(Rotated):
 
     Raises:
         ValueError: an argument is out of range.
-        RuntimeError: at the step, for a sparse gradient, a sharded or complex matrix, or a setting that clips: clip with torch's
-            functions before the step.
+        RuntimeError: when built and at the step, for a sharded matrix or a setting that clips: clip with torch's functions before
+            the step; at the step, for a sparse gradient or a complex matrix.
 
     State: ``step``, ``exp_avg``, ``exp_avg_sq`` (in the basis), ``basis_step``; ``factor_...`` and ``basis_...`` of blocks.
 

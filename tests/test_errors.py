@@ -248,6 +248,23 @@ def test_a_parameter_whose_gradient_does_not_fit_is_named(make, gradient, messag
     assert "parameter 0 of group 1 ('b')" in str(found.value)
 
 
+@matrices
+def test_a_state_on_another_device_is_named(make):
+    groups, params = named_groups()
+    optimizer = make(groups)
+    for _ in range(2):
+        give_ones(params)
+        optimizer.step()
+    state = optimizer.state[params[1]]
+    for key in [key for key, t in state.items() if isinstance(t, torch.Tensor) and t.dim()]:
+        before, state[key] = state[key], state[key].to("meta")
+        with pytest.raises(
+            RuntimeError, match=rf"{key} of parameter 0 of group 1 \('b'\) must have shape \(4, 4\) on cpu"
+        ):
+            optimizer.step()
+        state[key] = before
+
+
 @pytest.mark.parametrize("name", ["factor_left_0", "basis_right_0"])
 @pytest.mark.parametrize("make", [OF_MATRICES["SOAP"], OF_MATRICES["GaussNewton in a basis"]])
 def test_a_factor_of_another_size_is_named(make, name):

@@ -473,7 +473,9 @@ def test_wrong_uses_are_named():
         optimizer.update_curvature()
     with pytest.raises(ValueError, match="estimates must be one per parameter, 2, got 1"):
         optimizer.update_curvature(estimates=[torch.ones(2, 3)])
-    with pytest.raises(RuntimeError, match=r"an estimate must have shape \(2, 3\) for parameter 1, got \(3, 2\)"):
+    with pytest.raises(
+        RuntimeError, match=r"an estimate must have shape \(2, 3\) for parameter 1 of group 0, got \(3, 2\)"
+    ):
         optimizer.update_curvature(estimates=[None, torch.ones(3, 2)])
     for basis, message in (
         (torch.eye(4), r"basis must have shape \(6, 6\) for parameter 0 of group 0, got \(4, 4\)"),
@@ -483,7 +485,9 @@ def test_wrong_uses_are_named():
             precond.GaussNewton(params, basis=basis, curvature="gradient").step()
     turned = precond.GaussNewton(params, basis="kronecker", curvature="hutchinson", clip=1.0)
     estimates = [torch.ones(2, 3)] * 2
-    with pytest.raises(RuntimeError, match="a step must come before estimates of parameter 0, to make their basis"):
+    with pytest.raises(
+        RuntimeError, match="a step must come before estimates of parameter 0 of group 0, to make their basis"
+    ):
         turned.update_curvature(estimates=estimates)
     turned.step()
     turned.update_curvature(estimates=estimates)
@@ -641,7 +645,7 @@ def test_l1_in_the_coordinates_makes_zeros():
 def test_complex_parameters_have_no_sampled_curvature():
     p = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
     p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="parameter 0 must be real for update_curvature"):
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 must be real for update_curvature"):
         precond.GaussNewton([p]).update_curvature()
 
 

@@ -42,17 +42,19 @@ def check_whole(name: str, p: Tensor) -> None:
 class Kronecker:
     """The bases of one matrix parameter: a pair of orthogonal matrices for each block, from running means of G G^T and G^T G."""
 
-    def __init__(self, name: str, shape: torch.Size, state: dict[str, Any], max_size: int) -> None:
+    def __init__(self, name: str, p: Tensor, state: dict[str, Any], max_size: int) -> None:
+        """``name``: what errors call the parameter."""
         self.name = name
-        self.shape = (shape[0], shape[1:].numel())
+        self.shape = (p.shape[0], p.shape[1:].numel())
         self.blocks = bases.blocks(self.shape, max_size)
         self.state = state
         for side, (rows, columns), left in self._sides():
             size = (rows if left else columns).stop - (rows if left else columns).start
             for what in (f"factor_{side}", f"basis_{side}"):
-                if what in state and state[what].shape != (size, size):
+                if what in state and (state[what].shape != (size, size) or state[what].device != p.device):
                     raise RuntimeError(
-                        f"{what} of {name} must have shape {(size, size)}, got {tuple(state[what].shape)}"
+                        f"{what} of {name} must have shape {(size, size)} on {p.device}, "
+                        f"got {tuple(state[what].shape)} on {state[what].device}"
                     )
 
     def _sides(self) -> Iterator[tuple[str, tuple[slice, ...], bool]]:
@@ -84,7 +86,7 @@ class Kronecker:
             if factor is None:
                 self.state[f"factor_{side}"] = square * (1 - beta)
             else:
-                factor.lerp_(square.to(factor), 1 - beta)
+                factor.lerp_(square.to(factor.dtype), 1 - beta)
 
     def learn(self, g: Tensor, beta: float, frequency: int, mean: str, square: str) -> None:
         """Fold a gradient into the factors; the first one, and every ``frequency``-th after it, refreshes the bases."""
@@ -142,7 +144,7 @@ class Kronecker:
     def _pair(self, k: int, m: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The bases of a block, as a matrix that is rotated has them: a checkpoint may bring another dtype."""
         left, right = (self.state.get(f"basis_{side}_{k}") for side in ("left", "right"))
-        return None if left is None else left.to(m), None if right is None else right.to(m)
+        return None if left is None else left.to(m.dtype), None if right is None else right.to(m.dtype)
 
     def mean_square_norm(self) -> Tensor:
         """The running mean of the gradient's squared Frobenius norm, from the factors' traces."""
@@ -205,7 +207,7 @@ def rotation_of(
         return Rotation(p)
     check_matrix(name, p)
     if isinstance(given, str):
-        return Rotation(p, kronecker=Kronecker(name, p.shape, state, max_size))
+        return Rotation(p, kronecker=Kronecker(name, p, state, max_size))
     if isinstance(given, Tensor):
         if given.shape != (p.numel(), p.numel()):
             raise RuntimeError(f"basis must have shape {(p.numel(), p.numel())} for {name}, got {tuple(given.shape)}")

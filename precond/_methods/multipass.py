@@ -188,7 +188,9 @@ class MultiPass(FusedOptimizer, abstract=True):
             name = name_of(group, index, position)
             self.engine.checks.backend_of(name, p, step, plain, states)
             held = self.state[p] if p in self.state else {}
-            if any((t := held.get(key)) is not None and t.shape != p.shape for key in of_rule):
+            if any(
+                (t := held.get(key)) is not None and (t.shape != p.shape or t.device != p.device) for key in of_rule
+            ):
                 self.engine.checks.backend_of(name, p, step, row, states)  # raises, unless they are codes
             if hasattr(p, "placements"):
                 self._check_whole(name, p, group)

@@ -86,8 +86,8 @@ def gauss_newton_operator(
 
 def _operator(product: Callable[[], curvature.Product], params: list[Tensor], preconditioner: Preconditioner) -> Any:
     scipy_linalg = need("scipy.sparse.linalg", "an operator")
-    if any(p.is_complex() for p in params):
-        raise ValueError("params must be real, got complex ones")
+    if found := [position for position, p in enumerate(params) if p.is_complex()]:
+        raise ValueError(f"params must be real, got complex ones at positions {found}")
     times = product()
     into, out_of = maps_of(preconditioner, params)
     sizes = [p.numel() for p in params]

@@ -56,8 +56,8 @@ def _chosen(given: Mapping[Tensor, Any], params: list[Tensor]) -> list[Any]:
 
 def _diagonal_maps(diagonals: Sequence[Tensor], metrics: Sequence[Metric], params: list[Tensor]) -> tuple[Map, Map]:
     """U D and D U^T, from the diagonals D and the bases U of metrics."""
-    if not all(bool(t.isfinite().all()) for t in diagonals):
-        raise ValueError("preconditioner must be finite, got inf or NaN in it")
+    if found := [position for position, t in enumerate(diagonals) if not bool(t.isfinite().all())]:
+        raise ValueError(f"preconditioner must be finite, got inf or NaN in it at positions {found}")
     scales = [t.detach().to(p) for t, p in zip(diagonals, params, strict=True)]
     bases = [metric.basis for metric in metrics]
 

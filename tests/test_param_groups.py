@@ -176,3 +176,22 @@ def test_named_parameters_do_without_a_module():
 def test_errors_say_what_was_expected(kwargs, error, message):
     with pytest.raises(error, match=message):
         precond.param_groups(**{"model": Transformer(), **kwargs})
+
+
+@pytest.mark.parametrize("normalise", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_gains_of_weight_normalisation_are_neither_decayed_nor_matrices(normalise, named):
+    """They have as many dimensions as their directions, but are of size 1 in all but one."""
+    layers = [nn.Linear(4, 6), nn.Conv2d(3, 4, 3), nn.Linear(4, 1), nn.Linear(1, 4)]
+    model = nn.Sequential(*(normalise(layer) for layer in layers), nn.Linear(6, 1, bias=False), nn.Linear(1, 6))
+    for groups in [precond.param_groups(model.named_parameters() if named else model, 0.1)] + (
+        [] if named else [precond.param_groups(model, 0.1, matrices={}, head="")]
+    ):
+        gains = {name for name, _ in model.named_parameters() if name.endswith(("_g", "original0"))}
+        directions = {name for name, _ in model.named_parameters() if name.endswith(("_v", "original1"))}
+        assert len(gains) == len(directions) == 4
+        undecayed = next(names([group])[0] for group in groups if group["weight_decay"] == 0.0)
+        decayed = {name for group in groups if group["weight_decay"] for name, _ in group["params"]}
+        assert gains <= set(undecayed)
+        assert decayed == directions | {"4.weight", "5.weight"}

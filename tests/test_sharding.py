@@ -222,3 +222,120 @@ for make in (
 def test_methods_take_the_placements_that_they_promise(code, ranks, tmp_path):
     """Against unsharded runs; shards are uneven or empty. Where a whole matrix is needed, that is said when it is built."""
     on_ranks(ranks, code, tmp_path)
+
+
+SHARDED = """
+import functools, io, pickle
+from torch.distributed.optim import ZeroRedundancyOptimizer
+SHAPES = [(30, 20), (20,), (7, 7), (3, 5)]
+CLASSES = [getattr(precond, name) for name in {names}]
+
+def start(shapes, cls, group=None, **kwargs):
+    generator = torch.Generator().manual_seed(3)
+    init = [torch.randn(shape, generator=generator) for shape in shapes]
+    a, b = ([torch.nn.Parameter(x.clone()) for x in init] for _ in range(2))
+    zero = {{}} if group is None else {{"norm_process_group": group}}
+    return a, b, cls(a, lr=1e-2, **kwargs), ZeroRedundancyOptimizer(b, optimizer_class=cls, lr=1e-2, **zero, **kwargs)
+
+def give(a, b, i, scale=1.0):
+    generator = torch.Generator().manual_seed(i)
+    for x, y in zip(a, b):
+        x.grad = scale * torch.randn(x.shape, generator=generator)
+        y.grad = x.grad.clone()
+
+def same(a, b, whole, sharded):
+    assert all(torch.allclose(x, y, rtol=1e-6, atol=1e-6) for x, y in zip(a, b)), type(whole).__name__
+    norms = whole.grad_norm, sharded.optim.grad_norm, whole.clip_coef, sharded.optim.clip_coef
+    assert torch.allclose(norms[0], norms[1]) and torch.allclose(norms[2], norms[3]), norms
+    assert (whole.skipped_steps == sharded.optim.skipped_steps).all()
+"""
+
+
+def test_an_optimizer_that_shards_whole_parameters_has_the_global_norm(tmp_path):
+    """ZeroRedundancyOptimizer gives each rank some of the parameters, and says so to nobody."""
+    names = sorted({row.cls.__name__ for row in OPTIMIZERS})
+    code = (
+        SHARDED.format(names=names)
+        + """
+for cls in CLASSES:
+    a, b, whole, sharded = start(SHAPES, cls, max_grad_norm=0.5)
+    for i in range(3):
+        give(a, b, i)
+        whole.step(), sharded.step()
+    same(a, b, whole, sharded)
+# Both norms, a constructor that is no class, a group that is given, and a rank that has no parameter at all.
+make = functools.partial(precond.AdamW, clip_grad_value=None)
+for shapes in (SHAPES, SHAPES[:1]):
+    for norm_type in (2.0, math.inf):
+        for group in (None, dist.group.WORLD):
+            a, b, whole, _ = start(shapes, precond.AdamW, max_grad_norm=0.5, norm_type=norm_type)
+            given = {} if group is None else {"norm_process_group": group}
+            sharded = ZeroRedundancyOptimizer(b, make, lr=1e-2, max_grad_norm=0.5, norm_type=norm_type, **given)
+            for i in range(3):
+                give(a, b, i)
+                whole.step(), sharded.step()
+            same(a, b, whole, sharded)
+# What is not finite on one rank is skipped, or raised, on all.
+for shapes in (SHAPES, SHAPES[:1]):
+    a, b, whole, sharded = start(shapes, precond.AdamW, max_grad_norm=0.5, nonfinite="skip")
+    for i, scale in enumerate((1.0, math.inf, 1.0)):
+        give(a, b, i)
+        a[0].grad *= scale
+        b[0].grad *= scale
+        whole.step(), sharded.step()
+    assert whole.skipped_steps == 1
+    same(a, b, whole, sharded)
+    a, b, whole, sharded = start(shapes, precond.AdamW, max_grad_norm=0.5, nonfinite="raise")
+    give(a, b, 0)
+    b[0].grad[0, 0] = math.nan
+    try:
+        sharded.step()
+        raise SystemExit("no error")
+    except RuntimeError as error:
+        assert "non-finite" in str(error)
+# The norm of one process that makes its optimizer beside a sharded one is its own.
+assert precond.AdamW([torch.nn.Parameter(torch.ones(2))], max_grad_norm=1.0).norm_process_group is None
+"""
+    )
+    on_two_ranks(code, tmp_path)
+
+
+def test_a_sharded_optimizer_is_saved_and_loaded(tmp_path):
+    """Process groups are not pickled: no setting may stand in a group that is saved, whichever way it came there."""
+    code = (
+        SHARDED.format(names=["AdamW"])
+        + """
+for group in (None, dist.group.WORLD):
+    a, b, whole, sharded = start(SHAPES, precond.AdamW, group, max_grad_norm=0.5, weight_decay=0.1)
+    late = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    whole.add_param_group({"params": [late[0]]}), sharded.add_param_group({"params": [late[1]]})
+    a, b = [*a, late[0]], [*b, late[1]]
+    for i in range(3):
+        give(a, b, i)
+        whole.step(), sharded.step()
+    pickle.dumps(sharded.optim.state_dict())
+    sharded.consolidate_state_dict(0)
+    if rank == 0:
+        torch.save(sharded.state_dict(), store + ".pt")
+    dist.barrier()
+    saved = torch.load(store + ".pt", weights_only=True)
+    expected = whole.state_dict()
+    assert saved["param_groups"] == expected["param_groups"], (saved["param_groups"][0], expected["param_groups"][0])
+    for i, state in expected["state"].items():
+        assert all(torch.allclose(state[name], saved["state"][i][name], atol=1e-7) for name in state)
+    # Into another sharded optimizer, and into one that has everything.
+    c, d, plain, again = start(SHAPES, precond.AdamW, group, max_grad_norm=0.5, weight_decay=0.1)
+    late = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    plain.add_param_group({"params": [late[0]]}), again.add_param_group({"params": [late[1]]})
+    c, d = [*c, late[0]], [*d, late[1]]
+    for x, y, z in zip(c, d, a):
+        x.data.copy_(z), y.data.copy_(z)
+    plain.load_state_dict(saved), again.load_state_dict(saved)
+    for i in range(3, 6):
+        give(a, b, i), give(c, d, i)
+        whole.step(), sharded.step(), plain.step(), again.step()
+    same(a, b, whole, sharded), same(c, d, plain, again)
+    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(a, c))
+"""
+    )
+    on_two_ranks(code, tmp_path)

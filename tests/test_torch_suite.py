@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from families import DROP_INS
 from torch.autograd import gradcheck
+from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 import precond
 
@@ -121,3 +125,69 @@ def test_a_counter_has_torchs_dtype_where_no_kernel_counts(cls):
     # A checkpoint goes on under either default.
     optimizer.step()
     assert [optimizer.state[p]["step"].item() for p in params] == [3.0, 3.0]
+
+
+#: torch's own table of what its optimizers take and refuse, for those that precond replaces.
+INFOS = [info for info in optim_db if hasattr(precond, info.optim_cls.__name__)]
+infos = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.optim_cls.__name__)
+
+
+def stepped(cls, kwargs, steps, p=None, saved=None):
+    """A matrix, which Muon takes too, and its optimizer after some steps, from a checkpoint or from nothing."""
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3) if p is None else p.detach().clone())
+    optimizer = cls([p], **kwargs)
+    if saved is not None:
+        optimizer.load_state_dict(saved)
+    for i in range(steps):
+        p.grad = torch.linspace(0.1 * i - 0.2, 1.0, 6).view(2, 3)
+        optimizer.step()
+    return p, optimizer
+
+
+def test_every_drop_in_is_in_torchs_table():
+    assert len(INFOS) == 10
+
+
+@infos
+def test_checkpoints_are_deterministic_and_load_what_is_older(info):
+    """Loaded by torch.load with weights_only, without newer options, with steps that are Python numbers."""
+    cls = getattr(precond, info.optim_cls.__name__)
+    for given in info.optim_inputs_func(device="cpu"):
+        p, optimizer = stepped(cls, given.kwargs, 4)
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        torch.testing.assert_close(saved, optimizer.state_dict(), rtol=0, atol=0)
+        older = copy.deepcopy(saved)
+        for group in older["param_groups"]:
+            for flag in info.not_og_supported_flags:
+                group.pop(flag, None)
+        for state in older["state"].values():
+            if "step" in state:
+                state["step"] = state["step"].item()
+        stepped(cls, given.kwargs, 1, p, older)
+        q, resumed = stepped(cls, given.kwargs, 3, p, copy.deepcopy(saved))
+        r, again = stepped(cls, given.kwargs, 3, p, copy.deepcopy(saved))
+        assert torch.equal(q, r)
+        torch.testing.assert_close(resumed.state_dict(), again.state_dict(), rtol=0, atol=0)
+        assert set(resumed.param_groups[0]) == set(cls([p], **given.kwargs).param_groups[0])
+        assert str(resumed)
+
+
+@infos
+def test_what_torch_refuses_is_refused_in_its_words(info):
+    cls = getattr(precond, info.optim_cls.__name__)
+    cases = info.optim_error_inputs_func(device="cpu", dtype=torch.float32)
+    assert len(cases) >= 5
+    for case in cases:
+        given = case.optimizer_error_input
+        warns = issubclass(case.error_type, Warning)
+        expected = pytest.warns if warns else pytest.raises
+        if case.error_on == OptimizerErrorEnum.CONSTRUCTION_ERROR:
+            with expected(case.error_type, match=case.error_regex):
+                cls(given.params, **given.kwargs)
+        else:
+            optimizer = cls(given.params, **given.kwargs)
+            with expected(case.error_type, match=case.error_regex):
+                optimizer.step()

@@ -23,8 +23,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Split trainable parameters into groups: decayed, not decayed, and on request the hidden matrices.
 
-    Not decayed are parameters with fewer than two dimensions (biases, gains of norms, scalars) and those that an entry of
-    ``no_decay`` names. Everything else is decayed, embeddings too: ``no_decay=("bias", "norm", "embed")`` exempts them.
+    Not decayed are parameters with fewer than two dimensions (biases, gains of norms, scalars), the gains of weight
+    normalisation (torch's ``parametrizations.weight_norm`` and ``weight_norm``) and those that an entry of ``no_decay``
+    names. Everything else is decayed, embeddings too: ``no_decay=("bias", "norm", "embed")`` exempts them.
 
     Args:
         model: a module, or named parameters such as ``model.named_parameters()``. Parameters that do not require a gradient
@@ -78,7 +79,8 @@ def param_groups(
         raise ValueError("matrices must be options of a group without 'params', got 'params' among them")
 
     places = list(_places(model))
-    exempt = {p for name, p, holder in places if p.ndim < 2 or _named(words, name, holder)}
+    gains = _gains(places)
+    exempt = {p for name, p, holder in places if p.ndim < 2 or p in gains or _named(words, name, holder)}
     not_hidden: set[Tensor] = set()
     if matrices is not None:
         not_hidden = {
@@ -122,6 +124,22 @@ def _places(model: nn.Module | Named) -> Iterator[Place]:
                 raise TypeError(
                     f"model must be a torch.nn.Module or pairs of name and parameter, got an item of {type(item)}"
                 )
+
+
+def _gains(places: list[Place]) -> set[Tensor]:
+    """Gains of weight normalisation. They have the dimensions of the direction v, each but one of size 1; a linear map to one
+    output has such a shape too and is a matrix, so they are told by their names beside v.
+    """
+    by_name = {name: p for name, p, _ in places}
+    found = set()
+    for name, p in by_name.items():
+        for of_gain, of_direction in (("original0", "original1"), ("_g", "_v")):
+            v = by_name.get(name.removesuffix(of_gain) + of_direction) if name.endswith(of_gain) else None
+            if v is None or v.ndim != p.ndim or sum(n > 1 for n in p.shape) > 1:
+                continue
+            if all(n in (1, m) for n, m in zip(p.shape, v.shape, strict=True)):
+                found.add(p)
+    return found
 
 
 def _named(words: Iterable[str], name: str, holder: nn.Module | None) -> bool:

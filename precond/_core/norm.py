@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
@@ -106,6 +107,33 @@ def norm_classes(param_groups: list[Group], given: Any) -> NormClasses:
     return NormClasses(of, groups)
 
 
+def sharder_among_callers() -> torch.optim.Optimizer | None:
+    """The optimizer that is making this one for its share of whole parameters: torch's ZeroRedundancyOptimizer or fairscale's
+    OSS. Nothing about a parameter tells that other processes have the rest, and neither hands over its process group.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if (
+            isinstance(owner, torch.optim.Optimizer)
+            and "optim" not in vars(owner)
+            and group_of_sharder(owner) is not None
+        ):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def group_of_sharder(owner: torch.optim.Optimizer) -> Any:
+    """The processes that a sharding optimizer splits parameters over."""
+    names = {cls.__name__ for cls in type(owner).__mro__}
+    attribute = "process_group" if "ZeroRedundancyOptimizer" in names else "group" if "OSS" in names else ""
+    return getattr(owner, attribute, None)
+
+
 def _is_flat_shard(p: Tensor) -> bool:
     """True for a flat parameter of FSDP1 that other processes have the rest of."""
     if not (getattr(p, "_is_flat_param", False) or type(p).__name__ == "FlatParameter"):
@@ -124,14 +152,20 @@ class Measures(Protocol):
 def total(executors: Iterable[Measures], step: Step, classes: NormClasses, inf: bool) -> Tensor:
     """The sum of squares, or the largest magnitude, of all gradients of all processes."""
     found = local_total(executors, step, classes, inf)
-    if found is None:
-        found = torch.zeros(len(classes.groups), dtype=torch.float64, device="cpu")
+    if found is None:  # a process may have no gradient, or no parameter; the others wait for its part
+        found = torch.zeros(len(classes.groups), dtype=torch.float64, device=_device_of(classes))
     for index, over in enumerate(classes.groups):
         reduce(found[index : index + 1], over, inf)
     norm = found[:1]
     for index in range(1, len(classes.groups)):
         norm = combined(norm, found[index : index + 1], inf)
     return norm
+
+
+def _device_of(classes: NormClasses) -> torch.device:
+    """Where the process groups can add."""
+    backends = {torch.distributed.get_backend(group) for over in classes.groups for group in over}
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in backends else torch.device("cpu")
 
 
 def local_total(executors: Iterable[Measures], step: Step, classes: NormClasses, inf: bool) -> Tensor | None:

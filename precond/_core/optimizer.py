@@ -17,6 +17,7 @@ from .checks import Checks, check_capturable, check_defaults, check_numbers, che
 from .engine import Engine
 from .formats import StateFormat
 from .metric import Metric
+from .norm import group_of_sharder, sharder_among_callers
 from .precision import at_stated_precision
 from .rows import Row, Step, name_of
 from .settings import DEFAULTS, LOST, Settings, own_settings
@@ -75,6 +76,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, settings: Settings) -> None:
         self._own = own_settings(type(self).__name__, settings)
         self._own["backend"] = _backend.check(self._own["backend"])
+        self._join_sharder()
         self._check_defaults(defaults)
         check_defaults(defaults, self._own["backend"])
         for name, default in self._group_options.items():
@@ -83,6 +85,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Not super(): a drop-in is also an instance of torch's class, whose constructor would do all of this again.
         torch.optim.Optimizer.__init__(self, params, defaults)
         self._rebuild()
+
+    def _join_sharder(self) -> None:
+        """Where another optimizer shards whole parameters and makes this one for its share, add norms up over its processes."""
+        if self._own["max_grad_norm"] is None and self._own["norm_process_group"] is None:
+            return
+        owner = sharder_among_callers()
+        if owner is None:
+            return
+        if self._own["norm_process_group"] is None:
+            self._own["norm_process_group"] = group_of_sharder(owner)
+        # It takes all of our arguments for options of its groups; a process group among them would fail each save.
+        for options in (owner.defaults, *owner.param_groups):
+            for name in DEFAULTS:
+                options.pop(name, None)
 
     # What a subclass declares.
 
@@ -239,24 +255,27 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        _drop_settings(group, self.defaults)
         for name, default in self._group_options.items():
             if name in group and group[name] == default:
                 del group[name]  # as in torch's groups, or a flat checkpoint does not go both ways
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep: torch's dictionaries, our own settings, and the split weights that others write."""
-        self._drop_stale_remainders()
+        self._prepare_to_save()
         lost = {} if self._own["norm_process_group"] is None else {"norm_process_group": LOST}
         written = self._states.remainders.written()
         return {**super().__getstate__(), "_own": self._own | lost, **({"_written": written} if written else {})}
 
-    def _drop_stale_remainders(self) -> None:
-        """Before states are saved: a remainder that is loaded is trusted."""
+    def _prepare_to_save(self) -> None:
+        """Drop stale remainders, since one that is loaded is trusted, and settings that a sharding optimizer left in groups."""
         self.states.begin(p for group in self.param_groups for p in group["params"])
+        for group in self.param_groups:
+            _drop_settings(group, self.defaults)
 
     def state_dict(self) -> dict[str, Any]:
         """The states and groups, as torch has them."""
-        self._drop_stale_remainders()
+        self._prepare_to_save()
         return super().state_dict()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -312,3 +331,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for position, p in enumerate(group["params"]):
                     states.convert(name_of(group, index, position), p, group, rule)
         self._rebuild()
+
+
+def _drop_settings(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Take out of a group what concerns the whole step, unless a subclass has an option of that name."""
+    for name in DEFAULTS:
+        if name in group and name not in defaults:
+            del group[name]

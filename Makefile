@@ -39,7 +39,7 @@ test-all: build
 	python -m pytest -q bench --benchmark-enable
 	python -m bench theory
 
-# Trainers of other libraries, 4 minutes on 2 cores with their installation. Here a library that is missing is a failure.
+# Trainers of other libraries: 150 s of processor time, a quarter of them for the installation. Here a library that is missing is a failure.
 test-integrations: build $(VENV)/.integrations
 	PRECOND_NEED_INTEGRATIONS=1 python -m pytest -n auto --dist loadfile tests/integrations
 # DeepSpeed's set-up looks at the torch that is installed; its own kernels are not built.

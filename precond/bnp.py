@@ -135,7 +135,7 @@ class BNP(Wrapper):
 
     def _attach(self) -> None:
         """Find the layers, and put hooks on them unless ``remove`` was called."""
-        self._layers = layers_of(self.module, self._params(), in_z=self.compose == "direction")
+        self._layers = layers_of(self.module, self._params(), self._name_of, in_z=self.compose == "direction")
         self._watched = list(plain_layers(self.module))
         self._found_with = self._tensors()
         self._observer_hooks = [
@@ -279,7 +279,7 @@ class BNP(Wrapper):
             if weight.grad is None or not self._is_seen(weight):
                 continue
             if weight.grad.layout != torch.strided:
-                raise RuntimeError(f"the gradient of a layer must be dense, got {weight.grad.layout}")
+                raise RuntimeError(f"the gradient of {self._name_of(weight)} must be dense, got {weight.grad.layout}")
             own = self.own[weight]
             var = own["var"]
             bias = layer.bias if layer.bias is not None and layer.bias.grad is not None else None

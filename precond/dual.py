@@ -14,6 +14,7 @@ from ._core import backend as _backend
 from ._core.arguments import arguments, check_lr, check_nonnegative
 from ._core.formats import StateFormat
 from ._core.metric import Metric
+from ._core.norm import sharder_among_callers
 from ._core.optimizer import ParamsT
 from ._core.passes import Job, plain_step
 from ._core.rows import Row
@@ -152,6 +153,16 @@ class DualDescent(MultiPass):
                     f"{name} must have placements {needed} for {group['granularity']!r}, got {placement}"
                 )
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does."""
+        super().add_param_group(param_group)
+        if self.param_groups[-1]["granularity"] == "global" and (owner := sharder_among_callers()) is not None:
+            del self.param_groups[-1]
+            raise RuntimeError(
+                f"granularity must not be 'global' inside {type(owner).__name__}, where other processes have the rest of the "
+                "parameters and of their norm, got 'global'"
+            )
+
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
         if group["kernel"] == "identity":
             return Metric()
@@ -208,7 +219,9 @@ class DualDescent(MultiPass):
             return
         names = [groups[i]["kernel"] if groups[i]["granularity"] == "global" else i for i in of]
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-        squares = self._pass("sgdw", of=1).squared_norms([jobs[i] for i in of], [numbers[name] for name in names])
+        # The plan that steps, unless it has others too.
+        measuring = self._pass("sgdw", of=0 if len(of) == len(jobs) else 1)
+        squares = measuring.squared_norms([jobs[i] for i in of], [numbers[name] for name in names])
         alike: dict[int, list[int]] = {}
         for k, i in enumerate(of):
             alike.setdefault(id(groups[i]), []).append(k)

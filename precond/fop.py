@@ -153,12 +153,14 @@ class FOP(Wrapper):
     def _check(self, p: Tensor, grad: Tensor) -> None:
         """Raise for a gradient that this class cannot precondition, and for an M of another mode."""
         if grad.layout != torch.strided or grad.is_complex():
-            raise RuntimeError(f"FOP takes dense real gradients, got layout {grad.layout} and dtype {grad.dtype}")
+            raise RuntimeError(
+                f"the gradient of {self._name_of(p)} must be dense and real for FOP, got layout {grad.layout} and {grad.dtype}"
+            )
         self._check_shards(p)
         if self._has_m(p) and (shape := self.own[p]["preconditioner"].shape) != self._shape(p):
             raise RuntimeError(
-                f"M must have shape {tuple(self._shape(p))} with mode={self.mode!r}, "
-                f"got {tuple(shape)}, of a checkpoint with another mode"
+                f"M of {self._name_of(p)} must have shape {tuple(self._shape(p))} with mode={self.mode!r}, got {tuple(shape)}: "
+                "it is of another mode, or the parameter was resized"
             )
 
     def _check_shards(self, p: Tensor) -> None:
@@ -175,7 +177,7 @@ class FOP(Wrapper):
         if not cut or not (self._mixed(p) or self.normalize):
             return ""
         return (
-            "a sharded parameter must have mode='diagonal' and normalize=None, "
+            f"{self._name_of(p)} is sharded and must have mode='diagonal' and normalize=None, "
             f"got {self.mode!r} and {sorted(self.normalize)} for shape {tuple(p.shape)}"
         )
 

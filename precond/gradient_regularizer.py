@@ -13,6 +13,7 @@ from ._core.optimizer import FusedOptimizer
 from ._core.passes import Job, Pass
 from ._core.precision import at_stated_precision
 from ._core.sharding import aligned_gradients, like
+from ._methods.multipass import OfParameters
 from ._methods.rotated import Rotated
 from ._wrappers.accumulated import Earlier, unshared
 from ._wrappers.wrapper import Wrapper
@@ -86,7 +87,7 @@ class GradientRegularizer(Wrapper):
     def _set_up(self) -> None:
         super()._set_up()
         self._passes: dict[str, Pass] = {}
-        self._backups: dict[Tensor, Tensor] = {}
+        self._backups = OfParameters()
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep."""
@@ -152,9 +153,12 @@ class GradientRegularizer(Wrapper):
             self._evaluated(closure)
         finally:
             for p in moved:
-                p.copy_(self._backups[p])
+                backup = self._backups.get(p)
+                assert backup is not None
+                p.copy_(backup)
             # p is what it was, so the remainder of a split weight still belongs to it.
-            base.states.end(split)
+            came_back = {id(p) for p in moved}
+            base.states.end(p for p in split if id(p) in came_back)
         second = {p: p.grad for p in first} | aligned_gradients(self.param_groups)
         if kept and not all(_same(g, second[p]) for p, g in first.items()):
             raise RuntimeError(
@@ -172,10 +176,12 @@ class GradientRegularizer(Wrapper):
     def _job(self, p: Tensor, g: Tensor, group: dict[str, Any], metric: Metric) -> tuple[str, Job]:
         """The rule that moves a parameter along P P^T g, or along g where base has no P, and its operands."""
         if g.layout != torch.strided:
-            raise RuntimeError(f"a gradient must have layout torch.strided, got {g.layout}")
-        if p not in self._backups or self._backups[p].shape != p.shape or self._backups[p].dtype != p.dtype:
-            self._backups[p] = torch.empty_like(p, requires_grad=False)
-        state = {"backup": self._backups[p]}
+            raise RuntimeError(f"the gradient of {self._name_of(p)} must have layout torch.strided, got {g.layout}")
+        backup = self._backups.get(p)
+        if backup is None or (backup.shape, backup.dtype, backup.device) != (p.shape, p.dtype, p.device):
+            backup = torch.empty_like(p, requires_grad=False)
+            self._backups.put(p, backup)
+        state = {"backup": backup}
         hyper: dict[str, float | Tensor] = {"radius": self.radius, "scale": metric.scale, "eps": metric.eps}
         sign = -1.0 if group.get("maximize") else 1.0
         if metric.v is None:

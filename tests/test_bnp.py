@@ -1014,7 +1014,7 @@ def test_what_cannot_be_preconditioned_raises():
     opt = precond.BNP(layer, sgd)
     layer(torch.randn(4, 3)).sum().backward()
     layer.weight.grad = layer.weight.grad.to_sparse()
-    with pytest.raises(RuntimeError, match=r"gradient of a layer must be dense, got torch\.sparse_coo"):
+    with pytest.raises(RuntimeError, match=r"gradient of parameter 0 of group 0 must be dense, got torch\.sparse_coo"):
         opt.step()
 
 

@@ -533,7 +533,7 @@ for mode, normalize in (("output", None), ("diagonal", "step")):
         precond.FOP(torch.optim.SGD([p], lr=0.1), 0.05, mode, normalize=normalize).step()
         raise AssertionError(mode)
     except RuntimeError as error:
-        assert "a sharded parameter must have mode='diagonal' and normalize=None" in str(error)
+        assert "parameter 0 of group 0 is sharded and must have mode='diagonal' and normalize=None" in str(error)
 """
     on_two_ranks(code, tmp_path)
 
@@ -575,7 +575,9 @@ def test_gradients_without_a_rule_are_named_before_anything_moves(kind):
     optimizer = precond.FOP(torch.optim.SGD([first, p], lr=0.1), 0.1)
     first.grad = torch.ones(4, 3)
     p.grad = torch.ones_like(p) if kind == "complex" else torch.eye(4, 3).to_sparse()
-    with pytest.raises(RuntimeError, match=f"FOP takes dense real gradients, got .*{kind}"):
+    with pytest.raises(
+        RuntimeError, match=rf"gradient of parameter \d of group 0 must be dense and real for FOP, got .*{kind}"
+    ):
         optimizer.step()
     assert not optimizer.own
     assert bits_equal(first, start((4, 3), torch.float32))

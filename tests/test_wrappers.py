@@ -326,7 +326,9 @@ class NeedsClosure(torch.optim.SGD):
 
 
 @pytest.mark.parametrize(
-    "make", [torch.optim.LBFGS, NeedsClosure, lambda ps: precond.GradientRegularizer(precond.SGD(ps))], ids=str
+    "make",
+    [torch.optim.LBFGS, NeedsClosure, lambda ps: precond.GradientRegularizer(precond.SGD(ps))],
+    ids=["lbfgs", "needs_closure", "regularizer"],
 )
 @pytest.mark.parametrize("wrap", ["FOP", "BNP"])
 def test_a_base_that_needs_a_closure_is_refused(make, wrap):
@@ -521,10 +523,10 @@ def refused(what, text):
 plain = torch.nn.Linear(4, 4)
 net = fully_shard(torch.nn.Linear(4, 4))
 base = precond.AdamW(net.parameters())
-text = "a sharded parameter must have mode='diagonal' and normalize=None"
+text = "parameter 0 of group 0 is sharded and must have mode='diagonal' and normalize=None"
 refused(lambda: precond.FOP(base, 0.05), text)
 refused(lambda: precond.FOP(base, 0.05, "diagonal", normalize="step"), text)
-refused(lambda: precond.BNP(net, base), "a weight must be a plain tensor, got a DTensor")
+refused(lambda: precond.BNP(net, base), "parameter 0 of group 0 must be a plain tensor, got a DTensor")
 late = precond.FOP(precond.AdamW(plain.parameters()), 0.05)
 refused(lambda: late.add_param_group({"params": list(net.parameters())}), text)
 # A mesh of whole copies has no restriction, and M is saved once.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,11 @@ def plain_layers(module: nn.Module) -> Iterator[nn.Module]:
             yield layer
 
 
-def layers_of(module: nn.Module, params: Iterable[Tensor], *, in_z: bool) -> dict[Tensor, Layer]:
-    """The layers of a module whose weight is among these parameters, by weight. ``in_z``: weights will be moved in the variables
-    of standardised inputs, for which 16-bit ones are too coarse.
+def layers_of(
+    module: nn.Module, params: Iterable[Tensor], name_of: Callable[[Tensor], str], *, in_z: bool
+) -> dict[Tensor, Layer]:
+    """The layers of a module whose weight is among these parameters, by weight. ``name_of``: what errors call one. ``in_z``:
+    weights will be moved in the variables of standardised inputs, for which 16-bit ones are too coarse.
     """
     ours = set(params)
     found: dict[Tensor, Layer] = {}
@@ -50,15 +52,19 @@ def layers_of(module: nn.Module, params: Iterable[Tensor], *, in_z: bool) -> dic
         if weight not in ours or weight is None or weight.is_complex() or weight.numel() == 0:
             continue
         if hasattr(weight, "placements"):
-            raise ValueError(f"a weight must be a plain tensor, got a {type(weight).__name__} of {tuple(weight.shape)}")
+            raise ValueError(
+                f"{name_of(weight)} must be a plain tensor, got a {type(weight).__name__} of {tuple(weight.shape)}"
+            )
         if in_z and weight.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"compose='direction' needs float32 or float64 weights, got {weight.dtype}")
+            raise ValueError(
+                f"compose='direction' needs float32 or float64 weights, got {weight.dtype} for {name_of(weight)}"
+            )
         new = Layer(bias if bias in ours else None, int(getattr(layer, "groups", 1)) * weight.shape[1])
         known = found.setdefault(weight, new)
         if known.channels != new.channels:
             raise ValueError(
                 "layers that share a weight must have the same number of input channels, "
-                f"got {known.channels} and {new.channels} for {tuple(weight.shape)}"
+                f"got {known.channels} and {new.channels} for {name_of(weight)}"
             )
         if known.bias is not new.bias:
             known.bias = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._core.backend import on_device
 from .._core.checkpoint import states_as_saved
 from .._core.optimizer import FusedOptimizer
+from .._core.rows import name_of
 from .._core.sharding import local
 from .entries import Own, add_prefix, is_entry
 
@@ -106,6 +107,14 @@ class Wrapper(torch.optim.Optimizer):
     def _params(self) -> list[Tensor]:
         """Every parameter, at the position by which a checkpoint knows it."""
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _name_of(self, p: Tensor) -> str:
+        """What errors call a parameter."""
+        for index, group in enumerate(self.param_groups):
+            for position, other in enumerate(group["params"]):
+                if other is p:
+                    return name_of(group, index, position)
+        return "a parameter"
 
     # Checkpoints.
 

@@ -92,10 +92,17 @@ class Executor(Measures, Protocol):
 
 
 def begin(
-    executors: Sequence[Executor], step: Step, classes: NormClasses | None, settings: Mapping[str, Any], report: Report
+    executors: Sequence[Executor],
+    step: Step,
+    classes: NormClasses | None,
+    settings: Mapping[str, Any],
+    report: Report,
+    *,
+    host_must_know: bool = False,
 ) -> tuple[Control, Clip] | None:
     """What the step multiplies gradients with, and what it does with their norm on a device; None skips it. ``executors`` have
     gradients; where nobody has, they are the compiled plans. ``classes`` are those of the step's norm, None where it has none.
+    ``host_must_know``: whether the step is skipped.
 
     Raises for a norm that is not finite where that was asked for. Nothing but the report has changed then.
     """
@@ -104,6 +111,7 @@ def begin(
         return control, NOTHING
     # Without executors nobody would write the report.
     by_device = bool(executors) and all(executor.backend in ("cuda", "triton") for executor in executors)
+    by_device = by_device and not host_must_know
     found = report.on(executors[0].device if executors else home(step.groups))
     if not by_device:
         # Parameters that neither of them takes share the step: the host must know, and waits.

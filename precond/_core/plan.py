@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from . import formats
 from .checks import Checks
 from .clipping import Executor, Report, begin
@@ -287,7 +288,14 @@ class StepPlan:
         self.states.begin(split)
         try:
             self._check_device_control(step, executors)
-            begun = begin(executors, step, self._norm_classes(step), self.settings, self.report)
+            begun = begin(
+                executors,
+                step,
+                self._norm_classes(step),
+                self.settings,
+                self.report,
+                host_must_know=self._may_skip(step) and self._first_step_differs(step),
+            )
         except BaseException:
             self._undo(step)
             raise
@@ -319,12 +327,29 @@ class StepPlan:
         numbers, over = self.norm_classes
         return NormClasses(dict(zip(parameters(step), numbers, strict=True)) if self.in_python else {}, over)
 
+    def _may_skip(self, step: Step) -> bool:
+        return step.control.found_inf is not None or self.settings["nonfinite"] == "skip"
+
+    def _first_step_differs(self, step: Step) -> bool:
+        """True where the host must know whether this step is skipped, and so wait for the device, because the next one is then
+        another formula: once in a training, before states exist.
+        """
+        if not self.fresh:
+            return False
+        number = 0
+        for group, row in zip(step.groups, step.rows, strict=True):
+            name = reference.RULES[row.rule].first_differs
+            numbers = range(number, number := number + len(group["params"]))
+            if name is not None and row.hyper[name] != 0.0 and not self.fresh.isdisjoint(numbers):
+                # A step that is being captured cannot wait; torch asks for warm-up steps before.
+                return not any(p.is_cuda for p in group["params"]) or not torch.cuda.is_current_stream_capturing()
+        return False
+
     def _check_device_control(self, step: Step, executors: list[Executor]) -> None:
         """Raise where a step that a device decides about needs the host."""
-        may_skip = step.control.found_inf is not None or self.settings["nonfinite"] == "skip"
         by_device = all(executor.backend in ("cuda", "triton") for executor in executors)
         triton = [executor for executor in executors if isinstance(executor, Triton)]
-        if may_skip and by_device and any(executor.counts_on_host(step) for executor in triton):
+        if self._may_skip(step) and by_device and any(executor.counts_on_host(step) for executor in triton):
             # The host would have to wait before it counts. As the CUDA backend, rather than wait in silence: a scaler hands
             # over found_inf only where fused=True was asked for, and then a group without it is an oversight.
             raise RuntimeError(

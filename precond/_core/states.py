@@ -396,8 +396,10 @@ class ParamStates:
 
     def _key(self, p: Tensor) -> int:
         """What names the stream of a parameter's random bits: from the seed and its name, or its position."""
-        self.name_streams()
         name = self._stream_name(p)
+        if name is None:
+            self.name_streams()
+            name = self._stream_name(p)
         assert name is not None
         named = f"{self._seed}:{name}"
         return int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "little") >> 1

@@ -33,6 +33,8 @@ class Rule(NamedTuple):
     scalars: Mapping[str, float] = {}
     #: From the hyper-parameters, the number of the step and the scalar state before it: that state after it.
     advance: Callable[[Hyper, int, float], float] | None = None
+    #: A hyper-parameter that, unless it is 0, gives the first step a formula of its own.
+    first_differs: str | None = None
 
 
 #: What a rule needs, without its formula: the fields of Rule after the first.

@@ -30,8 +30,10 @@ def sgd(
     return decayed(p, lr * u, lr, hyper, decay), (b,)
 
 
+_MOMENTUM = {**MOMENTUM, "first_differs": "dampening"}
+
 RULES: dict[str, Rule] = {
     **with_decays("sgdw", sgd, NO_STATES, coupled="sgd"),
-    **with_decays("sgdw", sgd, MOMENTUM, "_momentum", coupled="sgd"),
-    **with_decays("sgdw", sgd, MOMENTUM, "_nesterov", coupled="sgd", nesterov=True),
+    **with_decays("sgdw", sgd, _MOMENTUM, "_momentum", coupled="sgd"),
+    **with_decays("sgdw", sgd, _MOMENTUM, "_nesterov", coupled="sgd", nesterov=True),
 }

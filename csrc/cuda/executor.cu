@@ -250,8 +250,7 @@ static void require_known_scalars(const Plan& plan, const DeviceStep& step) {
   for (const Override& override : step.overrides)
     for (int64_t i = 0; i < plan.size(); ++i) {
       const Tensor& t = plan.tensor(i);
-      if (t.active && t.group == override.group && t.scalar && !t.step_on_device &&
-          t.next_scalar != t.next_scalar)
+      if (t.active && t.group == override.group && t.scalar && !t.step_on_device && t.next_scalar != t.next_scalar)
         throw std::runtime_error(
             "capturable must be True for a hyper-parameter in a tensor: the host advances a state with it");
     }

@@ -13,8 +13,8 @@ struct Split {
   RemainderT remainder;
 };
 
-// bf16 is the upper half of fp32, and the remainder a difference of bits. One that is not the parameter's, which somebody
-// wrote, leaves an infinite parameter infinite, and does not take a 0 below 0, where the bits are a NaN's.
+// bf16 is the upper half of fp32, and the remainder a difference of bits. One that is not the parameter's, which
+// somebody wrote, leaves an infinite parameter infinite, and does not take a 0 below 0, where the bits are a NaN's.
 PRECOND_INLINE float master_of(uint16_t stored, uint32_t remainder) {
   const uint32_t u = uint32_t(stored) << 16;
   const float plain = float_of(u), master = float_of(u + remainder);

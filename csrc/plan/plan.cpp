@@ -77,8 +77,8 @@ void Plan::advance(const std::vector<GroupRow>& groups) {
     if (!t.active || !t.step || t.step_on_device) continue;
     t.next_step = next_step(t.step.type, read(t.step));
     if (t.scalar)
-      t.next_scalar = rounded_number(
-          t.scalar.type, rules()[t.rule].advanced(groups[t.group].hyper, t.next_step, read(t.scalar)));
+      t.next_scalar =
+          rounded_number(t.scalar.type, rules()[t.rule].advanced(groups[t.group].hyper, t.next_step, read(t.scalar)));
     if (!shares_numbers_) continue;
     left[t.step.data] = t.next_step;
     if (t.scalar) left[t.scalar.data] = t.next_scalar;

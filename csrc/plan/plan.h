@@ -125,7 +125,7 @@ class Plan {
   std::vector<int32_t> batches_;
   std::unordered_set<const void*> numbers_;  // counters and scalar states
   bool shares_numbers_ = false;              // between tensors
-  std::vector<float> scalars_;  // shared by tensors with the same group and step that draw nothing
+  std::vector<float> scalars_;               // shared by tensors with the same group and step that draw nothing
 };
 
 }  // namespace precond

@@ -8,8 +8,8 @@
 namespace precond {
 inline namespace PRECOND_ISA {
 
-// A penalty |p|^2 / 2 on p itself, added to the gradient: torch's weight_decay of Adam, SGD, Adagrad and RMSprop. Without
-// one the gradient has nothing of p, not 0 times an infinite p.
+// A penalty |p|^2 / 2 on p itself, added to the gradient: torch's weight_decay of Adam, SGD, Adagrad and RMSprop.
+// Without one the gradient has nothing of p, not 0 times an infinite p.
 struct Coupled {
   float weight_decay;
   PRECOND_INLINE float gradient(float p, float g) const { return weight_decay != 0.0f ? fma(weight_decay, p, g) : g; }
@@ -23,9 +23,7 @@ struct Intrinsic {
   float lr_wd;
   PRECOND_INLINE float gradient(float, float g) const { return g; }
   // What decay and step take from p. An infinite p stays what it is, as where torch multiplies it: inf - inf is NaN.
-  PRECOND_INLINE float taken(float p, float step) const {
-    return fma(lr_wd, is_finite(p) ? p : 0.0f, step);
-  }
+  PRECOND_INLINE float taken(float p, float step) const { return fma(lr_wd, is_finite(p) ? p : 0.0f, step); }
 };
 
 // R(z) = |z|^2 / 2: p - lr wd p - step, which is AdamW's decay. Subtracted, not multiplied: 1 - lr wd rounded to fp32

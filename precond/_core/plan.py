@@ -122,9 +122,9 @@ class StepPlan:
         number = 0
         for index, group in enumerate(step.groups):
             for position in range(len(group["params"])):
-                home = homes[number]
-                if home is not None and home[0] in entries:
-                    entries[home[0]].append(Entry(number, index, position, names[number]))
+                kept = homes[number]
+                if kept is not None and kept[0] in entries:
+                    entries[kept[0]].append(Entry(number, index, position, names[number]))
                 number += 1
         return homes, entries
 

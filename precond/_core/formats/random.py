@@ -48,4 +48,4 @@ def fraction(draw: Tensor | int, bits: int) -> Tensor | float:
     """The first so many bits of a draw as a number in [0, 1): float32, whatever torch divides integers into by default."""
     first = draw >> (16 - bits)
     wide: Tensor | float = first.float() if isinstance(first, Tensor) else first
-    return wide / 2**bits
+    return wide / (1 << bits)

@@ -128,6 +128,7 @@ class BNP(Wrapper):
                 f"got {type(module).__name__} with none"
             )
         self._awaited = set(self._layers)
+        self._join_states()
 
     def _set_up(self) -> None:
         super()._set_up()
@@ -233,6 +234,12 @@ class BNP(Wrapper):
                 own[name] = torch.where(finite, own[name].lerp(value, 1.0 - self.stat_momentum), own[name])
             own["rows"] = inputs.rows
 
+    def _make_entries(self) -> None:
+        for weight, layer in self._layers.items():
+            if weight.requires_grad:
+                dtype = statistics_dtype(weight)
+                self._make_statistics(weight, torch.zeros(layer.channels, dtype=dtype, device=weight.device))
+
     def _make_statistics(self, weight: Tensor, mean: Tensor) -> None:
         """Statistics of a layer that was not seen, unless it has some: they wait for its first input."""
         if not self._is_known(weight):
@@ -258,10 +265,7 @@ class BNP(Wrapper):
         self._find_again()
         if self._asked_for_states_only():
             self._step_base()
-            for weight, layer in self._layers.items():
-                if weight.grad is not None:
-                    dtype = statistics_dtype(weight)
-                    self._make_statistics(weight, torch.zeros(layer.channels, dtype=dtype, device=weight.device))
+            self._make_entries()
             return
         self._update_statistics()
         self._warn_of_unseen()

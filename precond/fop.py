@@ -106,12 +106,24 @@ class FOP(Wrapper):
         self.hyper_lr, self.mode, self.normalize, self.max_norm = hyper_lr, mode, frozenset(names), max_norm
         for p in self._params():
             self._check_shards(p)
+        self._join_states()
+
+    def _make_entries(self) -> None:
+        for p in self._params():
+            if p.requires_grad and not p.is_complex() and not self._why_not_sharded(p) and not self._has_m(p):
+                self._make_m(
+                    p, torch.zeros_like(p, dtype=getattr(p, "grad_dtype", None) or p.dtype, requires_grad=False)
+                )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to ``base``."""
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            self._check_shards(p)
+        try:
+            for p in self.param_groups[-1]["params"]:
+                self._check_shards(p)
+        except RuntimeError:
+            del self.param_groups[-1]
+            raise
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
@@ -120,9 +132,7 @@ class FOP(Wrapper):
         loss = self._evaluated(closure)
         if self._asked_for_states_only():
             self._step_base()
-            for p in self._params():
-                if p.grad is not None and not p.is_complex() and not self._why_not_sharded(p):
-                    self._make_m(p, torch.zeros_like(p.grad))
+            self._make_entries()
             return loss
         aligned = aligned_gradients(self.param_groups)
         gradients = {

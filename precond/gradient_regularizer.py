@@ -136,10 +136,11 @@ class GradientRegularizer(Wrapper):
                     moved.append(p)
                     rule, job = self._job(p, g, group, metric)
                     jobs.setdefault(rule, []).append(job)
+        self._backups.keep([*first])
         if not jobs:
             return
         kept = earlier.kept()
-        split = base.states.remainders.watched()
+        split = base.states.remainders.watched(self._params())
         base.states.begin(split)
         for p in first:
             p.grad = None  # else a closure could zero the first gradient in place
@@ -175,8 +176,9 @@ class GradientRegularizer(Wrapper):
     @at_stated_precision
     def _job(self, p: Tensor, g: Tensor, group: dict[str, Any], metric: Metric) -> tuple[str, Job]:
         """The rule that moves a parameter along P P^T g, or along g where base has no P, and its operands."""
+        name = self._name_of(p)
         if g.layout != torch.strided:
-            raise RuntimeError(f"the gradient of {self._name_of(p)} must have layout torch.strided, got {g.layout}")
+            raise RuntimeError(f"the gradient of {name} must have layout torch.strided, got {g.layout}")
         backup = self._backups.get(p)
         if backup is None or (backup.shape, backup.dtype, backup.device) != (p.shape, p.dtype, p.device):
             backup = torch.empty_like(p, requires_grad=False)
@@ -185,12 +187,12 @@ class GradientRegularizer(Wrapper):
         hyper: dict[str, float | Tensor] = {"radius": self.radius, "scale": metric.scale, "eps": metric.eps}
         sign = -1.0 if group.get("maximize") else 1.0
         if metric.v is None:
-            return "perturb", Job(p, g, state, hyper, sign)
+            return "perturb", Job(p, g, state, hyper, sign, name=name)
         v = metric.v
         if metric.known is not None:
             v = of_parts(lambda v, known: torch.where(known > 0, v, 0.0), v, metric.known)
         v = v if hasattr(v, "placements") else like(p, v)
-        return "perturb_adaptive", Job(p, g, {**state, "v": v}, hyper, sign)
+        return "perturb_adaptive", Job(p, g, {**state, "v": v}, hyper, sign, name=name)
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

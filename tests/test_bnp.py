@@ -1009,7 +1009,7 @@ def test_what_cannot_be_preconditioned_raises():
         precond.BNP(short, torch.optim.SGD(short.parameters()), compose="direction")
     a, b = nn.Conv1d(2, 4, 1), nn.Conv1d(4, 4, 1, groups=2)
     b.weight = a.weight
-    with pytest.raises(ValueError, match=r"same number of input channels, got 2 and 4 for \(4, 2, 1\)"):
+    with pytest.raises(ValueError, match=r"same number of input channels, got 2 and 4 for parameter 0 of group 0"):
         precond.BNP(nn.ModuleList([a, b]), torch.optim.SGD([a.weight]))
     opt = precond.BNP(layer, sgd)
     layer(torch.randn(4, 3)).sum().backward()

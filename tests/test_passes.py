@@ -100,15 +100,20 @@ def test_passes_hold_no_tensor_between_steps(make):
     for i in range(3):
         step_on(optimizer, p, values(1 + i, F32))
     held = weakref.ref(p.grad)
-    buffers = [weakref.ref(t) for _, t in optimizer._buffers._held.values()]
+    buffers = [weakref.ref(t) for t in optimizer._buffers._held.values()]
     p.grad = None
     for each in [optimizer, *optimizer._passes.values()]:
         each.engine.forget_plans()
     gc.collect()
     assert held() is None
     optimizer.state.clear()
-    optimizer.param_groups.clear()
+    optimizer.param_groups[0]["params"][:] = [torch.nn.Parameter(torch.zeros(2, 2))]  # without a gradient
+    dropped = weakref.ref(p)
     del p
+    gc.collect()
+    assert dropped() is None
+    optimizer.param_groups.clear()
+    optimizer.step()
     gc.collect()
     assert all(buffer() is None for buffer in buffers)
     assert len(optimizer._buffers) == len(optimizer._counters) == 0

@@ -59,6 +59,8 @@ class Checks:
                     f"{key} of {name} must have shape {tuple(p.shape)} on {p.device}, "
                     f"got {tuple(state.shape)} on {state.device}"
                 )
+            if key not in coded and (state.is_complex() != p.is_complex() or not _is_number(state)):
+                raise RuntimeError(f"{key} of {name} must be {_kind(p)} as the parameter is, got {state.dtype}")
         # A step is differentiable where gradients are enabled in it.
         if sparse or torch.is_grad_enabled():
             return "reference"
@@ -79,6 +81,14 @@ class Checks:
                 )
             if t.layout != torch.strided:
                 raise RuntimeError(f"{what} must have layout torch.strided, got {t.layout}")
+
+
+def _is_number(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
+def _kind(p: Tensor) -> str:
+    return "complex" if p.is_complex() else "floating point"
 
 
 def check_defaults(defaults: dict[str, Any], backend: str | None) -> None:

@@ -175,6 +175,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     @at_stated_precision
     def _update_at_stated_precision(self) -> None:
         self._update()
+        self._forget_strangers()
+
+    def _forget_strangers(self) -> None:
+        """Drop what is kept about parameters that this optimizer no longer has."""
+        self.states.keep(self.param_groups)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
@@ -264,12 +269,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What deepcopy and pickle keep: torch's dictionaries, our own settings, and the split weights that others write."""
         self._prepare_to_save()
         lost = {} if self._own["norm_process_group"] is None else {"norm_process_group": LOST}
-        written = self._states.remainders.written()
+        written = self._states.remainders.written(self._all_params())
         return {**super().__getstate__(), "_own": self._own | lost, **({"_written": written} if written else {})}
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _prepare_to_save(self) -> None:
         """Drop stale remainders, since one that is loaded is trusted, and settings that a sharding optimizer left in groups."""
-        self.states.begin(p for group in self.param_groups for p in group["params"])
+        self.states.begin(self._all_params())
         for group in self.param_groups:
             _drop_settings(group, self.defaults)
 
@@ -300,7 +308,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         before: Engine | None = self.__dict__.get("_engine")
         written = self.__dict__.pop("_written", None)
         if written is None and "_states" in self.__dict__:
-            written = self._states.remainders.written()
+            written = self._states.remainders.written(self._all_params())
         self._states = ParamStates(recipe, self._own["seed"], written or ())
         self._engine = Engine(
             self._states,

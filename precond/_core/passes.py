@@ -4,7 +4,6 @@ methods that have a matrix product or a norm between two passes.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -115,8 +114,8 @@ class Pass:
         checks = Checks(Pass, frozenset(), {**DEFAULTS, "backend": backend})
         self.engine = Engine(self._states, checks, captured=captured)
         self._groups: list[Group] = []
-        #: The tensors of the last run.
-        self._seen: list[weakref.ref[Tensor]] = []
+        #: The ids of the last run's tensors. Their plan compares addresses, so it does not matter if one is another's by now.
+        self._seen: list[int] = []
 
     def run(self, jobs: list[Job]) -> None:
         """Update every job's tensor in one region."""
@@ -148,9 +147,10 @@ class Pass:
         return [totals[number] for number in classes]
 
     def _step(self, jobs: list[Job]) -> Step:
-        if len(jobs) != len(self._seen) or any(seen() is not job.p for seen, job in zip(self._seen, jobs, strict=True)):
+        seen = [id(job.p) for job in jobs]
+        if seen != self._seen:
             self._groups = [{} for _ in jobs]
-            self._seen = [weakref.ref(job.p) for job in jobs]
+            self._seen = seen
             self.engine.forget_plans()
         for group, job in zip(self._groups, jobs, strict=True):
             group["params"], group["_called"] = [job.p], job.name

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -137,10 +136,9 @@ def make_counter(
 class _Noted:
     """A split weight as the last step left it."""
 
-    __slots__ = ("stored", "versions", "weight", "written")
+    __slots__ = ("stored", "versions", "written")
 
-    def __init__(self, weight: weakref.ref[Tensor], written: bool) -> None:
-        self.weight = weight
+    def __init__(self, written: bool) -> None:
         #: Its version counters then; None where no step has been: a remainder that was loaded or copied is trusted.
         self.versions: tuple[int, int] | None = None
         #: True once somebody else has written it.
@@ -181,7 +179,9 @@ class Remainders:
 
     def __init__(self, written: Iterable[Tensor] = ()) -> None:
         """``written``: weights that are known to be written by others, and whose remainders are right."""
-        #: By the weight's id: a weight that its owner drops is not kept alive.
+        #: By the weight's id, without a reference: a weight that its owner drops is not kept alive, and one that has weak
+        #: references cannot be swapped (torch.utils.swap_tensors, FSDP2's ``.to``). ``keep`` drops what is gone. Should another
+        #: weight get the id before, its versions or its bits differ.
         self._noted: dict[int, _Noted] = {}
         for p in written:
             self._add(p, written=True)
@@ -211,28 +211,27 @@ class Remainders:
                     noted.store(local(p.detach()))
             noted.versions = _versions_of(p)
 
-    def watched(self) -> list[Tensor]:
-        """The weights of past steps."""
-        return self._weights(noted for noted in list(self._noted.values()) if noted.versions is not None)
+    def watched(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Those of some parameters that are weights of past steps."""
+        return [p for p in params if (noted := self._of(p)) is not None and noted.versions is not None]
 
-    def written(self) -> list[Tensor]:
-        """Those that others have written, too."""
-        return self._weights(noted for noted in list(self._noted.values()) if noted.written)
+    def written(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Those of some parameters that others have written, too."""
+        return [p for p in params if (noted := self._of(p)) is not None and noted.written]
 
-    def _weights(self, some: Iterable[_Noted]) -> list[Tensor]:
-        return [p for p in (noted.weight() for noted in some) if p is not None]
+    def keep(self, alive: set[int]) -> None:
+        """Forget the weights with other ids."""
+        self._noted = {key: noted for key, noted in self._noted.items() if key in alive}
+
+    def __len__(self) -> int:
+        return len(self._noted)
 
     def _of(self, p: Tensor) -> _Noted | None:
-        noted = self._noted.get(id(p))
-        return noted if noted is not None and noted.weight() is p else None
+        return self._noted.get(id(p))
 
     def _add(self, p: Tensor, written: bool = False) -> _Noted:
-        noted = self._noted[id(p)] = _Noted(weakref.ref(p, functools.partial(self._forget, id(p))), written)
+        noted = self._noted[id(p)] = _Noted(written)
         return noted
-
-    def _forget(self, key: int, weight: weakref.ref[Tensor]) -> None:
-        if key in self._noted and self._noted[key].weight is weight:
-            del self._noted[key]
 
 
 def _versions_of(p: Tensor) -> tuple[int, int]:
@@ -267,9 +266,8 @@ class ParamStates:
         self.state: State = {}
         self._groups: list[Group] = []
         self._seed = seed
-        #: What each parameter's stream of random bits is named by: its name, or its position among the parameters. By its id,
-        #: with a reference that keeps nothing alive and says whether it still is that parameter.
-        self._stream_names: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        #: What each parameter's stream of random bits is named by, by its id: its name, or its position among the parameters.
+        self._stream_names: dict[int, str] = {}
         self._warned = False
 
     def bind(self, state: State, groups: list[Group]) -> None:
@@ -380,27 +378,29 @@ class ParamStates:
 
     def name_streams(self) -> None:
         """Name every parameter's random bits by its name, or by its position among those that are bound now."""
-        if all(self._stream_name(p) is not None for group in self._groups for p in group["params"]):
+        if all(id(p) in self._stream_names for group in self._groups for p in group["params"]):
             return
-        self._stream_names = {key: named for key, named in self._stream_names.items() if named[0]() is not None}
         position = 0
         for group in self._groups:
             for i, p in enumerate(group["params"]):
-                name = group["param_names"][i] if "param_names" in group else str(position)
-                self._stream_names[id(p)] = weakref.ref(p), name
+                self._stream_names[id(p)] = group["param_names"][i] if "param_names" in group else str(position)
                 position += 1
 
-    def _stream_name(self, p: Tensor) -> str | None:
-        found = self._stream_names.get(id(p))
-        return None if found is None or found[0]() is not p else found[1]
+    def keep(self, groups: list[Group]) -> None:
+        """Forget parameters that are neither in these groups nor have a state."""
+        if not self._stream_names and not self.remainders:
+            return
+        params = [p for group in groups for p in group["params"]]
+        if max(len(self.remainders), len(self._stream_names)) > len(params):
+            alive = {*map(id, params), *map(id, self.state)}
+            self.remainders.keep(alive)
+            self._stream_names = {key: name for key, name in self._stream_names.items() if key in alive}
 
     def _key(self, p: Tensor) -> int:
         """What names the stream of a parameter's random bits: from the seed and its name, or its position."""
-        name = self._stream_name(p)
-        if name is None:
+        if id(p) not in self._stream_names:
             self.name_streams()
-            name = self._stream_name(p)
-        assert name is not None
+        name = self._stream_names[id(p)]
         named = f"{self._seed}:{name}"
         return int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "little") >> 1
 

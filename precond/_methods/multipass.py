@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -16,30 +15,30 @@ from .._core.sharding import aligned_gradients, local
 
 
 class OfParameters:
-    """A tensor for each of some parameters. It keeps no parameter alive, and a tensor as long as its parameter is. (By id: a
-    dictionary of torch.utils.weak takes 4 us for a look-up, and a step makes two for each parameter.)
+    """A tensor for each of some parameters. It has their ids alone: it keeps none alive, and a tensor that has weak references
+    could not be swapped (torch.utils.swap_tensors). ``keep`` drops the tensors of those that are gone; what another one finds
+    that gets the id before is scratch memory of some shape.
     """
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._held: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._held)
 
     def get(self, p: Tensor) -> Tensor | None:
         """That of a parameter."""
-        found = self._held.get(id(p))
-        return found[1] if found is not None and found[0]() is p else None
+        return self._held.get(id(p))
 
     def put(self, p: Tensor, tensor: Tensor) -> None:
         """Hold it for a parameter."""
-        held, key = self._held, id(p)
+        self._held[id(p)] = tensor
 
-        def forget(gone: weakref.ref[Tensor]) -> None:
-            if key in held and held[key][0] is gone:
-                del held[key]
-
-        held[key] = weakref.ref(p, forget), tensor
+    def keep(self, params: list[Tensor]) -> None:
+        """Forget the tensors of other parameters."""
+        if len(self._held) > len(params):
+            alive = set(map(id, params))
+            self._held = {key: tensor for key, tensor in self._held.items() if key in alive}
 
 
 class MultiPass(FusedOptimizer, abstract=True):
@@ -103,6 +102,12 @@ class MultiPass(FusedOptimizer, abstract=True):
                 raise RuntimeError(f"{name} must be False {self._why_not_one_pass}")
 
     # The step.
+
+    def _forget_strangers(self) -> None:
+        super()._forget_strangers()
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._buffers.keep(params)
+        self._counters.keep(params)
 
     def _step_in_one_pass(self, groups: list[dict[str, Any]]) -> None:
         """The one-pass step of some of the groups."""
@@ -189,7 +194,9 @@ class MultiPass(FusedOptimizer, abstract=True):
             self.engine.checks.backend_of(name, p, step, plain, states)
             held = self.state[p] if p in self.state else {}
             if any(
-                (t := held.get(key)) is not None and (t.shape != p.shape or t.device != p.device) for key in of_rule
+                (t := held.get(key)) is not None
+                and (t.shape != p.shape or t.device != p.device or t.is_complex() or not t.is_floating_point())
+                for key in of_rule
             ):
                 self.engine.checks.backend_of(name, p, step, row, states)  # raises, unless they are codes
             if hasattr(p, "placements"):

@@ -108,7 +108,8 @@ class _Watch:
 
 def _versions_of(t: Tensor) -> tuple[int, ...]:
     plain = local(t)
-    return (t._version,) if plain is t else (t._version, plain._version)
+    # Those of inference mode have none, and are never accumulated into.
+    return tuple(0 if each.is_inference() else each._version for each in ((t,) if plain is t else (t, plain)))
 
 
 def _is_zero(t: Tensor | None) -> bool:

@@ -116,6 +116,17 @@ class Wrapper(torch.optim.Optimizer):
                     return name_of(group, index, position)
         return "a parameter"
 
+    def _make_entries(self) -> None:
+        """Make the entries that a first step makes."""
+
+    def _join_states(self) -> None:
+        """Make entries beside the states that ``base`` has already: where there are any, ``torch.distributed.checkpoint`` takes
+        them for all, and loads no others.
+        """
+        if any(self.state.values()):
+            with torch.no_grad():
+                self._make_entries()
+
     # Checkpoints.
 
     @torch._disable_dynamo  # type: ignore[attr-defined]

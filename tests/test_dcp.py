@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.cases import BACKEND
 from support.dcp_training import STEPS, load, model_of, save, straight, train, weights
-from support.methods import ALL
+from support.methods import ALL, AROUND_STATES
 from support.ranks import call_on_ranks
 
 import precond
@@ -33,7 +33,7 @@ def differing(found, expected):
 
 
 @pytest.mark.parametrize("form", ["plain", "flat"])
-@pytest.mark.parametrize("method", ALL, ids=str)
+@pytest.mark.parametrize("method", [*ALL, *AROUND_STATES], ids=str)
 def test_a_resumed_run_is_the_uninterrupted_one(method, form, tmp_path):
     model = model_of(method)
     optimizer = method.make(model)
@@ -77,3 +77,19 @@ def test_states_of_the_constructor_follow_parameters_that_a_trainer_replaces(cls
     (state,) = optimizer.state_dict()["state"].values()
     assert state["sum"].tolist() == [0.5, 0.5]
     assert list(optimizer.state) == [shard]
+
+
+@pytest.mark.parametrize("method", ALL, ids=str)
+def test_trained_parameters_can_be_swapped(method):
+    """``model.to`` swaps FSDP2's parameters, and all where it is asked to: those with weak references cannot be."""
+    model = model_of(method)
+    optimizer = method.make(model)
+    train(method, model, optimizer, 0)
+    before = weights(model)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double().to(method.dtype)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert not differing(weights(model), before)
+    train(method, model, optimizer, STEPS)

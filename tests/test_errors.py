@@ -408,7 +408,7 @@ except RuntimeError as error:
 @pytest.mark.parametrize("backend", [BACKEND, "reference"])
 @pytest.mark.parametrize("state_format", ["int8", "int4"])
 @pytest.mark.parametrize("cls", [precond.AdamW, precond.Lion, precond.SGD, precond.Muon, precond.DualDescent])
-@pytest.mark.parametrize("shape", [(64, 128), (128, 64)])
+@pytest.mark.parametrize("shape", [(64, 128), (128, 64), (32, 128), (4096,)])
 def test_codes_of_another_shape_are_an_error_that_names_the_state_and_the_parameter(cls, state_format, shape, backend):
     options = {"momentum": 0.9} if cls in (precond.SGD, precond.DualDescent) else {}
     first, p = (torch.nn.Parameter(torch.randn(64, 64)) for _ in range(2))

@@ -588,7 +588,5 @@ def test_a_checkpoint_of_another_mode_is_named():
     one, other = (precond.FOP(torch.optim.SGD([p], lr=0.1), 0.1, mode) for p, mode in ((a, "input"), (b, "output")))
     train(one, [a], 2)
     other.load_state_dict(one.state_dict())
-    with pytest.raises(
-        RuntimeError, match=r"M of parameter 0 of group 0 must have shape \(4, 4\) .*got \(3, 3\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"M of parameter 0 of group 0 must have shape \(4, 4\) .*got \(3, 3\)"):
         train(other, [b], 1)

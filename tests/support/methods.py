@@ -85,4 +85,9 @@ WRAPPERS = [
         closure=True,
     ),
 ]
+#: Wrappers around an optimizer that has states before its first step, which torch.distributed.checkpoint takes for all there are.
+AROUND_STATES = [
+    Method("fop_adagrad", lambda model: precond.FOP(torch.optim.Adagrad(model.parameters()), 0.05, mode="output")),
+    Method("bnp_adagradw", lambda model: precond.BNP(model, precond.AdagradW(model.parameters()), stat_momentum=0.5)),
+]
 ALL = [*ELEMENTWISE, *METHODS, *FORMATS, *WRAPPERS]

@@ -115,8 +115,8 @@ def check(name: str, p: Tensor, state: dict[str, Any], names: tuple[str, ...], l
         fits = (t.dtype, t.numel(), t.device) == (dtype, count, local(p).device) and t.is_contiguous()
         # Codes and scales of as many elements in other rows would be taken for those of other elements.
         whole = key in names and dtype == torch.int8
-        rows = p.dim() > 1 and key != "remainder" and not whole and state[key].shape[:1] != p.shape[:1]
-        if not fits or rows or (whole and state[key].shape != p.shape):
+        rows = key == "remainder" or whole or (p.dim() > 1 and state[key].shape[:1] == p.shape[:1])
+        if not fits or not rows or (whole and state[key].shape != p.shape):
             raise TypeError(
                 f"{key} of {name} must have {count} contiguous elements of {dtype} on {p.device} "
                 f"for a parameter of shape {tuple(p.shape)}, "

@@ -39,7 +39,8 @@ def test_the_kernels_pass_their_tests_under_sanitizers(sanitizer, threads):
         ("test_parity.py", "not lesser_instruction_sets"),
         ("test_same_bits.py", "this_backend or alignments or gradient_layouts or order_of"),
         # Not those of the host's own passes, of float64, and of a skipped first step, which leaves zero states on a device.
-        ("test_api.py", "not loss_scaling"),
+        # A tensor of the host is one of the device there, which NAdam takes with capturable=True alone.
+        ("test_api.py", "not loss_scaling and not every_kind"),
         ("test_plan.py", "not temporary and not gil and not set_num_threads and not another_dtype"),
         # float64 beside it is for the reference text, and what is freed does not depend on the backend.
         ("test_changing_sets.py", "not freed and not several_backends"),

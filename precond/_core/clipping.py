@@ -132,7 +132,8 @@ def begin(
         inf=settings["norm_type"] == math.inf,
         skip_nonfinite=skips,
     )
-    if len(executors) == 1 and executors[0].measures_itself and classes.groups == [()] and not raises:
+    by_itself = len(executors) == 1 and executors[0].measures_itself and classes.groups == [()]
+    if by_itself and not raises and not host_must_know:
         return control, clip._replace(measure=True)
     found.total.copy_(total(executors, step, classes, clip.inf))
     if by_device and not raises:

@@ -523,7 +523,7 @@ def refused(what, text):
 plain = torch.nn.Linear(4, 4)
 net = fully_shard(torch.nn.Linear(4, 4))
 base = precond.AdamW(net.parameters())
-text = "parameter 0 of group 0 is sharded and must have mode='diagonal' and normalize=None"
+text = "is sharded and must have mode='diagonal' and normalize=None"
 refused(lambda: precond.FOP(base, 0.05), text)
 refused(lambda: precond.FOP(base, 0.05, "diagonal", normalize="step"), text)
 refused(lambda: precond.BNP(net, base), "parameter 0 of group 0 must be a plain tensor, got a DTensor")

@@ -20,6 +20,15 @@ def name_of(group: Group, index: int, position: int) -> str:
     return place if names is None or position >= len(names) else f"{place} ({names[position]!r})"
 
 
+def name_among(groups: list[Group], p: Tensor) -> str:
+    """What errors call a parameter of these groups."""
+    for index, group in enumerate(groups):
+        for position, other in enumerate(group["params"]):
+            if other is p:
+                return name_of(group, index, position)
+    return "a parameter"
+
+
 class Row(NamedTuple):
     """What a group asks for in this step: a rule, the sign of its gradients, and the rule's hyper-parameters.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._core.formats import StateFormat
 from .._core.optimizer import FusedOptimizer
 from .._core.passes import Job, Pass
-from .._core.rows import Control, Row, Step, name_of
+from .._core.rows import Control, Row, Step, name_among, name_of
 from .._core.sharding import aligned_gradients, local
 
 
@@ -126,11 +126,7 @@ class MultiPass(FusedOptimizer, abstract=True):
 
     def _name(self, p: Tensor) -> str:
         """What errors call a parameter."""
-        for index, group in enumerate(self.param_groups):
-            for position, other in enumerate(group["params"]):
-                if other is p:
-                    return name_of(group, index, position)
-        return "a parameter"
+        return name_among(self.param_groups, p)
 
     def _only_makes_states(self, rows: list[Row], gradients: dict[Tensor, Tensor]) -> bool:
         """True for a first step at lr 0 on gradients of zeros, which is how torch.distributed.checkpoint has states made."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._core.backend import on_device
 from .._core.checkpoint import states_as_saved
 from .._core.optimizer import FusedOptimizer
-from .._core.rows import name_of
+from .._core.rows import name_among
 from .._core.sharding import local
 from .entries import Own, add_prefix, is_entry
 
@@ -110,11 +110,7 @@ class Wrapper(torch.optim.Optimizer):
 
     def _name_of(self, p: Tensor) -> str:
         """What errors call a parameter."""
-        for index, group in enumerate(self.param_groups):
-            for position, other in enumerate(group["params"]):
-                if other is p:
-                    return name_of(group, index, position)
-        return "a parameter"
+        return name_among(self.param_groups, p)
 
     def _make_entries(self) -> None:
         """Make the entries that a first step makes."""

@@ -9,7 +9,7 @@ CPP := $(wildcard csrc/*/* tests/cpp/*.cpp tests/cpp/*.h tests/cpp/rules/*.h tes
 TOOLS := torch triton numpy scipy scikit-learn pybind11 ninja cmake setuptools pytest pytest-xdist filelock pytest-benchmark hypothesis expecttest \
 	matplotlib tqdm ruff mypy clang-format build
 
-# Of torchtitan's requirements its optimizers import two; the others (datasets, wandb, tensorboard) are larger than torch.
+# Of torchtitan's requirements its optimizers import two; the others (datasets, wandb, tensorboard) are left out.
 TRAINERS := transformers accelerate lightning deepspeed tyro spmd-types
 
 .PHONY: setup build test test-all test-integrations lint format bench codegen demo gpu sanitize dist clean

@@ -15,10 +15,11 @@ from .checks import Checks
 from .engine import Engine
 from .formats import Layout, StateFormat
 from .norm import NormClasses
+from .remainders import Remainders, State
 from .rows import Control, Group, Row, Step
 from .settings import DEFAULTS
 from .sharding import reduce, shard_groups
-from .states import Remainders, State, make_counter, present_of
+from .states import make_counter, present_of
 
 
 class Job(NamedTuple):

@@ -114,9 +114,11 @@ def check(name: str, p: Tensor, state: dict[str, Any], names: tuple[str, ...], l
         t = local(state[key])
         fits = (t.dtype, t.numel(), t.device) == (dtype, count, local(p).device) and t.is_contiguous()
         # Codes and scales of as many elements in other rows would be taken for those of other elements.
-        whole = key in names and dtype == torch.int8
-        rows = key == "remainder" or whole or (p.dim() > 1 and state[key].shape[:1] == p.shape[:1])
-        if not fits or not rows or (whole and state[key].shape != p.shape):
+        if key in names and dtype == torch.int8:
+            fits &= state[key].shape == p.shape
+        elif key != "remainder" and p.dim() > 1:
+            fits &= state[key].shape[:1] == p.shape[:1]
+        if not fits:
             raise TypeError(
                 f"{key} of {name} must have {count} contiguous elements of {dtype} on {p.device} "
                 f"for a parameter of shape {tuple(p.shape)}, "

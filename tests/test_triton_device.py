@@ -4,6 +4,7 @@ last step. In the interpreter every tensor stands for one on a device; with TRIT
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -116,7 +117,9 @@ def test_a_loss_scaler_unscales_and_a_skipped_step_changes_nothing(row, formats,
         a.grad_scale, a.found_inf = scale, device_tensor(float(overflow))
         b.grad_scale = scale.cpu()
         before = tensors_of(a, ours, row.rule)
-        with NoHostReads():
+        # Whether the undampened first step is skipped the host must know, once.
+        waits = i == 0 and row.kwargs.get("dampening", 0.0) != 0.0
+        with contextlib.nullcontext() if waits else NoHostReads():
             a.step()
         if overflow:
             assert all(bits_equal(x, y) for x, y in zip(before, tensors_of(a, ours, row.rule), strict=True))
@@ -137,7 +140,7 @@ def test_a_scaler_with_counters_on_the_host_is_an_error_that_changes_nothing():
     with pytest.raises(RuntimeError, match="fused must be True in every group"):
         a.step()
     assert all(bits_equal(p.detach(), q) for p, q in zip(ours, before, strict=True))
-    assert all(a.state[p]["step"].item() == 0 for p in ours)
+    assert not a.state
 
 
 def test_counters_on_the_host_stay_there():

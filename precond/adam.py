@@ -39,7 +39,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         foreach: accepted and ignored: a step is always one pass.
         maximize: ascend instead of descend (default False).
         capturable: step counters live on the GPU, so that a CUDA graph can capture the step (default False); an error at the
-            step for parameters on the CPU, as in torch.
+            step for parameters on the CPU, as in torch, unless ``fused=True``.
         differentiable: autograd sees the step, which runs on the reference backend (default False).
         fused: accepted; True also lets ``torch.amp.GradScaler`` leave unscaling to the step, and keeps counters on the GPU.
         decoupled_weight_decay: True makes this AdamW, as in torch (default False).
@@ -152,7 +152,7 @@ class AdamW(Adam, torch.optim.AdamW):
         maximize: ascend instead of descend (default False).
         foreach: accepted and ignored: a step is always one pass.
         capturable: step counters live on the GPU, so that a CUDA graph can capture the step (default False); an error at the
-            step for parameters on the CPU, as in torch.
+            step for parameters on the CPU, as in torch, unless ``fused=True``.
         differentiable: autograd sees the step, which runs on the reference backend (default False).
         fused: accepted; True also lets ``torch.amp.GradScaler`` leave unscaling to the step, and keeps counters on the GPU.
         l1_decay: intrinsic L1, lambda_1 >= 0 (default 0: the plain rule, bit for bit). If the loss is multiplied by c,

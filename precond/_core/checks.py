@@ -122,8 +122,8 @@ def check_options(group: Group, options: Mapping[str, Any], owner: type[object])
 
 
 def check_capturable(group: Group) -> None:
-    """Raise torch's error for capturable=True and a parameter that is not on a supported device."""
-    if group.get("capturable") and not _backend.cuda_on_host():
+    """Raise torch's error for capturable=True and a parameter that is not on a supported device. torch's fused step has none."""
+    if group.get("capturable") and not group.get("fused") and not _backend.cuda_on_host():
         devices = _get_capturable_supported_devices()
         if any(p.grad is not None and p.device.type not in devices for p in group["params"]):
             raise AssertionError(f"If capturable=True, params and state_steps must be on supported devices: {devices}.")

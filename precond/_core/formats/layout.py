@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -21,6 +22,12 @@ _PLAIN = frozenset(PLAIN.values())
 _DRAWS_NOTHING = _PLAIN | {"bf16_split32"}
 
 
+@functools.cache
+def _within(names: frozenset[str], param: str, states: tuple[str, ...]) -> bool:
+    """True where all formats are some of these. Plans ask for each parameter, and few combinations occur."""
+    return names.issuperset((param, *states))
+
+
 class Layout(NamedTuple):
     """How a parameter and its states lie in memory: names of formats, and where elements are in the unsharded tensor."""
 
@@ -32,12 +39,12 @@ class Layout(NamedTuple):
     @property
     def plain(self) -> bool:
         """True where the dtypes say it all."""
-        return _PLAIN.issuperset((self.param, *self.states))
+        return _within(_PLAIN, self.param, self.states)
 
     @property
     def draws(self) -> bool:
         """True where something is rounded stochastically."""
-        return not _DRAWS_NOTHING.issuperset((self.param, *self.states))
+        return not _within(_DRAWS_NOTHING, self.param, self.states)
 
 
 def is_half(p: Tensor) -> bool:

@@ -15,8 +15,9 @@ from .. import reference
 from . import backend as _backend
 from . import formats
 from .checks import Checks
+from .formats import Layout
 from .norm import NOTHING, Clip, NormClasses, reference_part
-from .rows import Control, Row, Step
+from .rows import Control, Row, Step, name_of
 from .sharding import local
 from .states import States, counts_beside, is_counter, next_step
 
@@ -67,6 +68,28 @@ def parameters(step: Step) -> list[Tensor]:
     return [p for group in step.groups for p in group["params"]]
 
 
+class Entry(NamedTuple):
+    """Where a parameter stands: a plan keeps no tensor alive."""
+
+    #: Among all parameters.
+    number: int
+    group: int
+    position: int
+    #: What errors call it.
+    name: str
+
+    def param(self, step: Step) -> Tensor:
+        """It itself."""
+        p: Tensor = step.groups[self.group]["params"][self.position]
+        return p
+
+
+def entries_of(step: Step) -> list[Entry]:
+    """All parameters, by their numbers."""
+    places = [(index, i) for index, group in enumerate(step.groups) for i in range(len(group["params"]))]
+    return [Entry(number, index, i, name_of(step.groups[index], index, i)) for number, (index, i) in enumerate(places)]
+
+
 class Compiled:
     """A plan of the extension: every parameter of a device that its kernels take, in one pass."""
 
@@ -78,12 +101,13 @@ class Compiled:
         states: States,
         backend: str,
         device: torch.device,
-        homes: list[Home],
+        entries: list[tuple[Entry, Home]],
+        layouts: dict[int, Layout],
         fresh: set[int],
         captured: list[Any],
     ) -> None:
-        """``homes``: of all parameters; the plan takes its own. ``fresh``: numbers of those whose states are new. ``captured``:
-        where plans are kept that graphs were captured from.
+        """``entries``: all parameters; the plan takes its own. ``layouts``: of the parameters, by number. ``fresh``: numbers of
+        those whose states are new. ``captured``: where plans are kept that graphs were captured from.
         """
         assert _backend._C is not None
         self.backend, self.device = backend, device
@@ -97,16 +121,12 @@ class Compiled:
             chunk=_CHUNK,
             device=-1 if backend == "cpu" else device.index or 0,
         )
-        number = 0
-        for index, group in enumerate(step.groups):
-            for p in group["params"]:
-                if homes[number] is None:
-                    self.plan.defer(p, index)
-                elif homes[number] == (backend, device):
-                    self._add(step, states, p, index, number in fresh)
-                else:
-                    self.plan.ignore(p, index)
-                number += 1
+        own = backend, device
+        for entry, home in entries:
+            if home == own:
+                self._add(step, states, entry, layouts[entry.number], fresh)
+            else:
+                (self.plan.defer if home is None else self.plan.ignore)(entry.param(step), entry.group)
         self.plan.seal(step.state)
 
     @property
@@ -117,25 +137,26 @@ class Compiled:
         found: list[int] = self.plan.newcomers
         return found
 
-    def adopt(self, step: Step, states: States, newcomers: list[tuple[int, int, Tensor]], fresh: set[int]) -> None:
-        """Update parameters that were deferred, given by number and group, from now on."""
-        for number, index, p in newcomers:
-            self._add(step, states, p, index, number in fresh, at=number)
+    def adopt(
+        self, step: Step, states: States, newcomers: list[Entry], layouts: dict[int, Layout], fresh: set[int]
+    ) -> None:
+        """Update parameters that were deferred from now on."""
+        for entry in newcomers:
+            self._add(step, states, entry, layouts[entry.number], fresh, at=entry.number)
         self.plan.seal(step.state)
 
-    def _add(self, step: Step, states: States, p: Tensor, index: int, fresh: bool, at: int = -1) -> None:
+    def _add(self, step: Step, states: States, entry: Entry, layout: Layout, fresh: set[int], at: int = -1) -> None:
         assert _backend._C is not None
-        group, row = step.groups[index], step.rows[index]
-        layout = states.layout(p, group, row.rule)
+        p, rule = entry.param(step), step.rows[entry.group].rule
         numbers = [] if layout.plain else [_backend._C.formats[name] for name in (layout.param, *layout.states)]
         self.plan.add(
             param=p,
             state=step.state.get(p),
-            group=index,
-            rule=_number_and_hyper(row.rule)[0],
-            fresh=fresh,
-            counts=states.counts(p, row.rule),
-            step_on_device=counts_beside(group, self.backend),
+            group=entry.group,
+            rule=_number_and_hyper(rule)[0],
+            fresh=entry.number in fresh,
+            counts=states.counts(p, rule),
+            step_on_device=counts_beside(step.groups[entry.group], self.backend),
             formats=numbers,
             draws=layout.draws,
             place=layout.place,
@@ -203,20 +224,6 @@ class Compiled:
         """Keep the plan, which has just run, if a graph was captured from it: a replay needs its memory."""
         if self.plan.was_captured and not any(self.plan is kept for kept in self._captured):
             self._captured.append(self.plan)
-
-
-class Entry(NamedTuple):
-    """A parameter that no compiled plan updates: where it stands, since a plan keeps no tensor alive."""
-
-    number: int
-    group: int
-    position: int
-    name: str
-
-    def param(self, step: Step) -> Tensor:
-        """It itself."""
-        p: Tensor = step.groups[self.group]["params"][self.position]
-        return p
 
 
 class InPython:
@@ -360,7 +367,7 @@ class Triton(InPython):
                 continue
             rule, sign, hyper = step.rows[entry.group]
             layout = self.states.layout(p, step.groups[entry.group], rule)
-            state = step.state[p] if p in step.state else {}
+            state = step.state.get(p, {})
             number = self._number(step, entry)
             # A counter on the device is advanced there, and so is a state of one number.
             scalars = self._scalars(step, entry, number) if isinstance(number, int) else state

@@ -4,6 +4,7 @@ refuses to run when something changed; then a new plan is built, with every chec
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from .. import reference
 from . import formats
 from .checks import Checks
 from .clipping import Executor, Report, begin
-from .executors import Compiled, Entry, Home, Reference, Triton, parameters
-from .formats import is_half
+from .executors import Compiled, Entry, Home, Reference, Triton, entries_of, parameters
+from .formats import Layout, is_half
 from .memory import Memory
 from .norm import NormClasses, local_total, norm_classes
-from .rows import Group, Row, Step, name_of
+from .rows import Step
 from .sharding import local
 from .states import States, counts_beside
 
@@ -53,29 +54,23 @@ class StepPlan:
         self._memory = Memory()
         # While a step runs: what the states were that it has made or converted.
         self._before: list[tuple[Tensor, dict[str, Any] | None]] = []
-        homes, entries = self._check(step)
+        entries = self._check(step)
         #: The class of each parameter's norm, and the process groups of each class; None where the step has no norm.
         self.norm_classes: tuple[list[int], list[tuple[Any, ...]]] | None = None
         if self.settings["max_grad_norm"] is not None:
             of, over = norm_classes(step.groups, self.settings["norm_process_group"])
             self.norm_classes = [of[p] for p in parameters(step)], over
         try:
-            number = 0
-            for index, (group, row) in enumerate(zip(step.groups, step.rows, strict=True)):
-                for position, p in enumerate(group["params"]):
-                    if homes[number] is not None:
-                        self._make_states(step, number, name_of(group, index, position), p, group, row)
-                    number += 1
+            layouts = {entry.number: self._make_states(step, entry) for entry, home in entries if home is not None}
             self._note_made(step)
-            self.in_python = [
-                kind(step, entries[kind.backend], states, self.fresh)
-                for kind in (Reference, Triton)
-                if entries[kind.backend]
-            ]
+            self.in_python = []
+            for kind in (Reference, Triton):
+                if own := [entry for entry, home in entries if home is not None and home[0] == kind.backend]:
+                    self.in_python.append(kind(step, own, states, self.fresh))
             self.compiled = [
-                Compiled(step, states, *home, homes, self.fresh, captured)
-                for home in dict.fromkeys(homes)
-                if home is not None and home[0] not in entries
+                Compiled(step, states, *home, entries, layouts, self.fresh, captured)
+                for home in dict.fromkeys(home for _, home in entries)
+                if home is not None and home[0] not in (Reference.backend, Triton.backend)
             ]
             if self.norm_classes is not None and len(self.norm_classes[1]) > 1:
                 for compiled in self.compiled:
@@ -85,99 +80,88 @@ class StepPlan:
             raise
         self.executors: list[Executor] = [*self.compiled, *self.in_python]
 
-    def _check(self, step: Step) -> tuple[list[Home], dict[str, list[Entry]]]:
+    def _check(self, step: Step) -> list[tuple[Entry, Home]]:
         """Check every parameter that has a gradient, or could be updated as soon as it has one, before anything changes. Returns
-        the homes of all, and by backend those that no compiled plan updates.
+        the homes of all.
         """
+        entries = entries_of(step)
         homes: list[Home] = []
-        entries: dict[str, list[Entry]] = {Reference.backend: [], Triton.backend: []}
-        names: list[str] = []
         tensors: list[Tensor] = []
         owners: list[tuple[int, str]] = []
         moving: set[int] = set()
-        for index, (group, row) in enumerate(zip(step.groups, step.rows, strict=True)):
-            for position, p in enumerate(group["params"]):
-                number, name = len(homes), name_of(group, index, position)
-                names.append(name)
-                has_gradient = step.input_of(p) is not None
+        for entry in entries:
+            has_gradient = step.input_of(entry.param(step)) is not None
+            if has_gradient:
+                moving.add(entry.number)
+            elif not self._is_ready(step, entry):
+                homes.append(None)
+                continue
+            try:
+                home = self._home(step, entry)
+                if not has_gradient:
+                    self._layout(step, entry)
+            except (RuntimeError, TypeError):
                 if has_gradient:
-                    moving.add(number)
-                elif not self._is_ready(step, p, group, row):
-                    homes.append(None)
-                    continue
-                try:
-                    home = self._home(step, name, p, group, row)
-                    if not has_gradient:
-                        self._check_formats(step, name, p, group, row)
-                    homes.append(home)
-                except (RuntimeError, TypeError):
-                    if has_gradient:
-                        raise
-                    # Whatever is wrong with it is an error of the step in which it gets a gradient.
-                    homes.append(None)
-                    continue
-                self._add_written(step, number, p, group, row, home, tensors, owners)
-        for number in self._memory.check(tensors, owners, moving, names.__getitem__):
+                    raise
+                # Whatever is wrong with it is an error of the step in which it gets a gradient.
+                homes.append(None)
+                continue
+            homes.append(home)
+            for key, t in self._written(step, entry, home):
+                tensors.append(t)
+                owners.append((entry.number, key))
+        for number in self._memory.check(tensors, owners, moving, lambda number: entries[number].name):
             homes[number] = None
-        number = 0
-        for index, group in enumerate(step.groups):
-            for position in range(len(group["params"])):
-                kept = homes[number]
-                if kept is not None and kept[0] in entries:
-                    entries[kept[0]].append(Entry(number, index, position, names[number]))
-                number += 1
-        return homes, entries
+        return list(zip(entries, homes, strict=True))
 
-    def _home(self, step: Step, name: str, p: Tensor, group: Group, row: Row) -> tuple[str, torch.device]:
+    def _home(self, step: Step, entry: Entry) -> tuple[str, torch.device]:
         """Backend and device of a parameter, which is checked."""
-        if group.get("fused") and p.is_meta:
+        p = entry.param(step)
+        if p.is_meta and step.groups[entry.group].get("fused"):
             raise RuntimeError(
-                f"`fused=True` requires all the params to be floating point Tensors with memory, got {name} on meta"
+                f"`fused=True` requires all the params to be floating point Tensors with memory, got {entry.name} on meta"
             )
-        return self.checks.backend_of(name, p, step, row, self.states), local(p).device
+        return self.checks.backend_of(entry.name, p, step, step.rows[entry.group], self.states), local(p).device
 
-    def _check_formats(self, step: Step, name: str, p: Tensor, group: Group, row: Row) -> None:
-        """Raise where states are not what their formats say: a checkpoint can bring anything."""
-        layout = self.states.layout(p, group, row.rule)
+    def _layout(self, step: Step, entry: Entry) -> Layout:
+        """The formats of a parameter and its states; raises where they are not what they say: a checkpoint can bring anything."""
+        p, rule = entry.param(step), step.rows[entry.group].rule
+        layout = self.states.layout(p, step.groups[entry.group], rule)
         if not layout.plain:
-            formats.check(name, p, step.state[p], self.states.names(row.rule), layout)
+            formats.check(entry.name, p, step.state[p], self.states.names(rule), layout)
+        return layout
 
-    def _add_written(
-        self,
-        step: Step,
-        number: int,
-        p: Tensor,
-        group: Group,
-        row: Row,
-        home: tuple[str, torch.device],
-        tensors: list[Tensor],
-        owners: list[tuple[int, str]],
-    ) -> None:
-        """Add what a step of a parameter writes, of what exists, and whose it is."""
-        tensors.append(local(p))
-        owners.append((number, ""))
-        beside = counts_beside(group, home[0])
+    def _written(self, step: Step, entry: Entry, home: tuple[str, torch.device]) -> Iterator[tuple[str, Tensor]]:
+        """What a step of a parameter writes, of what exists, by the names of states; its own is empty."""
+        p = entry.param(step)
+        yield "", local(p)
+        if not (state := step.state.get(p)):
+            return
+        beside = counts_beside(step.groups[entry.group], home[0])
         # Parameters may share a counter on the host, which counts one after the other.
-        shared = () if beside else ("step", *self.states.scalars(row.rule))
-        for key, t in step.state.get(p, {}).items():
+        shared = () if beside else ("step", *self.states.scalars(step.rows[entry.group].rule))
+        for key, t in state.items():
             if isinstance(t, Tensor) and (t.dim() or beside) and key not in shared:
-                tensors.append(local(t))
-                owners.append((number, key))
+                yield key, local(t)
 
-    def _is_ready(self, step: Step, p: Tensor, group: Group, row: Row) -> bool:
+    def _is_ready(self, step: Step, entry: Entry) -> bool:
         """True for a parameter that has all the states that its first gradient would make, or needs none."""
-        if self.states.missing(p, row.rule):
+        p, group = entry.param(step), step.groups[entry.group]
+        if self.states.missing(p, step.rows[entry.group].rule):
             return False
         return group.get("weight_format") is None or not is_half(p) or bool(step.state.get(p))
 
-    def _make_states(self, step: Step, number: int, name: str, p: Tensor, group: Group, row: Row) -> None:
+    def _make_states(self, step: Step, entry: Entry) -> Layout:
+        """Make what is missing of a parameter's states. Returns their formats."""
+        p, group = entry.param(step), step.groups[entry.group]
         state = step.state.get(p)
         self._before.append((p, None if state is None else dict(state)))
-        if self.states.ensure(name, p, group, row) and step.input_of(p) is not None:
-            self.fresh.add(number)
-        self._check_formats(step, name, p, group, row)
-        if "remainder" in step.state.get(p, ()):
-            self.split.append(number)
+        if self.states.ensure(entry.name, p, group, step.rows[entry.group]) and step.input_of(p) is not None:
+            self.fresh.add(entry.number)
+        layout = self._layout(step, entry)
+        if not layout.plain and "remainder" in step.state[p]:
+            self.split.append(entry.number)
+        return layout
 
     def _note_made(self, step: Step) -> None:
         """What was made is written too: a parameter that joins later must not share its memory."""
@@ -225,26 +209,19 @@ class StepPlan:
             return False
         (compiled,) = self.compiled
         numbers = set(compiled.newcomers)
-        found: list[tuple[int, int, str, Tensor]] = []
-        number = 0
-        for index, group in enumerate(step.groups):
-            for position, p in enumerate(group["params"]):
-                if number in numbers:
-                    found.append((number, index, name_of(group, index, position), p))
-                number += 1
+        found = [entry for entry in entries_of(step) if entry.number in numbers]
         tensors: list[Tensor] = []
-        for number, index, name, p in found:
-            home = self._home(step, name, p, step.groups[index], step.rows[index])
+        for entry in found:
+            home = self._home(step, entry)
             if home != (compiled.backend, compiled.device):
                 return False
-            self._add_written(step, number, p, step.groups[index], step.rows[index], home, tensors, [])
+            tensors.extend(t for _, t in self._written(step, entry, home))
         if self._memory.meeting(tensors):
             return False
         try:
-            for number, index, name, p in found:
-                self._make_states(step, number, name, p, step.groups[index], step.rows[index])
+            layouts = {entry.number: self._make_states(step, entry) for entry in found}
             self._note_made(step)
-            compiled.adopt(step, self.states, [(number, index, p) for number, index, _, p in found], self.fresh)
+            compiled.adopt(step, self.states, found, layouts, self.fresh)
         except BaseException:
             self._forget(step)
             raise

@@ -180,14 +180,14 @@ class ParamStates:
 
     def missing(self, p: Tensor, rule: str) -> bool:
         """True where a rule cannot run before ``ensure``."""
-        state = self.state[p] if p in self.state else {}
+        state = self.state.get(p, {})
         if self.counts(p, rule) and any(name not in state for name in ("step", *self.scalars(rule))):
             return True
         return len(self.present(p, rule)) < len(self.names(rule))
 
     def counts(self, p: Tensor, rule: str) -> bool:
         """True where a parameter has a step counter: as in torch, and where the rule or random bits depend on the step."""
-        return self.keeps_step(rule) or (p in self.state and "key" in self.state[p])
+        return self.keeps_step(rule) or "key" in self.state.get(p, ())
 
     def keeps_step(self, rule: str) -> bool:
         """True where a rule's step counter is a state like the others, whatever the formats."""
@@ -195,7 +195,7 @@ class ParamStates:
 
     def layout(self, p: Tensor, group: Group, rule: str, name: str = "a parameter") -> Layout:
         """The formats of a parameter, which errors call so, and of its states as they are."""
-        return formats.layout_of(p, group, self.state[p] if p in self.state else {}, self.names(rule), name)
+        return formats.layout_of(p, group, self.state.get(p, {}), self.names(rule), name)
 
     def begin(self, split: Iterable[Tensor]) -> None:
         """Forget what split weights lacked of their masters where somebody else has written them."""
@@ -223,7 +223,7 @@ class ParamStates:
             return False
         self.convert(name, p, group, row.rule)
         state = self.state[p]
-        fresh = not self.present(p, row.rule)
+        fresh = all(state.get(key) is None for key in names)
         if counts:  # before the states, as in torch
             make_counter(name, p, state, group, self.scalars(row.rule))
         for key in names:
@@ -234,9 +234,9 @@ class ParamStates:
                 state["remainder"] = formats.new_remainder(p, weight_format)
         else:
             state.pop("remainder", None)  # a parameter that is updated without it is not what it belongs to
-        if self.layout(p, group, row.rule, name).draws and not isinstance(state.get("key"), int):
+        if formats.layout_of(p, group, state, names, name).draws and not isinstance(state.get("key"), int):
             state["key"] = self._key(p)
-        if not counts and self.counts(p, row.rule):
+        if not counts and "key" in state:
             make_counter(name, p, state, group, self.scalars(row.rule))
         for key, number in self.recipe.numbers(group).items():
             state.setdefault(key, number)
@@ -335,5 +335,5 @@ class ParamStates:
 
 def present_of(state: State, p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Those of a parameter's states that exist, in the order of the names."""
-    held = state[p] if p in state else {}
+    held = state.get(p, {})
     return {name: held[name] for name in names if held.get(name) is not None}

@@ -156,7 +156,7 @@ class MultiPass(FusedOptimizer, abstract=True):
         """A job with the states of these names that a parameter has, and what random bits need. Each pass that draws counts a
         step of the parameter, so that no two draw alike; where its rule counts them itself, a later pass has a copy to count.
         """
-        state = self.state[p] if p in self.state else {}
+        state = self.state.get(p, {})
         given = {key: state[key] for key in names if key in state}
         if "key" in state:
             given["key"] = state["key"]
@@ -188,7 +188,7 @@ class MultiPass(FusedOptimizer, abstract=True):
                 continue
             name = name_of(group, index, position)
             self.engine.checks.backend_of(name, p, step, plain, states)
-            held = self.state[p] if p in self.state else {}
+            held = self.state.get(p, {})
             if any(
                 (t := held.get(key)) is not None
                 and (t.shape != p.shape or t.device != p.device or t.is_complex() or not t.is_floating_point())

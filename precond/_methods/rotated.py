@@ -64,7 +64,7 @@ class Rotated(MultiPass, abstract=True):
 
     def _basis(self, name: str, p: Tensor, group: dict[str, Any]) -> Rotation:
         """The basis that a group gives a parameter; the identity for a vector without one."""
-        state = self.state[p] if p in self.state else {}
+        state = self.state.get(p, {})
         basis = rotation_of(name, p, group.get("basis", "kronecker"), state, group[self._basis_options[2]])
         self.state[p] = state  # not before a parameter that can have no basis was refused
         return basis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -21,6 +22,12 @@ _PLAIN = frozenset(PLAIN.values())
 _DRAWS_NOTHING = _PLAIN | {"bf16_split32"}
 
 
+@functools.cache
+def _within(names: frozenset[str], param: str, states: tuple[str, ...]) -> bool:
+    """True where all formats are some of these. Plans ask for each parameter, and few combinations occur."""
+    return names.issuperset((param, *states))
+
+
 class Layout(NamedTuple):
     """How a parameter and its states lie in memory: names of formats, and where elements are in the unsharded tensor."""
 
@@ -32,12 +39,12 @@ class Layout(NamedTuple):
     @property
     def plain(self) -> bool:
         """True where the dtypes say it all."""
-        return _PLAIN.issuperset((self.param, *self.states))
+        return _within(_PLAIN, self.param, self.states)
 
     @property
     def draws(self) -> bool:
         """True where something is rounded stochastically."""
-        return not _DRAWS_NOTHING.issuperset((self.param, *self.states))
+        return not _within(_DRAWS_NOTHING, self.param, self.states)
 
 
 def is_half(p: Tensor) -> bool:
@@ -103,22 +110,22 @@ def new_remainder(p: Tensor, weight_format: str) -> Tensor:
 def check(name: str, p: Tensor, state: dict[str, Any], names: tuple[str, ...], layout: Layout) -> None:
     """Raise where codes, scales or a remainder are not what a layout says: a checkpoint can bring anything."""
     n = local(p).numel()
-    expected = {}
-    if layout.param.endswith(("split24", "split32")):
-        expected["remainder"] = torch.int8, n if layout.param.endswith("24") else 2 * n
+    # Codes and scales of as many elements in other rows would be taken for those of other elements.
+    per_row = p.shape[:1] if p.dim() > 1 else ()
+    expected: dict[str, tuple[torch.dtype, int, tuple[int, ...]]] = {}
+    if layout.param.endswith("split24"):
+        expected["remainder"] = torch.int8, n, p.shape[:-1]
+    elif layout.param.endswith("split32"):
+        expected["remainder"] = torch.int8, 2 * n, p.shape
     for key, form in zip(names, layout.states, strict=True):
         if form in LEVELS:
-            expected[key] = torch.int8 if form == "int8" else torch.uint8, n if form.endswith("8") else (n + 1) // 2
-            expected[f"{key}_scale"] = torch.bfloat16, -(-n // GROUP)
-    for key, (dtype, count) in expected.items():
+            dtype = torch.int8 if form == "int8" else torch.uint8
+            expected[key] = (dtype, n, p.shape[:-1]) if form.endswith("8") else (dtype, (n + 1) // 2, per_row)
+            expected[f"{key}_scale"] = torch.bfloat16, -(-n // GROUP), per_row
+    for key, (dtype, count, rows) in expected.items():
         t = local(state[key])
-        fits = (t.dtype, t.numel(), t.device) == (dtype, count, local(p).device) and t.is_contiguous()
-        # Codes and scales of as many elements in other rows would be taken for those of other elements.
-        if key in names and dtype == torch.int8:
-            fits &= state[key].shape == p.shape
-        elif key != "remainder" and p.dim() > 1:
-            fits &= state[key].shape[:1] == p.shape[:1]
-        if not fits:
+        found = t.dtype, t.numel(), t.device, state[key].shape[:-1]
+        if found != (dtype, count, local(p).device, rows) or not t.is_contiguous():
             raise TypeError(
                 f"{key} of {name} must have {count} contiguous elements of {dtype} on {p.device} "
                 f"for a parameter of shape {tuple(p.shape)}, "

@@ -6,8 +6,7 @@ import re
 import shutil
 
 import pytest
-from support.builds import ROOT, run
-from test_cpp import build  # noqa: F401 (a fixture)
+from support.builds import ROOT, beside_the_extension, build, run
 
 from precond import _C
 
@@ -32,26 +31,20 @@ KIND = {
 
 @pytest.fixture(scope="module")
 def arm64():
-    directory = ROOT / "build" / "arm64"
-    run(
-        "cmake", "-S", ROOT, "-B", directory, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
-        f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'tests' / 'cpp' / 'arm64.cmake'}",
-        "-DPRECOND_PYTHON=OFF", "-DPRECOND_TESTS=ON", "-DPRECOND_CUDA=OFF",
-    )  # fmt: skip
-    run("cmake", "--build", directory)
-    return directory
+    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'tests' / 'cpp' / 'arm64.cmake'}"
+    return build("arm64", toolchain, "-DPRECOND_PYTHON=OFF", "-DPRECOND_CUDA=OFF", targets=("core_tests", "same_bits"))
 
 
 def test_the_core_passes_its_tests_on_arm64(arm64):
-    assert run(*QEMU, arm64 / "core_tests").endswith("all passed\n")
+    assert run(*QEMU, arm64 / "tests" / "core_tests").endswith("all passed\n")
 
 
-def test_every_rule_gives_the_same_bits_on_x86_and_arm64(arm64, build):  # noqa: F811
+def test_every_rule_gives_the_same_bits_on_x86_and_arm64(arm64):
     """NaN, infinities and denormals included, and whether or not the caller flushes denormals."""
     hashes: dict[tuple[str, str], dict[str, str]] = {}
     for machine, command in (("here", ()), ("arm64", QEMU)):
-        directory = arm64 if command else build
-        for line in run(*command, directory / "same_bits").splitlines():
+        directory = arm64 if command else beside_the_extension("same_bits")
+        for line in run(*command, directory / "tests" / "same_bits").splitlines():
             rule, mix, isa, digest = line.split()
             hashes.setdefault((rule, mix), {})[f"{isa} {machine}"] = digest
     assert len(hashes) == 14 * len(_C.rules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -13,28 +14,29 @@ from support.builds import ROOT, run
 pytestmark = pytest.mark.source
 
 
-@pytest.fixture(scope="session")
-def build(tmp_path_factory):
-    """Sanitized build of the core and its tests; tests/test_arm64.py uses it too."""
-    options = {"PYTHON": "OFF", "TESTS": "ON", "SANITIZE": "address,undefined", "CUDA": "OFF", "CUDA_ON_HOST": "OFF"}
-    return builds.build("sanitize", *(f"-DPRECOND_{name}={value}" for name, value in options.items()))
-
-
-def test_the_core_passes_its_tests_under_sanitizers(build):
-    output = run(build / "core_tests", env={"OMP_NUM_THREADS": "4", "ASAN_OPTIONS": "detect_leaks=1"})
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.large)], ids=["few rules", "all rules"])
+def test_the_core_passes_its_tests_under_sanitizers(few):
+    program = builds.sanitized("address,undefined", "core_tests", few=few) / "tests" / "core_tests"
+    output = run(program, env={"OMP_NUM_THREADS": "4", "ASAN_OPTIONS": "detect_leaks=1"})
     assert output.endswith("all passed\n")
     source = (ROOT / "tests" / "cpp" / "core_tests.cpp").read_text()
     assert output.count("passed ") == source.count("  RUN(")
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils' nm lists the symbols")
+@pytest.mark.parametrize(
+    "build",
+    [builds.beside_the_extension, functools.partial(builds.sanitized, "address,undefined")],
+    ids=["as shipped", "little inlined"],
+)
 def test_instruction_sets_share_no_symbol(build):
     """A weak symbol common to two of them would let the linker run AVX-512 code on an old CPU."""
     seen: dict[str, str] = {}
-    objects = sorted(build.glob("CMakeFiles/isa_*.dir/csrc/cpu/*.o"))
+    directory = build("core")
+    objects = sorted(directory.glob("CMakeFiles/isa_*.dir/csrc/cpu/*.o"))
     assert len(objects) >= 1
     for path in objects:
-        isa = path.relative_to(build / "CMakeFiles").parts[0].split("_")[1].removesuffix(".dir")
+        isa = path.relative_to(directory / "CMakeFiles").parts[0].split("_")[1].removesuffix(".dir")
         for line in run("nm", "--demangle", "--defined-only", path).splitlines():
             kind, name = line.split(maxsplit=2)[1:]
             if kind in "WVu" and "precond" in name:

@@ -8,29 +8,19 @@ import os
 import sys
 
 import pytest
-from support.builds import ROOT, build, run
+from support import builds
+from support.builds import ROOT, run
 
 pytestmark = pytest.mark.source
 
 
 @pytest.mark.parametrize(("sanitizer", "threads"), [("address,undefined", 1), ("thread", 3)])
 def test_the_kernels_pass_their_tests_under_sanitizers(sanitizer, threads):
-    directory = build(
-        "cuda_" + sanitizer.replace(",", "_"),
-        "-DPRECOND_CUDA_ON_HOST=ON",
-        "-DPRECOND_PYTHON=OFF",
-        "-DPRECOND_TESTS=ON",
-        "-DPRECOND_FEW_RULES=ON",
-        f"-DPRECOND_SANITIZE={sanitizer}",
-        target="cuda_tests",
-    )
+    programs = builds.sanitized(sanitizer, "cuda_tests", "cuda_runtime_tests") / "tests"
     # ThreadSanitizer does not know libgomp's barriers: one OpenMP thread, several block threads.
     env = {"CUDA_ON_HOST_THREADS": str(threads), "OMP_NUM_THREADS": "1", "TSAN_OPTIONS": "halt_on_error=1"}
-    output = run(directory / "cuda_tests", env=env)
-    assert output.endswith("all passed\n")
-    run("cmake", "--build", directory, "--target", "cuda_runtime_tests")
-    output = run(directory / "cuda_runtime_tests", env=env)
-    assert output.endswith("all passed\n")
+    for name in ("cuda_tests", "cuda_runtime_tests"):
+        assert run(programs / name, env=env).endswith("all passed\n")
 
 
 @pytest.mark.parametrize(

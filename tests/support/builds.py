@@ -20,26 +20,32 @@ def run(*command, **kwargs):
     return result.stdout
 
 
-def build(name, *options, target="all"):
-    """Configure and build in build/name; workers of pytest-xdist that need the same build wait for each other."""
+def build(name, *options, targets):
+    """Configure build/name and build targets of it; workers of pytest-xdist that need the same build wait for each other."""
     directory = ROOT / "build" / name
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / "lock"):
         configure = ["cmake", "-S", ROOT, "-B", directory, "-G", "Ninja"]
         run(*configure, f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}", *options)
-        run("cmake", "--build", directory, "--target", target)
+        run("cmake", "--build", directory, "--target", *targets)
     return directory
+
+
+def beside_the_extension(*targets):
+    """Build targets in the folder of ``make build``, from the objects that are there. Returns the folder."""
+    import pybind11
+
+    where = f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"
+    return build("editable", *where, targets=targets)
+
+
+def sanitized(sanitizers, *targets, few=True):
+    """Build targets with sanitizers, for few rules or all of them, which take minutes to compile. Returns the folder."""
+    name = "sanitize_" + sanitizers.replace(",", "_") + ("" if few else "_all")
+    options = {"PYTHON": "OFF", "CUDA": "OFF", "FEW_RULES": "ON" if few else "OFF", "SANITIZE": sanitizers}
+    return build(name, *(f"-DPRECOND_{key}={value}" for key, value in options.items()), targets=targets)
 
 
 def emulated_extension():
     """The path of the extension with the CUDA backend compiled for the CPU."""
-    import pybind11
-
-    directory = build(
-        "cuda_on_host",
-        "-DPRECOND_CUDA_ON_HOST=ON",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        target="_C",
-    )
-    return directory / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return beside_the_extension("module_on_host") / "tests" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"

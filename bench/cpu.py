@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from . import methods, record, timing
 MILLION = 1 << 20
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 HOST = "host time of a step on 1000 tiny tensors"
+PLANS = "gradients that come and go, and new plans, on 400 tensors of 64 elements"
 IMPORT = "import of precond after torch"
 
 
@@ -249,6 +251,57 @@ def host_time(seconds: float) -> dict[str, object]:
     }
 
 
+def plan_times(seconds: float) -> dict[str, object]:
+    """Steps in which another quarter of the parameters has no gradient each time, against the same quarter; and steps with a new
+    plan against torch's loop.
+    """
+    calls: dict[str, Callable[[], object]] = {}
+    targets: list[dict[str, Any]] = []
+
+    def stepping(cls: type[torch.optim.Optimizer], **options: Any) -> tuple[list[torch.nn.Parameter], Any]:
+        params = parameters(Case("", (8, 8), 400, F32, {}, [], 0))
+        optimizer = cls(params, **options)
+        optimizer.step()
+        return params, optimizer
+
+    def coming_and_going(stride: int) -> Callable[[], object]:
+        params, optimizer = stepping(precond.AdamW)
+        gradients, numbers = [p.grad for p in params], itertools.count()
+
+        def step() -> None:
+            first = next(numbers) * stride
+            for i, (p, g) in enumerate(zip(params, gradients, strict=True), first):
+                p.grad = None if i % 4 == 0 else g
+            optimizer.step()
+
+        return step
+
+    def planned_anew(optimizer: Any) -> None:
+        optimizer.engine.forget_plans()
+        optimizer.step()
+
+    calls |= {"same set": coming_and_going(0), "changing set": coming_and_going(1)}
+    targets.append({"of": "changing set", "to": "same set", "target": 3.0})
+    for name, cls, peer, options in (
+        ("AdamW", precond.AdamW, torch.optim.AdamW, {}),
+        ("SGD momentum", precond.SGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+        ("SGD", precond.SGD, torch.optim.SGD, {"lr": 0.1}),
+    ):
+        _, ours = stepping(cls, **options)
+        _, loop = stepping(peer, foreach=False, **options)
+        calls |= {f"{name} new plan": functools.partial(planned_anew, ours), f"{name} torch loop": loop.step}
+        targets.append({"of": f"{name} new plan", "to": f"{name} torch loop", "target": 2.0})
+    times = timing.interleaved(calls, seconds)
+    for target in targets:
+        target["ratio"] = timing.ratio(times, target["of"], target["to"])
+        target["met"] = target["ratio"] <= target["target"]
+    return {
+        "ms": {name: statistics.median(values) * 1e3 for name, values in times.items()},
+        "ms_quartiles": timing.ms_quartiles(times),
+        "targets": targets,
+    }
+
+
 def import_time(runs: int) -> dict[str, object]:
     code = "import time, torch; t = time.perf_counter(); import precond; print(time.perf_counter() - t)"
     times = [
@@ -270,7 +323,7 @@ def table(results: list[dict]) -> str:
         case = result["case"] + (f", {100 * result['products']:.0f} % products" if "products" in result else "")
         ms = result.get("ms", {})
         if len(ms) > 4:
-            ms = {name: ms[name] for name in ("adamw", result["targets"][0]["of"])}
+            ms = {name: ms[name] for target in result["targets"] for name in (target["to"], target["of"])}
         ms = ", ".join(f"{name} {value:.3g}" for name, value in ms.items())
         speed = f"{result['gb_per_s']:.1f} | {result['percent_of_copy']:.0f}" if "gb_per_s" in result else " | "
         goals = result["targets"] or [None]
@@ -312,7 +365,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     measures = {case.name: functools.partial(timed, case) for case in cases(quick)}
     measures |= methods.cases(seconds / 2, quick)
-    measures |= {HOST: lambda: host_time(seconds), IMPORT: lambda: import_time(2 if quick else 5)}
+    measures |= {HOST: lambda: host_time(seconds), PLANS: lambda: plan_times(seconds)}
+    measures |= {IMPORT: lambda: import_time(2 if quick else 5)}
     names = record.chosen(measures, arguments.only)
     if not all(results.has(name) for name in names):
         check_parity(quick)

@@ -39,6 +39,14 @@ def why_not_on(device: int) -> str: ...
 class Reader:
     def __init__(self, tensor_types: tuple[type, ...], local: Callable[[Any], Any], use_exchange: bool) -> None: ...
     def alike(self, tensors: list[Any]) -> bool: ...
+    def ready(
+        self,
+        groups: list[tuple[list[Any], tuple[str, ...] | None, tuple[str, ...], bool]],
+        inputs: dict[Any, Any],
+        state: dict[Any, Any],
+        written: list[Any],
+        owners: list[tuple[int, str]],
+    ) -> list[int | None]: ...
     @property
     def uses_exchange(self) -> bool: ...
 
@@ -113,6 +121,16 @@ class Plan:
         draws: bool,
         place: tuple[int, int, int],
         at: int = -1,
+    ) -> None: ...
+    def add_ready(
+        self,
+        params: list[Any],
+        state: dict[Any, Any],
+        *,
+        group: int,
+        rule: int,
+        counts: bool,
+        step_on_device: bool,
     ) -> None: ...
     def defer(self, param: Any, group: int) -> None: ...
     def ignore(self, param: Any, group: int) -> None: ...

@@ -1,6 +1,5 @@
 // Describing the optimizer's tensors to a plan; see tensors.h.
 #include <stdexcept>
-#include <unordered_map>
 
 #include "python/tensors.h"
 #include "rules/registry.h"
@@ -162,12 +161,9 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
   };
   for (const int format : formats) entry.logical = entry.logical || !is_plain(Format(format));
   tensor.p = operand_of(entry, view, format_of(0), &slot, "a parameter");
-  Traces traces;
-  traces.p = trace(param, view);
   const std::vector<py::object>& names = state_names_[size_t(rule)];
   for (size_t k = 0; k < names.size(); ++k) {
     reader_.read(state[names[k]].ptr(), &view);
-    traces.state[k] = trace(state[names[k]], view);
     if (is_coded(format_of(1 + k))) {
       tensor.state[k].format = format_of(1 + k);
       tensor.state[k].data = view.data;
@@ -204,7 +200,6 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
     tensor.step = number_of(view, step_on_device);
     if (!tensor.step) throw py::type_error("state step must be a tensor of one float32, float64, int32 or int64");
     tensor.step_on_device = step_on_device;
-    traces.step = trace(state[step_name_], view);
   } else if (rules()[size_t(rule)].reads_step) {
     throw py::value_error(std::string(rules()[size_t(rule)].name) + " reads the step counter: counts must be True");
   }
@@ -214,19 +209,32 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
     if (!tensor.scalar)
       throw py::type_error("state " + py::str(name).cast<std::string>() +
                            " must be a tensor of one float32 or float64, beside step");
-    traces.scalar = trace(state[name], view);
   }
   if (at < 0) {
     entry.tensor = plan_.add(tensor);
     entries_.push_back(entry);
-    traces_.push_back(traces);
+    traces_.emplace_back();
     return;
   }
   entry.tensor = entries_[size_t(at)].tensor;
   tensor.norm_class = plan_.tensor(entry.tensor).norm_class;
   plan_.put(entry.tensor, tensor);
   entries_[size_t(at)] = entry;
-  traces_[size_t(at)] = traces;
+  traces_[size_t(at)] = {};
+}
+
+void TensorPlan::add_ready(const py::list& params, const py::dict& state, int group, int rule, bool counts,
+                           bool step_on_device) {
+  if (state_of_.empty()) {
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    while (PyDict_Next(state.ptr(), &position, &key, &value)) state_of_[key] = value;
+  }
+  for (const py::handle param : params) {
+    const auto found = state_of_.find(param.ptr());
+    const py::handle held = found == state_of_.end() ? py::handle(Py_None) : py::handle(found->second);
+    add(param, held, group, rule, false, counts, step_on_device, {}, false, {0, 0, 0}, -1);
+  }
 }
 
 void TensorPlan::ignore(py::handle param, int group) {
@@ -249,6 +257,7 @@ void TensorPlan::seal(const py::dict& state) {
   std::unordered_map<PyObject*, int32_t> entry_of;
   for (size_t i = 0; i < entries_.size(); ++i)
     if (entries_[i].kind == Kind::kUpdated) entry_of[entries_[i].param] = int32_t(i);
+  state_of_.clear();
   state_items_.clear();
   for (const auto& item : state) {
     const auto found = entry_of.find(item.first.ptr());

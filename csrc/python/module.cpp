@@ -179,6 +179,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Reader>(m, "Reader")
       .def(py::init<py::tuple, py::object, bool>(), py::arg("tensor_types"), py::arg("local"), py::arg("use_exchange"))
       .def("alike", &Reader::alike, py::arg("tensors"))
+      .def("ready", &Reader::ready, py::arg("groups"), py::arg("inputs"), py::arg("state"), py::arg("written"),
+           py::arg("owners"))
       .def_property_readonly("uses_exchange", &Reader::uses_exchange);
 
   py::class_<Spans>(m, "Spans")
@@ -203,6 +205,8 @@ PYBIND11_MODULE(_C, m) {
       .def("add", &TensorPlan::add, py::arg("param"), py::arg("state"), py::kw_only(), py::arg("group"),
            py::arg("rule"), py::arg("fresh"), py::arg("counts"), py::arg("step_on_device"), py::arg("formats"),
            py::arg("draws"), py::arg("place"), py::arg("at") = -1)
+      .def("add_ready", &TensorPlan::add_ready, py::arg("params"), py::arg("state"), py::kw_only(), py::arg("group"),
+           py::arg("rule"), py::arg("counts"), py::arg("step_on_device"))
       .def("defer", &TensorPlan::defer, py::arg("param"), py::arg("group"))
       .def("ignore", &TensorPlan::ignore, py::arg("param"), py::arg("group"))
       .def("seal", &TensorPlan::seal, py::arg("state"))

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <unordered_map>
 
 #include "plan/layout.h"
 
@@ -91,28 +92,100 @@ void Reader::read(PyObject* object, View* view) const {
     read_methods(object, view);
 }
 
+// False where the memory of a tensor of the known types does not show its values.
+bool Reader::read_plain(PyObject* object, View* view) const {
+  if (std::find(types_.begin(), types_.end(), Py_TYPE(object)) == types_.end()) return false;
+  try {
+    read(object, view);
+    return !is_negative(object);
+  } catch (const py::error_already_set&) {
+    return false;
+  }
+}
+
+bool Reader::joins(PyObject* object, View* view, Alike* alike) const {
+  if (!read_plain(object, view)) return false;
+  const bool known = view->storage == Storage::fp32 || view->storage == Storage::bf16 || view->storage == Storage::fp16;
+  if (!known || view->complex || view->data == nullptr || view->ndim > kMaxDims) return false;
+  if (alike->device == kOtherDevice) {
+    alike->shape.assign(view->shape, view->shape + view->ndim);
+    alike->device = view->device;
+    return alike->device != kOtherDevice;
+  }
+  return view->device == alike->device &&
+         std::equal(view->shape, view->shape + view->ndim, alike->shape.begin(), alike->shape.end());
+}
+
 bool Reader::alike(const py::list& tensors) const {
   View view;
-  std::vector<int64_t> shape;
-  int device = kOtherDevice;
-  bool first = true;
-  for (const py::handle tensor : tensors) {
-    if (std::find(types_.begin(), types_.end(), Py_TYPE(tensor.ptr())) == types_.end()) return false;
-    try {
-      read(tensor.ptr(), &view);
-      if (is_negative(tensor.ptr())) return false;
-    } catch (const py::error_already_set&) {
-      return false;
+  Alike alike;
+  for (const py::handle tensor : tensors)
+    if (!joins(tensor.ptr(), &view, &alike)) return false;
+  return true;
+}
+
+py::list Reader::ready(const py::list& groups, const py::dict& inputs, const py::dict& state, py::list written,
+                       py::list owners) const {
+  // A tensor's hash is a Python function: one walk instead of a look-up for each.
+  std::unordered_map<PyObject*, PyObject*> state_of;
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(state.ptr(), &position, &key, &value)) state_of[key] = value;
+  py::list devices;
+  View view;
+  const py::str whole("");
+  for (const py::handle item : groups) {
+    const auto group = item.cast<py::tuple>();
+    const auto params = group[0].cast<py::list>();
+    if (group[1].is_none()) {
+      for (size_t i = 0; i < params.size(); ++i) devices.append(py::none());
+      continue;
     }
-    const bool known = view.storage == Storage::fp32 || view.storage == Storage::bf16 || view.storage == Storage::fp16;
-    if (!known || view.complex || view.data == nullptr || view.ndim > kMaxDims) return false;
-    if (first) {
-      shape.assign(view.shape, view.shape + view.ndim);
-      device = view.device;
+    const auto names = group[1].cast<py::tuple>(), numbers = group[2].cast<py::tuple>();
+    const bool beside = group[3].cast<bool>();
+    for (const py::handle param : params) {
+      const py::int_ number(devices.size());
+      Alike alike;
+      const auto found = state_of.find(param.ptr());
+      PyObject* const held = found == state_of.end() ? nullptr : found->second;
+      if (!is_ready(param, inputs, held, names, numbers, beside, &alike)) {
+        devices.append(py::none());
+        continue;
+      }
+      devices.append(alike.device);
+      const auto add = [&](const py::handle tensor, const py::handle name) {
+        written.append(tensor);
+        owners.append(py::make_tuple(number, name));
+      };
+      add(param, whole);
+      for (const py::handle name : names) add(PyDict_GetItem(held, name.ptr()), name);
+      if (beside && alike.device >= 0)
+        for (const py::handle name : numbers) add(PyDict_GetItem(held, name.ptr()), name);
     }
-    first = false;
-    if (view.device != device || !std::equal(view.shape, view.shape + view.ndim, shape.begin(), shape.end()))
-      return false;
+  }
+  return devices;
+}
+
+bool Reader::is_ready(py::handle param, const py::dict& inputs, PyObject* state, const py::tuple& names,
+                      const py::tuple& numbers, bool beside, Alike* alike) const {
+  View view;
+  if (!joins(param.ptr(), &view, alike) || param.attr("is_inference")().cast<bool>()) return false;
+  const bool given = !inputs.empty() && inputs.contains(param);
+  const py::object gradient = given ? py::object(inputs[param]) : py::object(param.attr("grad"));
+  if (!gradient.is_none() && !joins(gradient.ptr(), &view, alike)) return false;
+  // What else stands there must be looked at.
+  const Py_ssize_t size = state == nullptr ? 0 : PyDict_Check(state) ? PyDict_GET_SIZE(state) : -1;
+  if (size != Py_ssize_t(names.size() + numbers.size())) return false;
+  for (const py::handle name : names) {
+    PyObject* const value = PyDict_GetItemWithError(state, name.ptr());
+    if (value == nullptr || !joins(value, &view, alike)) return false;
+  }
+  for (const py::handle name : numbers) {
+    PyObject* const value = PyDict_GetItemWithError(state, name.ptr());
+    if (value == nullptr || !read_plain(value, &view)) return false;
+    if (view.device != (beside ? alike->device : kCpuDevice)) return false;
+    if (view.storage != Storage::fp32 && view.storage != Storage::fp64) return false;
+    if (std::any_of(view.shape, view.shape + view.ndim, [](int64_t n) { return n != 1; })) return false;
   }
   return true;
 }

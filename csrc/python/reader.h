@@ -42,9 +42,25 @@ class Reader {
   // True for tensors of the known types that lie in memory as their strides say and that the kernels take as they are:
   // real floats of the formats, on one device and of one shape, and not empty.
   bool alike(const py::list& tensors) const;
+  // The parameters of these groups that need no other look: alike with their gradient and their states, of which there
+  // are these and no others. groups: tuples of the list of parameters, the names of states and of states of one number,
+  // and whether the latter are on the parameter's device; None for the names where every parameter must be looked at.
+  // Returns for each parameter its device, or None. What a step writes of them is added to `written`, and to `owners`
+  // the number of the parameter and the name of the state, which is empty for the parameter itself.
+  py::list ready(const py::list& groups, const py::dict& inputs, const py::dict& state, py::list written,
+                 py::list owners) const;
   bool uses_exchange() const { return api_ != nullptr; }
 
  private:
+  // What tensors that are alike share.
+  struct Alike {
+    int device = kOtherDevice;
+    std::vector<int64_t> shape;
+  };
+  bool read_plain(PyObject* object, View* view) const;
+  bool joins(PyObject* object, View* view, Alike* alike) const;
+  bool is_ready(py::handle param, const py::dict& inputs, PyObject* state, const py::tuple& names,
+                const py::tuple& numbers, bool beside, Alike* alike) const;
   void read_exchange(PyObject* object, View* view) const;
   void read_methods(PyObject* object, View* view) const;
 

@@ -49,7 +49,7 @@ bool TensorPlan::same_operand(const Operand& operand, const Entry& entry, const 
          same_dims(strides.stride, known.stride, known.ndim);
 }
 
-bool TensorPlan::same_state(const Entry& entry, PyObject* param_state, View* view) {
+bool TensorPlan::same_state(const Entry& entry, PyObject* param_state, View* view, Traces* traces) {
   const Tensor& tensor = plan_.tensor(entry.tensor);
   if (!PyDict_Check(param_state)) return false;
   const std::vector<py::object>& names = state_names_[size_t(tensor.rule)];
@@ -57,6 +57,7 @@ bool TensorPlan::same_state(const Entry& entry, PyObject* param_state, View* vie
     PyObject* value = PyDict_GetItemWithError(param_state, names[k].ptr());
     if (value == nullptr) return false;
     reader_.read(value, view);
+    if (traces->refreshed == 2) traces->state[k] = trace(value, *view);
     const Operand& operand = tensor.state[k];
     const bool same = is_coded(operand.format)
                           ? view->data == operand.data && is_codes(*view, operand.format, tensor.numel)
@@ -64,17 +65,21 @@ bool TensorPlan::same_state(const Entry& entry, PyObject* param_state, View* vie
     if (!same) return false;
   }
   if (entry.logical && !same_special(tensor, param_state, view)) return false;
-  return same_number(tensor.step, step_name_, tensor.step_on_device, param_state, view) &&
-         same_number(tensor.scalar, scalar_names_[size_t(tensor.rule)], tensor.step_on_device, param_state, view);
+  const bool tracing = traces->refreshed == 2;
+  return same_number(tensor.step, step_name_, tensor.step_on_device, param_state, view,
+                     tracing ? &traces->step : nullptr) &&
+         same_number(tensor.scalar, scalar_names_[size_t(tensor.rule)], tensor.step_on_device, param_state, view,
+                     tracing ? &traces->scalar : nullptr);
 }
 
 // The step counter, or a scalar state.
 bool TensorPlan::same_number(const Number& number, const py::object& name, bool on_device, PyObject* param_state,
-                             View* view) const {
+                             View* view, Trace* trace_of) const {
   if (!number) return true;
   PyObject* value = PyDict_GetItemWithError(param_state, name.ptr());
   if (value == nullptr) return false;
   reader_.read(value, view);
+  if (trace_of != nullptr) *trace_of = trace(value, *view);
   const Number found = number_of(*view, on_device);
   return found.data == number.data && found.type == number.type;
 }
@@ -163,6 +168,8 @@ bool TensorPlan::refresh_gradients(const py::list& param_groups, const py::dict&
       if (!tensor.active) continue;
       has_gradients_ = true;
       reader_.read(param.ptr(), &view);
+      int32_t& refreshed = traces_[next - 1].refreshed;
+      if (refreshed < 3 && ++refreshed == 2) traces_[next - 1].p = trace(param, view);
       if (!same_operand(tensor.p, entry, view) || !same_strides(entry, view)) return false;
       reader_.read(gradient.ptr(), &view);
       if (!fits(view) || !same_shape(entry, view)) return false;
@@ -199,7 +206,7 @@ bool TensorPlan::refresh_states(const py::dict& state) {
         if (trace->object != nullptr) trace->prefetch();
     }
     if (index < 0 || !plan_.tensor(entries_[index].tensor).active) continue;
-    if (!same_state(entries_[index], value, &view)) return false;
+    if (!same_state(entries_[index], value, &view, &traces_[index])) return false;
     held_.push_back(py::reinterpret_borrow<py::object>(value));
   }
   return item == state_items_.size();

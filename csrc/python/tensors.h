@@ -7,6 +7,7 @@
 #include <array>
 #include <map>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "cuda/executor.h"
@@ -36,6 +37,9 @@ class TensorPlan {
   // of a deferred one that is to be updated from now on, or -1 for the next one.
   void add(py::handle param, py::handle state, int group, int rule, bool fresh, bool counts, bool step_on_device,
            const std::vector<int>& formats, bool draws, const std::array<int64_t, 3>& place, int64_t at);
+  // All parameters of a group, which Reader::ready has found so. `state`: of each parameter the dictionary of its
+  // states.
+  void add_ready(const py::list& params, const py::dict& state, int group, int rule, bool counts, bool step_on_device);
   // A parameter that has no states, since it never had a gradient. The plan does not hold as soon as it has one.
   void defer(py::handle param, int group);
   // A parameter that another backend updates.
@@ -81,6 +85,7 @@ class TensorPlan {
   };
   struct Traces {
     Trace p, g, state[kMaxStates], step, scalar;
+    int32_t refreshed = 0;  // with a gradient: traces are taken the second time, since a plan may serve for one step
   };
   struct Entry {
     PyObject* param;
@@ -100,7 +105,7 @@ class TensorPlan {
   py::list updated();
   Trace trace(py::handle tensor, const View& view) const;
   py::object gradient_of(PyObject* param, const py::dict& inputs) const;
-  bool same_state(const Entry& entry, PyObject* param_state, View* view);
+  bool same_state(const Entry& entry, PyObject* param_state, View* view, Traces* traces);
   bool same_special(const Tensor& tensor, PyObject* param_state, View* view);
   Order order_of(const Entry& entry) const;
   bool is_beside(const View& view, Storage storage, int64_t count) const;
@@ -108,8 +113,8 @@ class TensorPlan {
   bool is_scales(const View& view, int64_t numel) const;
   bool is_remainder(const View& view, Format format, int64_t numel) const;
   bool same_operand(const Operand& operand, const Entry& entry, const View& view) const;
-  bool same_number(const Number& number, const py::object& name, bool on_device, PyObject* param_state,
-                   View* view) const;
+  bool same_number(const Number& number, const py::object& name, bool on_device, PyObject* param_state, View* view,
+                   Trace* trace_of) const;
   bool same_shape(const Entry& entry, const View& view) const;
   bool same_strides(const Entry& entry, const View& view) const;
   Operand operand_of(const Entry& entry, const View& view, Format format, int32_t* slot, const char* what);
@@ -134,6 +139,7 @@ class TensorPlan {
   std::vector<Entry> entries_;
   std::vector<Traces> traces_;  // of each entry
   std::vector<int64_t> dims_;
+  std::unordered_map<PyObject*, PyObject*> state_of_;       // of each parameter, until seal()
   std::vector<std::pair<PyObject*, int32_t>> state_items_;  // key and entry of each item of optimizer.state
 };
 

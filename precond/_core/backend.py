@@ -134,9 +134,17 @@ def known(backend: str | None, tensors: list[Tensor]) -> str | None:
     if _C is None or not reader().alike(tensors):
         return None
     p = tensors[0]
-    if p.is_cpu:
-        return "cpu" if backend in (None, "cpu") else None
-    return "cuda" if p.is_cuda and backend in (None, "cuda") and not why_not_on(p.device.index) else None
+    home = home_of(backend, -1 if p.is_cpu else p.device.index) if p.is_cpu or p.is_cuda else None
+    return None if home is None else home[0]
+
+
+def home_of(backend: str | None, index: int) -> tuple[str, torch.device] | None:
+    """The compiled backend that updates plain tensors of a device, by its index among CUDA's or -1 for the CPU; None where
+    another one was asked for, or none can.
+    """
+    if index < 0:
+        return ("cpu", torch.device("cpu")) if backend in (None, "cpu") else None
+    return ("cuda", torch.device("cuda", index)) if backend in (None, "cuda") and not why_not_on(index) else None
 
 
 def choose(backend: str | None, tensors: list[Tensor], name: str = "a parameter") -> str:

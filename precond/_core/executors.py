@@ -5,6 +5,7 @@ compares every address with what it saw; what the other two update is checked an
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -75,19 +76,21 @@ class Entry(NamedTuple):
     number: int
     group: int
     position: int
-    #: What errors call it.
-    name: str
 
     def param(self, step: Step) -> Tensor:
         """It itself."""
         p: Tensor = step.groups[self.group]["params"][self.position]
         return p
 
+    def name(self, step: Step) -> str:
+        """What errors call it."""
+        return name_of(step.groups[self.group], self.group, self.position)
+
 
 def entries_of(step: Step) -> list[Entry]:
     """All parameters, by their numbers."""
     places = [(index, i) for index, group in enumerate(step.groups) for i in range(len(group["params"]))]
-    return [Entry(number, index, i, name_of(step.groups[index], index, i)) for number, (index, i) in enumerate(places)]
+    return [Entry(number, index, i) for number, (index, i) in enumerate(places)]
 
 
 class Compiled:
@@ -106,8 +109,8 @@ class Compiled:
         fresh: set[int],
         captured: list[Any],
     ) -> None:
-        """``entries``: all parameters; the plan takes its own. ``layouts``: of the parameters, by number. ``fresh``: numbers of
-        those whose states are new. ``captured``: where plans are kept that graphs were captured from.
+        """``entries``: all parameters; the plan takes its own. ``layouts``: by number, of those that were not found ready.
+        ``fresh``: numbers of those whose states are new. ``captured``: where plans are kept that graphs were captured from.
         """
         assert _backend._C is not None
         self.backend, self.device = backend, device
@@ -122,11 +125,8 @@ class Compiled:
             device=-1 if backend == "cpu" else device.index or 0,
         )
         own = backend, device
-        for entry, home in entries:
-            if home == own:
-                self._add(step, states, entry, layouts[entry.number], fresh)
-            else:
-                (self.plan.defer if home is None else self.plan.ignore)(entry.param(step), entry.group)
+        for index, members in itertools.groupby(entries, lambda pair: pair[0].group):
+            self._add_group(step, states, index, [*members], own, layouts, fresh)
         self.plan.seal(step.state)
 
     @property
@@ -136,6 +136,34 @@ class Compiled:
         """
         found: list[int] = self.plan.newcomers
         return found
+
+    def _add_group(
+        self,
+        step: Step,
+        states: States,
+        index: int,
+        members: list[tuple[Entry, Home]],
+        own: tuple[str, torch.device],
+        layouts: dict[int, Layout],
+        fresh: set[int],
+    ) -> None:
+        group, rule = step.groups[index], step.rows[index].rule
+        if all(home == own and entry.number not in layouts for entry, home in members):
+            self.plan.add_ready(
+                group["params"],
+                step.state,
+                group=index,
+                rule=_number_and_hyper(rule)[0],
+                counts=states.counts(group["params"][0], rule),
+                step_on_device=counts_beside(group, self.backend),
+            )
+            return
+        for entry, home in members:
+            p = entry.param(step)
+            if home == own:
+                self._add(step, states, entry, layouts.get(entry.number) or states.layout(p, group, rule), fresh)
+            else:
+                (self.plan.defer if home is None else self.plan.ignore)(p, index)
 
     def adopt(
         self, step: Step, states: States, newcomers: list[Entry], layouts: dict[int, Layout], fresh: set[int]
@@ -245,7 +273,9 @@ class InPython:
         p, row = entry.param(step), step.rows[entry.group]
         if step.input_of(p) is None:
             return True
-        if checks.backend_of(entry.name, p, step, row, self.states) != self.backend or self.states.missing(p, row.rule):
+        if checks.backend_of(entry.name(step), p, step, row, self.states) != self.backend or self.states.missing(
+            p, row.rule
+        ):
             return False
         if not self.states.counts(p, row.rule):
             return True

@@ -61,6 +61,9 @@ class JobStates:
         """The rule's states of one number, with their initial value."""
         return reference.RULES[rule].scalars
 
+    def keys(self, group: Group, rule: str) -> None:
+        """None: the caller has made the states, whatever they are."""
+
     def present(self, p: Tensor, rule: str) -> dict[str, Tensor]:
         """Those that exist."""
         return present_of(self.state, p, self._names)

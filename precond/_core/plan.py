@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from . import backend as _backend
 from . import formats
 from .checks import Checks
 from .clipping import Executor, Report, begin
@@ -54,14 +55,18 @@ class StepPlan:
         self._memory = Memory()
         # While a step runs: what the states were that it has made or converted.
         self._before: list[tuple[Tensor, dict[str, Any] | None]] = []
-        entries = self._check(step)
+        entries, ready = self._check(step)
         #: The class of each parameter's norm, and the process groups of each class; None where the step has no norm.
         self.norm_classes: tuple[list[int], list[tuple[Any, ...]]] | None = None
         if self.settings["max_grad_norm"] is not None:
             of, over = norm_classes(step.groups, self.settings["norm_process_group"])
             self.norm_classes = [of[p] for p in parameters(step)], over
         try:
-            layouts = {entry.number: self._make_states(step, entry) for entry, home in entries if home is not None}
+            layouts = {
+                entry.number: self._make_states(step, entry)
+                for entry, home in entries
+                if home is not None and entry.number not in ready
+            }
             self._note_made(step)
             self.in_python = []
             for kind in (Reference, Triton):
@@ -80,21 +85,21 @@ class StepPlan:
             raise
         self.executors: list[Executor] = [*self.compiled, *self.in_python]
 
-    def _check(self, step: Step) -> list[tuple[Entry, Home]]:
+    def _check(self, step: Step) -> tuple[list[tuple[Entry, Home]], set[int]]:
         """Check every parameter that has a gradient, or could be updated as soon as it has one, before anything changes. Returns
-        the homes of all.
+        the homes of all, and the numbers of those that have every state as it should be.
         """
         entries = entries_of(step)
-        homes: list[Home] = []
         tensors: list[Tensor] = []
         owners: list[tuple[int, str]] = []
+        homes = self._homes_of_ready(step, len(entries), tensors, owners)
+        ready = {number for number, home in enumerate(homes) if home is not None}
         moving: set[int] = set()
         for entry in entries:
             has_gradient = step.input_of(entry.param(step)) is not None
             if has_gradient:
                 moving.add(entry.number)
-            elif not self._is_ready(step, entry):
-                homes.append(None)
+            if entry.number in ready or not (has_gradient or self._has_states(step, entry)):
                 continue
             try:
                 home = self._home(step, entry)
@@ -104,31 +109,50 @@ class StepPlan:
                 if has_gradient:
                     raise
                 # Whatever is wrong with it is an error of the step in which it gets a gradient.
-                homes.append(None)
                 continue
-            homes.append(home)
+            homes[entry.number] = home
             for key, t in self._written(step, entry, home):
                 tensors.append(t)
                 owners.append((entry.number, key))
-        for number in self._memory.check(tensors, owners, moving, lambda number: entries[number].name):
+        for number in self._memory.check(tensors, owners, moving, lambda number: entries[number].name(step)):
             homes[number] = None
-        return list(zip(entries, homes, strict=True))
+        return list(zip(entries, homes, strict=True)), ready
+
+    def _homes_of_ready(
+        self, step: Step, count: int, tensors: list[Tensor], owners: list[tuple[int, str]]
+    ) -> list[Home]:
+        """The homes of the parameters that a compiled backend takes as they are, all found in one call; None where a parameter must
+        be looked at. What a step writes of them is added to ``tensors``, and whose it is to ``owners``.
+        """
+        if _backend._C is None or torch.is_grad_enabled():
+            return [None] * count
+        groups: list[tuple[list[Tensor], tuple[str, ...] | None, tuple[str, ...], bool]] = []
+        for group, row in zip(step.groups, step.rows, strict=True):
+            names, numbers = self.states.keys(group, row.rule) or (None, ())
+            groups.append((group["params"], names, numbers, counts_beside(group, "cuda")))
+        found = _backend.reader().ready(groups, step.inputs, step.state, tensors, owners)
+        homes = {index: _backend.home_of(self.settings["backend"], index) for index in {*found} - {None}}
+        if None in homes.values():  # another backend updates those of such a device
+            tensors.clear()
+            owners.clear()
+            return [None] * count
+        return [None if index is None else homes[index] for index in found]
 
     def _home(self, step: Step, entry: Entry) -> tuple[str, torch.device]:
         """Backend and device of a parameter, which is checked."""
         p = entry.param(step)
         if p.is_meta and step.groups[entry.group].get("fused"):
             raise RuntimeError(
-                f"`fused=True` requires all the params to be floating point Tensors with memory, got {entry.name} on meta"
+                f"`fused=True` requires all the params to be floating point Tensors with memory, got {entry.name(step)} on meta"
             )
-        return self.checks.backend_of(entry.name, p, step, step.rows[entry.group], self.states), local(p).device
+        return self.checks.backend_of(entry.name(step), p, step, step.rows[entry.group], self.states), local(p).device
 
     def _layout(self, step: Step, entry: Entry) -> Layout:
         """The formats of a parameter and its states; raises where they are not what they say: a checkpoint can bring anything."""
         p, rule = entry.param(step), step.rows[entry.group].rule
         layout = self.states.layout(p, step.groups[entry.group], rule)
         if not layout.plain:
-            formats.check(entry.name, p, step.state[p], self.states.names(rule), layout)
+            formats.check(entry.name(step), p, step.state[p], self.states.names(rule), layout)
         return layout
 
     def _written(self, step: Step, entry: Entry, home: tuple[str, torch.device]) -> Iterator[tuple[str, Tensor]]:
@@ -144,7 +168,7 @@ class StepPlan:
             if isinstance(t, Tensor) and (t.dim() or beside) and key not in shared:
                 yield key, local(t)
 
-    def _is_ready(self, step: Step, entry: Entry) -> bool:
+    def _has_states(self, step: Step, entry: Entry) -> bool:
         """True for a parameter that has all the states that its first gradient would make, or needs none."""
         p, group = entry.param(step), step.groups[entry.group]
         if self.states.missing(p, step.rows[entry.group].rule):
@@ -156,7 +180,7 @@ class StepPlan:
         p, group = entry.param(step), step.groups[entry.group]
         state = step.state.get(p)
         self._before.append((p, None if state is None else dict(state)))
-        if self.states.ensure(entry.name, p, group, step.rows[entry.group]) and step.input_of(p) is not None:
+        if self.states.ensure(entry.name(step), p, group, step.rows[entry.group]) and step.input_of(p) is not None:
             self.fresh.add(entry.number)
         layout = self._layout(step, entry)
         if not layout.plain and "remainder" in step.state[p]:

@@ -44,6 +44,11 @@ class States(Protocol):
     def scalars(self, rule: str) -> Mapping[str, float]:
         """A rule's states of one number, which live where the step counter does, with their initial value."""
 
+    def keys(self, group: Group, rule: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+        """What there is of a parameter that has all its states, where these are as their dtypes say: the names of states, and of
+        those of one number. None where a parameter may have others.
+        """
+
     def present(self, p: Tensor, rule: str) -> dict[str, Tensor]:
         """Those of a rule's states that exist, in its order."""
 
@@ -173,6 +178,21 @@ class ParamStates:
     def scalars(self, rule: str) -> Mapping[str, float]:
         """A rule's states of one number, with their initial value."""
         return reference.RULES[rule].scalars
+
+    def keys(self, group: Group, rule: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+        """What there is of a parameter that has all its states; None where formats or numbers of Python's stand beside them, or a
+        parameter that only counts, to which every step is its first.
+        """
+        names = self.names(rule)
+        if (
+            group.get("state_format") is not None
+            or group.get("weight_format") is not None
+            or self.recipe.numbers(group)
+        ):
+            return None
+        if not self.keeps_step(rule):
+            return names, ()
+        return (names, ("step", *self.scalars(rule))) if names else None
 
     def present(self, p: Tensor, rule: str) -> dict[str, Tensor]:
         """Those of a rule's states that exist, in its order."""

@@ -121,8 +121,8 @@ class StepPlan:
     def _homes_of_ready(
         self, step: Step, count: int, tensors: list[Tensor], owners: list[tuple[int, str]]
     ) -> list[Home]:
-        """The homes of the parameters that a compiled backend takes as they are, all found in one call; None where a parameter must
-        be looked at. What a step writes of them is added to ``tensors``, and whose it is to ``owners``.
+        """The homes of the parameters that a compiled backend takes as they are, found in one call. None: look at that parameter.
+        What a step writes of them is added to ``tensors``, and whose it is to ``owners``.
         """
         if _backend._C is None or torch.is_grad_enabled():
             return [None] * count

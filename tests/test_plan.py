@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from families import CLASSES, OPTIMIZERS, stock
-from support.cases import bits_equal
+from support.cases import BACKEND, bits_equal
 from support.training import assert_close, backward, model, train, with_values
 
 import precond
 from precond import _C
 from precond._core import backend as _backend
+from precond._core.executors import entries_of
+from precond._core.plan import StepPlan
 from precond._core.rows import Control, Step
 
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
@@ -194,3 +198,71 @@ def test_torch_set_num_threads_is_honoured():
         assert _C.openmp_threads() == before + 3
     finally:
         torch.set_num_threads(before)
+
+
+def odd_ones(optimizer, params):
+    """Parameters that must be looked at, each for another reason, and gradients that come and go."""
+    state = optimizer.state
+    params[0].grad = None
+    params[1].grad = params[1].grad.t().contiguous().t()
+    params[2].grad = params[2].grad.to_sparse()
+    state[params[3]]["mine"] = torch.zeros(3)
+    state[params[4]].clear()
+    for key, t in state[params[5]].items():
+        state[params[5]][key] = t.to(torch.bfloat16) if t.dim() else t.long()
+    for key, t in state[params[6]].items():
+        state[params[6]][key] = torch.stack([t, t])[1]
+    params[7].data = params[7].data.double()
+    params[7].grad = None
+    params[8].grad = torch._neg_view(params[8].grad)
+    params[9].data = params[9].data.to(torch.complex64)
+    params[9].grad = None
+
+
+@pytest.mark.skipif(BACKEND != "cpu", reason="parameters of the host are another backend's")
+@classes
+def test_what_is_found_in_one_call_is_what_looking_at_each_finds(row, monkeypatch):
+    """Parameters that a new plan takes as they are have the home, formats and states that every check gives them."""
+    found = StepPlan._homes_of_ready
+    taken = []
+
+    def checked(self, step, count, tensors, owners):
+        homes = found(self, step, count, tensors, owners)
+        written = []
+        for entry, home in zip(entries_of(step), homes, strict=True):
+            if home is None:
+                continue
+            taken.append(entry.number)
+            p, group, asked = entry.param(step), step.groups[entry.group], step.rows[entry.group]
+            assert self._home(step, entry) == home
+            assert self._layout(step, entry).plain
+            assert self._has_states(step, entry)
+            before = dict(step.state.get(p, {}))
+            assert not self.states.ensure("p", p, group, asked)
+            assert before.keys() == step.state.get(p, {}).keys()
+            assert all(step.state[p][key] is t for key, t in before.items())
+            written += [(entry.number, key, t) for key, t in self._written(step, entry, home)]
+        given = [(number, key, t) for (number, key), t in zip(owners, tensors, strict=True)]
+        assert len(given) == len(written)
+        assert all(a[:2] == b[:2] and a[2] is b[2] for a, b in zip(given, written, strict=True))
+        return homes
+
+    monkeypatch.setattr(StepPlan, "_homes_of_ready", checked)
+    params = [torch.nn.Parameter(torch.randn(4, 5)) for _ in range(12)]
+    optimizer = row.cls([{"params": params[:10]}, {"params": params[10:]}], **row.kwargs)
+    for p in params:
+        p.grad = torch.randn(4, 5)
+    there = bool(optimizer.state)  # Adagrad's are made with the optimizer
+    optimizer.step()
+    assert taken == ([*range(12)] if there else [])
+    taken.clear()
+    optimizer.engine.forget_plans()
+    optimizer.step()
+    assert taken == [*range(12)]
+    taken.clear()
+    counts = "step" in optimizer.state.get(params[5], ())
+    odd_ones(optimizer, params)
+    optimizer.engine.forget_plans()
+    with contextlib.suppress(RuntimeError, TypeError):  # of sparse gradients, and of states that are missing
+        optimizer.step()
+    assert taken == [0, 1, *([] if counts else [5]), 6, 10, 11]

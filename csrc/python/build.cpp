@@ -225,14 +225,10 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
 
 void TensorPlan::add_ready(const py::list& params, const py::dict& state, int group, int rule, bool counts,
                            bool step_on_device) {
-  if (state_of_.empty()) {
-    Py_ssize_t position = 0;
-    PyObject *key, *value;
-    while (PyDict_Next(state.ptr(), &position, &key, &value)) state_of_[key] = value;
-  }
+  if (state_of_.empty()) state_of_ = states_by_param(state);
   for (const py::handle param : params) {
     const auto found = state_of_.find(param.ptr());
-    const py::handle held = found == state_of_.end() ? py::handle(Py_None) : py::handle(found->second);
+    const py::object held = found == state_of_.end() ? py::none() : found->second;
     add(param, held, group, rule, false, counts, step_on_device, {}, false, {0, 0, 0}, -1);
   }
 }

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <string>
-#include <unordered_map>
 
 #include "plan/layout.h"
 
@@ -92,6 +91,14 @@ void Reader::read(PyObject* object, View* view) const {
     read_methods(object, view);
 }
 
+StateOf states_by_param(const py::dict& state) {
+  StateOf found;
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(state.ptr(), &position, &key, &value)) found[key] = py::reinterpret_borrow<py::object>(value);
+  return found;
+}
+
 // False where the memory of a tensor of the known types does not show its values.
 bool Reader::read_plain(PyObject* object, View* view) const {
   if (std::find(types_.begin(), types_.end(), Py_TYPE(object)) == types_.end()) return false;
@@ -126,13 +133,8 @@ bool Reader::alike(const py::list& tensors) const {
 
 py::list Reader::ready(const py::list& groups, const py::dict& inputs, const py::dict& state, py::list written,
                        py::list owners) const {
-  // A tensor's hash is a Python function: one walk instead of a look-up for each.
-  std::unordered_map<PyObject*, PyObject*> state_of;
-  Py_ssize_t position = 0;
-  PyObject *key, *value;
-  while (PyDict_Next(state.ptr(), &position, &key, &value)) state_of[key] = value;
+  const StateOf state_of = states_by_param(state);
   py::list devices;
-  View view;
   const py::str whole("");
   for (const py::handle item : groups) {
     const auto group = item.cast<py::tuple>();
@@ -147,7 +149,7 @@ py::list Reader::ready(const py::list& groups, const py::dict& inputs, const py:
       const py::int_ number(devices.size());
       Alike alike;
       const auto found = state_of.find(param.ptr());
-      PyObject* const held = found == state_of.end() ? nullptr : found->second;
+      PyObject* const held = found == state_of.end() ? nullptr : found->second.ptr();
       if (!is_ready(param, inputs, held, names, numbers, beside, &alike)) {
         devices.append(py::none());
         continue;
@@ -170,8 +172,9 @@ bool Reader::is_ready(py::handle param, const py::dict& inputs, PyObject* state,
                       const py::tuple& numbers, bool beside, Alike* alike) const {
   View view;
   if (!joins(param.ptr(), &view, alike) || param.attr("is_inference")().cast<bool>()) return false;
-  const bool given = !inputs.empty() && inputs.contains(param);
-  const py::object gradient = given ? py::object(inputs[param]) : py::object(param.attr("grad"));
+  PyObject* const given = inputs.empty() ? nullptr : PyDict_GetItemWithError(inputs.ptr(), param.ptr());
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  const py::object gradient = given == nullptr ? param.attr("grad") : py::reinterpret_borrow<py::object>(given);
   if (!gradient.is_none() && !joins(gradient.ptr(), &view, alike)) return false;
   // What else stands there must be looked at.
   const Py_ssize_t size = state == nullptr ? 0 : PyDict_Check(state) ? PyDict_GET_SIZE(state) : -1;

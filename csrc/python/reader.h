@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <unordered_map>
 #include <vector>
 
 #include "formats/formats.h"
@@ -28,6 +29,10 @@ struct View {
   std::vector<int64_t> owned;
   py::object plain;  // the tensor behind a wrapper, which may exist only for this view
 };
+
+// The states of each parameter, from optimizer.state, by one walk: a look-up calls a tensor's hash, a Python function.
+using StateOf = std::unordered_map<PyObject*, py::object>;
+StateOf states_by_param(const py::dict& state);
 
 // Reads tensors through DLPack's exchange table where torch has one (2.10 and newer), else through their methods.
 class Reader {

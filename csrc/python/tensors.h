@@ -7,7 +7,6 @@
 #include <array>
 #include <map>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "cuda/executor.h"
@@ -139,7 +138,7 @@ class TensorPlan {
   std::vector<Entry> entries_;
   std::vector<Traces> traces_;  // of each entry
   std::vector<int64_t> dims_;
-  std::unordered_map<PyObject*, PyObject*> state_of_;       // of each parameter, until seal()
+  StateOf state_of_;                                        // until seal()
   std::vector<std::pair<PyObject*, int32_t>> state_items_;  // key and entry of each item of optimizer.state
 };
 

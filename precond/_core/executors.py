@@ -5,7 +5,6 @@ compares every address with what it saw; what the other two update is checked an
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -104,13 +103,15 @@ class Compiled:
         states: States,
         backend: str,
         device: torch.device,
-        entries: list[tuple[Entry, Home]],
+        entries: list[Entry],
+        homes: list[Home],
         layouts: dict[int, Layout],
         fresh: set[int],
         captured: list[Any],
     ) -> None:
-        """``entries``: all parameters; the plan takes its own. ``layouts``: by number, of those that were not found ready.
-        ``fresh``: numbers of those whose states are new. ``captured``: where plans are kept that graphs were captured from.
+        """``entries``, ``homes``: of all parameters; the plan takes its own. ``layouts``: by number, of those that were not found
+        ready. ``fresh``: numbers of those whose states are new. ``captured``: where plans are kept that graphs were captured
+        from.
         """
         assert _backend._C is not None
         self.backend, self.device = backend, device
@@ -124,9 +125,19 @@ class Compiled:
             chunk=_CHUNK,
             device=-1 if backend == "cpu" else device.index or 0,
         )
-        own = backend, device
-        for index, members in itertools.groupby(entries, lambda pair: pair[0].group):
-            self._add_group(step, states, index, [*members], own, layouts, fresh)
+        own, end = (backend, device), 0
+        for index, group in enumerate(step.groups):
+            begin, end = end, end + len(group["params"])
+            if homes[begin:end].count(own) == end - begin > 0 and layouts.keys().isdisjoint(range(begin, end)):
+                self._add_ready(step, states, index)
+                continue
+            for entry in entries[begin:end]:
+                p = entry.param(step)
+                if homes[entry.number] != own:
+                    (self.plan.defer if homes[entry.number] is None else self.plan.ignore)(p, index)
+                    continue
+                layout = layouts.get(entry.number) or states.layout(p, group, step.rows[index].rule)
+                self._add(step, states, entry, layout, fresh)
         self.plan.seal(step.state)
 
     @property
@@ -137,33 +148,17 @@ class Compiled:
         found: list[int] = self.plan.newcomers
         return found
 
-    def _add_group(
-        self,
-        step: Step,
-        states: States,
-        index: int,
-        members: list[tuple[Entry, Home]],
-        own: tuple[str, torch.device],
-        layouts: dict[int, Layout],
-        fresh: set[int],
-    ) -> None:
+    def _add_ready(self, step: Step, states: States, index: int) -> None:
+        """Add a group whose parameters and states are all as their dtypes say."""
         group, rule = step.groups[index], step.rows[index].rule
-        if all(home == own and entry.number not in layouts for entry, home in members):
-            self.plan.add_ready(
-                group["params"],
-                step.state,
-                group=index,
-                rule=_number_and_hyper(rule)[0],
-                counts=states.counts(group["params"][0], rule),
-                step_on_device=counts_beside(group, self.backend),
-            )
-            return
-        for entry, home in members:
-            p = entry.param(step)
-            if home == own:
-                self._add(step, states, entry, layouts.get(entry.number) or states.layout(p, group, rule), fresh)
-            else:
-                (self.plan.defer if home is None else self.plan.ignore)(p, index)
+        self.plan.add_ready(
+            group["params"],
+            step.state,
+            group=index,
+            rule=_number_and_hyper(rule)[0],
+            counts=states.counts(group["params"][0], rule),
+            step_on_device=counts_beside(group, self.backend),
+        )
 
     def adopt(
         self, step: Step, states: States, newcomers: list[Entry], layouts: dict[int, Layout], fresh: set[int]

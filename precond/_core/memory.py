@@ -77,16 +77,19 @@ class Memory:
         return list(range(len(tensors))) if self._spans is None else self._spans.add(tensors)
 
     def check(
-        self, tensors: list[Tensor], owners: list[tuple[int, str]], moving: set[int], name_of: Callable[[int], str]
+        self, tensors: list[Tensor], owners: list[tuple[int, str]], about: Callable[[int], tuple[str, bool]]
     ) -> set[int]:
         """Raise if two of the tensors share memory, or one shares it with itself. ``owners``: of each the number of its parameter
-        and the key of the state, empty for the parameter itself. ``moving``: the numbers of the parameters that this step
-        updates. Of the others it returns those that would share memory if they were updated too.
+        and the key of the state, empty for the parameter itself. ``about``: by its number a parameter's name, and whether this
+        step updates it. Of those that it does not it returns the numbers of those that would share memory if they were updated.
         """
-        written = []
+        written, moving = [], set()
         for place in self.meeting(tensors):
             number, key = owners[place]
-            written.append(Written(number, name_of(number), key, tensors[place]))
+            name, moves = about(number)
+            written.append(Written(number, name, key, tensors[place]))
+            if moves:
+                moving.add(number)
         return _shared(written, moving)
 
 

@@ -55,26 +55,28 @@ class StepPlan:
         self._memory = Memory()
         # While a step runs: what the states were that it has made or converted.
         self._before: list[tuple[Tensor, dict[str, Any] | None]] = []
-        entries, ready = self._check(step)
+        entries = entries_of(step)
+        homes, ready = self._check(step, entries)
         #: The class of each parameter's norm, and the process groups of each class; None where the step has no norm.
         self.norm_classes: tuple[list[int], list[tuple[Any, ...]]] | None = None
         if self.settings["max_grad_norm"] is not None:
             of, over = norm_classes(step.groups, self.settings["norm_process_group"])
             self.norm_classes = [of[p] for p in parameters(step)], over
         try:
-            layouts = {
-                entry.number: self._make_states(step, entry)
-                for entry, home in entries
+            looked_at = [
+                (entry, home)
+                for entry, home in zip(entries, homes, strict=True)
                 if home is not None and entry.number not in ready
-            }
+            ]
+            layouts = {entry.number: self._make_states(step, entry) for entry, _ in looked_at}
             self._note_made(step)
             self.in_python = []
             for kind in (Reference, Triton):
-                if own := [entry for entry, home in entries if home is not None and home[0] == kind.backend]:
+                if own := [entry for entry, home in looked_at if home[0] == kind.backend]:
                     self.in_python.append(kind(step, own, states, self.fresh))
             self.compiled = [
-                Compiled(step, states, *home, entries, layouts, self.fresh, captured)
-                for home in dict.fromkeys(home for _, home in entries)
+                Compiled(step, states, *home, entries, homes, layouts, self.fresh, captured)
+                for home in dict.fromkeys(homes)
                 if home is not None and home[0] not in (Reference.backend, Triton.backend)
             ]
             if self.norm_classes is not None and len(self.norm_classes[1]) > 1:
@@ -85,21 +87,19 @@ class StepPlan:
             raise
         self.executors: list[Executor] = [*self.compiled, *self.in_python]
 
-    def _check(self, step: Step) -> tuple[list[tuple[Entry, Home]], set[int]]:
+    def _check(self, step: Step, entries: list[Entry]) -> tuple[list[Home], set[int]]:
         """Check every parameter that has a gradient, or could be updated as soon as it has one, before anything changes. Returns
         the homes of all, and the numbers of those that have every state as it should be.
         """
-        entries = entries_of(step)
         tensors: list[Tensor] = []
         owners: list[tuple[int, str]] = []
         homes = self._homes_of_ready(step, len(entries), tensors, owners)
         ready = {number for number, home in enumerate(homes) if home is not None}
-        moving: set[int] = set()
         for entry in entries:
+            if entry.number in ready:
+                continue
             has_gradient = step.input_of(entry.param(step)) is not None
-            if has_gradient:
-                moving.add(entry.number)
-            if entry.number in ready or not (has_gradient or self._has_states(step, entry)):
+            if not has_gradient and not self._has_states(step, entry):
                 continue
             try:
                 home = self._home(step, entry)
@@ -114,9 +114,14 @@ class StepPlan:
             for key, t in self._written(step, entry, home):
                 tensors.append(t)
                 owners.append((entry.number, key))
-        for number in self._memory.check(tensors, owners, moving, lambda number: entries[number].name(step)):
+
+        def about(number: int) -> tuple[str, bool]:
+            entry = entries[number]
+            return entry.name(step), step.input_of(entry.param(step)) is not None
+
+        for number in self._memory.check(tensors, owners, about):
             homes[number] = None
-        return list(zip(entries, homes, strict=True)), ready
+        return homes, ready
 
     def _homes_of_ready(
         self, step: Step, count: int, tensors: list[Tensor], owners: list[tuple[int, str]]

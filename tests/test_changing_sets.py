@@ -339,3 +339,23 @@ def test_gradients_of_a_wrapped_optimizer_are_freed():
     dropped = [weakref.ref(p.grad) for p in net.parameters()]
     optimizer.zero_grad()
     assert alive(dropped) == 0
+
+
+@formats
+@classes
+def test_states_that_were_deleted_are_made_anew_where_another_parameter_joins(row, form):
+    """A plan that takes in a newcomer has the other states' addresses: those of a deleted one may be somebody else's by now."""
+    ours, theirs = parameters(form), parameters(form)
+    a, b = (row.cls(params, **row.kwargs, **FORMATS[form]) for params in (ours, theirs))
+    for step, chosen in enumerate(({0, 1, 2}, {0, 1, 2}, {0, 2, 3}, {0, 1, 3, 4})):
+        for optimizer, params in ((a, ours), (b, theirs)):
+            give(params, step, chosen)
+            if step > 1:
+                optimizer.state.pop(params[0], None)
+        b.engine.forget_plans()
+        kept = [torch.zeros_like(p) for p in ours for _ in range(3)]
+        a.step()
+        b.step()
+        assert not any(t.any() for t in kept)
+        assert all(bits_equal(p, q) for p, q in zip(ours, theirs, strict=True))
+        same_states(a, b)

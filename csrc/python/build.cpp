@@ -210,6 +210,7 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
       throw py::type_error("state " + py::str(name).cast<std::string>() +
                            " must be a tensor of one float32 or float64, beside step");
   }
+  entry.has_state = !names.empty() || counts || tensor.scalar || has_remainder(tensor.p.format) || draws;
   if (at < 0) {
     entry.tensor = plan_.add(tensor);
     entries_.push_back(entry);
@@ -251,14 +252,21 @@ void TensorPlan::defer(py::handle param, int group) {
 
 void TensorPlan::seal(const py::dict& state) {
   std::unordered_map<PyObject*, int32_t> entry_of;
-  for (size_t i = 0; i < entries_.size(); ++i)
-    if (entries_[i].kind == Kind::kUpdated) entry_of[entries_[i].param] = int32_t(i);
+  size_t missing = 0;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (entries_[i].kind != Kind::kUpdated) continue;
+    entry_of[entries_[i].param] = int32_t(i);
+    missing += entries_[i].has_state;
+  }
   state_of_.clear();
   state_items_.clear();
   for (const auto& item : state) {
     const auto found = entry_of.find(item.first.ptr());
     state_items_.emplace_back(item.first.ptr(), found == entry_of.end() ? -1 : found->second);
+    if (found != entry_of.end()) missing -= entries_[size_t(found->second)].has_state;
   }
+  // States that were deleted before a newcomer joined: nothing else would look for them, and a step would write them.
+  complete_ = missing == 0;
 }
 
 void TensorPlan::set_norm_classes(const std::vector<int>& classes) {

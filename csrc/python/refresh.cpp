@@ -133,7 +133,7 @@ bool TensorPlan::refresh(const py::list& param_groups, const py::dict& state, co
     rows_.push_back(request.row);
   }
   try {
-    if (refresh_gradients(param_groups, inputs)) return newcomers_.empty() && refresh_states(state);
+    if (complete_ && refresh_gradients(param_groups, inputs)) return newcomers_.empty() && refresh_states(state);
   } catch (const std::exception&) {
     // Something is there that cannot be read (a sparse gradient, None for a state): whoever builds the next plan checks
     // everything and says what it is.

@@ -93,6 +93,7 @@ class TensorPlan {
     int32_t tensor = -1;  // deferred ones have one too, so that norms are added up in the order of the parameters
     int32_t ndim = 0;
     int32_t g_slot = kDense;  // strides of a gradient that is not dense
+    bool has_state = false;   // something in optimizer.state that a step reads or writes
     bool logical = false;     // visited in the order of indices, not of memory
     int64_t dims = 0;         // shape, then strides of the parameter
   };
@@ -129,6 +130,7 @@ class TensorPlan {
   std::vector<Override> overrides_;
   std::vector<int64_t> newcomers_;
   bool has_gradients_ = false;
+  bool complete_ = false;  // seal() found the states of every parameter that is updated
   // Gradients and the dictionaries of states, from refresh() to release(): while the GIL is released another thread may
   // give the optimizer others.
   std::vector<py::object> held_;

@@ -359,3 +359,19 @@ def test_states_that_were_deleted_are_made_anew_where_another_parameter_joins(ro
         assert not any(t.any() for t in kept)
         assert all(bits_equal(p, q) for p, q in zip(ours, theirs, strict=True))
         same_states(a, b)
+
+
+@pytest.mark.parametrize("weight_format", ["stochastic", "split24", "split32"])
+def test_a_weight_format_may_come_to_a_parameter_that_has_no_gradient(weight_format):
+    """It gets what stands beside it when it has one."""
+    p, q = (torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = precond.AdamW([p, q])
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    optimizer.step()
+    optimizer.param_groups[0]["weight_format"] = weight_format
+    q.grad = None
+    optimizer.step()
+    q.grad = torch.ones_like(q)
+    optimizer.step()
+    assert optimizer.state[p].keys() == optimizer.state[q].keys()
+    assert (optimizer.state[p]["step"].item(), optimizer.state[q]["step"].item()) == (3, 2)

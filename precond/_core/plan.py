@@ -178,7 +178,11 @@ class StepPlan:
         p, group = entry.param(step), step.groups[entry.group]
         if self.states.missing(p, step.rows[entry.group].rule):
             return False
-        return group.get("weight_format") is None or not is_half(p) or bool(step.state.get(p))
+        weight_format = group.get("weight_format")
+        if weight_format is None or not is_half(p):
+            return True
+        state = step.state.get(p, {})
+        return formats.has_remainder(state, weight_format, p) if weight_format.startswith("split") else bool(state)
 
     def _make_states(self, step: Step, entry: Entry) -> Layout:
         """Make what is missing of a parameter's states. Returns their formats."""

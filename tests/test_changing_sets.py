@@ -375,3 +375,22 @@ def test_a_weight_format_may_come_to_a_parameter_that_has_no_gradient(weight_for
     optimizer.step()
     assert optimizer.state[p].keys() == optimizer.state[q].keys()
     assert (optimizer.state[p]["step"].item(), optimizer.state[q]["step"].item()) == (3, 2)
+
+
+@pytest.mark.parametrize("why", ["norm", "scaler"])
+def test_a_skipped_first_step_and_then_a_newcomer_write_no_freed_state(why):
+    """The skip takes the new states back; the plan still has their addresses when it takes in another parameter."""
+    p, q = (torch.nn.Parameter(torch.ones(1000)) for _ in range(2))
+    settings = {"max_grad_norm": 1.0, "nonfinite": "skip"} if why == "norm" else {"fused": True}
+    optimizer = precond.AdamW([p, q], **settings)
+    p.grad = torch.full((1000,), float("inf"))
+    if why == "scaler":
+        optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    kept = [torch.zeros(1000) for _ in range(8)]
+    if why == "scaler":
+        optimizer.found_inf = torch.tensor(0.0)
+    p.grad, q.grad = torch.ones(1000), torch.ones(1000)
+    optimizer.step()
+    assert [optimizer.state[t]["step"].item() for t in (p, q)] == [1, 1]
+    assert not any(t.any() for t in kept)

@@ -79,6 +79,12 @@ def test_columns_of_a_matrix_can_be_cut(tmp_path):
         deep.grad = DTensor.from_local(torch.zeros(64, 2, 64), mesh, [Shard(2)])
         with pytest.raises(RuntimeError, match=r"must have placements Shard\(0\), Shard\(1\) or Replicate"):
             precond.AdamW([deep], state_format="int8").step()
+        rows = torch.nn.Parameter(DTensor.from_local(values.clone(), mesh, [Shard(0)]))
+        c = precond.AdamW([rows], weight_format="stochastic", state_format="int4")
+        rows.grad = DTensor.from_local(g, mesh, [Shard(0)])
+        c.load_state_dict(b.state_dict())
+        with pytest.raises(TypeError, match="exp_avg of parameter 0 of group 0 must be placed as the parameter"):
+            c.step()
     finally:
         dist.destroy_process_group()
 

@@ -123,6 +123,9 @@ def check(name: str, p: Tensor, state: dict[str, Any], names: tuple[str, ...], l
             expected[key] = (dtype, n, p.shape[:-1]) if form.endswith("8") else (dtype, (n + 1) // 2, per_row)
             expected[f"{key}_scale"] = torch.bfloat16, -(-n // GROUP), per_row
     for key, (dtype, count, rows) in expected.items():
+        placed = [(getattr(t, "device_mesh", None), getattr(t, "placements", None)) for t in (p, state[key])]
+        if placed[0] != placed[1] and placed[0][0] is not None:
+            raise TypeError(f"{key} of {name} must be placed as the parameter, {placed[0]}, got {placed[1]}")
         t = local(state[key])
         found = t.dtype, t.numel(), t.device, state[key].shape[:-1]
         if found != (dtype, count, local(p).device, rows) or not t.is_contiguous():

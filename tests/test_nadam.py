@@ -115,3 +115,13 @@ def test_a_skipped_step_leaves_it(backend):
 def test_a_momentum_decay_below_0_is_an_error():
     with pytest.raises(ValueError, match=r"Invalid momentum_decay value: -1.0 \(momentum_decay must be >= 0\)"):
         precond.NAdam([torch.nn.Parameter(torch.ones(1))], momentum_decay=-1.0)
+
+
+@pytest.mark.skipif(BACKEND != "cpu", reason="there parameters are on a supported device")
+@pytest.mark.parametrize("cls", [precond.NAdam, precond.RAdam])
+def test_fused_in_a_group_does_not_make_the_cpu_capturable(cls):
+    """torch's classes have no fused step, so that no step takes the place of the one that refuses."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.raises(AssertionError, match="must be on supported devices"):
+        cls([{"params": [p], "fused": True}], capturable=True).step()

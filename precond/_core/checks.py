@@ -121,9 +121,11 @@ def check_options(group: Group, options: Mapping[str, Any], owner: type[object])
         raise ValueError(f"l1_cap must be > 0, got {group['l1_cap']}")
 
 
-def check_capturable(group: Group) -> None:
-    """Raise torch's error for capturable=True and a parameter that is not on a supported device. torch's fused step has none."""
-    if group.get("capturable") and not group.get("fused") and not _backend.cuda_on_host():
+def check_capturable(group: Group, *, fused: bool) -> None:
+    """Raise torch's error for capturable=True and a parameter that is not on a supported device. The fused step of torch's
+    classes that have one raises none.
+    """
+    if group.get("capturable") and not fused and not _backend.cuda_on_host():
         devices = _get_capturable_supported_devices()
         if any(p.grad is not None and p.device.type not in devices for p in group["params"]):
             raise AssertionError(f"If capturable=True, params and state_steps must be on supported devices: {devices}.")

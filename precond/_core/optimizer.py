@@ -197,7 +197,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _checked_row(self, group: dict[str, Any]) -> Row:
         self._check_group(group)  # a scheduler or a checkpoint may have changed it
         if "capturable" in self.defaults:  # other classes ignore it, as torch's do
-            check_capturable(group)
+            check_capturable(group, fused=bool("fused" in self.defaults and group.get("fused")))
         row = self._row(group)
         check_numbers(row, group)
         return row

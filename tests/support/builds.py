@@ -35,8 +35,10 @@ def beside_the_extension(*targets):
     """Build targets in the folder of ``make build``, from the objects that are there. Returns the folder."""
     import pybind11
 
+    # As setup.py: the cache may remember another Python.
+    anew = "-UPython*", "-U_Python*", "-Upybind11*"
     where = f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"
-    return build("editable", *where, targets=targets)
+    return build("editable", *anew, *where, targets=targets)
 
 
 def sanitized(sanitizers, *targets, few=True):

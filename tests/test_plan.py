@@ -13,9 +13,8 @@ from support.training import assert_close, backward, model, train, with_values
 import precond
 from precond import _C
 from precond._core import backend as _backend
-from precond._core.executors import entries_of
 from precond._core.plan import StepPlan
-from precond._core.rows import Control, Step
+from precond._core.rows import Control, Step, entries_of
 
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 classes = pytest.mark.parametrize("row", CLASSES, ids=lambda row: row.cls.__name__)

@@ -55,8 +55,7 @@ TensorPlan::Trace TensorPlan::trace(py::handle tensor, const View& view) const {
 
 // What a plan can update. Tensors without memory of their own (fake, meta, lazy zeros) have no address.
 bool TensorPlan::fits(const View& view) const {
-  const bool known = view.storage == Storage::fp32 || view.storage == Storage::bf16 || view.storage == Storage::fp16;
-  if (!known || view.device != device_) return false;
+  if (!is_value(view.storage) || view.device != device_) return false;
   if (view.data != nullptr) return true;
   for (int d = 0; d < view.ndim; ++d)
     if (view.shape[d] == 0) return true;
@@ -65,9 +64,7 @@ bool TensorPlan::fits(const View& view) const {
 
 // The step counter or a scalar state, of one element in any number of dimensions; none where it cannot be one.
 Number TensorPlan::number_of(const View& view, bool on_device) const {
-  if (view.device != (on_device ? device_ : kCpuDevice)) return {};
-  for (int d = 0; d < view.ndim; ++d)
-    if (view.shape[d] != 1) return {};
+  if (view.device != (on_device ? device_ : kCpuDevice) || !is_one_element(view)) return {};
   switch (view.storage) {
     case Storage::fp32:
       return {view.data, NumberType::fp32};

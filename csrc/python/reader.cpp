@@ -112,8 +112,7 @@ bool Reader::read_plain(PyObject* object, View* view) const {
 
 bool Reader::joins(PyObject* object, View* view, Alike* alike) const {
   if (!read_plain(object, view)) return false;
-  const bool known = view->storage == Storage::fp32 || view->storage == Storage::bf16 || view->storage == Storage::fp16;
-  if (!known || view->complex || view->data == nullptr || view->ndim > kMaxDims) return false;
+  if (!is_value(view->storage) || view->complex || view->data == nullptr || view->ndim > kMaxDims) return false;
   if (alike->device == kOtherDevice) {
     alike->shape.assign(view->shape, view->shape + view->ndim);
     alike->device = view->device;
@@ -188,7 +187,7 @@ bool Reader::is_ready(py::handle param, const py::dict& inputs, PyObject* state,
     if (value == nullptr || !read_plain(value, &view)) return false;
     if (view.device != (beside ? alike->device : kCpuDevice)) return false;
     if (view.storage != Storage::fp32 && view.storage != Storage::fp64) return false;
-    if (std::any_of(view.shape, view.shape + view.ndim, [](int64_t n) { return n != 1; })) return false;
+    if (!is_one_element(view)) return false;
   }
   return true;
 }

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <unordered_map>
 #include <vector>
 
@@ -29,6 +30,15 @@ struct View {
   std::vector<int64_t> owned;
   py::object plain;  // the tensor behind a wrapper, which may exist only for this view
 };
+
+// True for what the kernels take as values.
+inline bool is_value(Storage storage) {
+  return storage == Storage::fp32 || storage == Storage::bf16 || storage == Storage::fp16;
+}
+
+inline bool is_one_element(const View& view) {
+  return std::all_of(view.shape, view.shape + view.ndim, [](int64_t n) { return n == 1; });
+}
 
 // The states of each parameter, from optimizer.state, by one walk: a look-up calls a tensor's hash, a Python function.
 using StateOf = std::unordered_map<PyObject*, py::object>;

@@ -10,10 +10,9 @@ from torch import Tensor
 from . import backend as _backend
 from .checks import Checks
 from .clipping import Report
-from .executors import parameters
 from .norm import NormClasses
 from .plan import Outcome, StepPlan
-from .rows import Step
+from .rows import Step, parameters
 from .sharding import aligned_gradients, local
 from .states import States
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from . import formats
 from .checks import Checks
 from .formats import Layout
 from .norm import NOTHING, Clip, NormClasses, reference_part
-from .rows import Control, Row, Step, name_of
+from .rows import Control, Entry, Row, Step
 from .sharding import local
 from .states import States, counts_beside, is_counter, next_step
 
@@ -61,35 +61,6 @@ def _number_and_hyper(rule: str) -> tuple[int, tuple[str, ...]]:
 
 #: Backend and device of a parameter that a plan has; None for one that joins when it gets a gradient.
 Home = tuple[str, torch.device] | None
-
-
-def parameters(step: Step) -> list[Tensor]:
-    """All parameters, by their numbers."""
-    return [p for group in step.groups for p in group["params"]]
-
-
-class Entry(NamedTuple):
-    """Where a parameter stands: a plan keeps no tensor alive."""
-
-    #: Among all parameters.
-    number: int
-    group: int
-    position: int
-
-    def param(self, step: Step) -> Tensor:
-        """It itself."""
-        p: Tensor = step.groups[self.group]["params"][self.position]
-        return p
-
-    def name(self, step: Step) -> str:
-        """What errors call it."""
-        return name_of(step.groups[self.group], self.group, self.position)
-
-
-def entries_of(step: Step) -> list[Entry]:
-    """All parameters, by their numbers."""
-    places = [(index, i) for index, group in enumerate(step.groups) for i in range(len(group["params"]))]
-    return [Entry(number, index, i) for number, (index, i) in enumerate(places)]
 
 
 class Compiled:

@@ -15,11 +15,11 @@ from . import backend as _backend
 from . import formats
 from .checks import Checks
 from .clipping import Executor, Report, begin
-from .executors import Compiled, Entry, Home, Reference, Triton, entries_of, parameters
+from .executors import Compiled, Home, Reference, Triton
 from .formats import Layout, is_half
 from .memory import Memory
 from .norm import NormClasses, local_total, norm_classes
-from .rows import Step
+from .rows import Entry, Step, entries_of, parameters
 from .sharding import local
 from .states import States, counts_beside
 

@@ -70,3 +70,32 @@ class Step(NamedTuple):
     def formats(self) -> list[tuple[Any, Any]]:
         """The formats that groups ask for."""
         return [(group.get("state_format"), group.get("weight_format")) for group in self.groups]
+
+
+def parameters(step: Step) -> list[Tensor]:
+    """All parameters, by their numbers."""
+    return [p for group in step.groups for p in group["params"]]
+
+
+class Entry(NamedTuple):
+    """Where a parameter stands: a plan keeps no tensor alive."""
+
+    #: Among all parameters.
+    number: int
+    group: int
+    position: int
+
+    def param(self, step: Step) -> Tensor:
+        """It itself."""
+        p: Tensor = step.groups[self.group]["params"][self.position]
+        return p
+
+    def name(self, step: Step) -> str:
+        """What errors call it."""
+        return name_of(step.groups[self.group], self.group, self.position)
+
+
+def entries_of(step: Step) -> list[Entry]:
+    """All parameters, by their numbers."""
+    places = [(index, i) for index, group in enumerate(step.groups) for i in range(len(group["params"]))]
+    return [Entry(number, index, i) for number, (index, i) in enumerate(places)]

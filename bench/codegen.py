@@ -52,8 +52,6 @@ STORAGE = [
 ]
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CPP_FORMATS = {"Fp32": "fp32", "Bf16": "bf16", "Fp16": "fp16"}
-# Elements of a thread in the kernels of formats that do not stand alone: kRun in csrc/cuda/formats.cuh.
-RUN = 8
 # Whose times the rows have.
 GPU = GPUS["H200"]
 # Approximations, flushed denormals, and operations that the assembler may still fuse.
@@ -129,13 +127,16 @@ def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
         rule = rule_named(found[1])
         p, g, s = (CPP_FORMATS[f] for f in found.groups()[1:])
         states = _C.rules[rule].states
-        pack = 4 if (p, g, s) == PLAIN else 8
+        # 16 bytes of the widest operand; of 16-bit ones beside it, 8 bytes.
+        pack = 4 if "fp32" in (p, g, s) else 8
         packs = 2 if pack == 4 else 1
         # Copies of the rule in the code: the loop over packs, the single pack, the single element.
         copies = packs * pack + (pack if packs > 1 else 0) + 1
         counts = machine.counts(mangled)
         threads = min(2048, 65536 // (counts["registers"] * 256) * 256)  # type: ignore[operator]
         per_thread = packs * pack * (BYTES[p] + BYTES[g] + states * BYTES[s])
+        # Bytes of an access to each operand. All are asked for by the packs in flight, and by the single one.
+        loaded, stored = ([pack * BYTES[f] for f in (p, *others, *[s] * states)] for others in ([g], []))
         special = len(re.findall(r"\bMUFU", code)) / copies
         moved = traffic(states, p, g, s)
         rows.append(
@@ -143,9 +144,10 @@ def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
                 "rule": rule,
                 "formats": f"{p}/{g}/{s}",
                 **counts,
-                # Packs in flight and the single one, p g and states each; a 4-byte operand of an 8-pack takes two accesses.
-                "wanted_loads_128": sum(pack * BYTES[f] // 16 for f in (p, g, *[s] * states)) * (packs + (packs > 1)),
-                "wanted_stores_128": sum(pack * BYTES[f] // 16 for f in (p, *[s] * states)) * (packs + (packs > 1)),
+                "stores_64": len(re.findall(r"STG\.E\.64", code)),
+                "wanted_loads_128": loaded.count(16) * (packs + (packs > 1)),
+                "wanted_stores_128": stored.count(16) * (packs + (packs > 1)),
+                "wanted_stores_64": stored.count(8) * (packs + (packs > 1)),
                 "special_per_element": special,
                 "bytes_in_flight_per_sm": threads * per_thread,
                 "memory_ps": GPU.memory_ps(moved),
@@ -159,7 +161,7 @@ def mixed_kernels(machine: MachineCode) -> list[dict[str, object]]:
     """One row per kernel of the other formats, all of whose branches are in one piece of code."""
     rows = []
     for mangled, code in machine.sass.items():
-        found = re.search(r"update_mixed_kernel<(.*), precond::\w+::FormatsOfTensor>\(", machine.names[mangled])
+        found = re.search(r"update_mixed_kernel<(.*)>\(", machine.names[mangled])
         if found is None:
             continue
         row: dict[str, object] = {"rule": rule_named(found[1]), **machine.counts(mangled)}
@@ -169,37 +171,17 @@ def mixed_kernels(machine: MachineCode) -> list[dict[str, object]]:
     return rows
 
 
-def fixed_paths(arch: str) -> list[dict[str, object]]:
-    """One row per path of bench/fixed_formats.cu: what AdamW takes where the formats are known and every run is full."""
-    directory = ROOT / "build" / "bench_codegen"
-    configure = [
-        "cmake", "-S", ROOT, "-B", directory, "-G", "Ninja", "-DPRECOND_PYTHON=OFF", "-DPRECOND_CUDA=ON",
-        "-DPRECOND_FIXED_FORMATS=ON", f"-DPRECOND_CUDA_ARCHS={arch.removeprefix('sm_')}",
-    ]  # fmt: skip
-    for command in (configure, ["cmake", "--build", directory, "--target", "fixed_formats"]):
-        subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
-    (path,) = directory.glob("**/fixed_formats.cu.o")
-    machine = MachineCode(path, arch)
-    names = {number: name for name, number in _C.formats.items()}
+def fixed_kernels(machine: MachineCode) -> list[dict[str, object]]:
+    """One row per kernel of formats that are known when compiled, for whole chunks."""
     rows = []
     for mangled, code in machine.sass.items():
-        found = re.search(r"update_mixed_kernel<.*FixedFormats<(.*?)>\s*>\(", machine.names[mangled])
+        name = re.sub(r"precond::(\w+::)?", "", machine.names[mangled])
+        found = re.search(r"update_fixed_kernel<(\w+<.*?>), (.*)>\(", name)
         if found is None:
             continue
-        formats = [names[int(number)] for number in re.findall(r"\)(\d+)", found[1])]
-        # With the code before the loop and that of the rare cases (denormals, cut rows), so above what an element takes.
-        special = len(re.findall(r"\bMUFU", code)) / RUN
-        instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)) / RUN
         counts = machine.counts(mangled)
-        rows.append(
-            {
-                "formats": "/".join(formats),
-                **counts,
-                "special_per_element": special,
-                "instructions_per_element": instructions,
-                "special_ps": GPU.special_ps(special),
-            }
-        )
+        rows.append({"rule": rule_named(found[1]), "formats": found[2], **counts, "codes": "Codes<" in found[2]})
+        rows[-1]["bytes_of_code"] = 16 * len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
     return rows
 
 
@@ -267,7 +249,7 @@ def report(arch: str, targets: list[str], quick: bool) -> dict[str, object]:
         "environment": {"cuda": _C.cuda, "triton": triton.__version__, "commit": timing.commit()},
         "cuda": cuda_kernels(machine) if machine else [],
         "cuda_mixed": mixed_kernels(machine) if machine else [],
-        "cuda_paths": fixed_paths(arch) if machine else [],
+        "cuda_fixed": fixed_kernels(machine) if machine else [],
         "executed": executed_kernels(quick),
         "triton": [triton_kernel(*case) for case in tqdm(cases, desc="triton", leave=False)],
     }
@@ -307,10 +289,10 @@ def run(arguments: argparse.Namespace) -> None:
     )
     for row in sorted(result["cuda_mixed"], key=lambda row: row["rule"]):
         print(f"| {row['rule']} | {row['registers']} | {row['stack']} | {row['local']} |")
-    print("\n| AdamW, path | registers | special functions per element | instructions per element |\n|---|---|---|---|")
-    for row in result["cuda_paths"]:
-        special, instructions = row["special_per_element"], row["instructions_per_element"]
-        print(f"| {row['formats']} | {row['registers']} | <= {special:.1f} | <= {instructions:.0f} |")
+    print("\n| rule, whole chunks | formats | registers | bytes of stack | KB of code |\n|---|---|---|---|---|")
+    for row in sorted(result["cuda_fixed"], key=lambda row: (row["rule"], row["formats"])):
+        size = row["bytes_of_code"] / 1024
+        print(f"| {row['rule']} | {row['formats']} | {row['registers']} | {row['stack']} | {size:.0f} |")
     print(
         "\n| Triton rule | p/g/state | target | 128-bit loads | 128-bit stores | local memory |\n|---|---|---|---|---|---|"
     )

@@ -29,6 +29,8 @@ COMBINATIONS = {
     # For contrast, what torch does with bfloat16 parameters.
     "nearest": (None, None),
 }
+#: By how many standard deviations of the base over seeds a new format may be worse than the one before.
+WORSE = 0.25
 #: Largest mean difference, in standard deviations of the base over seeds.
 TARGETS = {name: 1.0 if "int4" in name else 0.5 for name in COMBINATIONS if name not in (BASE, "nearest")}
 
@@ -40,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, help="default 3; quick 2, of 10 steps instead of 2000")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all")
     parser.add_argument("--json", type=Path, help="kept and extended (default bench/results/quality.json)")
+    parser.add_argument(
+        "--against", type=Path, help="compare with this earlier file, seed by seed: are new formats worse?"
+    )
 
 
 def one(name: str, seed: int, text: torch.Tensor, arguments: argparse.Namespace) -> dict[str, object]:
@@ -93,6 +98,26 @@ def summary(runs: list[dict]) -> list[dict[str, object]]:
     return rows
 
 
+def against(runs: list[dict], earlier: list[dict]) -> list[dict[str, object]]:
+    """Per combination and loss the mean difference from the same seeds of an earlier file, and its standard error, in the
+    standard deviations of the earlier base over seeds. Worse: more than ``WORSE`` of them, by two standard errors.
+    """
+    new, old = ({(run["combination"], run["seed"]): run for run in some} for some in (runs, earlier))
+    rows = []
+    for name in COMBINATIONS:
+        seeds = sorted(seed for other, seed in new if other == name and (name, seed) in old and (BASE, seed) in old)
+        if len(seeds) < 2:
+            continue
+        row: dict[str, object] = {"combination": name, "seeds": len(seeds)}
+        for loss in ("training", "held_out"):
+            deviation = statistics.stdev(old[BASE, seed][loss] for seed in seeds)
+            differences = [(new[name, seed][loss] - old[name, seed][loss]) / deviation for seed in seeds]
+            mean, error = statistics.mean(differences), statistics.stdev(differences) / len(seeds) ** 0.5
+            row |= {loss: mean, f"{loss}_error": error, f"{loss}_worse": mean - 2 * error > WORSE}
+        rows.append(row)
+    return rows
+
+
 def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     text = demo.standard_library_text()
@@ -123,3 +148,14 @@ def run(arguments: argparse.Namespace) -> None:
     for row in report.get("summary", []):
         figures = [f"{row[k]:+.4f}" for k in ("training", "training_deviations", "held_out", "held_out_deviations")]
         print(f"| {row['combination']} | {' | '.join(figures)} | {row['target'] or ''} |")
+    if arguments.against is None:
+        return
+    earlier = json.loads(arguments.against.read_text())
+    if earlier["settings"] != settings:
+        raise ValueError(f"settings of --against must be those of {path}, {settings}, got {earlier['settings']}")
+    print("\n| combination, against the earlier file | seeds | training loss, in seed deviations | held out | worse |")
+    print("|---|---|---|---|---|")
+    for row in against(report["runs"], earlier["runs"]):
+        figures = [f"{row[loss]:+.2f} +- {row[f'{loss}_error']:.2f}" for loss in ("training", "held_out")]
+        worse = [loss for loss in ("training", "held_out") if row[f"{loss}_worse"]]
+        print(f"| {row['combination']} | {row['seeds']} | {' | '.join(figures)} | {', '.join(worse) or 'no'} |")

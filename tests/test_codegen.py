@@ -25,14 +25,14 @@ pytestmark = [
 # Measured with nvcc 13.0 for sm_90 plus a few: 32 to 80. 80 leaves three blocks of 256 threads on a multiprocessor.
 MOST_REGISTERS = 80
 # Of the kernels for all other formats: 128 leave two blocks. Those of three states keep up to 32 bytes per thread in local
-# memory: roots that the rule shares with the code of its last state.
+# memory.
 MOST_MIXED_REGISTERS, MOST_STACK = 128, 32
 
 
-# Of Triton's kernels with codes: 72 to 128 for sm_90, so that four programs of 128 threads share a multiprocessor. Special
-# functions per element: 5.6 for AdamW, 8.7 for the centered RMSprop with momentum; a mean in codes needs two divisions more.
+# Of Triton's kernels with codes: 80 to 105 for sm_90, so that four programs of 128 threads share a multiprocessor. Special
+# functions per element: 3.3 for AdamW, 3.6 for the centered RMSprop with momentum, of which a group's scale takes one in eight.
 MOST_REGISTERS_WITH_CODES = 128
-MOST_SPECIAL_WITH_CODES = 9
+MOST_SPECIAL_WITH_CODES = 5
 
 
 def has_codes(row) -> bool:
@@ -61,9 +61,10 @@ def test_cuda_kernels_are_wide_exact_and_stay_in_registers(report):
         assert row["double"] == 0, name
         assert row["loads_128"] >= row["wanted_loads_128"] or row["rule"] in OVERWRITING, name
         assert row["stores_128"] == row["wanted_stores_128"], name
+        assert row["stores_64"] == row["wanted_stores_64"], name
         assert row["has_ptx"], name
         assert row["inexact_ptx"] == [], name
-        assert row["special_per_element"] <= 6, name
+        assert row["special_per_element"] <= 8, name
         assert row["bytes_in_flight_per_sm"] >= 23 * 1024, name
 
 
@@ -86,13 +87,19 @@ def test_cuda_kernels_of_all_formats_are_wide_and_exact_and_rarely_leave_registe
 
 
 @pytest.mark.skipif(not _C.cuda, reason="the extension was built without CUDA: no nvcc")
-def test_paths_of_adamw_take_few_special_functions(report):
-    rows = report["cuda_paths"]
-    assert len(rows) == 3
+def test_cuda_kernels_of_known_formats_stay_in_registers_and_approximate_only_what_they_refine(report):
+    rows = report["cuda_fixed"]
+    assert {row["rule"] for row in rows} == {"adam", "adamw", "sgd_momentum", "sgdw_momentum", "lion"}
+    # Two with bf16 states, whose second moments are drawn, are for rules that have one.
+    assert len(rows) == 2 * 8 + 3 * 6
     for row in rows:
-        assert (row["stack"], row["local"]) == (0, 0), row["formats"]
-        assert row["special_per_element"] <= 6, row["formats"]
-        assert row["instructions_per_element"] <= 240, row["formats"]
+        name = f"{row['rule']} {row['formats']}"
+        # With codes three blocks of 256 threads share a multiprocessor, without two.
+        assert row["registers"] <= (MOST_REGISTERS if row["codes"] else MOST_MIXED_REGISTERS), name
+        assert (row["stack"], row["local"], row["double"]) == (0, 0, 0), name
+        assert row["has_ptx"], name
+        # The first guess of a quotient and of a root. test_machine_code.py has their bits.
+        assert set(row["inexact_ptx"]) <= {"rcp.approx.ftz.f32", "rsqrt.approx.ftz.f32"}, name
 
 
 def test_executed_kernels_are_listed_with_what_to_expect_of_them(report):
@@ -106,7 +113,10 @@ def test_executed_kernels_are_listed_with_what_to_expect_of_them(report):
             assert {predicted["bound"] for predicted in row["predicted"].values()} == {"memory"}, title
             assert row["bytes_in_flight_per_sm"] >= 23 * 1024, title
         for predicted in row["predicted"].values():
-            assert 0 < predicted["percent_of_copy"] <= 100, title
+            assert 0 < predicted["percent_of_copy"] <= 100.01, title
+        if case.whole:
+            assert row["predicted"]["H100"]["percent_of_copy"] >= 95, title
+            assert row["predicted"]["H200"]["percent_of_copy"] >= 85, title
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])

@@ -15,7 +15,7 @@ from support.formats import MIXES, check_against_reference, give_gradients, make
 
 import precond
 from precond import _C
-from precond._core import executors
+from precond._core import executors, sharding
 from precond._core import formats as _formats
 
 classes = pytest.mark.parametrize("row", CLASSES, ids=str)
@@ -267,15 +267,16 @@ def test_what_stays_keeps_its_scale(row, name, state_format):
     optimizer.step()
     form = _formats.code_format(name, state_format)
     values = _formats.values_of(optimizer.state[p], name, form, p)
-    scale = optimizer.state[p][f"{name}_scale"].clone().float()
+    scale = optimizer.state[p][f"{name}_scale"].float().abs()
     p.grad = torch.zeros_like(p)
     for _ in range(2000):
         optimizer.step()
-    now = optimizer.state[p][f"{name}_scale"].float()
+    now = optimizer.state[p][f"{name}_scale"].float().abs()
     # The largest of many roundings is a little more, and with fifteen codes that shows.
     slack = 0.1 if state_format == "int4" else 0.02
     assert (now <= scale).all()
-    assert (now >= 0.85 * scale).all()
+    # The largest may lose last steps of the codes until it is a scale: one of 128 / 382, or a few of 8 / 502.
+    assert (now >= {"int4": 0.66, "int8": 0.9}[state_format] * scale).all()
     assert _formats.values_of(optimizer.state[p], name, form, p).mean().item() == pytest.approx(
         values.mean().item(), rel=slack
     )
@@ -579,3 +580,100 @@ def test_formats_may_change_between_steps():
             due = 0.9 * before["exp_avg"] + 0.1 * p.grad.float()
             assert (after["exp_avg"] - due).abs().mean() < 0.3 * due.abs().mean()
             assert after["step"] == before["step"] + 1
+
+
+PLACES = [(0, 0, 0), (2**35 - 128, 0, 0), (512 + 64, 256, 1024), (5, 0, 0), (2**32 - 3, 0, 0)]
+ENCODED = [
+    (BF16, "split24", "int8"),
+    (BF16, "stochastic", "int4"),
+    (BF16, "stochastic", "bf16"),
+    (F16, "split24", "int4"),
+    (F32, None, "int8"),
+    (F32, None, "int4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs"), [(precond.SGD, {"momentum": 0.9}), (precond.AdagradW, {"weight_decay": 0.0})]
+)
+@pytest.mark.parametrize(("dtype", "weight_format", "state_format"), ENCODED)
+@pytest.mark.parametrize("place", PLACES)
+def test_codes_and_draws_have_the_bits_of_the_reference_text(
+    cls, kwargs, dtype, weight_format, state_format, place, monkeypatch
+):
+    """A first step, whose states are gradients or their squares without any rounding: what differs is encoding or a draw."""
+    monkeypatch.setattr(sharding, "place_of", lambda *_: place)
+    for scale in (1.0, 1e-3, 1e-19):
+        found = []
+        for backend in (BACKEND, "reference"):
+            torch.manual_seed(0)
+            p = torch.nn.Parameter(random_values((64, 256), dtype))
+            optimizer = cls(
+                [p], lr=0.0, **kwargs, weight_format=weight_format, state_format=state_format, backend=backend
+            )
+            g = (random_values((64, 256)) * torch.exp(2 * torch.randn(64, 256)) * scale).bfloat16().float()
+            if dtype == F32:
+                g[3, 70], g[5, :64], g[6, 64:128] = torch.nan, 0.0, 1e-39
+                g[7], g[8, :3], g[9] = g[7] * 1e-30, 0.0, 3.39e38
+            p.grad = g.to(dtype)
+            optimizer.step()
+            found.append(everything([p], optimizer))
+        assert_same(*found)
+
+
+def draws(runs, seed=1):
+    """Those of p and three states of the elements of many runs: a row for each, of 8 elements of 4 operands."""
+    words = _formats.random.random_words(seed, 7, (0, 0, 0), torch.Size([8 * runs]), torch.device("cpu"))
+    of = [_formats.random.draw_of(words, operand).view(runs, 8) for operand in range(4)]
+    return torch.cat(of, dim=1)
+
+
+@pytest.mark.parametrize("seed", [1, 0x123456789ABCDEF])
+def test_draws_within_a_run_round_as_independent_ones(seed):
+    """Eight elements share a hash. Noise: 23 of chi squared, 0.002 of a correlation, 1e-3 of a mean; 0.3 % of a variance."""
+    runs = 1 << 18
+    found = draws(runs, seed)
+    for column in found.T:
+        count = torch.bincount(column >> 8, minlength=256).double()
+        assert abs(float(((count - runs / 256) ** 2 / (runs / 256)).sum()) - 255) < 150
+    z = found.double()
+    z = (z - z.mean(0)) / z.std(0, correction=0)
+    between = (z.T @ z) / runs
+    assert (between - torch.eye(32)).abs().max() < 0.01
+    assert ((z[:-1].T @ z[1:]) / runs).abs().max() < 0.01  # of the next run
+    for share in (1 / 3, 0.01, 1e-3):
+        up = (found.double() / 65536 + share >= 1).double()
+        assert ((up.mean(0) - share).abs() < 5 * (share * (1 - share) / runs) ** 0.5 + 2**-16).all()
+    for operand in range(4):
+        of = found[:, 8 * operand : 8 * operand + 8].double() / 65536
+        for share in (0.5, 1 / 3, 0.1):
+            ups = (of + share >= 1).sum(1).double()
+            assert abs(float(ups.var()) / (8 * share * (1 - share)) - 1) < 0.02
+
+
+# Root mean square error of AdamW's step over that of the step, with codes of version 0.1, by the spread of scales in a group.
+@pytest.mark.parametrize(("state_format", "bounds"), [("int8", (0.048, 0.529, 0.868)), ("int4", (0.776, 1.044, 1.004))])
+def test_steps_with_codes_are_nearer_to_exact_ones_than_in_version_0_1(state_format, bounds):
+    groups, steps, beta1, beta2 = 64, 120, 0.9, 0.99
+    shape = torch.Size([groups, 64])
+    for spread, bound in zip((0.5, 1.5, 3.0), bounds, strict=True):
+        torch.manual_seed(0)
+        scale = torch.exp(spread * torch.randn(shape, dtype=torch.float64))
+        m = v = m_coded = v_coded = torch.zeros(shape, dtype=torch.float64)
+        error = size = 0.0
+        for step in range(1, steps + 1):
+            g = scale * (torch.randn(shape, dtype=torch.float64) + 0.2)
+            m, v = m + (1 - beta1) * (g - m), beta2 * v + (1 - beta2) * g * g
+            words = _formats.random.random_words(3, step, (0, 0, 0), shape, torch.device("cpu"))
+            coded = []
+            for operand, (form, x) in enumerate(
+                ((state_format, m_coded + (1 - beta1) * (g - m_coded)),
+                 ("u" + state_format, beta2 * v_coded + (1 - beta2) * g * g)), 1):  # fmt: skip
+                stored, beside = _formats.encode(x, form, words, operand)
+                coded.append((x, _formats.decode(stored, beside, form, shape).double()))
+            (a, m_coded), (b, v_coded) = coded
+            if step > 60:
+                of_m, of_v = 1 - beta1**step, 1 - beta2**step
+                exact, found = (x / of_m / ((y / of_v).sqrt() + 1e-12) for x, y in ((m, v), (a, b)))
+                error, size = error + float((exact - found).square().mean()), size + float(exact.square().mean())
+        assert (error / size) ** 0.5 < bound, (spread, (error / size) ** 0.5)

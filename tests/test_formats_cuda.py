@@ -141,3 +141,15 @@ def test_many_tensors_of_mixed_formats_take_one_launch_for_each_kernel():
     optimizer.step()
     (plan,) = next(iter(optimizer.engine.plans.values())).compiled
     assert plan.plan.launches == 2
+
+
+@pytest.mark.parametrize(("rows", "aligned", "launches"), [(16, True, 1), (32, True, 1), (33, True, 2), (33, False, 1)])
+def test_whole_chunks_of_known_formats_have_a_kernel_of_their_own(rows, aligned, launches):
+    """Chunks of 8192 elements, if all operands are aligned to 16 bytes."""
+    memory = torch.zeros(rows * 256 + 1, dtype=torch.bfloat16, device=DEVICE)
+    p = torch.nn.Parameter(memory[: rows * 256].view(rows, 256) if aligned else memory[1:].view(rows, 256))
+    optimizer = precond.AdamW([p], weight_format="split24", state_format="int8", backend=BACKEND)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    (plan,) = next(iter(optimizer.engine.plans.values())).compiled
+    assert plan.plan.launches == launches

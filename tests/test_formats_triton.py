@@ -166,9 +166,10 @@ def test_parameters_of_different_formats_take_a_step_together():
     assert_same(*results)
 
 
-# Rows shorter and longer than a block, ends of rows inside of one, and more than 2^32 elements before. Where there are codes, a
-# row is a multiple of a group.
+# Rows shorter and longer than a block, ends of rows inside of one, and more than 2^32 elements or runs before. Where there are
+# codes, a row is a multiple of a group.
 PLACES = [(7, 0, 0), (5, 64, 1000), (64, 960, 1001), (3, 1472, 2**33), (2**32 - 600, 0, 0), (2**40, 1024, 4096)]
+PLACES += [(2**35 - 600, 0, 0), (2**35 - 2048, 1536, 2048), (2**35 - 2044, 1536, 2048)]
 ODD_PLACES = [(5, 97, 1000), (0, 1, 3), (3, 1025, 1026)]
 
 

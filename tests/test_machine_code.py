@@ -33,36 +33,59 @@ class Bounds(NamedTuple):
 # below 277 (AdamW fp32) and 120 (split24 + int8) on an H100, 218 and 94 on an H200; `python -m bench codegen` predicts what
 # follows for each. Tighten an entry when its kernel improves.
 BOUNDS = {
-    "AdamW fp32": Bounds(46, 128),
-    "AdamW bf16": Bounds(67.2, 64),
-    "AdamW fp16": Bounds(59.7, 64),
-    "AdamW fp32 + bf16 states, nearest": Bounds(59.4, 96),
-    # Of SGD momentum and Lion, nvcc moves the loads of the second pack behind the arithmetic of the first.
-    "SGD momentum fp32": Bounds(16.3, 48),
-    "Lion fp32": Bounds(24.4, 48),
-    "Adagrad fp32": Bounds(37, 96),
-    "RMSprop, centered, momentum, bf16": Bounds(77.2, 80),
-    "AdamW L1 fp32": Bounds(75.1, 128),
-    "DualDescent, power, momentum, fp32": Bounds(95, 96),
-    "GaussNewton, own, root, fp32": Bounds(52.1, 128),
+    "AdamW fp32": Bounds(40.1, 128),
+    "AdamW bf16": Bounds(46, 64),
+    "AdamW fp16": Bounds(46, 64),
+    "AdamW fp32 + bf16 states, nearest": Bounds(44.2, 96),
+    "AdamW bf16, fp32 gradients and states": Bounds(42.1, 112),
+    "AdamW fp32, fp16 gradients": Bounds(41.1, 112),
+    "SGD momentum fp32": Bounds(11.8, 96),
+    "Lion fp32": Bounds(20, 96),
+    "Adagrad fp32": Bounds(32.3, 96),
+    "RMSprop, centered, momentum, bf16": Bounds(49.9, 80),
+    "AdamW L1 fp32": Bounds(69.8, 128),
+    "DualDescent, power, momentum, fp32": Bounds(91.4, 96),
+    "GaussNewton, own, root, fp32": Bounds(44.4, 128),
     # One load at a time: those of 16 and of 8 bytes, of which one is executed, have the same registers.
-    "AdamW fp32 + bf16 states, v drawn": Bounds(131, 16),
-    "AdamW split24 + int8": Bounds(251, 16),
-    "AdamW stochastic + int8": Bounds(241, 16),
-    "AdamW stochastic + int4": Bounds(243, 16),
-    "AdamW split32 + fp32": Bounds(121, 16),
-    "AdamW AMSGrad split24 + int8": Bounds(330, 16, spills=32),
+    "AdamW fp32 + bf16 states, v drawn": Bounds(119.7, 16),
+    "AdamW split24 + int8": Bounds(170.3, 16),
+    "AdamW stochastic + int8": Bounds(159.5, 16),
+    "AdamW stochastic + int4": Bounds(160.3, 16),
+    "AdamW split32 + fp32": Bounds(119.3, 16),
+    "AdamW AMSGrad split24 + int8": Bounds(218.8, 16, spills=32),
+    # Whole chunks in formats that are known when compiled; with codes at most 82, with bf16 states 60, whatever a compiler does.
+    "AdamW split24 + int8, whole": Bounds(79, 60),
+    "AdamW stochastic + int8, whole": Bounds(73.6, 52),
+    "AdamW split24 + int4, whole": Bounds(80.2, 52),
+    "AdamW stochastic + int4, whole": Bounds(74.6, 44),
+    "AdamW split32 + fp32, whole": Bounds(50.2, 112),
+    "AdamW fp32 + bf16 states, whole": Bounds(49.4, 96),
+    "AdamW bf16 + bf16 states, whole": Bounds(50.7, 64),
+    "SGD momentum split24 + int8, whole": Bounds(40.6, 50),
+    "Lion split24 + int8, whole": Bounds(48.8, 50),
     "AdamW any layout": Bounds(145, 8),
-    "Triton AdamW fp32": Bounds(46.3, 128),
-    "Triton AdamW bf16": Bounds(72.4, 64),
-    "Triton SGD momentum fp32": Bounds(17.5, 96),
-    "Triton Lion fp32": Bounds(25.6, 96),
-    "Triton Adagrad fp32": Bounds(37.8, 96),
-    "Triton DualDescent, power, momentum, fp32": Bounds(97.4, 96),
-    "Triton AdamW split24 + int8": Bounds(200, 40),
-    "Triton AdamW stochastic + int4": Bounds(195, 32),
+    # The limit of a clamp is fetched anew for every element: 1 more than with comparisons. In all others a clamp is 2 less.
+    "Triton AdamW fp32": Bounds(47.3, 128),
+    "Triton AdamW bf16": Bounds(71, 64),
+    "Triton SGD momentum fp32": Bounds(15.5, 96),
+    "Triton Lion fp32": Bounds(23.6, 96),
+    "Triton Adagrad fp32": Bounds(36.7, 96),
+    "Triton DualDescent, power, momentum, fp32": Bounds(95.4, 96),
+    "Triton AdamW fp32 + bf16 states, v drawn": Bounds(64.9, 32),
+    "Triton AdamW split32 + fp32": Bounds(65.5, 112),
+    "Triton AdamW split24 + int8": Bounds(101.6, 40),
+    "Triton SGD momentum split24 + int8": Bounds(54.6, 40),
+    "Triton Lion split24 + int8": Bounds(61.3, 40),
+    "Triton AdamW stochastic + int8": Bounds(93.4, 32),
+    "Triton AdamW stochastic + int4": Bounds(95.7, 32),
 }
 assert BOUNDS.keys() == CASES.keys(), "every kernel of machine_code/listed.py has bounds"
+# Triton's kernels of formats with codes, beside those of csrc.
+LIKE = [
+    (f"Triton {name}", f"{name}, whole")
+    for name in ("AdamW split24 + int8", "AdamW stochastic + int8", "AdamW stochastic + int4")
+]
+assert all(BOUNDS[triton].instructions <= 1.3 * BOUNDS[cuda].instructions for triton, cuda in LIKE)
 
 
 def titles():
@@ -97,10 +120,14 @@ def kernel(request, folder):
 @pytest.mark.parametrize("title", list(titles()))
 def test_a_kernel_has_the_bits_of_the_cpu_and_stays_within_its_bounds(title, harness, kernel):
     case, built = CASES[title], kernel(title)
-    results = [harness.run(case, built, given) for given in harness.inputs(case, built)]
+    inputs = harness.inputs(case, built)
+    results = [harness.run(case, built, given) for given in inputs]
     assert [difference for result in results for difference in result.differences] == []
     bounds = BOUNDS[title]
-    assert results[0].instructions <= bounds.instructions
+    for given, result in zip(inputs, results, strict=True):
+        # Kernels of known formats have no slow way for gradients of 0, as those of frozen or unused embeddings are.
+        if given is inputs[0] or (case.whole and given.name == "zeros"):
+            assert result.instructions <= bounds.instructions, given.name
     assert results[0].in_flight >= bounds.in_flight
     assert built.kernel.spills <= bounds.spills
 

@@ -25,8 +25,8 @@ def sign(x):
 @triton.jit
 def clamped(x, limit):
     """x between -limit and limit; a NaN stays a NaN."""
-    x = tl.where(x > limit, limit, x)
-    return tl.where(x < -limit, -limit, x)
+    x = tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(x, -limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from .._core.formats import Layout
 from .families import Rule
 from .kernel import BLOCK, OPERANDS, SLOTS
 from .prologue import JOB, NUMBER_TYPES
+from .random import RUN
 from .tables import storage_order, table
 
 
@@ -65,8 +66,14 @@ def address_table(values: list[int]) -> Tensor:
     """Per tensor SLOTS numbers, from its number of elements, its addresses and its place."""
     found = torch.tensor(values, dtype=torch.int64, device="cpu").view(-1, SLOTS.value - 1)
     numel, addresses, place = found.split([1, 2 * OPERANDS, 3], dim=1)
-    aligned = numel * (addresses % 16 == 0).all(dim=1, keepdim=True)
+    aligned = numel * (addresses % 16 == 0).all(dim=1, keepdim=True) * in_runs(place)
     return torch.cat([addresses[:, :OPERANDS], numel, aligned, addresses[:, OPERANDS:], place], dim=1)
+
+
+def in_runs(place: Tensor) -> Tensor:
+    """Where runs of random.py are whole: their elements follow one another, and a block has the end of at most one row."""
+    row = place[:, 1:2]
+    return (place % RUN.value == 0).all(dim=1, keepdim=True) & ((row == 0) | (row >= BLOCK))
 
 
 def chunk_table(sizes: list[int]) -> Tensor:

@@ -14,8 +14,8 @@ WARPS = 4
 # each element, takes 188 registers for sm_90 with a split weight and 8-bit states; in four parts the full block's 124 decide.
 PARTS = 4
 # Slots of a tensor in the address table: p, g, up to three states, the number of elements, and again that number if every
-# address is a multiple of 16 bytes, else 0; then what lies beside p, g and the states, and where the elements are in the
-# unsharded tensor.
+# address is a multiple of 16 bytes and runs of random.py are whole, else 0; then what lies beside p, g and the states, and where
+# the elements are in the unsharded tensor.
 OPERANDS = 5
 NUMEL = tl.constexpr(OPERANDS)
 ALIGNED = tl.constexpr(OPERANDS + 1)
@@ -42,13 +42,13 @@ def update_block(
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Load, rule, store. FULL: every offset is an element, and the addresses are aligned."""
+    """Load, rule, store. FULL: every offset is an element, the addresses are aligned, and runs of random.py whole."""
     p_at = operand(slots, P, FULL)
     p = load(p_at, block, P, BLOCK, FULL)
     g = clamped(grad_coef * load(operand(slots + 1, G, FULL), block, G, BLOCK, FULL), clip_value)
     word = 0
     if draws(P, S0, S1, S2):
-        word = words_at(*seed_in(scalars), slots + PLACE, block[0], BLOCK)
+        word = words_at(*seed_in(scalars), slots + PLACE, block[0], g, BLOCK, FULL)
     if STATES == 0:
         p = UPDATE(p, g, scalars, DECAY, OPTION)
     elif STATES == 1:

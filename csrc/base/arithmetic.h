@@ -32,6 +32,12 @@ PRECOND_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b
 PRECOND_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
 #endif
 
+// What rules divide and take roots by, where a kernel may know better.
+struct Ieee {
+  PRECOND_INLINE static float quotient(float a, float b) { return a / b; }
+  PRECOND_INLINE static float root(float v) { return sqrt(v); }
+};
+
 // A comparison of |x|, which GPUs take in one instruction; of masked bits it would be two.
 #if defined(__CUDA_ARCH__)
 PRECOND_INLINE bool is_finite(float x) { return ::fabsf(x) < HUGE_VALF; }
@@ -53,11 +59,23 @@ PRECOND_INLINE float soft_threshold(float x, float t) {
 // 1 or -1; 0, -0 and NaN stay what they are.
 PRECOND_INLINE float sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : x); }
 
-// g between -limit and limit; a NaN stays a NaN, and an infinite limit changes no bit.
+// g between -limit and limit; a NaN stays a NaN, and a limit that is infinite, or a NaN, changes no bit. Since sm_80
+// there are min and max that keep a NaN: one instruction each, where a comparison and a select are two. They tell -0
+// from 0, and give the same bits for every limit but -0.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+PRECOND_INLINE float clamped(float g, float limit) {
+  const float most = limit < HUGE_VALF ? limit : HUGE_VALF;  // the same for all elements: outside their loop
+  float below, result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(below) : "f"(g), "f"(most));
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(below), "f"(-most));
+  return result;
+}
+#else
 PRECOND_INLINE float clamped(float g, float limit) {
   const float below = g > limit ? limit : g;
   return below < -limit ? -limit : below;
 }
+#endif
 
 // What a rule sees of a stored gradient: unscaled, clipped, its sign turned where the objective is maximised.
 struct Incoming {

@@ -2,6 +2,9 @@
 // themselves.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "plan/plan.h"
 
 namespace precond {
@@ -15,8 +18,10 @@ constexpr int64_t kTileGroups = kTile / kGroup;
 struct alignas(64) Tile {
   float value[kTile];
 };
+// The word of each element, from `first` on.
 struct alignas(64) RandomTile {
-  uint32_t word[kTile];
+  uint32_t word[kTile + kRun];
+  int first;
 };
 
 // Functions, not parts of each rule: five operands times formats times strides made 60 KB of code of every rule, and a
@@ -24,11 +29,90 @@ struct alignas(64) RandomTile {
 
 // The operand's values as dense fp32.
 void load(const Operand& operand, const Strides* strides, int64_t begin, int64_t n, Tile& tile);
-// `shift`: of this operand's bits in the element's word. `is_root`: the tile has square roots of a second moment.
-void store(const Operand& operand, const Strides* strides, int64_t begin, int64_t n, Tile& tile, bool is_root,
-           const RandomTile& random, int shift);
+// `draws`: this operand's.
+void store(const Operand& operand, const Strides* strides, int64_t begin, int64_t n, Tile& tile,
+           const RandomTile& random, Draws draws);
 void fill_random(Seed seed, uint64_t index, int64_t n, RandomTile& random);
+// The operand's codes, each in a byte: where they lie, or in `bytes`.
+const uint8_t* codes_of(const Operand& operand, int64_t begin, int64_t n, uint8_t* bytes);
 void clamp_tile(Incoming incoming, int64_t n, Tile& tile);
+
+// Two codes of 4 bits to a byte, the first in the lower half; in a byte each while they are worked on. As pairs, which
+// vectorise, on machines that have the lower byte first.
+PRECOND_INLINE void unpack(const uint8_t* __restrict bytes, int64_t n, uint16_t* __restrict pairs) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) pairs[i] = uint16_t((bytes[i] | bytes[i] << 4) & 0x0f0f);
+}
+PRECOND_INLINE void pack(const uint16_t* __restrict pairs, int64_t n, uint8_t* __restrict bytes) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) bytes[i] = uint8_t(pairs[i] | pairs[i] >> 4);
+}
+
+// Of a group's elements.
+template <class F>
+PRECOND_INLINE void decode_codes(const uint8_t* __restrict codes, float unit, int64_t n, float* __restrict out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = F::value(codes[i], unit);
+}
+template <class F>
+PRECOND_INLINE void encode_codes(const float* __restrict x, float per_scale, const uint32_t* __restrict word,
+                                 Draws draws, int64_t n, uint8_t* __restrict codes) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) codes[i] = uint8_t(F::finite_code(x[i], per_scale, draws.placed(word[i])));
+}
+
+PRECOND_INLINE uint32_t top_of(const float* x) {
+  uint32_t top = 0;
+#pragma omp simd reduction(max : top)
+  for (int k = 0; k < kGroup; ++k) {
+    const uint32_t magnitude = bits_of(x[k]) & 0x7fffffffu;
+    top = magnitude > top ? magnitude : top;
+  }
+  return top;
+}
+
+// Calls f(group, first element, elements) for the groups of a tile, full ones with a constant.
+template <class F>
+PRECOND_INLINE void for_groups(int64_t n, F&& f) {
+  const int64_t full = n / kGroup;
+  for (int64_t g = 0; g < full; ++g) f(g, g * kGroup, std::integral_constant<int64_t, kGroup>{});
+  if (n % kGroup != 0) f(full, full * kGroup, n % kGroup);
+}
+
+// Out of line: a division of few numbers, which is no part of the loops over elements.
+template <class F>
+__attribute__((noinline)) void find_groups(const uint32_t* tops, int64_t groups, Group* found) {
+  for (int64_t g = 0; g < groups; ++g) found[g] = F::group(tops[g]);
+}
+
+// In two phases, over all groups each: one group after the other waits for its maximum, 0.89 -> 0.66 ns per element.
+template <class F>
+PRECOND_INLINE void encode_tile(const Operand& operand, int64_t begin, int64_t n, Tile& tile, const uint32_t* word,
+                                Draws draws) {
+  float* x = tile.value;
+  const int64_t groups = (n + kGroup - 1) / kGroup;
+  for (int64_t i = n; i < groups * kGroup; ++i) x[i] = 0.0f;
+  uint32_t tops[kTileGroups];
+  Group found[kTileGroups];
+  for (int64_t g = 0; g < groups; ++g) tops[g] = top_of(x + g * kGroup);
+  find_groups<F>(tops, groups, found);
+
+  uint8_t* const bytes = reinterpret_cast<uint8_t*>(operand.data) + begin * F::kCodeBits / 8;
+  uint16_t* scales = reinterpret_cast<uint16_t*>(operand.beside) + begin / kGroup;
+  uint16_t pairs[kTile / 2];
+  uint8_t* const codes = F::kCodeBits == 4 ? reinterpret_cast<uint8_t*>(pairs) : bytes;
+  for_groups(n, [&](int64_t g, int64_t first, auto count) __attribute__((always_inline)) {
+    scales[g] = uint16_t(found[g].scale);
+    if (found[g].mask != 0)
+      encode_codes<F>(x + first, found[g].per_scale, word + first, draws, count, codes + first);
+    else
+      std::memset(codes + first, 0, size_t(count));
+  });
+  if constexpr (F::kCodeBits == 4) {
+    if (n % 2 != 0) codes[n] = 0;
+    pack(pairs, (n + 1) / 2, bytes);
+  }
+}
 
 }  // namespace PRECOND_ISA
 }  // namespace precond

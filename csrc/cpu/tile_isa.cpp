@@ -8,98 +8,34 @@ namespace precond {
 inline namespace PRECOND_ISA {
 
 void fill_random(Seed seed, uint64_t index, int64_t n, RandomTile& random) {
-  const uint32_t low = uint32_t(index), high = uint32_t(index >> 32);
-  // Elements before the low half overflows.
-  const int64_t left = int64_t(0x100000000u - low), first = n < left ? n : left;
+  const uint64_t run = index / kRun;
+  random.first = int(index % kRun);
+  const int64_t runs = (random.first + n + kRun - 1) / kRun;
+  const uint32_t low = uint32_t(run), high = uint32_t(run >> 32);
+  // Runs before the low half overflows.
+  const int64_t left = int64_t(0x100000000u - low), first = runs < left ? runs : left;
+  uint32_t hash[kTile / kRun + 1];
 #pragma omp simd
-  for (int64_t i = 0; i < first; ++i) random.word[i] = random_word(seed, low + uint32_t(i), high);
-  for (int64_t i = first; i < n; ++i) random.word[i] = random_word(seed, low + uint32_t(i), high + 1);
-}
-
-// Codes of a group's elements, in one byte or two to a byte, the first in the lower half.
-template <class F>
-PRECOND_INLINE void decode_codes(const char* codes, float unit, int64_t n, float* __restrict out) {
-  using Byte = std::conditional_t<F::kRoot, uint8_t, int8_t>;
-  const Byte* __restrict bytes = reinterpret_cast<const Byte*>(codes);
-  if constexpr (F::kCodeBits == 8) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = F::value(bytes[i], unit);
-  } else {
-    Byte halves[kGroup + 1];  // each code in the upper half of a byte
-#pragma omp simd
-    for (int64_t i = 0; i < (n + 1) / 2; ++i) {
-      halves[2 * i] = Byte(uint8_t(bytes[i]) << 4);
-      halves[2 * i + 1] = Byte(bytes[i] & 0xf0);
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = F::value(halves[i] >> 4, unit);
-  }
-}
-
-template <class F>
-PRECOND_INLINE void encode_codes(const float* __restrict x, const Group group, const uint32_t* __restrict word,
-                                 int shift, int64_t n, uint8_t* __restrict bytes) {
-  if constexpr (F::kCodeBits == 8) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) bytes[i] = uint8_t(F::code(x[i], group, draw_of(word[i], shift)));
-  } else {
-    uint8_t codes[kGroup + 1];
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) codes[i] = uint8_t(F::code(x[i], group, draw_of(word[i], shift))) & 15u;
-    if (n % 2 != 0) codes[n] = 0;
-#pragma omp simd
-    for (int64_t i = 0; i < (n + 1) / 2; ++i) bytes[i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
-  }
-}
-
-PRECOND_INLINE uint32_t top_of(const float* x) {
-  uint32_t top = 0;
-#pragma omp simd reduction(max : top)
-  for (int k = 0; k < kGroup; ++k) {
-    const uint32_t magnitude = bits_of(x[k]) & 0x7fffffffu;
-    top = magnitude > top ? magnitude : top;
-  }
-  return top;
-}
-
-// Calls f(group, first element, elements) for the groups of a tile, full ones with a constant.
-template <class F>
-PRECOND_INLINE void for_groups(int64_t n, F&& f) {
-  const int64_t full = n / kGroup;
-  for (int64_t g = 0; g < full; ++g) f(g, g * kGroup, std::integral_constant<int64_t, kGroup>{});
-  if (n % kGroup != 0) f(full, full * kGroup, n % kGroup);
+  for (int64_t i = 0; i < first; ++i) hash[i] = hashed(seed, low + uint32_t(i), high);
+  for (int64_t i = first; i < runs; ++i) hash[i] = hashed(seed, low + uint32_t(i), high + 1);
+  // A vector type: GCC 12 makes a loop over k scalar, which takes longer than all else here.
+  typedef uint32_t Run __attribute__((vector_size(kRun * sizeof(uint32_t))));
+  const Run odds = {odd(0), odd(1), odd(2), odd(3), odd(4), odd(5), odd(6), odd(7)};
+  Run* const words = reinterpret_cast<Run*>(random.word);
+  for (int64_t i = 0; i < runs; ++i) words[i] = hash[i] * odds;
 }
 
 template <class F>
 PRECOND_INLINE void decode_tile(const Operand& operand, int64_t begin, int64_t n, float* out) {
-  const char* codes = operand.data + begin * F::kCodeBits / 8;
+  const uint8_t* codes = reinterpret_cast<const uint8_t*>(operand.data) + begin * F::kCodeBits / 8;
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(operand.beside) + begin / kGroup;
-  for_groups(n, [&](int64_t g, int64_t first, auto count) __attribute__((always_inline)) {
-    decode_codes<F>(codes + first * F::kCodeBits / 8, F::unit(scales[g]), count, out + first);
-  });
-}
-
-// In two phases, over all groups each: one group after the other waits for its maximum, 0.89 -> 0.66 ns per element.
-template <class F>
-PRECOND_INLINE void encode_tile(const Operand& operand, int64_t begin, int64_t n, Tile& tile, bool is_root,
-                                const RandomTile& random, int shift) {
-  float* x = tile.value;
-  if (F::kRoot && !is_root) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) x[i] = sqrt(x[i]);
+  uint16_t pairs[kTile / 2];
+  if constexpr (F::kCodeBits == 4) {
+    unpack(codes, (n + 1) / 2, pairs);
+    codes = reinterpret_cast<const uint8_t*>(pairs);
   }
-  const int64_t groups = (n + kGroup - 1) / kGroup;
-  for (int64_t i = n; i < groups * kGroup; ++i) x[i] = 0.0f;
-  uint32_t tops[kTileGroups];
-  Group found[kTileGroups];
-  for (int64_t g = 0; g < groups; ++g) tops[g] = top_of(x + g * kGroup);
-  for (int64_t g = 0; g < groups; ++g) found[g] = F::group(tops[g]);
-
-  uint8_t* codes = reinterpret_cast<uint8_t*>(operand.data) + begin * F::kCodeBits / 8;
-  uint16_t* scales = reinterpret_cast<uint16_t*>(operand.beside) + begin / kGroup;
   for_groups(n, [&](int64_t g, int64_t first, auto count) __attribute__((always_inline)) {
-    scales[g] = uint16_t(found[g].scale);
-    encode_codes<F>(x + first, found[g], random.word + first, shift, count, codes + first * F::kCodeBits / 8);
+    decode_codes<F>(codes + first, F::unit(scales[g]), count, out + first);
   });
 }
 
@@ -119,19 +55,19 @@ PRECOND_INLINE void decode_elements(const typename F::Stored* __restrict in, con
 }
 
 template <class F>
-PRECOND_INLINE void encode_elements(const float* __restrict x, const uint32_t* __restrict word, int shift, int64_t n,
+PRECOND_INLINE void encode_elements(const float* __restrict x, const uint32_t* __restrict word, Draws draws, int64_t n,
                                     typename F::Stored* __restrict out, char* beside, int64_t begin) {
   if constexpr (F::kStoring == Storing::remainder) {
     auto* __restrict remainder = reinterpret_cast<typename F::Remainder*>(beside) + begin;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const auto split = F::split(x[i], draw_of(word[i], shift));
+      const auto split = F::split(x[i], draws(word[i]));
       out[i] = split.stored;
       remainder[i] = split.remainder;
     }
   } else if constexpr (F::kStoring == Storing::drawn) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = F::stored(x[i], draw_of(word[i], shift));
+    for (int64_t i = 0; i < n; ++i) out[i] = F::stored(x[i], draws(word[i]));
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = F::stored(x[i]);
@@ -157,20 +93,28 @@ void load(const Operand& operand, const Strides* strides, int64_t begin, int64_t
   });
 }
 
-void store(const Operand& operand, const Strides* strides, int64_t begin, int64_t n, Tile& tile, bool is_root,
-           const RandomTile& random, int shift) {
+const uint8_t* codes_of(const Operand& operand, int64_t begin, int64_t n, uint8_t* bytes) {
+  const uint8_t* codes = reinterpret_cast<const uint8_t*>(operand.data) + begin * item_bits(operand.format) / 8;
+  if (item_bits(operand.format) == 8) return codes;
+  unpack(codes, (n + 1) / 2, reinterpret_cast<uint16_t*>(bytes));
+  return bytes;
+}
+
+void store(const Operand& operand, const Strides* strides, int64_t begin, int64_t n, Tile& tile,
+           const RandomTile& random, Draws draws) {
+  const uint32_t* word = random.word + random.first;
   with_format(operand.format, [&](auto format) {
     using F = decltype(format);
     if constexpr (F::kStoring == Storing::codes) {
-      encode_tile<F>(operand, begin, n, tile, is_root, random, shift);
+      encode_tile<F>(operand, begin, n, tile, word, draws);
     } else {
       using Stored = typename F::Stored;
       Stored* data = reinterpret_cast<Stored*>(operand.data);
       if (operand.strides == kDense) {
-        encode_elements<F>(tile.value, random.word, shift, n, data + begin, operand.beside, begin);
+        encode_elements<F>(tile.value, word, draws, n, data + begin, operand.beside, begin);
       } else {
         Stored encoded[kTile];
-        encode_elements<F>(tile.value, random.word, shift, n, encoded, operand.beside, begin);
+        encode_elements<F>(tile.value, word, draws, n, encoded, operand.beside, begin);
         copy_strided<false>(strides[operand.strides], data, begin, n, encoded);
       }
     }

@@ -3,6 +3,7 @@
 #define PRECOND_ISA cuda
 #endif
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <map>
 #include <set>
@@ -32,6 +33,7 @@ __global__ void control_kernel(const float* grad_scale, const float* found_inf, 
   namespace family {                         \
   extern const PlainKernels kPlain[];        \
   extern const LaunchUpdate kMixed[];        \
+  extern const FixedKernels kFixed[];        \
   void launch_scalars(const ScalarsArgs& a); \
   }
 PRECOND_FAMILIES(PRECOND_KERNELS)
@@ -43,17 +45,26 @@ namespace {
 struct FamilyKernels {
   const PlainKernels* plain;
   const LaunchUpdate* mixed;
+  const FixedKernels* fixed;
   LaunchScalars scalars;
 };
-#define PRECOND_KERNELS(family) {family::kPlain, family::kMixed, &family::launch_scalars},
+#define PRECOND_KERNELS(family) {family::kPlain, family::kMixed, family::kFixed, &family::launch_scalars},
 constexpr FamilyKernels kFamilies[] = {PRECOND_FAMILIES(PRECOND_KERNELS)};
 #undef PRECOND_KERNELS
 
-// Which kernel of a rule takes a tensor: one of plain.cuh by formats, or that for any layout, or that of mixed.cuh.
-constexpr int kMixed = kAny + 1;
+struct FixedOf {
+  Format p, g, mean, square;
+};
+#define PRECOND_FORMATS_OF(P, G, Mean, Square) {format_of<P>(), format_of<G>(), format_of<Mean>(), format_of<Square>()},
+constexpr FixedOf kFixedOf[] = {PRECOND_FIXED(PRECOND_FORMATS_OF)};
+#undef PRECOND_FORMATS_OF
+
+// Which kernel of a rule takes a chunk: one of plain.cuh by formats, or that for any layout, or that of mixed.cuh, or
+// one of fixed.cuh by formats.
+constexpr int kMixed = kAny + 1, kFixed = kMixed + 1, kKernels = kFixed + kFixedFormats;
 struct RuleKernels {
   int family;
-  LaunchUpdate launch[kMixed + 1];
+  LaunchUpdate launch[kKernels];
 };
 const std::vector<RuleKernels>& kernels() {
   static const std::vector<RuleKernels> by_number = [] {
@@ -63,6 +74,7 @@ const std::vector<RuleKernels>& kernels() {
         RuleKernels of_rule{int(f), {}};
         std::copy_n(kFamilies[f].plain[rule].launch, kAny + 1, of_rule.launch);
         of_rule.launch[kMixed] = kFamilies[f].mixed[rule];
+        std::copy_n(kFamilies[f].fixed[rule].launch, kFixedFormats, of_rule.launch + kFixed);
         all.push_back(of_rule);
       }
     }
@@ -82,6 +94,26 @@ int kernel_for(const Tensor& t) {
   const Format state = states == 0 ? t.p.format : t.state[0].format;
   const int fast = (int(t.p.format) * kPlainFormats + int(t.g.format)) * kPlainFormats + int(state);
   return kernels()[size_t(t.rule)].launch[fast] != nullptr ? fast : kAny;
+}
+
+// The kernel for its whole chunks, or that for the others where fixed.cuh has none.
+int whole_kernel_for(const Tensor& t) {
+  const int other = kernel_for(t);
+  if (other != kMixed || t.numel < kBlockElements || t.place.row != 0 || t.place.begin % kRun != 0) return other;
+  const RuleInfo& rule = rules()[size_t(t.rule)];
+  const auto takes = [](const Operand& operand, Format format) {
+    const auto addresses = reinterpret_cast<uintptr_t>(operand.data) |
+                           (has_remainder(format) ? reinterpret_cast<uintptr_t>(operand.beside) : 0);
+    return operand.format == format && operand.strides == kDense && addresses % 16 == 0;
+  };
+  for (int f = 0; f < kFixedFormats; ++f) {
+    if (kernels()[size_t(t.rule)].launch[kFixed + f] == nullptr) continue;
+    bool all = takes(t.p, kFixedOf[f].p) && takes(t.g, kFixedOf[f].g);
+    for (int k = 0; k < rule.states; ++k)
+      all = all && takes(t.state[k], (rule.squares >> k & 1) != 0 ? kFixedOf[f].square : kFixedOf[f].mean);
+    if (all) return kFixed + f;
+  }
+  return other;
 }
 
 // Those with an active tensor.
@@ -115,7 +147,7 @@ struct CudaExecutor::Impl {
     int64_t first, count;
   };
   std::vector<Bucket> buckets;
-  std::vector<int> signature;  // rule and kernel of each tensor, as cut into buckets
+  std::vector<std::array<int, 2>> signature;  // of each tensor, its whole chunks and its last: bucket_of
 
   void cut(const Plan& plan);
   void describe(const Plan& plan, const std::vector<GroupRow>& asked, bool scalars_per_tensor);
@@ -172,28 +204,33 @@ void CudaExecutor::Impl::measure(const Plan& plan, const Clip& clip, const Use& 
   }
 }
 
-// Chunks by kernel; only when the rule or the formats of a tensor have changed.
+// Chunks by kernel; only when the rule, the formats or the alignment of a tensor have changed.
 void CudaExecutor::Impl::cut(const Plan& plan) {
-  std::vector<int> wanted;
+  const auto bucket_of = [](const Tensor& t, int kernel) { return t.rule * kKernels + kernel; };
+  std::vector<std::array<int, 2>> wanted;
   wanted.reserve(size_t(plan.size()));
   for (int64_t i = 0; i < plan.size(); ++i) {
     const Tensor& t = plan.tensor(i);
     // One that never had a gradient has none to describe: it joins when it gets one.
-    wanted.push_back(t.g.data == nullptr && t.numel > 0 ? -1 : t.rule * (kMixed + 1) + kernel_for(t));
+    if (t.g.data == nullptr && t.numel > 0)
+      wanted.push_back({-1, -1});
+    else
+      wanted.push_back({bucket_of(t, whole_kernel_for(t)), bucket_of(t, kernel_for(t))});
   }
   if (wanted == signature) return;
   signature = wanted;
   buckets.clear();
   chunks.host.clear();
-  std::map<int, std::vector<int32_t>> tensors_of;
-  for (size_t i = 0; i < signature.size(); ++i)
-    if (signature[i] >= 0) tensors_of[signature[i]].push_back(int32_t(i));
-  for (const auto& [key, members] : tensors_of) {
-    const int64_t first = int64_t(chunks.host.size());
-    for (const int32_t i : members)
-      for (int64_t begin = 0; begin < plan.tensor(i).numel; begin += kBlockElements) chunks.host.push_back({begin, i});
-    const int64_t count = int64_t(chunks.host.size()) - first;
-    if (count > 0) buckets.push_back({key / (kMixed + 1), key % (kMixed + 1), first, count});
+  std::map<int, std::vector<DeviceChunk>> chunks_of;
+  for (size_t i = 0; i < signature.size(); ++i) {
+    if (signature[i][0] < 0) continue;
+    const int64_t numel = plan.tensor(int64_t(i)).numel;
+    for (int64_t begin = 0; begin < numel; begin += kBlockElements)
+      chunks_of[signature[i][begin + kBlockElements <= numel ? 0 : 1]].push_back({begin, int32_t(i)});
+  }
+  for (const auto& [key, members] : chunks_of) {
+    buckets.push_back({key / kKernels, key % kKernels, int64_t(chunks.host.size()), int64_t(members.size())});
+    chunks.host.insert(chunks.host.end(), members.begin(), members.end());
   }
 }
 

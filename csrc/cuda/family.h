@@ -24,6 +24,21 @@ struct PlainKernels {
   LaunchUpdate launch[kAny + 1];
 };
 
+// Formats that have kernels of their own, fixed.cuh: of p, g, means and second moments. Those with bf16 states differ
+// from plain kernels only in a second moment that is drawn, so they are for rules that have one.
+#define PRECOND_FIXED(FIXED)              \
+  PRECOND_OFTEN_CODED(FIXED)              \
+  FIXED(Bf16Split32, Bf16, Fp32, Fp32)    \
+  FIXED(Fp32, Fp32, Bf16, Bf16Stochastic) \
+  FIXED(Bf16, Bf16, Bf16, Bf16Stochastic)
+#define PRECOND_ONE(...) +1
+constexpr int kFixedFormats = PRECOND_FIXED(PRECOND_ONE);
+#undef PRECOND_ONE
+// In this order; null where there is none.
+struct FixedKernels {
+  LaunchUpdate launch[kFixedFormats];
+};
+
 // `first`: the number of the family's first rule.
 struct ScalarsArgs {
   const ScalarsJob* jobs;

@@ -6,8 +6,7 @@
 namespace precond {
 inline namespace PRECOND_ISA {
 
-// Consecutive elements of a thread, from a multiple of as many on; lanes of a warp whose elements share a scale.
-constexpr int kRun = 8;
+// A thread takes runs; lanes of a warp whose elements share a scale.
 constexpr int kGroupLanes = kGroup / kRun;
 
 // A run as it lies in memory: in 8, 4, 2 or 1 words.
@@ -23,11 +22,10 @@ struct Items {
   const Strides* strides;  // null: dense
 };
 
-template <bool kWide>
 __device__ __forceinline__ Items items_of(char* data, int bits, int32_t stride, const Strides* strides) {
   const uint64_t bytes = bits == 32 ? 16 : uint64_t(bits);
   const bool dense = stride == kDense;
-  const bool wide = kWide || (dense && (reinterpret_cast<uint64_t>(data) & (bytes - 1)) == 0);
+  const bool wide = dense && (reinterpret_cast<uint64_t>(data) & (bytes - 1)) == 0;
   return {data, bits, wide, dense ? nullptr : strides + stride};
 }
 
@@ -204,11 +202,7 @@ __device__ __forceinline__ void decode_state(Format format, const Words& words, 
     } else if constexpr (F::kStoring == Storing::codes) {
       const float unit = F::unit(scale);
 #pragma unroll
-      for (int k = 0; k < kRun; ++k) {
-        const uint32_t code = item<F::kCodeBits>(words, k);
-        constexpr int kAbove = 32 - F::kCodeBits;
-        x[k] = F::value(F::kRoot ? int32_t(code) : int32_t(code << kAbove) >> kAbove, unit);
-      }
+      for (int k = 0; k < kRun; ++k) x[k] = F::value(item<F::kCodeBits>(words, k), unit);
     }
   });
 }
@@ -218,13 +212,16 @@ template <class F>
 __device__ __forceinline__ Words encode_alone(const float* x, const uint32_t* word, int number) {
   Words words = {};
 #pragma unroll
-  for (int k = 0; k < kRun; ++k) {
-    if constexpr (F::kStoring == Storing::drawn)
-      add_item<16>(words, k, F::stored(x[k], draw_of(word[k], draw_shift(number))));
-    else if constexpr (sizeof(typename F::Stored) == 4)
+  for (int k = 0; k < kRun; k += 2) {
+    if constexpr (F::kStoring == Storing::drawn) {
+      add_item<16>(words, k, F::stored(x[k], draws_of(number)(word[k])));
+      add_item<16>(words, k + 1, F::stored(x[k + 1], draws_of(number)(word[k + 1])));
+    } else if constexpr (sizeof(typename F::Stored) == 4) {
       words.word[k] = bits_of(x[k]);
-    else
-      add_item<16>(words, k, F::stored(x[k]));
+      words.word[k + 1] = bits_of(x[k + 1]);
+    } else {
+      words.word[k / 2] = F::stored_both(x[k], x[k + 1]);
+    }
   }
   return words;
 }
@@ -235,7 +232,7 @@ __device__ __forceinline__ Words encode_weight(Format format, const float* x, co
     if constexpr (F::kStoring == Storing::remainder) {
 #pragma unroll
       for (int k = 0; k < kRun; ++k) {
-        const auto split = F::split(x[k], draw_of(word[k], draw_shift(0)));
+        const auto split = F::split(x[k], draws_of(0)(word[k]));
         add_item<16>(words, k, split.stored);
         add_item<kBitsOf<typename F::Remainder>>(beside, k, uint32_t(split.remainder));
       }
@@ -270,15 +267,12 @@ __device__ __forceinline__ Words encode_state(Format format, const float* values
     if constexpr (F::kStoring == Storing::codes) {
       float x[kRun];
 #pragma unroll
-      for (int k = 0; k < kRun; ++k) {
-        const float magnitude = F::kRoot ? sqrt(values[k]) : values[k];
-        x[k] = k < count ? magnitude : 0.0f;
-      }
+      for (int k = 0; k < kRun; ++k) x[k] = k < count ? values[k] : 0.0f;
       const Group group = F::group(top_of_group(x));
       scale = group.scale;
 #pragma unroll
       for (int k = 0; k < kRun; ++k)
-        add_item<F::kCodeBits>(words, k, uint32_t(F::code(x[k], group, draw_of(word[k], draw_shift(number)))));
+        add_item<F::kCodeBits>(words, k, F::code(x[k], group, draws_of(number).placed(word[k])));
     } else if constexpr (F::kStoring != Storing::remainder) {
       words = encode_alone<F>(values, word, number);
     }
@@ -290,15 +284,18 @@ __device__ __forceinline__ Words encode_state(Format format, const float* values
 __device__ __forceinline__ void fill_random(Seed seed, const Place& place, int64_t i, uint32_t* word) {
   uint64_t index = uint64_t(place.index(i));
   int64_t left = place.left_in_row(i);
-  if (left >= kRun && uint32_t(index) <= 0xffffffffu - kRun) {
-    // A high half for all: what nearly every run takes.
+  if (index % kRun == 0 && left >= kRun) {
+    // One hash for all: what nearly every run takes.
+    const uint64_t run = index / kRun;
+    const uint32_t hash = hashed(seed, uint32_t(run), uint32_t(run >> 32));
 #pragma unroll
-    for (int k = 0; k < kRun; ++k) word[k] = random_word(seed, uint32_t(index) + uint32_t(k), uint32_t(index >> 32));
+    for (int k = 0; k < kRun; ++k) word[k] = hash * odd(k);
     return;
   }
 #pragma unroll 1
   for (int k = 0; k < kRun; ++k) {
-    const uint32_t next = random_word(seed, uint32_t(index), uint32_t(index >> 32));
+    const uint64_t run = index / kRun;
+    const uint32_t next = hashed(seed, uint32_t(run), uint32_t(run >> 32)) * odd(int(index % kRun));
 #pragma unroll
     for (int w = 0; w < kRun; ++w) word[w] = w == k ? next : word[w];
     ++index;

@@ -13,22 +13,6 @@ inline namespace PRECOND_ISA {
 // 128 registers.
 constexpr int kMixedBlocksPerSm = 2;
 
-// The formats of a tensor; or fixed ones and full runs, from which bench/codegen.py counts what one path takes.
-struct FormatsOfTensor {
-  static constexpr bool kFull = false;
-  const DeviceTensor& t;
-  __device__ __forceinline__ Format of(int operand) const { return t.operand[operand].format; }
-};
-template <Format... kOf>
-struct FixedFormats {
-  static constexpr bool kFull = true;
-  const DeviceTensor& t;
-  __device__ __forceinline__ Format of(int operand) const {
-    constexpr Format formats[] = {kOf...};
-    return formats[operand];
-  }
-};
-
 // Lets the compiler forget what it has read of a tensor: addresses of five operands, kept in registers, made rules with
 // three states spill up to 224 bytes. Reading them again takes an access to the first cache for eight elements.
 __device__ __forceinline__ void read_again() {
@@ -37,16 +21,15 @@ __device__ __forceinline__ void read_again() {
 #endif
 }
 
-template <class Rule, class Formats, int... K>
+template <class Rule, int... K>
 __device__ __forceinline__ void update_mixed(const DeviceTensor& t, const Strides* strides, const float* scalars,
                                              Incoming incoming, Range range, std::integer_sequence<int, K...>) {
-  const Formats formats{t};
+  const auto format = [&](int operand) { return t.operand[operand].format; };
   const auto items = [&](int operand) {
-    return items_of<Formats::kFull>(t.operand[operand].data, item_bits(formats.of(operand)), t.operand[operand].strides,
-                                    strides);
+    return items_of(t.operand[operand].data, item_bits(format(operand)), t.operand[operand].strides, strides);
   };
   const auto beside = [&](int operand) {
-    return items_of<Formats::kFull>(t.operand[operand].beside, remainder_bits(formats.of(operand)), kDense, strides);
+    return items_of(t.operand[operand].beside, remainder_bits(format(operand)), kDense, strides);
   };
   [[maybe_unused]] const auto scale_of = [&](int operand, int64_t i) -> uint16_t& {
     return reinterpret_cast<uint16_t*>(t.operand[operand].beside)[i / kGroup];
@@ -56,7 +39,7 @@ __device__ __forceinline__ void update_mixed(const DeviceTensor& t, const Stride
 #pragma unroll 1
   for (int64_t begin = range.begin; begin < range.end; begin += int64_t(kThreads) * kRun) {
     const int64_t i = begin + int64_t(threadIdx.x) * kRun, left = range.end - i;
-    const int count = Formats::kFull || left >= kRun ? kRun : left > 0 ? int(left) : 0;
+    const int count = left >= kRun ? kRun : left > 0 ? int(left) : 0;
     [[maybe_unused]] const bool first_of_group = threadIdx.x % kGroupLanes == 0 && count > 0;
 
     read_again();
@@ -64,13 +47,13 @@ __device__ __forceinline__ void update_mixed(const DeviceTensor& t, const Stride
     const Words g_words = fetch<32>(items(1), i, count);
     [[maybe_unused]] const Words s_words[Rule::kStates + 1] = {fetch<32>(items(2 + K), i, count)...};
     [[maybe_unused]] uint32_t scale[Rule::kStates + 1] = {
-        (is_coded(formats.of(2 + K)) && count > 0 ? uint32_t(scale_of(2 + K, i)) : 0u)...};
+        (is_coded(format(2 + K)) && count > 0 ? uint32_t(scale_of(2 + K, i)) : 0u)...};
 
     float p[kRun] = {}, g[kRun] = {};
     [[maybe_unused]] float s[Rule::kStates + 1][kRun] = {};
-    decode_weight(formats.of(0), p_words, p_remainder, p);
-    decode_gradient(formats.of(1), g_words, g);
-    (decode_state(formats.of(2 + K), s_words[K], scale[K], s[K]), ...);
+    decode_weight(format(0), p_words, p_remainder, p);
+    decode_gradient(format(1), g_words, g);
+    (decode_state(format(2 + K), s_words[K], scale[K], s[K]), ...);
 
     const Rule rule = rule_of<Rule>(t, scalars);
 #pragma unroll
@@ -80,22 +63,22 @@ __device__ __forceinline__ void update_mixed(const DeviceTensor& t, const Stride
     uint32_t random[kRun] = {};
     if (t.draws != 0) fill_random(seed_in(scalars + int64_t(t.scalars) * kScalarFloats), t.place, i, random);
     Words remainder = {};
-    put<32>(items(0), i, count, encode_weight(formats.of(0), p, random, remainder));
+    put<32>(items(0), i, count, encode_weight(format(0), p, random, remainder));
     put<16>(beside(0), i, count, remainder);
-    (put<32>(items(2 + K), i, count, encode_state(formats.of(2 + K), s[K], count, random, 1 + K, scale[K])), ...);
-    ((is_coded(formats.of(2 + K)) && first_of_group ? void(scale_of(2 + K, i) = uint16_t(scale[K])) : void()), ...);
+    (put<32>(items(2 + K), i, count, encode_state(format(2 + K), s[K], count, random, 1 + K, scale[K])), ...);
+    ((is_coded(format(2 + K)) && first_of_group ? void(scale_of(2 + K, i) = uint16_t(scale[K])) : void()), ...);
   }
 }
 
-template <class Rule, class Formats>
+template <class Rule>
 __global__ void __launch_bounds__(kThreads, kMixedBlocksPerSm)
     update_mixed_kernel(const DeviceTensor* tensors, const DeviceChunk* chunks, const Strides* strides,
                         const float* scalars, const Control* control) {
   if (control->skip != 0.0f) return;
   const DeviceChunk chunk = chunks[blockIdx.x];
   const DeviceTensor& t = tensors[chunk.tensor];
-  update_mixed<Rule, Formats>(t, strides, scalars, {t.sign * control->grad_coef, control->clip_value},
-                              range_of(chunk, t), std::make_integer_sequence<int, Rule::kStates>{});
+  update_mixed<Rule>(t, strides, scalars, {t.sign * control->grad_coef, control->clip_value}, range_of(chunk, t),
+                     std::make_integer_sequence<int, Rule::kStates>{});
 }
 
 }  // namespace PRECOND_ISA

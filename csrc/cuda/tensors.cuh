@@ -28,8 +28,8 @@ struct DeviceChunk {
   int32_t tensor;
 };
 
-// 128-bit accesses, spelled: where inline assembly is near (fp16), nvcc no longer sees that an address it read from
-// memory is a global one, and makes them generic.
+// Accesses of 128 and 64 bits, spelled: where inline assembly is near (fp16), nvcc no longer sees that an address it
+// read from memory is a global one, and makes them generic.
 __device__ __forceinline__ uint4 load_128(const char* address) {
 #if defined(__CUDA_ARCH__)
   uint4 word;
@@ -50,6 +50,27 @@ __device__ __forceinline__ void store_128(char* address, const uint4& word) {
 #endif
 }
 
+__device__ __forceinline__ uint2 load_64(const char* address) {
+#if defined(__CUDA_ARCH__)
+  uint2 word;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(word.x), "=r"(word.y) : "l"(address));
+  return word;
+#else
+  return *reinterpret_cast<const uint2*>(address);
+#endif
+}
+__device__ __forceinline__ void store_64(char* address, const uint2& word) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(word.x), "r"(word.y));
+#else
+  *reinterpret_cast<uint2*>(address) = word;
+#endif
+}
+
+template <class Format>
+__device__ __forceinline__ typename Format::Stored& element(char* data, int64_t i) {
+  return reinterpret_cast<typename Format::Stored*>(data)[i];
+}
 template <class Format>
 __device__ __forceinline__ typename Format::Stored& element(const Operand& operand, int64_t i) {
   return reinterpret_cast<typename Format::Stored*>(operand.data)[i];
@@ -60,8 +81,8 @@ struct Range {
   int64_t begin, end;
 };
 __device__ __forceinline__ Range range_of(const DeviceChunk& chunk, const DeviceTensor& t) {
-  const int64_t limit = chunk.begin + kBlockElements;
-  return {chunk.begin, limit < t.numel ? limit : t.numel};
+  const int64_t limit = chunk.begin + kBlockElements, end = limit < t.numel ? limit : t.numel;
+  return {chunk.begin, end > chunk.begin ? end : chunk.begin};
 }
 
 template <class Rule>

@@ -1,5 +1,6 @@
-// States in 8 or 4 bits: a code per element, a bf16 scale per group. Signed states (means) are companded by softsign,
-// so that small ones keep more of their digits; second moments are stored as their square roots. Rounded
+// States in 8 or 4 bits: a code per element, a bf16 scale per group. A code is the upper bits of the float 2 + K y,
+// where y is a magnitude over its group's scale: steps are even up to 2 / K and then double with every power of two
+// (a mu-law), so that small values keep more of their digits, and no division, root or table is needed. Rounded
 // stochastically: to nearest, a decaying mean would stop at a few codes and a second moment would never decay.
 #pragma once
 
@@ -11,9 +12,9 @@ namespace precond {
 inline namespace PRECOND_ISA {
 
 struct Group {
-  uint32_t scale;   // bf16, at least the largest magnitude
-  float per_scale;  // from a magnitude to what is encoded
-  uint32_t mask;    // of a magnitude's bits; 0 where the group has a number that is not finite: all codes are then 0
+  uint32_t scale;   // bf16, its magnitude at least the largest one of the group
+  float per_scale;  // from a magnitude to K y
+  uint32_t mask;    // of an element's bits; 0 where the group has a number that is not finite: all codes are then 0
 };
 
 template <bool kSigned, int kBits>
@@ -21,58 +22,58 @@ struct Codes {
   static constexpr Storing kStoring = Storing::codes;
   // Two codes of 4 bits lie in a uint8.
   static constexpr Storage kStorage = kSigned && kBits == 8 ? Storage::int8 : Storage::uint8;
-  static constexpr bool kRoot = !kSigned;
   static constexpr int kCodeBits = kBits;
-  static constexpr int32_t kLevels = kSigned ? (1 << (kBits - 1)) - 1 : (1 << kBits) - 1;
+  // Bits below a code: 5 of the float's mantissa are kept, in 4 bits 1. bench/NOTES.md has others.
+  static constexpr int kBelow = kBits == 8 ? 18 : 22;
+  // The sign takes the upper bit of a signed code.
+  static constexpr uint32_t kSign = kSigned ? 1u << (kBits - 1) : 0u, kMost = (1u << (kSigned ? kBits - 1 : kBits)) - 1;
+  static constexpr uint32_t kTwo = 0x40000000u;  // the bits of 2
+  // K: the largest code is 2 + K, which is what the scale itself has. Its inverse is rounded to 0, so that the largest
+  // code is not decoded to more than the scale, which would creep up.
+  static constexpr float kRange = kBits == 8 ? (kSigned ? 29.5f : 502.0f) : (kSigned ? 22.0f : 382.0f);
+  static constexpr float kInverse =
+      kBits == 8 ? (kSigned ? 0x1.15b1e4p-5f : 0x1.05197ep-9f) : (kSigned ? 0x1.745d16p-5f : 0x1.571ed2p-9f);
 
-  PRECOND_INLINE static float unit(uint32_t scale) {
-    return kSigned ? float_of(scale << 16) : float_of(scale << 16) * (1.0f / float(kLevels));
-  }
-  PRECOND_INLINE static float value(int32_t code, float unit) {
-    if (!kSigned) {
-      const float root = float(code) * unit;
-      return root * root;
-    }
-    const float y = float(code) * (1.0f / float(kLevels));
-    const float t = float_of(bits_of(y) & 0x7fffffffu);
-    return float_of(bits_of(t / (2.0f - t) * unit) | (bits_of(y) & 0x80000000u));
+  // Scales are stored below 0. In version 0.1 they were above, and codes meant other values: the sign tells them
+  // apart in every checkpoint.
+  // That of a new state is 0, not -0.
+  PRECOND_INLINE static float unit(uint32_t scale) { return fma(float_of(scale << 16), -kInverse, 0.0f); }
+  PRECOND_INLINE static float value(uint32_t code, float unit) {
+    // (z - 2) unit, which this way too is rounded once.
+    const float magnitude = fma(float_of(kTwo | (code & kMost) << kBelow), unit, -2.0f * unit);
+    return kSigned ? float_of(bits_of(magnitude) | (code & kSign) << (32 - kBits)) : magnitude;
   }
 
-  // From the largest bits of a magnitude in the group. The scale is rounded up, but not for 16 ulp: a largest code that
-  // is decoded, or the root of its square, may be a few above its scale, which would otherwise creep up. Not below
-  // 2^-120, where its inverse would overflow: smaller groups still have codes down to 2^-128, and less is rounded to 0
-  // or that. Above bf16's largest number, 3.39e38, a magnitude counts as infinite.
+  // From the largest bits of a magnitude in the group. The scale is rounded up. Not below 2^-118, where K over it would
+  // overflow: what is less than a step of such a group is rounded to 0 or that. Above bf16's largest number, 3.39e38, a
+  // magnitude counts as infinite.
   PRECOND_INLINE static Group group(uint32_t top) {
-    uint32_t scale = (top + 0xffefu) >> 16;
-    scale = scale < 0x0380u ? 0x0380u : scale;
+    uint32_t scale = (top + 0xffffu) >> 16;
+    scale = scale < 0x0480u ? 0x0480u : scale;
     const bool finite = scale < 0x7f80u;
     Group group;
-    group.scale = finite ? scale : 0x7fc0u;
-    const float per_scale = (kSigned ? 1.0f : float(kLevels)) / float_of(scale << 16);
+    group.scale = finite ? scale | 0x8000u : 0xffc0u;
+    const float per_scale = kRange / float_of(scale << 16);
     group.per_scale = finite ? per_scale : 0.0f;
-    group.mask = finite ? 0x7fffffffu : 0u;
+    group.mask = finite ? 0xffffffffu : 0u;
     return group;
   }
-  // x: the value, or the root of a second moment. Zero is 0. Up or down so that the mean of what is decoded is exact:
-  // of the companded value, and of the second moment itself, not its root. A second moment that is not zero has a code
-  // of at least 1: a mean divided by eps alone would take its parameter away.
-  PRECOND_INLINE static int32_t code(float x, const Group& group, uint32_t draw) {
-    const uint32_t magnitude = bits_of(x) & group.mask;
-    const float y = float_of(magnitude) * group.per_scale;
-    const float part = float(int32_t(draw)) * 0x1p-16f;
-    if (kSigned) {
-      const int32_t code = int32_t(fma((y + y) / (1.0f + y), float(kLevels), part));
-      const int32_t most = code > kLevels ? kLevels : code;
-      const int32_t negative = int32_t(bits_of(x)) >> 31;
-      return (most ^ negative) - negative;
-    }
-    const int32_t below = int32_t(y);
-    const float whole = float(below), above = y - whole, twice = whole + whole;
-    // y^2 lies (y^2 - whole^2) / ((whole + 1)^2 - whole^2) of the way.
-    const int32_t code = below + (part * (twice + 1.0f) < above * (twice + above) ? 1 : 0);
-    const int32_t least = magnitude < 1u ? 0 : 1;
-    const int32_t most = code > kLevels ? kLevels : code;
-    return most > least ? most : least;
+  // Zero is 0. Up or down so that the mean of what is decoded is exact: the draw is added below the code. No code comes
+  // out too large: y is at most 1, 2 + K y at most an ulp too large, and a draw ends two or more bits above that. A
+  // second moment that is not zero has a code of at least 1: a mean divided by eps alone would take its parameter away.
+  // `placed`: the draw, in bits 8 to 23.
+  PRECOND_INLINE static uint32_t code(float x, const Group& group, uint32_t placed) {
+    return finite_code(float_of(bits_of(x) & group.mask), group.per_scale, placed);
+  }
+  // Of a group that is finite.
+  PRECOND_INLINE static uint32_t finite_code(float x, float per_scale, uint32_t placed) {
+    const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
+    // The code and its fraction so far up that the code is a byte.
+    const uint32_t z = bits_of(fma(float_of(magnitude), per_scale, 2.0f)) << (24 - kBelow);
+    const uint32_t code = (z + placed) >> 24;
+    if (kSigned) return code | (bits_of(x) >> (32 - kBits) & kSign);
+    const uint32_t least = magnitude < 1u ? magnitude : 1u;
+    return code > least ? code : least;
   }
 };
 using Int8 = Codes<true, 8>;

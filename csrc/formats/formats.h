@@ -34,6 +34,15 @@ namespace precond {
 enum class Format : int32_t { PRECOND_FORMATS(PRECOND_NUMBER) };
 #undef PRECOND_NUMBER
 
+// Formats that training uses most among those with codes: of p, g, means and second moments. Where a rule is taken
+// often too (kOften), they have kernels of their own.
+#define PRECOND_OFTEN_CODED(OFTEN)         \
+  OFTEN(Bf16Split24, Bf16, Int8, Uint8)    \
+  OFTEN(Bf16Stochastic, Bf16, Int8, Uint8) \
+  OFTEN(Fp32, Fp32, Int8, Uint8)           \
+  OFTEN(Bf16Split24, Bf16, Int4, Uint4)    \
+  OFTEN(Bf16Stochastic, Bf16, Int4, Uint4)
+
 // What the host knows of a format.
 struct FormatInfo {
   const char* name;
@@ -42,20 +51,26 @@ struct FormatInfo {
   int remainder_bits;  // of what lies beside an element
   bool plain;          // stands alone, and is rounded to nearest
   bool coded;          // codes, and beside them a scale per group
-  bool root;           // of a second moment its square root is stored
 };
 
 template <class F>
 constexpr FormatInfo format_info(const char* name) {
-  FormatInfo info{name, F::kStorage, 0, 0, F::kStoring == Storing::alone, F::kStoring == Storing::codes, false};
+  FormatInfo info{name, F::kStorage, 0, 0, F::kStoring == Storing::alone, F::kStoring == Storing::codes};
   if constexpr (F::kStoring == Storing::codes) {
     info.item_bits = F::kCodeBits;
-    info.root = F::kRoot;
   } else {
     info.item_bits = 8 * int(sizeof(typename F::Stored));
   }
   if constexpr (F::kStoring == Storing::remainder) info.remainder_bits = 8 * int(sizeof(typename F::Remainder));
   return info;
+}
+
+template <class F>
+constexpr Format format_of() {
+#define PRECOND_IS(name, Struct) \
+  if constexpr (std::is_same_v<F, Struct>) return Format::name;
+  PRECOND_FORMATS(PRECOND_IS)
+#undef PRECOND_IS
 }
 
 #define PRECOND_INFO(name, Struct) format_info<Struct>(#name),
@@ -76,7 +91,6 @@ PRECOND_INLINE constexpr bool is_coded(Format format) { return format >= Format:
 PRECOND_INLINE constexpr bool has_remainder(Format format) {
   return format >= Format::bf16_split24 && format <= Format::fp16_split32;
 }
-PRECOND_INLINE constexpr bool is_root(Format format) { return format == Format::uint8 || format == Format::uint4; }
 PRECOND_INLINE constexpr int item_bits(Format format) {
   if (format == Format::fp32) return 32;
   if (!is_coded(format)) return 16;
@@ -90,7 +104,7 @@ constexpr bool comparisons_agree_with_the_table() {
   for (int k = 0; k < kFormatCount; ++k) {
     const FormatInfo& info = kFormats[k];
     const Format format = Format(k);
-    if (is_plain(format) != info.plain || is_coded(format) != info.coded || is_root(format) != info.root ||
+    if (is_plain(format) != info.plain || is_coded(format) != info.coded ||
         has_remainder(format) != (info.remainder_bits != 0) || item_bits(format) != info.item_bits ||
         remainder_bits(format) != info.remainder_bits)
       return false;

@@ -7,6 +7,23 @@
 namespace precond {
 inline namespace PRECOND_ISA {
 
+// Two formats of 16 bits also store two values at once, the first in the lower half: `stored_both`. GPUs convert both
+// in one instruction since sm_80, but make 0x7fff of a NaN. No other result has all bits of the exponent and a
+// mantissa, so as signed integers all others lie at or below infinity, and a minimum lowers the NaN to torch's.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+PRECOND_INLINE uint32_t with_nan(uint32_t both, uint32_t nan) {
+#if __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ >= 12
+  uint32_t mended;
+  asm("min.s16x2 %0, %1, %2;" : "=r"(mended) : "r"(both), "r"(nan * 0x10001u));
+  return mended;
+#else
+  // 1 more than 0x7fff has a sign, which the half itself had not. No half is 0xffff, so none carries into the other.
+  const uint32_t is_nan = ((both + 0x10001u) & ~both & 0x80008000u) >> 15;
+  return both - is_nan * (0x7fffu - nan);
+#endif
+}
+#endif
+
 struct Fp32 {
   static constexpr Storing kStoring = Storing::alone;
   static constexpr Storage kStorage = Storage::fp32;
@@ -25,6 +42,15 @@ struct Bf16 {
     const uint32_t u = bits_of(x);
     const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     return Stored(x != x ? 0x7fc0u : rounded);
+  }
+  PRECOND_INLINE static uint32_t stored_both(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32_t both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return with_nan(both, 0x7fc0u);
+#else
+    return uint32_t(stored(low)) | uint32_t(stored(high)) << 16;
+#endif
   }
 };
 
@@ -65,6 +91,15 @@ struct Fp16 {
     return Stored(u > 0x7f800000u ? 0x7e00u : rounded);
   }
 #endif
+  PRECOND_INLINE static uint32_t stored_both(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32_t both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return with_nan(both, 0x7e00u);
+#else
+    return uint32_t(stored(low)) | uint32_t(stored(high)) << 16;
+#endif
+  }
 };
 
 }  // namespace PRECOND_ISA

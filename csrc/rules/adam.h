@@ -28,9 +28,10 @@ struct Adam {
     m = fma(one_minus_beta1, d - m, m);
     v = fma(one_minus_beta2 * d, d, beta2 * v);
   }
+  template <class Arithmetic = Ieee>
   PRECOND_INLINE float stepped(float p, float m, float v) const {
-    const float den = fma(sqrt(v), inv_sqrt_bias2, eps);
-    return decay(p, step_size, m / den, den, v);
+    const float den = fma(Arithmetic::root(v), inv_sqrt_bias2, eps);
+    return decay(p, step_size, Arithmetic::quotient(m, den), den, v);
   }
   PRECOND_INLINE void operator()(float& p, float g, float& m, float& v) const {
     update_moments(p, g, m, v);
@@ -61,6 +62,11 @@ PRECOND_INLINE void set_scalars(Adam<Decay>& rule, const AdamHyper& h, Counted n
   rule.step_size = float(h.lr / (1.0 - integer_power(h.beta1, t)));
   set_scalars(rule.decay, h, h.lr);
 }
+
+template <>
+constexpr bool kOften<Adam<Coupled>> = true;
+template <>
+constexpr bool kOften<Adam<L2>> = true;
 
 #define PRECOND_RULES_adam(RULE)                                \
   RULE("adam", Adam<Coupled>)                                   \

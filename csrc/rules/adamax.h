@@ -16,7 +16,7 @@ struct AdamaxHyper {
 };
 
 // Kingma and Ba 2015, arXiv 1412.6980, algorithm 2. u is the largest |d|, decayed. It has no square, but divides like
-// one's root: in codes without a root, small ones would be rounded to 0, and a step be 1e4 times too long.
+// one's root: in codes with a sign, small ones would be rounded to 0, and a step be 1e4 times too long.
 template <class Decay>
 struct Adamax {
   using Hyper = AdamaxHyper;

@@ -37,6 +37,9 @@ PRECOND_INLINE void set_scalars(Lion<Decay>& rule, const LionHyper& h, Now) {
   set_scalars(rule.decay, h, h.lr);
 }
 
+template <>
+constexpr bool kOften<Lion<L2>> = true;
+
 #define PRECOND_RULES_lion(RULE) PRECOND_INTRINSIC(RULE, "lion", "", Lion, PlainThreshold)
 
 }  // namespace PRECOND_ISA

@@ -4,7 +4,7 @@
 //
 //   Hyper          the hyper-parameters that its scalars are made of: doubles, in the order of Hyper::names
 //   kStates        how many states an element has
-//   kSquares       a bit for each of them that is a second moment: formats of few bits keep its root
+//   kSquares       a bit for each of them that is a second moment: codes without a sign keep it
 //   kReadsStep     whether its scalars depend on the step counter
 //   kScalarStates  1 if it keeps one number per parameter besides, else 0; if so,
 //                  `static double advance(const Hyper&, double step, double scalar)` returns it after this step
@@ -20,6 +20,10 @@
 
 namespace precond {
 inline namespace PRECOND_ISA {
+
+// Whether training takes a rule so often that it has kernels of its own for the formats that are used most.
+template <class Rule>
+constexpr bool kOften = false;
 
 // What scalars are made of besides hyper-parameters. A rule gets what it says it needs: one that reads the step without
 // saying so does not compile.

@@ -68,6 +68,11 @@ PRECOND_INLINE void set_scalars(SGDMomentum<Decay>& rule, const SGDHyper& h, Now
   set_scalars(rule.decay, h, h.lr);
 }
 
+template <>
+constexpr bool kOften<SGDMomentum<Coupled>> = true;
+template <>
+constexpr bool kOften<SGDMomentum<L2>> = true;
+
 #define PRECOND_RULES_sgd(RULE)                                             \
   RULE("sgd", SGD<Coupled>)                                                 \
   RULE("sgd_momentum", SGDMomentum<Coupled>)                                \

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from . import backend as _backend
+from . import formats
 from .amp import control_of
 from .arguments import number
 from .checkpoint import KeptOptions, states_as_saved
@@ -276,7 +277,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _prepare_to_save(self) -> None:
-        """Drop stale remainders, since one that is loaded is trusted, and settings that a sharding optimizer left in groups."""
+        """Drop stale remainders, since one that is loaded is trusted, and settings that a sharding optimizer left in groups.
+        Renew codes of version 0.1 that no step has seen.
+        """
+        formats.renew(self.state.items())
         self.states.begin(self._all_params())
         for group in self.param_groups:
             _drop_settings(group, self.defaults)
@@ -290,6 +294,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Take over a pickled optimizer, or the groups and states of a checkpoint."""
         super().__setstate__(state)
         self._own = {**DEFAULTS, **self.__dict__.get("_own", {})}
+        if "defaults" in state:  # a copy, or a pickle; of a checkpoint ``load_state_dict`` renews what it keeps
+            formats.renew(self.state.items(), thorough=True)
         for group in self.param_groups:
             for name, value in self._older_options.items():
                 if name not in self._group_options:  # which is not there where it has its default
@@ -332,6 +338,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         with states_as_saved(self):
             super().load_state_dict(state_dict)
         kept.restore(self.param_groups)
+        formats.renew(self.state.items(), thorough=True)
         states = self.states
         for index, group in enumerate(self.param_groups):
             if group.get("state_format") is not None:

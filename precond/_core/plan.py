@@ -68,6 +68,7 @@ class StepPlan:
                 for entry, home in zip(entries, homes, strict=True)
                 if home is not None and entry.number not in ready
             ]
+            self._renew_codes(step, [entry for entry, _ in looked_at])
             layouts = {entry.number: self._make_states(step, entry) for entry, _ in looked_at}
             self._note_made(step)
             self.in_python = []
@@ -184,6 +185,11 @@ class StepPlan:
         state = step.state.get(p, {})
         return formats.has_remainder(state, weight_format, p) if weight_format.startswith("split") else bool(state)
 
+    def _renew_codes(self, step: Step, entries: list[Entry]) -> None:
+        """States may come in by assignment, as ZeroRedundancyOptimizer's do: in codes of version 0.1 they mean something else."""
+        params = [entry.param(step) for entry in entries]
+        formats.renew((p, step.state[p]) for p in params if p in step.state)
+
     def _make_states(self, step: Step, entry: Entry) -> Layout:
         """Make what is missing of a parameter's states. Returns their formats."""
         p, group = entry.param(step), step.groups[entry.group]
@@ -252,6 +258,7 @@ class StepPlan:
         if self._memory.meeting(tensors):
             return False
         try:
+            self._renew_codes(step, found)
             layouts = {entry.number: self._make_states(step, entry) for entry in found}
             self._note_made(step)
             compiled.adopt(step, self.states, found, layouts, self.fresh)

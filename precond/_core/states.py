@@ -231,6 +231,7 @@ class ParamStates:
         if f"{name}_scale" not in state:
             found: Tensor = state[name]
             return found
+        formats.renew([(p, state)])
         form = self.layout(p, group, rule).states[self.names(rule).index(name)]
         return like(p, formats.values_of(state, name, form, p))
 
@@ -279,6 +280,7 @@ class ParamStates:
             if alone and (state[key].shape != p.shape or (not coded and state[key].dtype == dtype)):
                 continue
             formats.check(name, p, state, (key,), Layout("fp32", (form,), (0, 0, 0)))
+            formats.renew([(p, state)])
             values = formats.values_of(state, key, form, p)
             state.pop(f"{key}_scale", None)
             if coded:

@@ -21,7 +21,7 @@ class Rule(NamedTuple):
     #: torch's names of the states that it updates, in the order of its arguments.
     states: tuple[str, ...]
     #: Those of them that are a mean or a sum of squares, or else divide and are never negative: the ones that a short format
-    #: harms, and of which codes hold the root.
+    #: harms, and whose codes have no sign.
     second_moments: tuple[str, ...] = ()
     #: False where they are of a gradient's own size, which float16 has room for.
     squares: bool = True

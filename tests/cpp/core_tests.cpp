@@ -252,44 +252,63 @@ void codes_keep_what_they_must() {
   const auto top = [](float x) { return bits_of(x) & 0x7fffffffu; };
   for (float largest : {1e-44f, 1e-37f, 1e-30f, 1e-8f, 0.7f, 1.0f, 12345.0f, 3e38f}) {
     const Group group = F::group(top(largest));
-    const float scale = float_of(group.scale << 16), unit = F::unit(group.scale);
-    CHECK(scale >= largest * 0.999998f && (scale <= 1.01f * largest || scale <= 0x1p-119f));
-    CHECK(F::code(0.0f, group, 0xffff) == 0 && F::code(-0.0f, group, 0xffff) == 0 && F::value(0, unit) == 0.0f);
-    int32_t last = 0;
+    const float scale = -float_of(group.scale << 16), unit = F::unit(group.scale);
+    // Below 0, which tells it from one of version 0.1.
+    CHECK(group.scale >> 15 == 1 && unit > 0.0f);
+    CHECK(scale >= largest * 0.999998f && (scale <= 1.01f * largest || scale <= 0x1p-117f));
+    CHECK(F::code(0.0f, group, 0xffff00) == 0 && F::value(0, unit) == 0.0f);
+    CHECK(F::value(F::code(-0.0f, group, 0xffff00), unit) == 0.0f);
+    const auto value = [unit](uint32_t code) { return double(F::value(code, unit)); };
+    // Where decoding makes no denormals, which have fewer digits.
+    const bool normal = scale > 0x1p-100f;
+    uint32_t last = 0;
     for (int k = 0; k <= 1000; ++k) {
       const float x = largest * (float(k) / 1000.0f);
       for (uint32_t draw : {0u, 0x8000u, 0xffffu}) {
-        const int32_t code = F::code(x, group, draw);
-        CHECK(code >= 0 && code <= F::kLevels && (!F::kRoot || x == 0.0f || code >= 1));
-        if (!F::kRoot) CHECK(F::code(-x, group, draw) == -code);
+        const uint32_t code = F::code(x, group, draw << 8);
+        CHECK(code <= F::kMost && (F::kSign != 0 || x == 0.0f || code >= 1));
+        if (F::kSign != 0) CHECK(F::code(-x, group, draw << 8) == (code | F::kSign));
+        if (F::kSign != 0) CHECK(F::value(code | F::kSign, unit) == -F::value(code, unit));
         if (draw == 0x8000u) {
           CHECK(code >= last);
           last = code;
         }
       }
-      // Both neighbours bracket the value.
-      const bool up_first = F::kRoot;  // a root goes up below a probability, a mean above one
-      const double low = F::value(F::code(x, group, up_first ? 0xffff : 0), unit);
-      const double high = F::value(F::code(x, group, up_first ? 0 : 0xffff), unit);
-      const double exact = F::kRoot ? double(x) * x : x;
-      if (scale > (F::kRoot ? 0x1p-55f : 0x1p-100f) && scale < 0x1p60f && (!F::kRoot || F::code(x, group, 0xffff) > 1))
-        CHECK(low <= exact * 1.00001);
-      if (scale > (F::kRoot ? 0x1p-55f : 0x1p-100f) && scale < 0x1p60f && x < 0.9f * largest)
-        CHECK(high >= exact * 0.999);
+      // Neighbours bracket the value, and the nearest is within half a step.
+      const uint32_t low = F::code(x, group, 0), high = F::code(x, group, 0xffff00), near = F::code(x, group, 0x800000);
+      CHECK(high == low || high == low + 1);
+      if (!normal) continue;
+      const bool least = F::kSign == 0 && low == 1 && x < value(1);
+      CHECK(least || value(low) <= x * 1.000001);
+      if (low < F::kMost) CHECK(value(low + 1) >= x * 0.999999);
+      const double step = value(low < F::kMost ? low + 1 : low) - value(low < F::kMost ? low : low - 1);
+      CHECK(least || std::fabs(value(near) - x) <= 0.5001 * step);
     }
-    // A code survives, whatever the draw: nothing drifts. The root of a decoded second moment may be an ulp off.
-    for (int32_t code = F::kRoot ? 0 : -F::kLevels; code <= F::kLevels; ++code) {
-      const float x = F::value(code, unit);
-      const int32_t again = F::code(F::kRoot ? sqrt(x) : x, group, 0x8000);
-      if (scale > 0x1p-60f && scale < 0x1p60f) CHECK(again == code);
-      if (code == F::kLevels && scale > 0x1p-60f && scale < 0x1p60f)
-        CHECK(F::group(top(F::kRoot ? sqrt(x) : x)).scale == group.scale);
+    // A code survives, whatever the draw: nothing drifts, and no scale creeps up.
+    for (uint32_t code = 0; code <= F::kMost && normal; ++code) {
+      for (uint32_t draw : {0x1000u, 0x8000u, 0xf000u}) CHECK(F::code(F::value(code, unit), group, draw << 8) == code);
+      if (code == F::kMost) CHECK(F::group(top(F::value(code, unit))).scale == group.scale);
     }
   }
   for (float bad : {float(INFINITY), float(NAN), 3.4e38f}) {
     const Group group = F::group(top(bad));
-    CHECK(F::code(bad, group, 0xffff) == 0 && F::code(1.0f, group, 0) == 0 &&
+    CHECK(group.scale == 0xffc0u && F::code(bad, group, 0xffff00) == 0 && F::code(-1.0f, group, 0) == 0 &&
           std::isnan(F::value(0, F::unit(group.scale))));
+  }
+  // A new state is zeros, its scales too.
+  CHECK(F::value(0, F::unit(0)) == 0.0f);
+}
+
+// The mean of what is decoded is the value: the draw decides by the share of the step that it lies above its code.
+template <class F>
+void codes_are_exact_in_the_mean() {
+  const Group group = F::group(bits_of(1.0f));
+  const float unit = F::unit(group.scale);
+  for (const float x : {0.003f, 0.02f, 0.11f, 0.347f, 0.61f, 0.98f}) {
+    if (F::kSign == 0 && x < F::value(1, unit)) continue;
+    double mean = 0;
+    for (uint32_t draw = 0; draw < 1 << 16; ++draw) mean += F::value(F::code(x, group, draw << 8), unit) / 65536.0;
+    CHECK(std::fabs(mean - x) < 1e-5);
   }
 }
 
@@ -323,19 +342,19 @@ void pieces_draw_as_the_whole() {
   CHECK(up > n / 2 && up < n);
 }
 
-void random_words_are_even() {
+void hashes_are_even() {
   // Bits, neighbours, steps and keys: every bit is set about half of the time, and no two streams agree.
   const Seed seeds[] = {seed_of(0, 1), seed_of(0, 2), seed_of(1, 1), seed_of(0x123456789abcdefu, 1)};
   for (const Seed a : seeds) {
     int set[32] = {}, changed[32] = {}, same = 0;
     for (uint32_t i = 0; i < 1 << 16; ++i) {
-      const uint32_t word = random_word(a, i, 0);
+      const uint32_t word = hashed(a, i, 0);
       for (int bit = 0; bit < 32; ++bit) {
         set[bit] += word >> bit & 1;
-        changed[bit] += (word ^ random_word(a, i + 1, 0)) >> bit & 1;
+        changed[bit] += (word ^ hashed(a, i + 1, 0)) >> bit & 1;
       }
-      for (const Seed b : seeds) same += word == random_word(b, i, 0);
-      same += word == random_word(a, i, 1);
+      for (const Seed b : seeds) same += word == hashed(b, i, 0);
+      same += word == hashed(a, i, 1);
     }
     for (int bit = 0; bit < 32; ++bit) CHECK(std::abs(set[bit] - 32768) < 700 && std::abs(changed[bit] - 32768) < 700);
     CHECK(same < (1 << 16) + 5);
@@ -410,7 +429,11 @@ int main() {
   RUN(codes_keep_what_they_must<Uint8>);
   RUN(codes_keep_what_they_must<Int4>);
   RUN(codes_keep_what_they_must<Uint4>);
-  RUN(random_words_are_even);
+  RUN(codes_are_exact_in_the_mean<Int8>);
+  RUN(codes_are_exact_in_the_mean<Uint8>);
+  RUN(codes_are_exact_in_the_mean<Int4>);
+  RUN(codes_are_exact_in_the_mean<Uint4>);
+  RUN(hashes_are_even);
   RUN(pieces_draw_as_the_whole);
   RUN(fp16_is_the_compilers);
   RUN(integer_powers_are_products);

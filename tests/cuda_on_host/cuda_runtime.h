@@ -23,6 +23,9 @@
 #define __shared__ static thread_local  // of the block that the worker runs
 #define __launch_bounds__(...)
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };

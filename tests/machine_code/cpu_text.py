@@ -76,6 +76,6 @@ class CpuText:
             (ctypes.c_int64 * 3)(*given.place),
             int(any(operand.draws for operand in operands)),
             ctypes.c_float(given.sign),
-            pointer(np.array([grad_coef, given.skip, given.clip], np.float32)),
+            pointer(np.array([grad_coef, given.skip or given.inactive, given.clip], np.float32)),
             pointer(row),
         )

@@ -123,6 +123,12 @@ class Emulator(Integers, Floats):
         self.waits[self.m] = int(barrier[1:])
         self.release(int(barrier[1:]))
 
+    def do_BREAK(self, i, *operands):
+        """Nobody waits for these threads at the barrier any more."""
+        barrier = int(operands[-1][1:])
+        self.meets[barrier][:, self.m] = False
+        self.release(barrier)
+
     def do_BAR(self, i, *_):
         self.waits[self.m] = WHOLE_BLOCK
         self.release(WHOLE_BLOCK)

@@ -71,4 +71,4 @@ class Harness:
         return Result(differences, machine.executed.total() * WARP / given.count, machine.in_flight)
 
     def inputs(self, case: Case, built: Built) -> list[Input]:
-        return inputs_for(chunk_of(built), case.groups, "Strides" in built.kernel.parameters)
+        return inputs_for(chunk_of(built), case.groups, "Strides" in built.kernel.parameters, case.whole)

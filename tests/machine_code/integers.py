@@ -259,12 +259,23 @@ class Integers(Block):
 
     def do_VIMNMX(self, i, to, *operands):
         *values, take_least = operands
+        only(i.mods <= {"U32", "S32", "S16x2", "RELU"}, i)
+        if "S16x2" in i.mods:
+            self.put(to, self.in_halves(i, values, take_least))
+            return
         values = [self.word(x) if "U32" in i.mods else self.word(x).view(I32) for x in values]
         least, most = functools.reduce(np.minimum, values), functools.reduce(np.maximum, values)
         result = np.where(self.truth(take_least), least, most)
         self.put(to, np.maximum(result, 0) if "RELU" in i.mods else result)
 
     do_IMNMX = do_VIMNMX3 = do_VIMNMX
+
+    def in_halves(self, i, values, take_least):
+        """The least or the most of signed halves, each of its own."""
+        only("RELU" not in i.mods and not any(parse(x).part or parse(x).minus for x in values), i)
+        halves = [self.word(x).view(np.int16).reshape(-1, 2) for x in values]
+        least, most = functools.reduce(np.minimum, halves), functools.reduce(np.maximum, halves)
+        return np.ascontiguousarray(np.where(self.truth(take_least)[:, None], least, most)).view(U32)[:, 0]
 
     def do_VIADDMNMX(self, i, to, a, b, c, take_least):
         x, y = self.word(a) + self.word(b), self.word(c)

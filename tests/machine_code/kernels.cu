@@ -10,6 +10,7 @@
 #endif
 #include <cstddef>
 
+#include "cuda/fixed.cuh"
 #include "cuda/mixed.cuh"
 #include "cuda/plain.cuh"
 #include "rules/adagrad.h"
@@ -45,6 +46,8 @@ CASE("AdamW fp32", "adamw", "fp32 fp32 fp32 fp32", update_kernel<Adam<L2>, Fp32,
 CASE("AdamW bf16", "adamw", "bf16 bf16 bf16 bf16", update_kernel<Adam<L2>, Bf16, Bf16, Bf16>)
 CASE("AdamW fp16", "adamw", "fp16 fp16 fp16 fp16", update_kernel<Adam<L2>, Fp16, Fp16, Fp16>)
 CASE("AdamW fp32 + bf16 states, nearest", "adamw", "fp32 fp32 bf16 bf16", update_kernel<Adam<L2>, Fp32, Fp32, Bf16>)
+CASE("AdamW bf16, fp32 gradients and states", "adamw", "bf16 fp32 fp32 fp32", update_kernel<Adam<L2>, Bf16, Fp32, Fp32>)
+CASE("AdamW fp32, fp16 gradients", "adamw", "fp32 fp16 fp32 fp32", update_kernel<Adam<L2>, Fp32, Fp16, Fp32>)
 CASE("SGD momentum fp32", "sgd_momentum", "fp32 fp32 fp32", update_kernel<SGDMomentum<Coupled>, Fp32, Fp32, Fp32>)
 CASE("Lion fp32", "lion", "fp32 fp32 fp32", update_kernel<Lion<L2>, Fp32, Fp32, Fp32>)
 CASE("Adagrad fp32", "adagrad", "fp32 fp32 fp32", update_kernel<Adagrad<Coupled>, Fp32, Fp32, Fp32>)
@@ -54,12 +57,23 @@ CASE("DualDescent, power, momentum, fp32", "dual_power_momentum", "fp32 fp32 fp3
 CASE("GaussNewton, own, root, fp32", "gauss_newton_own_root", "fp32 fp32 fp32 fp32", update_kernel<GaussNewtonOwnRoot<L2>, Fp32, Fp32, Fp32>)
 
 // All others: a kernel for each rule, formats known at run time.
-CASE("AdamW fp32 + bf16 states, v drawn", "adamw", "fp32 fp32 bf16 bf16_stochastic", update_mixed_kernel<Adam<L2>, FormatsOfTensor>)
-CASE("AdamW split24 + int8", "adamw", "bf16_split24 bf16 int8 uint8", update_mixed_kernel<Adam<L2>, FormatsOfTensor>)
-CASE("AdamW stochastic + int8", "adamw", "bf16_stochastic bf16 int8 uint8", update_mixed_kernel<Adam<L2>, FormatsOfTensor>)
-CASE("AdamW stochastic + int4", "adamw", "bf16_stochastic bf16 int4 uint4", update_mixed_kernel<Adam<L2>, FormatsOfTensor>)
-CASE("AdamW split32 + fp32", "adamw", "bf16_split32 bf16 fp32 fp32", update_mixed_kernel<Adam<L2>, FormatsOfTensor>)
-CASE("AdamW AMSGrad split24 + int8", "adamw_amsgrad", "bf16_split24 bf16 int8 uint8 uint8", update_mixed_kernel<AdamAmsgrad<L2>, FormatsOfTensor>)
+CASE("AdamW fp32 + bf16 states, v drawn", "adamw", "fp32 fp32 bf16 bf16_stochastic", update_mixed_kernel<Adam<L2>>)
+CASE("AdamW split24 + int8", "adamw", "bf16_split24 bf16 int8 uint8", update_mixed_kernel<Adam<L2>>)
+CASE("AdamW stochastic + int8", "adamw", "bf16_stochastic bf16 int8 uint8", update_mixed_kernel<Adam<L2>>)
+CASE("AdamW stochastic + int4", "adamw", "bf16_stochastic bf16 int4 uint4", update_mixed_kernel<Adam<L2>>)
+CASE("AdamW split32 + fp32", "adamw", "bf16_split32 bf16 fp32 fp32", update_mixed_kernel<Adam<L2>>)
+CASE("AdamW AMSGrad split24 + int8", "adamw_amsgrad", "bf16_split24 bf16 int8 uint8 uint8", update_mixed_kernel<AdamAmsgrad<L2>>)
+
+// Whole chunks: a kernel for each rule and formats that training uses most.
+CASE("AdamW split24 + int8, whole", "adamw", "bf16_split24 bf16 int8 uint8", update_fixed_kernel<Adam<L2>, Bf16Split24, Bf16, Codes<true, 8>, Codes<false, 8>>)
+CASE("AdamW stochastic + int8, whole", "adamw", "bf16_stochastic bf16 int8 uint8", update_fixed_kernel<Adam<L2>, Bf16Stochastic, Bf16, Codes<true, 8>, Codes<false, 8>>)
+CASE("AdamW split24 + int4, whole", "adamw", "bf16_split24 bf16 int4 uint4", update_fixed_kernel<Adam<L2>, Bf16Split24, Bf16, Codes<true, 4>, Codes<false, 4>>)
+CASE("AdamW stochastic + int4, whole", "adamw", "bf16_stochastic bf16 int4 uint4", update_fixed_kernel<Adam<L2>, Bf16Stochastic, Bf16, Codes<true, 4>, Codes<false, 4>>)
+CASE("AdamW split32 + fp32, whole", "adamw", "bf16_split32 bf16 fp32 fp32", update_fixed_kernel<Adam<L2>, Bf16Split32, Bf16, Fp32, Fp32>)
+CASE("AdamW fp32 + bf16 states, whole", "adamw", "fp32 fp32 bf16 bf16_stochastic", update_fixed_kernel<Adam<L2>, Fp32, Fp32, Bf16, Bf16Stochastic>)
+CASE("AdamW bf16 + bf16 states, whole", "adamw", "bf16 bf16 bf16 bf16_stochastic", update_fixed_kernel<Adam<L2>, Bf16, Bf16, Bf16, Bf16Stochastic>)
+CASE("SGD momentum split24 + int8, whole", "sgd_momentum", "bf16_split24 bf16 int8", update_fixed_kernel<SGDMomentum<Coupled>, Bf16Split24, Bf16, Codes<true, 8>>)
+CASE("Lion split24 + int8, whole", "lion", "bf16_split24 bf16 int8", update_fixed_kernel<Lion<L2>, Bf16Split24, Bf16, Codes<true, 8>>)
 
 // Any strides and any formats that stand alone, element by element.
 CASE("AdamW any layout", "adamw", "bf16 fp32 fp32 bf16", update_any_kernel<Adam<L2>>)

@@ -73,10 +73,11 @@ def cuda_tables(built, memory, operands, addresses, given, grad_coef, rows) -> b
         for operand, (data, beside), strides in zip(operands, addresses, given.strides(len(operands)), strict=True)
     )
     draws = any(operand.draws for operand in operands)
-    tensor = packed.ljust(120, b"\0") + struct.pack("<qqqqifi4x", given.numel, *given.place, 1, given.sign, draws)
+    numel, begin = given.in_tables
+    tensor = packed.ljust(120, b"\0") + struct.pack("<qqqqifi4x", numel, *given.place, 1, given.sign, draws)
     pointers = {
         "DeviceTensor": memory.put(bytes(len(tensor)) + tensor),
-        "DeviceChunk": memory.put(struct.pack("<qi4xqi4x", 0, 0, given.begin, 1)),
+        "DeviceChunk": memory.put(struct.pack("<qi4xqi4x", 0, 0, begin, 1)),
         "Strides": memory.put(given.layouts()),
         "float": rows,
         "Control": memory.put(np.array([grad_coef, given.skip, given.clip], np.float32)),
@@ -91,11 +92,14 @@ def triton_tables(built, memory, operands, addresses, given, grad_coef, rows) ->
     of_second = slots[layout["slots"] :]
     for k, (operand, (data, beside)) in enumerate(zip(operands, addresses, strict=True)):
         of_second[k], of_second[layout["beside"] + k] = data, beside if len(operand.beside) else 0
-    aligned = not (of_second % 16).any()
-    of_second[5], of_second[6] = given.numel, given.numel if aligned else 0
+    row = given.place[1]
+    in_runs = all(number % 8 == 0 for number in given.place) and (row == 0 or row >= layout["block"])
+    aligned = in_runs and not (of_second % 16).any()
+    numel, begin = given.in_tables
+    of_second[5], of_second[6] = numel, numel if aligned else 0
     of_second[layout["place"] : layout["place"] + 3] = given.place
     values = [
-        memory.put(np.array([0, 0, 1, given.begin], np.int64)),
+        memory.put(np.array([0, 0, 1, begin], np.int64)),
         memory.put(slots),
         rows,
         memory.put(np.array([given.skip, np.nan, given.sign * grad_coef], np.float32)),

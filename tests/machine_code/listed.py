@@ -22,6 +22,11 @@ class Case(NamedTuple):
         return self.kernel == ""
 
     @property
+    def whole(self) -> bool:
+        """Whether it takes whole chunks of dense, aligned tensors alone."""
+        return self.kernel.startswith("update_fixed_kernel")
+
+    @property
     def groups(self) -> bool:
         """Whether elements share scales."""
         return any("int" in format for format in self.formats)
@@ -41,6 +46,11 @@ TRITON = [
     Case("Triton Adagrad fp32", "adagrad", ("fp32",) * 3),
     Case("Triton DualDescent, power, momentum, fp32", "dual_power_momentum", ("fp32",) * 3),
     Case("Triton AdamW split24 + int8", "adamw", ("bf16_split24", "bf16", "int8", "uint8")),
+    Case("Triton AdamW fp32 + bf16 states, v drawn", "adamw", ("fp32", "fp32", "bf16", "bf16_stochastic")),
+    Case("Triton AdamW split32 + fp32", "adamw", ("bf16_split32", "bf16", "fp32", "fp32")),
+    Case("Triton SGD momentum split24 + int8", "sgd_momentum", ("bf16_split24", "bf16", "int8")),
+    Case("Triton Lion split24 + int8", "lion", ("bf16_split24", "bf16", "int8")),
+    Case("Triton AdamW stochastic + int8", "adamw", ("bf16_stochastic", "bf16", "int8", "uint8")),
     Case("Triton AdamW stochastic + int4", "adamw", ("bf16_stochastic", "bf16", "int4", "uint4")),
 ]
 CASES = {case.title: case for case in [*cuda_cases(), *TRITON]}
@@ -51,6 +61,8 @@ HANDFUL = (
     "SGD momentum fp32",
     "Lion fp32",
     "AdamW split24 + int8",
+    "AdamW split24 + int8, whole",
+    "AdamW stochastic + int4, whole",
     "Triton AdamW fp32",
     "Triton AdamW bf16",
     "Triton AdamW split24 + int8",

@@ -22,7 +22,7 @@ class Rule(NamedTuple):
     set_scalars: triton.JITFunction
     hyper: tuple[str, ...]  # in the order of csrc's Hyper
     states: tuple[str, ...] = ()  # of every element, under torch's names, in the order of the update's arguments
-    second_moments: tuple[str, ...] = ()  # those of them that formats of few bits keep the root of
+    second_moments: tuple[str, ...] = ()  # those of them whose codes have no sign
     reads_step: bool = False  # its scalars depend on the number of the step
     scalar_states: tuple[str, ...] = ()  # of every parameter: at most one
     advance: triton.JITFunction | None = None  # of the scalar state

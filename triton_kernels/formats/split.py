@@ -35,12 +35,15 @@ def largest_of(name):
 
 
 @triton.jit
-def master_of(stored, remainder):
-    """From bits; a remainder that is not the parameter's leaves an infinite one infinite, and does not take a 0 below 0."""
-    u = stored.to(tl.uint32) << 16
+def master_of(u, remainder):
+    """From the bits of the parameter as fp32. A remainder that is not the parameter's leaves an infinite one infinite, and does
+    not take a 0 below 0.
+    """
     plain = u.to(tl.float32, bitcast=True)
     master = (u + remainder).to(tl.float32, bitcast=True)
-    return tl.where((tl.abs(plain) < float("inf")) & (master == master), master, plain)
+    # A NaN where either is, or where the parameter is infinite.
+    master = tl.fma(plain, 0.0, master)
+    return tl.where(master == master, master, plain)
 
 
 @triton.jit
@@ -62,14 +65,12 @@ def split_stored(x, draw, FORMAT: tl.constexpr):
     """The parameter and its remainder."""
     u = tl.where(x != x, 0x7FC00000, x.to(tl.uint32, bitcast=True))
     if FORMAT == "bf16_split32":
-        rounded = (u + 0x8000) >> 16
-        stored = rounded.to(tl.uint16)
-        remainder = (u - (rounded << 16)).to(tl.int16)
+        stored = u + 0x8000
+        remainder = u.to(tl.int16)
     elif FORMAT == "bf16_split24":
-        master = (u + (draw >> 8)) >> 8
-        rounded = (master + 0x80) >> 8
-        stored = rounded.to(tl.uint16)
-        remainder = (master - (rounded << 8)).to(tl.int8)
+        master = u + (draw >> 8)
+        stored = master + 0x8000
+        remainder = (master >> 8).to(tl.int8)
     else:
         PARTS: tl.constexpr = parts_of(FORMAT)
         KEPT: tl.constexpr = kept_of(FORMAT)

@@ -27,7 +27,7 @@ def stochastic_stored(x, draw, FORMAT: tl.constexpr):
     u = x.to(tl.uint32, bitcast=True)
     if FORMAT == "bf16_stochastic":
         # On bits, which are the magnitude: what is cut off is the probability of a carry.
-        stored = tl.where(x != x, 0x7FC0, (u + draw) >> 16).to(tl.uint16)
+        stored = tl.where(x != x, 0x7FC00000, u + draw).to(tl.uint32)
     else:
         magnitude = u & 0x7FFFFFFF
         finite = magnitude < 0x7F800000

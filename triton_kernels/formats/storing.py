@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 from ..._core.formats.names import PLAIN
-from .codes import GROUP, code_type, codes_per_byte, codes_stored, codes_value, is_coded
-from .plain import plain_stored, plain_type, plain_value
+from ..random import RUN
+from .codes import GROUP, codes_per, codes_stored, codes_value, is_coded, unpacked
+from .plain import from_pairs, is_upper, plain_stored, plain_type, plain_value, to_pairs
 from .split import has_remainder, remainder_type, split_stored, split_value
 from .stochastic import is_stochastic, stochastic_stored
 
@@ -34,7 +35,7 @@ def draws(*names):
 
 @triton.constexpr_function
 def pointer_type(name):
-    return tl.pointer_type(code_type(name) if is_coded(name) else plain_type(plain(name)))
+    return tl.pointer_type(tl.uint8 if is_coded(name) else plain_type(plain(name)))
 
 
 @triton.constexpr_function
@@ -88,7 +89,8 @@ def put(ptr, offsets, mask, stored, FULL: tl.constexpr):
 @triton.jit
 def span(begin, numel, PER: tl.constexpr, BLOCK: tl.constexpr):
     """Offsets and mask of what serves PER elements each."""
-    offsets = begin // PER + tl.arange(0, BLOCK // PER)
+    # Without a sign, for which a division would be four instructions.
+    offsets = (begin.to(tl.uint64) // PER).to(tl.int64) + tl.arange(0, BLOCK // PER)
     return offsets, offsets * PER < numel
 
 
@@ -102,7 +104,43 @@ def block_at(begin, numel, BLOCK: tl.constexpr):
 @triton.jit
 def decode(ptr, offsets, mask, FORMAT: tl.constexpr, FULL: tl.constexpr):
     """Values of elements that stand alone."""
-    return plain_value(fetch(ptr, offsets, mask, FULL), plain(FORMAT))
+    stored = fetch(ptr, offsets, mask, FULL)
+    if is_upper(plain(FORMAT)):
+        stored = stored.to(tl.uint32) << 16
+    return plain_value(stored, plain(FORMAT))
+
+
+@triton.jit
+def as_words(ptr, begin, PER: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to a full block's words of 32 bits, which have PER elements each."""
+    words = tl.multiple_of(ptr.to(tl.pointer_type(tl.uint32)), 16)
+    return words + tl.multiple_of(begin.to(tl.uint64) // PER, BLOCK // PER) + tl.arange(0, BLOCK // PER)
+
+
+@triton.jit
+def get_number(ptr, block, FORMAT: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """What plain.py takes as stored."""
+    begin, _, offsets, mask = block
+    if is_upper(plain(FORMAT)) and FULL:
+        # A half of a register is two instructions away from where an fp32 number has it, a shift or a mask of a word one.
+        stored = from_pairs(tl.load(as_words(ptr, begin, 2, BLOCK)), BLOCK)
+    else:
+        stored = fetch(ptr, offsets, mask, FULL)
+        if is_upper(plain(FORMAT)):
+            stored = stored.to(tl.uint32) << 16
+    return stored
+
+
+@triton.jit
+def put_number(ptr, block, stored, FORMAT: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """stored: as plain.py returns it."""
+    begin, _, offsets, mask = block
+    if is_upper(plain(FORMAT)) and FULL:
+        tl.store(as_words(ptr, begin, 2, BLOCK), to_pairs(stored, BLOCK))
+    elif is_upper(plain(FORMAT)):
+        put(ptr, offsets, mask, (stored >> 16).to(tl.uint16), FULL)
+    else:
+        put(ptr, offsets, mask, stored, FULL)
 
 
 @triton.jit
@@ -111,14 +149,19 @@ def load(at, block, FORMAT: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexp
     ptr, beside = at
     begin, numel, offsets, mask = block
     if is_coded(FORMAT):
-        bytes_, in_bytes = span(begin, numel, codes_per_byte(FORMAT), BLOCK)
+        if FULL:
+            WORD: tl.constexpr = codes_per(FORMAT, 32)
+            codes = unpacked(tl.load(as_words(ptr, begin, WORD, BLOCK)), FORMAT, WORD, BLOCK)
+        else:
+            BYTE: tl.constexpr = codes_per(FORMAT, 8)
+            bytes_, in_bytes = span(begin, numel, BYTE, BLOCK)
+            codes = unpacked(fetch(ptr, bytes_, in_bytes, FULL), FORMAT, BYTE, BLOCK)
         groups, in_groups = span(begin, numel, GROUP, BLOCK)
-        scales = fetch(beside, groups, in_groups, FULL)
-        value = codes_value(fetch(ptr, bytes_, in_bytes, FULL), scales, FORMAT, BLOCK)
+        value = codes_value(codes, fetch(beside, groups, in_groups, FULL), FORMAT, BLOCK)
     elif has_remainder(FORMAT):
-        value = split_value(fetch(ptr, offsets, mask, FULL), fetch(beside, offsets, mask, FULL), FORMAT)
+        value = split_value(get_number(ptr, block, FORMAT, BLOCK, FULL), fetch(beside, offsets, mask, FULL), FORMAT)
     else:
-        value = decode(ptr, offsets, mask, FORMAT, FULL)
+        value = plain_value(get_number(ptr, block, FORMAT, BLOCK, FULL), plain(FORMAT))
     return value
 
 
@@ -128,18 +171,27 @@ def store(at, block, value, draw, FORMAT: tl.constexpr, BLOCK: tl.constexpr, FUL
     ptr, beside = at
     begin, numel, offsets, mask = block
     if is_coded(FORMAT):
-        bytes_, in_bytes = span(begin, numel, codes_per_byte(FORMAT), BLOCK)
-        groups, in_groups = span(begin, numel, GROUP, BLOCK)
-        if not FULL:
-            value = tl.where(mask, value, 0.0)
-        codes, scales = codes_stored(value, draw, FORMAT, BLOCK)
-        put(beside, groups, in_groups, scales, FULL)
-        put(ptr, bytes_, in_bytes, codes, FULL)
+        if FULL:
+            WORD: tl.constexpr = codes_per(FORMAT, 32)
+            codes, scales = codes_stored(value, draw, FORMAT, WORD, BLOCK)
+            tl.store(as_words(ptr, begin, WORD, BLOCK), codes)
+            # From the threads that have a group's elements, of which the first writes. A store of nothing but scales would
+            # take them through shared memory.
+            k = tl.arange(0, BLOCK // RUN)
+            spread = tl.reshape(tl.broadcast_to(scales[:, None], (BLOCK // GROUP, GROUP // RUN)), (BLOCK // RUN,))
+            tl.store(beside + begin.to(tl.uint64) // GROUP + k // (GROUP // RUN), spread, mask=k % (GROUP // RUN) == 0)
+        else:
+            BYTE: tl.constexpr = codes_per(FORMAT, 8)
+            codes, scales = codes_stored(tl.where(mask, value, 0.0), draw, FORMAT, BYTE, BLOCK)
+            bytes_, in_bytes = span(begin, numel, BYTE, BLOCK)
+            put(ptr, bytes_, in_bytes, codes.to(tl.uint8), FULL)
+            groups, in_groups = span(begin, numel, GROUP, BLOCK)
+            put(beside, groups, in_groups, scales, FULL)
     elif has_remainder(FORMAT):
         stored, remainder = split_stored(value, draw, FORMAT)
-        put(ptr, offsets, mask, stored, FULL)
+        put_number(ptr, block, stored, FORMAT, BLOCK, FULL)
         put(beside, offsets, mask, remainder, FULL)
     elif is_stochastic(FORMAT):
-        put(ptr, offsets, mask, stochastic_stored(value, draw, FORMAT), FULL)
+        put_number(ptr, block, stochastic_stored(value, draw, FORMAT), FORMAT, BLOCK, FULL)
     else:
-        put(ptr, offsets, mask, plain_stored(value, FORMAT), FULL)
+        put_number(ptr, block, plain_stored(value, FORMAT), FORMAT, BLOCK, FULL)

@@ -3,6 +3,7 @@
 from .codec import decode, encode, fill, update, values_of
 from .layout import Layout, check, has_remainder, is_half, layout_of, new_codes, new_remainder, takes_codes
 from .names import CODED, GROUP, SECOND_MOMENTS, STATE_FORMATS, WEIGHT_FORMATS, StateFormat, code_format, is_coded
+from .old_codes import renew
 from .random import seed_of
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "layout_of",
     "new_codes",
     "new_remainder",
+    "renew",
     "seed_of",
     "takes_codes",
     "update",

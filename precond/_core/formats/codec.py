@@ -12,8 +12,11 @@ from torch import Tensor
 from ... import reference
 from ..sharding import local
 from .layout import Layout
-from .names import GROUP, LEVELS
+from .names import GROUP, LAWS
 from .random import M32, draw_of, fraction, random_words
+
+#: The bits of the float32 2.
+_TWO = 0x40000000
 
 
 def values_of(state: dict[str, Any], name: str, form: str, p: Tensor) -> Tensor:
@@ -35,15 +38,15 @@ def fill(
 
 def decode(stored: Tensor, beside: Tensor | None, form: str, shape: torch.Size) -> Tensor:
     """The values of codes and scales, of a split weight, or of a tensor that stands alone."""
-    if form in LEVELS:
+    if form in LAWS:
         assert beside is not None
-        codes = stored.reshape(-1)
-        if form.endswith("4"):
-            halves = torch.stack([codes & 15, codes >> 4], dim=1).reshape(-1)[: shape.numel()].to(torch.int16)
-            codes = halves if form == "uint4" else torch.where(halves > 7, halves - 16, halves)
+        codes = bare_codes(stored, form, shape)
+        law = LAWS[form]
         scale = beside.reshape(-1).float().repeat_interleave(GROUP)[: shape.numel()]
-        y = codes.float() / LEVELS[form]
-        values = (y * scale) ** 2 if form.startswith("u") else y / (2 - y.abs()) * scale
+        whole = (_TWO + ((codes & law.largest) << law.below)).view(torch.float32)
+        values = (whole - 2.0) * (scale * -law.inverse + 0.0)  # a scale is below 0, or a new state's +0
+        if not form.startswith("u"):
+            values = torch.where(codes > law.largest, -values.abs(), values)
         return values.view(shape)
     if form.endswith(("split24", "split32")):
         assert beside is not None
@@ -63,7 +66,7 @@ def decode(stored: Tensor, beside: Tensor | None, form: str, shape: torch.Size) 
 def encode(values: Tensor, form: str, words: Tensor | None, operand: int) -> tuple[Tensor, Tensor | None]:
     """What ``decode`` takes: the tensor itself and what lies beside it."""
     draw = draw_of(words, operand)
-    if form in LEVELS:
+    if form in LAWS:
         return _encode_codes(values, form, draw)
     x = values.float()
     if form in ("bf16_split24", "bf16_split32"):
@@ -113,32 +116,52 @@ def fp16_step(x: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(x, dtype=torch.float32), exponent - 11)
 
 
+def bare_codes(stored: Tensor, form: str, shape: torch.Size) -> Tensor:
+    """The codes of a tensor of this shape, as int32 in a row: its magnitude, and above it the sign's bit where there is one."""
+    codes = stored.reshape(-1).view(torch.uint8)
+    if form.endswith("4"):
+        codes = torch.stack([codes & 15, codes >> 4], dim=1).reshape(-1)[: shape.numel()]
+    return codes.int()
+
+
 def _encode_codes(values: Tensor, form: str, draw: Tensor | int) -> tuple[Tensor, Tensor]:
-    levels = LEVELS[form]
-    root = form.startswith("u")
-    x = values.sqrt().float() if root else values.float()
+    law = LAWS[form]
+    x = values.float()
     n = x.numel()
     flat = torch.nn.functional.pad(x.reshape(-1), (0, -n % GROUP)).view(-1, GROUP)
-    bits = flat.view(torch.int32) & 0x7FFFFFFF
-    scale = ((bits.amax(dim=1).long() + 0xFFEF) >> 16).clamp(min=0x0380)
+    bits = flat.view(torch.int32).long() & M32
+    scale = (((bits & 0x7FFFFFFF).amax(dim=1) + 0xFFFF) >> 16).clamp(min=0x0480)
     finite = scale < 0x7F80
-    scale = torch.where(finite, scale, 0x7FC0)
-    y = flat.abs() / _bf16_of(scale).float()[:, None]
-    y = torch.where(finite[:, None], y, 0.0).reshape(-1)[:n]
-    part = fraction(draw.reshape(-1) if isinstance(draw, Tensor) else draw, 16)
-    if root:
-        # The mean of the second moment is exact, not that of its root: y^2 between the squares of two codes.
-        y = y * levels
-        below = torch.floor(y)
-        codes = below + (part * (2 * below + 1) < y**2 - below**2)
-        codes = torch.maximum(codes.clamp(max=levels), (y > 0).to(codes.dtype)).to(torch.uint8)
+    wide = _bf16_of(scale).float()
+    # torch's number / tensor would be a reciprocal and a product.
+    per_scale = torch.where(finite, torch.full_like(wide, law.span) / wide, 0.0)
+    bits = torch.where(finite[:, None], bits, 0)
+    magnitude = torch.where(finite[:, None], flat.abs(), 0.0)
+    z = _two_plus(magnitude.double() * per_scale.double()[:, None]).reshape(-1)[:n]
+    bits = bits.reshape(-1)[:n]
+    draw = draw.reshape(-1) if isinstance(draw, Tensor) else draw
+    codes = (z.view(torch.int32).long() + (draw << (law.below - 16)) - _TWO) >> law.below
+    if form.startswith("u"):
+        codes = torch.maximum(codes, (bits & 0x7FFFFFFF).clamp(max=1))
     else:
-        codes = torch.floor(2 * y / (1 + y) * levels + part).clamp(max=levels)
-        codes = torch.copysign(codes, x.reshape(-1)).to(torch.int8)
+        codes = codes | torch.where(bits > 0x7FFFFFFF, law.largest + 1, 0)
+    stored = codes.to(torch.uint8)
+    # Below 0: what tells these scales from those of version 0.1.
+    scale = _bf16_of(torch.where(finite, scale | 0x8000, 0xFFC0))
     if form.endswith("4"):
-        halves = torch.nn.functional.pad(codes.view(torch.uint8) & 15, (0, n % 2)).view(-1, 2)
-        return halves[:, 0] | halves[:, 1] << 4, _bf16_of(scale)
-    return codes.view(values.shape), _bf16_of(scale)
+        halves = torch.nn.functional.pad(stored, (0, n % 2)).view(-1, 2)
+        return halves[:, 0] | halves[:, 1] << 4, scale
+    return (stored if form == "uint8" else stored.view(torch.int8)).view(values.shape), scale
+
+
+def _two_plus(product: Tensor) -> Tensor:
+    """2 + a float64 that is the exact product of two float32, rounded once, as a fused multiply-add does. The sum is rounded to
+    odd first, so that rounding it again to float32 does what rounding the exact one does.
+    """
+    total = product + 2.0
+    lost = product - (total - 2.0)
+    bits = total.view(torch.int64)
+    return (bits + torch.where(bits % 2 == 0, lost.sign().long(), 0)).view(torch.float64).float()
 
 
 def update(

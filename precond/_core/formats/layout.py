@@ -8,15 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import sharding
 from ..sharding import like, local
-from .names import GROUP, LEVELS, PLAIN, SECOND_MOMENTS, code_format
+from .names import GROUP, LAWS, PLAIN, SECOND_MOMENTS, code_format
 
 #: Below this many elements of the unsharded tensor, and where rows are no multiple of GROUP, states stay in float32.
 SMALLEST_CODED = 4096
 #: The same for tensors of one dimension: biases and gains stay, a flat buffer of many parameters does not.
 SMALLEST_CODED_FLAT = 1 << 20
+
+#: Scales that were made here or looked at, so that nobody waits for a device to find codes of version 0.1.
+KNOWN_SCALES = WeakIdKeyDictionary()
 
 _PLAIN = frozenset(PLAIN.values())
 _DRAWS_NOTHING = _PLAIN | {"bf16_split32"}
@@ -88,13 +92,14 @@ def layout_of(
 
 def new_codes(p: Tensor, key: str, state_format: str, name: str = "a parameter") -> dict[str, Tensor]:
     """Zeros for a state of a parameter, which errors call so: its codes and their scales."""
-    root = key in SECOND_MOMENTS
     if state_format == "int8":
-        dtype = torch.uint8 if root else torch.int8
+        dtype = torch.uint8 if key in SECOND_MOMENTS else torch.int8
         codes = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False)
     else:
         codes = sharding.zeros_per_row(p, 2, torch.uint8, name)
-    return {key: codes, f"{key}_scale": sharding.zeros_per_row(p, GROUP, torch.bfloat16, name)}
+    scale = sharding.zeros_per_row(p, GROUP, torch.bfloat16, name)
+    KNOWN_SCALES[scale] = True
+    return {key: codes, f"{key}_scale": scale}
 
 
 def new_remainder(p: Tensor, weight_format: str) -> Tensor:
@@ -118,7 +123,7 @@ def check(name: str, p: Tensor, state: dict[str, Any], names: tuple[str, ...], l
     elif layout.param.endswith("split32"):
         expected["remainder"] = torch.int8, 2 * n, p.shape
     for key, form in zip(names, layout.states, strict=True):
-        if form in LEVELS:
+        if form in LAWS:
             dtype = torch.int8 if form == "int8" else torch.uint8
             expected[key] = (dtype, n, p.shape[:-1]) if form.endswith("8") else (dtype, (n + 1) // 2, per_row)
             expected[f"{key}_scale"] = torch.bfloat16, -(-n // GROUP), per_row

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ... import reference
@@ -17,8 +19,32 @@ StateFormat = str | torch.dtype | None
 WEIGHT_FORMATS = ("stochastic", "split24", "split32")
 #: Formats that are a dtype.
 PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-#: The largest code of each format that has codes; without a sign for second moments, whose root they hold.
-LEVELS = {"int8": 127, "uint8": 255, "int4": 7, "uint4": 15}
+
+
+class Law(NamedTuple):
+    """What codes of a format mean, as in csrc/formats/codes.h: the upper bits of the float 2 + K y, where y is a magnitude over
+    its group's scale.
+    """
+
+    #: Bits of that float below a code.
+    below: int
+    #: The largest code, without a sign: that of 2 + K.
+    largest: int
+    #: K.
+    span: float
+    #: 1 / K in float32, rounded to 0: the largest code is not decoded to more than its scale.
+    inverse: float
+
+
+#: The law of each format that has codes. Second moments have no sign.
+LAWS = {
+    "int8": Law(18, 127, 29.5, float.fromhex("0x1.15b1e4p-5")),
+    "uint8": Law(18, 255, 502.0, float.fromhex("0x1.05197ep-9")),
+    "int4": Law(22, 7, 22.0, float.fromhex("0x1.745d16p-5")),
+    "uint4": Law(22, 15, 382.0, float.fromhex("0x1.571ed2p-9")),
+}
+#: The largest code of each.
+LEVELS = {name: law.largest for name, law in LAWS.items()}
 #: Formats that have codes, as ``state_format`` names them.
 CODED = tuple(name for name in LEVELS if not name.startswith("u"))
 #: What ``state_format`` takes, and what that is: a dtype, or a format that has codes.
@@ -35,5 +61,5 @@ def is_coded(state_format: StateFormat) -> bool:
 
 
 def code_format(name: str, state_format: str) -> str:
-    """The format of a state's codes: second moments are stored as their roots, without a sign."""
+    """The format of a state's codes: those of second moments have no sign."""
     return "u" + state_format if name in SECOND_MOMENTS else state_format

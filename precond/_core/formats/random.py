@@ -1,4 +1,4 @@
-"""Random words, csrc/base/random.h: one for each element, from a key, the step and the element's place."""
+"""Random words, csrc/base/random.h: one for each element, from a key, the step and the element's place. Eight share a hash."""
 
 from __future__ import annotations
 
@@ -18,22 +18,28 @@ def seed_of(key: int, step: int) -> tuple[int, int]:
     return z & M32, z >> 32
 
 
+#: Elements that share a hash, from a multiple of as many on in the unsharded tensor, and what each multiplies it with.
+ODD = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09)
+
+
 def random_words(key: int, step: int, place: tuple[int, int, int], shape: torch.Size, device: torch.device) -> Tensor:
     """A word of 32 bits, as int64, for each element."""
     a, b = seed_of(key, step)
     begin, row, row_step = place
     i = torch.arange(shape.numel(), dtype=torch.int64, device=device)
     index = begin + (i if row == 0 else i // row * row_step + i % row)
-    x = ((index & M32) + a) & M32
+    run = index // len(ODD)
+    x = ((run & M32) + a) & M32
     x = x ^ (x >> 16)
     x = _times(x, 0x7FEB352D)
-    x = x ^ ((b + (index >> 32) * 0x9E3779B9) & M32)
+    x = x ^ ((b + (run >> 32) * 0x9E3779B9) & M32)
     x = x ^ (x >> 15)
     x = _times(x, 0x846CA68B)
-    return (x ^ (x >> 16)).view(shape)
+    odd = torch.tensor(ODD, dtype=torch.int64, device=device)[index % len(ODD)]
+    return _times(x ^ (x >> 16), odd).view(shape)
 
 
-def _times(x: Tensor, factor: int) -> Tensor:
+def _times(x: Tensor, factor: int | Tensor) -> Tensor:
     """x * factor modulo 2^32, in halves: the whole product of two words may not fit into an int64."""
     low, high = factor & 0xFFFF, factor >> 16
     return (x * low + (((x * high) & 0xFFFF) << 16)) & M32
@@ -41,7 +47,10 @@ def _times(x: Tensor, factor: int) -> Tensor:
 
 def draw_of(words: Tensor | None, operand: int) -> Tensor | int:
     """16 bits of an operand; without words, half."""
-    return 0x8000 if words is None else (words >> (0, 8, 16, 4)[operand]) & 0xFFFF
+    if words is None:
+        return 0x8000
+    word = words if operand < 2 else _times(words, 0x01000193)
+    return (word >> (8 if operand in (1, 2) else 16)) & 0xFFFF
 
 
 def fraction(draw: Tensor | int, bits: int) -> Tensor | float:

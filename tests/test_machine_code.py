@@ -54,7 +54,7 @@ BOUNDS = {
     "AdamW split32 + fp32": Bounds(119.3, 16),
     "AdamW AMSGrad split24 + int8": Bounds(218.8, 16, spills=32),
     # Whole chunks in formats that are known when compiled; with codes at most 82, with bf16 states 60, whatever a compiler does.
-    "AdamW split24 + int8, whole": Bounds(79, 60),
+    "AdamW split24 + int8, whole": Bounds(80.4, 60),
     "AdamW stochastic + int8, whole": Bounds(73.6, 52),
     "AdamW split24 + int4, whole": Bounds(80.2, 52),
     "AdamW stochastic + int4, whole": Bounds(74.6, 44),

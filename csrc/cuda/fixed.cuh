@@ -21,17 +21,11 @@ constexpr int kFixedBlocksPerSm = ((S::kStoring == Storing::codes) || ...) ? 3 :
 
 template <class F>
 constexpr int item_bits_of() {
-  if constexpr (F::kStoring == Storing::codes)
-    return F::kCodeBits;
-  else
-    return 8 * int(sizeof(typename F::Stored));
+  return item_bits(format_of<F>());
 }
 template <class F>
 constexpr int remainder_bits_of() {
-  if constexpr (F::kStoring == Storing::remainder)
-    return 8 * int(sizeof(typename F::Remainder));
-  else
-    return 0;
+  return remainder_bits(format_of<F>());
 }
 
 template <class F>
@@ -130,14 +124,6 @@ __device__ __forceinline__ float ordinary_weight(const Held<P>& held, int k) {
     return value_of<P>(item<Cursor<P>::kBits>(held.words, k));
   }
 }
-template <class P>
-__device__ __forceinline__ float weight_value(const Held<P>& held, int k) {
-  const uint32_t stored = item<Cursor<P>::kBits>(held.words, k);
-  if constexpr (P::kStoring == Storing::remainder)
-    return P::value(typename P::Stored(stored), typename P::Remainder(item<remainder_bits_of<P>()>(held.beside, k)));
-  else
-    return value_of<P>(stored);
-}
 
 // The new weights, of which none is a NaN but 0x7fc00000.
 template <class P>
@@ -187,14 +173,6 @@ __device__ __forceinline__ uint32_t top_of_run(const float* x) {
     return top;
   }
 }
-__device__ __forceinline__ uint32_t top_of_group(uint32_t top) {
-#pragma unroll
-  for (int lanes = 1; lanes < kGroupLanes; lanes *= 2) {
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, top, lanes);
-    top = other > top ? other : top;
-  }
-  return top;
-}
 
 // `ordinary`: no value is a NaN, and no second moment but 0 is below 2^-102.
 template <class F>
@@ -215,8 +193,7 @@ __device__ __forceinline__ void store_state(const Cursor<F>& at, const float* x,
   } else {
     const Draws draws = draws_of(number);
     top = top_of_group(top);
-    uint32_t scale = (top + 0xffffu) >> 16;
-    scale = scale < 0x0480u ? 0x0480u : scale;
+    uint32_t scale = F::scale_of(top);
     if (ordinary && scale < 0x7000u) {
       // As Codes::code, with the code and its fraction further up, so that it is a byte.
       const float per_scale = Quick::quotient(F::kRange, float_of(scale << 16));
@@ -261,8 +238,7 @@ constexpr bool kAnyDraws = ((!(Formats::kStoring == Storing::alone || remainder_
 template <class... S>
 constexpr int kTableBits = 0;
 template <class F, class... S>
-constexpr int kTableBits<F, S...> =
-    F::kStoring == Storing::codes && is_signed_code<F>() ? item_bits_of<F>() : kTableBits<S...>;
+constexpr int kTableBits<F, S...> = is_signed_code<F>() ? item_bits_of<F>() : kTableBits<S...>;
 
 // A state's run, and the numbers of its states for a list of them.
 template <int K, class F>
@@ -320,10 +296,7 @@ __device__ __forceinline__ void update_fixed(const DeviceTensor& t, const float*
       top_p = max_magnitude(top_p, p[k]);
     }
     bool ordinary = top_p < float_of(kOrdinary<P>);
-    if (!ordinary) {
-#pragma unroll
-      for (int k = 0; k < kRun; ++k) p[k] = weight_value<P>(p_held, k);
-    }
+    if (!ordinary) decode_weight(format_of<P>(), p_held.words, p_held.beside, p);
     decode_plain<G>(g_held.words, g);
     const auto decode = [&](auto& state, float* x) {
       using F = typename std::remove_reference_t<decltype(state)>::Format;

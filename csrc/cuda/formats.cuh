@@ -243,7 +243,16 @@ __device__ __forceinline__ Words encode_weight(Format format, const float* x, co
   return words;
 }
 
-// The largest bits of a magnitude among the lanes of a group. Every lane of the warp must come here.
+// Of the lanes of a group. Every lane of the warp must come here.
+__device__ __forceinline__ uint32_t top_of_group(uint32_t top) {
+#pragma unroll
+  for (int lanes = 1; lanes < kGroupLanes; lanes *= 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, top, lanes);
+    top = other > top ? other : top;
+  }
+  return top;
+}
+// The largest bits of a magnitude among them.
 __device__ __forceinline__ uint32_t top_of_group(const float* x) {
   uint32_t top = 0;
 #pragma unroll
@@ -251,12 +260,7 @@ __device__ __forceinline__ uint32_t top_of_group(const float* x) {
     const uint32_t magnitude = bits_of(x[k]) & 0x7fffffffu;
     top = magnitude > top ? magnitude : top;
   }
-#pragma unroll
-  for (int lanes = 1; lanes < kGroupLanes; lanes *= 2) {
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, top, lanes);
-    top = other > top ? other : top;
-  }
-  return top;
+  return top_of_group(top);
 }
 // `scale` becomes that of the group. Elements after `count` must not count: they are made 0.
 __device__ __forceinline__ Words encode_state(Format format, const float* values, int count, const uint32_t* word,

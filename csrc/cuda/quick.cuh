@@ -9,30 +9,24 @@
 namespace precond {
 inline namespace PRECOND_ISA {
 
-#if defined(__CUDA_ARCH__)
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float r;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-  return r;
-}
+// The larger of a and |b|; a NaN on either side wins.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 __device__ __forceinline__ float max_magnitude(float a, float b) {
   float r;
   asm("{.reg .f32 t; abs.f32 t, %2; max.NaN.f32 %0, %1, t;}" : "=f"(r) : "f"(a), "f"(b));
   return r;
 }
+#else
+__device__ __forceinline__ float max_magnitude(float a, float b) { return maximum(a, magnitude_of(b)); }
+#endif
+#if defined(__CUDA_ARCH__)
 // Bytes of a and b by the nibbles of `selector`. Not __byte_perm, which drops the bit that replicates a sign.
 __device__ __forceinline__ uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t r;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
   return r;
 }
-// min(a + b, least), an instruction of sm_90.
-__device__ __forceinline__ uint32_t least_sum(uint32_t a, uint32_t b, uint32_t least) {
-  return __viaddmin_u32(a, b, least);
-}
 #else
-__device__ __forceinline__ float max_nan(float a, float b) { return a > b || a != a ? a : b; }
-__device__ __forceinline__ float max_magnitude(float a, float b) { return max_nan(a, magnitude_of(b)); }
 __device__ __forceinline__ uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = uint64_t(b) << 32 | a;
   uint32_t r = 0;
@@ -42,10 +36,15 @@ __device__ __forceinline__ uint32_t permuted(uint32_t a, uint32_t b, uint32_t se
   }
   return r;
 }
-__device__ __forceinline__ uint32_t least_sum(uint32_t a, uint32_t b, uint32_t least) {
-  return a + b < least ? a + b : least;
-}
 #endif
+// min(a + b, least), an instruction of sm_90.
+__device__ __forceinline__ uint32_t least_sum(uint32_t a, uint32_t b, uint32_t least) {
+#if defined(__CUDA_ARCH__) && __CUDACC_VER_MAJOR__ >= 12
+  return __viaddmin_u32(a, b, least);
+#else
+  return a + b < least ? a + b : least;
+#endif
+}
 
 __device__ __forceinline__ float magnitude(float x) { return ::fabsf(x); }  // a modifier of what uses it
 // So that a select for an infinite number is left out.

@@ -35,8 +35,7 @@ struct Codes {
       kBits == 8 ? (kSigned ? 0x1.15b1e4p-5f : 0x1.05197ep-9f) : (kSigned ? 0x1.745d16p-5f : 0x1.571ed2p-9f);
 
   // Scales are stored below 0. In version 0.1 they were above, and codes meant other values: the sign tells them
-  // apart in every checkpoint.
-  // That of a new state is 0, not -0.
+  // apart in every checkpoint. That of a new state is 0, and its unit too, not -0.
   PRECOND_INLINE static float unit(uint32_t scale) { return fma(float_of(scale << 16), -kInverse, 0.0f); }
   PRECOND_INLINE static float value(uint32_t code, float unit) {
     // (z - 2) unit, which this way too is rounded once.
@@ -44,12 +43,15 @@ struct Codes {
     return kSigned ? float_of(bits_of(magnitude) | (code & kSign) << (32 - kBits)) : magnitude;
   }
 
-  // From the largest bits of a magnitude in the group. The scale is rounded up. Not below 2^-118, where K over it would
-  // overflow: what is less than a step of such a group is rounded to 0 or that. Above bf16's largest number, 3.39e38, a
-  // magnitude counts as infinite.
+  // The magnitude of a scale, rounded up, from the largest bits of a magnitude in the group. Not below 2^-118, where K
+  // over it would overflow: what is less than a step of such a group is rounded to 0 or that.
+  PRECOND_INLINE static uint32_t scale_of(uint32_t top) {
+    const uint32_t scale = (top + 0xffffu) >> 16;
+    return scale < 0x0480u ? 0x0480u : scale;
+  }
+  // Above bf16's largest number, 3.39e38, a magnitude counts as infinite.
   PRECOND_INLINE static Group group(uint32_t top) {
-    uint32_t scale = (top + 0xffffu) >> 16;
-    scale = scale < 0x0480u ? 0x0480u : scale;
+    const uint32_t scale = scale_of(top);
     const bool finite = scale < 0x7f80u;
     Group group;
     group.scale = finite ? scale | 0x8000u : 0xffc0u;

@@ -173,9 +173,6 @@ PRECOND_INLINE void update_tiled(const ChunkArgs& a, const Rule& rule, Incoming 
   }
 }
 
-// The format of a rule's state K.
-template <class Rule, int K, class Mean, class Square>
-using state_format = std::conditional_t<(Rule::kSquares >> K & 1) != 0, Square, Mean>;
 template <class P, class = void>
 struct RemainderOf {
   using Type = char;

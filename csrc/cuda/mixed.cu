@@ -29,7 +29,7 @@ void launch_fixed(const UpdateArgs& a) {
 }
 template <class Rule, class P, class G, class Mean, class Square, int... K>
 constexpr LaunchUpdate fixed_kernel(std::integer_sequence<int, K...>) {
-  return &launch_fixed<Rule, P, G, std::conditional_t<(Rule::kSquares >> K & 1) != 0, Square, Mean>...>;
+  return &launch_fixed<Rule, P, G, state_format<Rule, K, Mean, Square>...>;
 }
 template <class Rule, class P, class G, class Mean, class Square>
 constexpr LaunchUpdate fixed_kernel() {

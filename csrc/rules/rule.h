@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "base/arithmetic.h"
 #include "base/limits.h"
@@ -24,6 +25,9 @@ inline namespace PRECOND_ISA {
 // Whether training takes a rule so often that it has kernels of its own for the formats that are used most.
 template <class Rule>
 constexpr bool kOften = false;
+// The format of its state K, of those for means and for second moments.
+template <class Rule, int K, class Mean, class Square>
+using state_format = std::conditional_t<(Rule::kSquares >> K & 1) != 0, Square, Mean>;
 
 // What scalars are made of besides hyper-parameters. A rule gets what it says it needs: one that reads the step without
 // saying so does not compile.

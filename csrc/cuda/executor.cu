@@ -96,9 +96,8 @@ int kernel_for(const Tensor& t) {
   return kernels()[size_t(t.rule)].launch[fast] != nullptr ? fast : kAny;
 }
 
-// The kernel for its whole chunks, or that for the others where fixed.cuh has none.
-int whole_kernel_for(const Tensor& t) {
-  const int other = kernel_for(t);
+// The kernel for its whole chunks; `other`, which takes the rest, where fixed.cuh has none.
+int whole_kernel_for(const Tensor& t, int other) {
   if (other != kMixed || t.numel < kBlockElements || t.place.row != 0 || t.place.begin % kRun != 0) return other;
   const RuleInfo& rule = rules()[size_t(t.rule)];
   const auto takes = [](const Operand& operand, Format format) {
@@ -212,10 +211,12 @@ void CudaExecutor::Impl::cut(const Plan& plan) {
   for (int64_t i = 0; i < plan.size(); ++i) {
     const Tensor& t = plan.tensor(i);
     // One that never had a gradient has none to describe: it joins when it gets one.
-    if (t.g.data == nullptr && t.numel > 0)
+    if (t.g.data == nullptr && t.numel > 0) {
       wanted.push_back({-1, -1});
-    else
-      wanted.push_back({bucket_of(t, whole_kernel_for(t)), bucket_of(t, kernel_for(t))});
+      continue;
+    }
+    const int kernel = kernel_for(t);
+    wanted.push_back({bucket_of(t, whole_kernel_for(t, kernel)), bucket_of(t, kernel)});
   }
   if (wanted == signature) return;
   signature = wanted;

@@ -339,7 +339,9 @@ def test_bfloat16_weights_stay_near_their_float32_run(granularity, weight_format
     for p, q, before in zip(short, wide, start, strict=True):
         rounding = torch.finfo(BF16).eps * q.detach().norm()
         if weight_format is not None:
-            assert (p.float() - q).norm() <= rounding + 0.05 * (q - before).norm()
+            # Stochastic rounding is a walk of 20 steps: about 0.9 of this on average, and five elements are no average.
+            few = 2 if weight_format == "stochastic" and p.numel() < 64 else 1
+            assert (p.float() - q).norm() <= few * rounding + 0.05 * (q - before).norm()
         else:
             assert (p.float() - q).norm() <= 4 * rounding
 

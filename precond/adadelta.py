@@ -78,7 +78,7 @@ class Adadelta(_RatioOfMeans, torch.optim.Adadelta):
             keeps counters on the GPU.
         state_format: of the states: None is the parameter's dtype, as in torch; "fp32", "bf16", "fp16" or their torch
             dtypes; "int8" or "int4": acc_delta in codes with a scale per 64 elements, where rows are a multiple of that
-            (docs/formats.md), and square_avg in bfloat16: in codes of few bits it lets steps grow without end.
+            (docs/formats.md), and square_avg in bfloat16: in codes of few bits it makes steps wrong.
         weight_format: for bfloat16 and float16 parameters: None (default) rounds to nearest; "stochastic" keeps small changes
             on average; "split24" and "split32" keep 8 and 16 bits more of each beside it.
         **settings: ``backend``, ``max_grad_norm`` and others that every optimizer takes: :class:`precond.Settings`.

@@ -75,8 +75,12 @@ def loops(code):
             yield code[start:end]
 
 
+def arithmetic(code, *, vector):
+    return [KIND[mnemonic] for _, mnemonic, operands in code if mnemonic in KIND and (".4s" in operands) == vector]
+
+
 def kinds(code, *, vector):
-    return {KIND[mnemonic] for _, mnemonic, operands in code if mnemonic in KIND and (".4s" in operands) == vector}
+    return set(arithmetic(code, vector=vector))
 
 
 def test_every_rule_is_vectorised_with_neon(arm64):
@@ -92,12 +96,12 @@ def test_every_rule_is_vectorised_with_neon(arm64):
         needed = kinds(code, vector=False)
         assert needed, name
         bodies = [body for body in loops(code) if kinds(body, vector=True)]
-        for body in bodies:
-            assert kinds(body, vector=True) >= needed, name
-            assert kinds(body, vector=False) == set(), name
-        assert set().union(*(kinds(body, vector=True) for body in bodies)) == needed, name
+        # Nothing of an element alone; of a group of 64 elements the scales of its states.
+        assert all(len(arithmetic(body, vector=False)) <= 3 for body in bodies), name
+        # A loop may have a part of a rule: a branch of it that holds for all elements, or states before steps.
+        whole = [body for body in bodies if kinds(body, vector=True) >= needed]
         # Dense bf16, which moves 16-bit lanes; dense fp32; and fp32 tiles.
-        bf16 = [any(re.search(r"\.[48]h", operands) for _, _, operands in body) for body in bodies]
+        bf16 = [any(re.search(r"\.[48]h", operands) for _, _, operands in body) for body in whole]
         assert bf16.count(True) >= 1, name
         assert bf16.count(False) >= 2, name
 

@@ -40,10 +40,11 @@ struct Ieee {
 
 // A comparison of |x|, which GPUs take in one instruction; of masked bits it would be two.
 #if defined(__CUDA_ARCH__)
-PRECOND_INLINE bool is_finite(float x) { return ::fabsf(x) < HUGE_VALF; }
+PRECOND_INLINE bool is_within(float x, float limit) { return ::fabsf(x) < limit; }
 #else
-PRECOND_INLINE bool is_finite(float x) { return __builtin_fabsf(x) < HUGE_VALF; }
+PRECOND_INLINE bool is_within(float x, float limit) { return __builtin_fabsf(x) < limit; }
 #endif
+PRECOND_INLINE bool is_finite(float x) { return is_within(x, HUGE_VALF); }
 
 // Comparisons and selects, never fmin or fmax: languages disagree about those on NaN. Here a NaN on either side wins,
 // as in torch.maximum.

@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "cpu/coded.h"
 #include "cpu/tile.h"
 #include "cpu/update.h"
 #include "rules/rule.h"
@@ -112,34 +113,6 @@ PRECOND_INLINE void update_uniform(const ChunkArgs& a, const Rule& rule, float c
   });
 }
 
-// One tile.
-template <class Rule, class... States>
-PRECOND_INLINE void apply_tile(const Rule rule, float coef, int64_t n, float* __restrict p, const float* __restrict g,
-                               States* __restrict... s) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    float p_value = p[i];
-    [&](auto... s_value) __attribute__((always_inline)) {
-      rule(p_value, coef * g[i], s_value...);
-      ((s[i] = s_value), ...);
-    }(float(s[i])...);
-    p[i] = p_value;
-  }
-}
-
-// The next tile's lines: the hardware's prefetchers start anew in each stretch of a tile, and memory would rest while a
-// tile is decoded and encoded. 4M elements, ns each: split24 + int8 0.92 -> 0.86, split32 + fp32 1.38 -> 0.82.
-PRECOND_INLINE void prefetch_tile(const Operand& operand, int64_t begin, int64_t end) {
-  // Inlined, or GCC takes it for a function without effect and leaves it out.
-  const auto prefetch = [begin, end](const char* data, int64_t bits) __attribute__((always_inline)) {
-    const int64_t last = begin + kTile < end ? begin + kTile : end;
-    for (const char* line = data + begin * bits / 8; line < data + last * bits / 8; line += 64)
-      __builtin_prefetch(line, 1);
-  };
-  if (operand.strides == kDense) prefetch(operand.data, item_bits(operand.format));
-  if (has_remainder(operand.format)) prefetch(operand.beside, remainder_bits(operand.format));
-}
-
 // Through tiles of fp32, so that work grows as rules + formats, not as their product.
 template <class Rule, int... K>
 PRECOND_INLINE void update_tiled(const ChunkArgs& a, const Rule& rule, Incoming incoming,
@@ -160,9 +133,9 @@ PRECOND_INLINE void update_tiled(const ChunkArgs& a, const Rule& rule, Incoming 
     load(t.p, a.strides, begin, n, p);
     load(t.g, a.strides, begin, n, g);
     (load(t.state[K], a.strides, begin, n, s[K]), ...);
-    prefetch_tile(t.p, begin + n, end);
-    prefetch_tile(t.g, begin + n, end);
-    (prefetch_tile(t.state[K], begin + n, end), ...);
+    prefetch(t.p, begin + n, kTile, end);
+    prefetch(t.g, begin + n, kTile, end);
+    (prefetch(t.state[K], begin + n, kTile, end), ...);
 
     if (clamps) clamp_tile(incoming, n, g);
     apply_tile(rule, coef, n, p.value, g.value, s[K].value...);
@@ -171,115 +144,6 @@ PRECOND_INLINE void update_tiled(const ChunkArgs& a, const Rule& rule, Incoming 
     (store(t.state[K], a.strides, begin, n, s[K], random, draws_of(1 + K)), ...);
     begin += n;
   }
-}
-
-template <class P, class = void>
-struct RemainderOf {
-  using Type = char;
-};
-template <class P>
-struct RemainderOf<P, std::void_t<typename P::Remainder>> {
-  using Type = typename P::Remainder;
-};
-
-// A state's codes, each in a byte, and where its values go.
-template <class F>
-struct Decoding {
-  const uint8_t* codes;
-  float unit;
-  float* out;
-};
-
-// A group of elements whose states have codes. The weights are stored, the new states are left as values.
-template <class P, class G, class Rule, class... S>
-PRECOND_INLINE void apply_group(const Rule rule, float coef, typename P::Stored* __restrict p, char* beside,
-                                const typename G::Stored* __restrict g, const uint32_t* __restrict word,
-                                const Decoding<S>... s) {
-  using Remainder = typename RemainderOf<P>::Type;
-  [[maybe_unused]] Remainder* __restrict remainder = reinterpret_cast<Remainder*>(beside);
-#pragma omp simd
-  for (int i = 0; i < kGroup; ++i) {
-    float p_value;
-    if constexpr (P::kStoring == Storing::remainder)
-      p_value = P::value(p[i], remainder[i]);
-    else
-      p_value = P::value(p[i]);
-    [&](auto... s_value) __attribute__((always_inline)) {
-      rule(p_value, coef * G::value(g[i]), s_value...);
-      ((s.out[i] = s_value), ...);
-    }(S::value(s.codes[i], s.unit)...);
-    if constexpr (P::kStoring == Storing::remainder) {
-      const auto split = P::split(p_value, draws_of(0)(word[i]));
-      p[i] = split.stored;
-      remainder[i] = split.remainder;
-    } else if constexpr (P::kStoring == Storing::drawn) {
-      p[i] = P::stored(p_value, draws_of(0)(word[i]));
-    } else {
-      p[i] = P::stored(p_value);
-    }
-  }
-}
-
-// Whole groups of a dense tensor in formats that are known when compiled: in one loop, so that decoding and storing
-// weights go on while the divider works. Returns how many elements it has done.
-template <class P, class G, class Mean, class Square, class Rule, int... K>
-PRECOND_INLINE int64_t update_coded(const ChunkArgs& a, const Rule& rule, float coef,
-                                    std::integer_sequence<int, K...>) {
-  const Tensor& t = *a.tensor;
-  const Seed seed = seed_in(a.scalars);
-  const int64_t groups = a.count / kGroup * kGroup, end = a.begin + groups;
-  Tile s[sizeof...(K)];
-  alignas(64) uint8_t bytes[sizeof...(K)][kTile];
-  RandomTile random;
-  for (int64_t begin = a.begin; begin < end; begin += kTile) {
-    const int64_t n = end - begin < kTile ? end - begin : kTile;
-    fill_random(seed, uint64_t(t.place.begin + begin), n, random);
-    const uint8_t* const codes[] = {codes_of(t.state[K], begin, n, bytes[K])...};
-    prefetch_tile(t.p, begin + n, end);
-    prefetch_tile(t.g, begin + n, end);
-    (prefetch_tile(t.state[K], begin + n, end), ...);
-    for (int64_t i = 0; i < n; i += kGroup) {
-      const int64_t at = begin + i;
-      const auto scale = [at](const Operand& state) __attribute__((always_inline)) {
-        return uint32_t(reinterpret_cast<const uint16_t*>(state.beside)[at / kGroup]);
-      };
-      apply_group<P, G>(
-          rule, coef, reinterpret_cast<typename P::Stored*>(t.p.data) + at,
-          t.p.beside + at * remainder_bits(t.p.format) / 8, reinterpret_cast<const typename G::Stored*>(t.g.data) + at,
-          random.word + random.first + i,
-          Decoding<state_format<Rule, K, Mean, Square>>{
-              codes[K] + i, state_format<Rule, K, Mean, Square>::unit(scale(t.state[K])), s[K].value + i}...);
-    }
-    (encode_tile<state_format<Rule, K, Mean, Square>>(t.state[K], begin, n, s[K], random.word + random.first,
-                                                      draws_of(1 + K)),
-     ...);
-  }
-  return groups;
-}
-
-// The elements that update_coded has done, at the beginning of a chunk.
-template <class Rule, int... K>
-PRECOND_INLINE int64_t update_often(const ChunkArgs& a, const Rule& rule, Incoming incoming,
-                                    std::integer_sequence<int, K...> states) {
-  const Tensor& t = *a.tensor;
-  if (incoming.clip_value != HUGE_VALF || t.place.row != 0) return 0;
-  int64_t done = 0;
-  const auto attempt = [&](auto p, auto g, auto mean, auto square) __attribute__((always_inline)) {
-    using P = decltype(p);
-    using G = decltype(g);
-    using Mean = decltype(mean);
-    using Square = decltype(square);
-    const auto takes = [](const Operand& operand, Format format) __attribute__((always_inline)) {
-      return operand.strides == kDense && operand.format == format;
-    };
-    if (takes(t.p, format_of<P>()) && takes(t.g, format_of<G>()) &&
-        (takes(t.state[K], format_of<state_format<Rule, K, Mean, Square>>()) && ...))
-      done = update_coded<P, G, Mean, Square>(a, rule, incoming.coef, states);
-  };
-#define PRECOND_ATTEMPT(P, G, Mean, Square) attempt(P{}, G{}, Mean{}, Square{});
-  PRECOND_OFTEN_CODED(PRECOND_ATTEMPT)
-#undef PRECOND_ATTEMPT
-  return done;
 }
 
 template <class Rule>

@@ -7,17 +7,20 @@
 namespace precond {
 inline namespace PRECOND_ISA {
 
-void fill_random(Seed seed, uint64_t index, int64_t n, RandomTile& random) {
-  const uint64_t run = index / kRun;
-  random.first = int(index % kRun);
-  const int64_t runs = (random.first + n + kRun - 1) / kRun;
+void fill_hashes(Seed seed, uint64_t run, int64_t runs, uint32_t* hash) {
   const uint32_t low = uint32_t(run), high = uint32_t(run >> 32);
   // Runs before the low half overflows.
   const int64_t left = int64_t(0x100000000u - low), first = runs < left ? runs : left;
-  uint32_t hash[kTile / kRun + 1];
 #pragma omp simd
   for (int64_t i = 0; i < first; ++i) hash[i] = hashed(seed, low + uint32_t(i), high);
   for (int64_t i = first; i < runs; ++i) hash[i] = hashed(seed, low + uint32_t(i), high + 1);
+}
+
+void fill_random(Seed seed, uint64_t index, int64_t n, RandomTile& random) {
+  random.first = int(index % kRun);
+  const int64_t runs = (random.first + n + kRun - 1) / kRun;
+  uint32_t hash[kTile / kRun + 1];
+  fill_hashes(seed, index / kRun, runs, hash);
   // A vector type: GCC 12 makes a loop over k scalar, which takes longer than all else here.
   typedef uint32_t Run __attribute__((vector_size(kRun * sizeof(uint32_t))));
   const Run odds = {odd(0), odd(1), odd(2), odd(3), odd(4), odd(5), odd(6), odd(7)};
@@ -91,13 +94,6 @@ void load(const Operand& operand, const Strides* strides, int64_t begin, int64_t
       }
     }
   });
-}
-
-const uint8_t* codes_of(const Operand& operand, int64_t begin, int64_t n, uint8_t* bytes) {
-  const uint8_t* codes = reinterpret_cast<const uint8_t*>(operand.data) + begin * item_bits(operand.format) / 8;
-  if (item_bits(operand.format) == 8) return codes;
-  unpack(codes, (n + 1) / 2, reinterpret_cast<uint16_t*>(bytes));
-  return bytes;
 }
 
 void store(const Operand& operand, const Strides* strides, int64_t begin, int64_t n, Tile& tile,

@@ -26,7 +26,8 @@ struct Codes {
   // Bits below a code: 5 of the float's mantissa are kept, in 4 bits 1. bench/NOTES.md has others.
   static constexpr int kBelow = kBits == 8 ? 18 : 22;
   // The sign takes the upper bit of a signed code.
-  static constexpr uint32_t kSign = kSigned ? 1u << (kBits - 1) : 0u, kMost = (1u << (kSigned ? kBits - 1 : kBits)) - 1;
+  static constexpr uint32_t kSign = kSigned ? 1u << (kBits - 1) : 0u, kMost = (1u << (kSigned ? kBits - 1 : kBits)) - 1,
+                            kAll = (1u << kBits) - 1;
   static constexpr uint32_t kTwo = 0x40000000u;  // the bits of 2
   // K: the largest code is 2 + K, which is what the scale itself has. Its inverse is rounded to 0, so that the largest
   // code is not decoded to more than the scale, which would creep up.
@@ -37,10 +38,14 @@ struct Codes {
   // Scales are stored below 0. In version 0.1 they were above, and codes meant other values: the sign tells them
   // apart in every checkpoint. That of a new state is 0, and its unit too, not -0.
   PRECOND_INLINE static float unit(uint32_t scale) { return fma(float_of(scale << 16), -kInverse, 0.0f); }
-  PRECOND_INLINE static float value(uint32_t code, float unit) {
+  // Of the code in a word, from bit kAt on.
+  template <int kAt = 0>
+  PRECOND_INLINE static float value(uint32_t word, float unit) {
+    constexpr int kUp = kBelow - kAt, kSignUp = 32 - kBits - kAt;
+    const uint32_t digits = kUp < 0 ? word >> -kUp : word << (kUp < 0 ? 0 : kUp);
     // (z - 2) unit, which this way too is rounded once.
-    const float magnitude = fma(float_of(kTwo | (code & kMost) << kBelow), unit, -2.0f * unit);
-    return kSigned ? float_of(bits_of(magnitude) | (code & kSign) << (32 - kBits)) : magnitude;
+    const float magnitude = fma(float_of(kTwo | (digits & kMost << kBelow)), unit, -2.0f * unit);
+    return kSigned ? float_of(bits_of(magnitude) | (word << kSignUp & 0x80000000u)) : magnitude;
   }
 
   // The magnitude of a scale, rounded up, from the largest bits of a magnitude in the group. Not below 2^-118, where K
@@ -69,13 +74,15 @@ struct Codes {
   }
   // Of a group that is finite.
   PRECOND_INLINE static uint32_t finite_code(float x, float per_scale, uint32_t placed) {
+    return raised_code(x, per_scale, placed) >> 24;
+  }
+  // The same from bit 24 on, above what is left of the draw; in 4 bits a sign is bit 27.
+  PRECOND_INLINE static uint32_t raised_code(float x, float per_scale, uint32_t placed) {
     const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
-    // The code and its fraction so far up that the code is a byte.
-    const uint32_t z = bits_of(fma(float_of(magnitude), per_scale, 2.0f)) << (24 - kBelow);
-    const uint32_t code = (z + placed) >> 24;
-    if (kSigned) return code | (bits_of(x) >> (32 - kBits) & kSign);
-    const uint32_t least = magnitude < 1u ? magnitude : 1u;
-    return code > least ? code : least;
+    const uint32_t z = (bits_of(fma(float_of(magnitude), per_scale, 2.0f)) << (24 - kBelow)) + placed;
+    if (kSigned) return z | (bits_of(x) >> (8 - kBits) & kSign << 24);
+    const uint32_t some = z > 1u << 24 ? z : 1u << 24;
+    return magnitude != 0u ? some : z;
   }
 };
 using Int8 = Codes<true, 8>;

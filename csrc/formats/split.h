@@ -14,11 +14,11 @@ struct Split {
 };
 
 // bf16 is the upper half of fp32, and the remainder a difference of bits. One that is not the parameter's, which
-// somebody wrote, leaves an infinite parameter infinite, and does not take a 0 below 0, where the bits are a NaN's.
+// somebody wrote, leaves an infinite parameter infinite, and does not take a 0 below 0, where the bits are a NaN's. One
+// comparison finds both: the master of a finite parameter is at most 0x7f7f7fff, that of another at least 0x7f7f8000.
 PRECOND_INLINE float master_of(uint16_t stored, uint32_t remainder) {
   const uint32_t u = uint32_t(stored) << 16;
-  const float plain = float_of(u), master = float_of(u + remainder);
-  return is_finite(plain) && master == master ? master : plain;
+  return float_of(u + (is_within(float_of(u + remainder), 0x1.ffp127f) ? remainder : 0u));
 }
 
 // The master is every fp32 number whose bf16 is finite.
@@ -48,9 +48,8 @@ struct Bf16Split24 {
   }
   PRECOND_INLINE static Split<Remainder> split(float x, uint32_t draw) {
     const uint32_t u = x != x ? 0x7fc00000u : bits_of(x);
-    const uint32_t master = (u + (draw >> 8)) >> 8;
-    const uint32_t rounded = (master + 0x80u) >> 8;
-    return {Stored(rounded), Remainder(master - (rounded << 8))};
+    const uint32_t master = u + (draw >> 8);  // its upper 24 bits
+    return {Stored((master + 0x8000u) >> 16), Remainder(master >> 8)};
   }
 };
 

@@ -14,6 +14,7 @@ import torch
 
 import precond
 from precond._core.plan import StepPlan
+from precond._wrappers.accumulated import Earlier
 from precond.bnp import precondition_gradients
 
 from . import timing
@@ -190,7 +191,7 @@ def there_and_back(seconds: float, side: int) -> dict[str, object]:
             for p, g in zip(params, given, strict=True):
                 p.grad = g
 
-        regularizer._combine(closure)
+        regularizer._combine(closure, Earlier(params))
 
     @torch.no_grad()
     def plain() -> None:

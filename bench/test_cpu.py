@@ -8,6 +8,8 @@ from families import CLASSES
 from support.cases import random_values
 from support.parity import worst_error
 
+from bench import methods
+
 SIZES = {"1M": [1 << 20], "200 x 500": [500] * 200}
 
 
@@ -22,3 +24,9 @@ def test_step(benchmark, row, dtype, census):
     optimizer = row.cls(params, **row.kwargs, backend="cpu")
     benchmark.pedantic(optimizer.step, rounds=15, iterations=1, warmup_rounds=3)
     assert all(torch.isfinite(p).all() for p in params)
+
+
+def test_what_measures_each_method_runs(monkeypatch):
+    monkeypatch.setattr(methods, "QUICK_SIDE", 16)
+    for name, measure in methods.cases(seconds=0.01, quick=True).items():
+        assert all(ms > 0 for ms in measure()["ms"].values()), name

@@ -219,9 +219,15 @@ PRECOND_INLINE void fill_words(const uint32_t* hashes, uint32_t* word) {
     odds[0][i] = odd(2 * i % kRun);
     odds[1][i] = odd(2 * i % kRun + 1);
   }
-  Lanes hash;
-  copy_lanes(hashes, &hash);
-  hash = __builtin_shuffle(hash, run);
+#if defined(__AVX512F__)
+  const Lanes hash = Lanes(_mm512_permutexvar_epi32(__m512i(run), _mm512_loadu_si512(hashes)));
+#elif defined(__AVX2__)
+  const __m256i of_runs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(hashes));
+  const Lanes hash = Lanes(_mm256_permutevar8x32_epi32(of_runs, __m256i(run)));
+#else
+  static_assert(kBlock == kRun);
+  const uint32_t hash = hashes[0];
+#endif
   const Lanes first = hash * odds[0], second = hash * odds[1];
   copy_lanes(&first, word);
   copy_lanes(&second, word + kLanes);

@@ -41,11 +41,11 @@ struct Codes {
   // Of the code in a word, from bit kAt on.
   template <int kAt = 0>
   PRECOND_INLINE static float value(uint32_t word, float unit) {
-    constexpr int kUp = kBelow - kAt, kSignUp = 32 - kBits - kAt;
-    const uint32_t digits = kUp < 0 ? word >> -kUp : word << (kUp < 0 ? 0 : kUp);
+    constexpr int kUp = kBelow > kAt ? kBelow - kAt : 0, kDown = kBelow < kAt ? kAt - kBelow : 0;
+    const uint32_t digits = word << kUp >> kDown;
     // (z - 2) unit, which this way too is rounded once.
     const float magnitude = fma(float_of(kTwo | (digits & kMost << kBelow)), unit, -2.0f * unit);
-    return kSigned ? float_of(bits_of(magnitude) | (word << kSignUp & 0x80000000u)) : magnitude;
+    return kSigned ? float_of(bits_of(magnitude) | (word << (32 - kBits - kAt) & 0x80000000u)) : magnitude;
   }
 
   // The magnitude of a scale, rounded up, from the largest bits of a magnitude in the group. Not below 2^-118, where K

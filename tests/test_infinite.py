@@ -164,3 +164,13 @@ def test_infinite_states_end_as_in_torch(row, backend):
         theirs.step()
     assert torch.equal(p.isnan(), q.isnan())
     assert torch.equal(torch.where(p.isinf(), p, 0.0), torch.where(q.isinf(), q, 0.0))
+
+
+@backends
+def test_a_nan_that_lion_sees_is_not_a_step_of_0(backend):
+    p = torch.nn.Parameter(torch.ones(70))
+    optimizer = precond.Lion([p], lr=0.1, backend=backend)
+    p.grad = torch.ones(70)
+    p.grad[3] = math.nan
+    optimizer.step()
+    assert p.isnan().nonzero().tolist() == [[3]]

@@ -84,77 +84,36 @@ PRECOND_INLINE void narrow(const uint32_t* from, void* to) {
 #endif
 }
 
-// Weights or gradients of a block as they lie in memory: the halves of a word, or two words.
-template <class F>
-struct alignas(64) Pairs {
-  static constexpr bool kHalves = sizeof(typename F::Stored) == 2;
-  uint32_t word[kHalves ? 1 : 2][kLanes];
-
-  PRECOND_INLINE void load(const char* from) {
-    if constexpr (kHalves) {
-      copy_lanes(from, word[0]);
-    } else {
-      const uint32_t* __restrict in = reinterpret_cast<const uint32_t*>(from);
-#pragma omp simd
-      for (int i = 0; i < kLanes; ++i) {
-        word[0][i] = in[2 * i];
-        word[1][i] = in[2 * i + 1];
-      }
-    }
-  }
-  PRECOND_INLINE void store(char* to) const {
-    if constexpr (kHalves) {
-      copy_lanes(word[0], to);
-    } else {
-      uint32_t* __restrict out = reinterpret_cast<uint32_t*>(to);
-#pragma omp simd
-      for (int i = 0; i < kLanes; ++i) {
-        out[2 * i] = word[0][i];
-        out[2 * i + 1] = word[1][i];
-      }
-    }
-  }
-  PRECOND_INLINE typename F::Stored first(int i) const {
-    if constexpr (kHalves)
-      return typename F::Stored(word[0][i]);
-    else
-      return float_of(word[0][i]);
-  }
-  PRECOND_INLINE typename F::Stored second(int i) const {
-    if constexpr (kHalves)
-      return typename F::Stored(word[0][i] >> 16);
-    else
-      return float_of(word[1][i]);
-  }
-  PRECOND_INLINE void put(int i, typename F::Stored first, typename F::Stored second) {
-    if constexpr (kHalves) {
-      word[0][i] = uint32_t(first) | uint32_t(second) << 16;
-    } else {
-      word[0][i] = bits_of(first);
-      word[1][i] = bits_of(second);
-    }
-  }
-};
-
-// Functions of a block: pointers are to its first element, and to its part of a tile. Remainders have 8 bits.
+// Functions of a block: pointers are to its first element in memory, and to its part of a tile. Weights and gradients
+// have 16 bits, two to a word, or 32; remainders have 8.
 template <class F>
 PRECOND_INLINE void decode_pairs(const char* data, [[maybe_unused]] const char* beside, float* __restrict out) {
-  Pairs<F> pairs;
-  pairs.load(data);
-  if constexpr (F::kStoring == Storing::remainder) {
-    static_assert(sizeof(typename F::Remainder) == 1);
-    alignas(64) uint32_t remainder[kLanes];
-    widen<int16_t>(beside, remainder);
+  using Stored = typename F::Stored;
+  if constexpr (sizeof(Stored) == 4) {
+    const Stored* __restrict in = reinterpret_cast<const Stored*>(data);
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i) {
-      out[i] = master_of(pairs.first(i), uint32_t(int32_t(remainder[i] << 24) >> 16));
-      out[kLanes + i] = master_of(pairs.second(i), remainder[i] & 0xffffff00u);
+      out[i] = F::value(in[2 * i]);
+      out[kLanes + i] = F::value(in[2 * i + 1]);
     }
   } else {
+    alignas(64) uint32_t pair[kLanes];
+    copy_lanes(data, pair);
+    if constexpr (F::kStoring == Storing::remainder) {
+      static_assert(sizeof(typename F::Remainder) == 1);
+      alignas(64) uint32_t remainder[kLanes];
+      widen<int16_t>(beside, remainder);
 #pragma omp simd
-    for (int i = 0; i < kLanes; ++i) {
-      out[i] = F::value(pairs.first(i));
-      out[kLanes + i] = F::value(pairs.second(i));
+      for (int i = 0; i < kLanes; ++i) {
+        out[i] = master_of(Stored(pair[i]), uint32_t(int32_t(remainder[i] << 24) >> 16));
+        out[kLanes + i] = master_of(Stored(pair[i] >> 16), remainder[i] & 0xffffff00u);
+      }
+    } else {
+#pragma omp simd
+      for (int i = 0; i < kLanes; ++i) {
+        out[i] = F::value(Stored(pair[i]));
+        out[kLanes + i] = F::value(Stored(pair[i] >> 16));
+      }
     }
   }
 }
@@ -162,25 +121,36 @@ PRECOND_INLINE void decode_pairs(const char* data, [[maybe_unused]] const char* 
 template <class F>
 PRECOND_INLINE void encode_pairs(const float* __restrict x, [[maybe_unused]] const uint32_t* __restrict word,
                                  char* data, [[maybe_unused]] char* beside) {
-  Pairs<F> pairs;
-  [[maybe_unused]] const auto draw = [word](int i) __attribute__((always_inline)) { return draws_of(0)(word[i]); };
-  if constexpr (F::kStoring == Storing::remainder) {
-    alignas(64) uint32_t remainder[kLanes];
+  using Stored = typename F::Stored;
+  if constexpr (sizeof(Stored) == 4) {
+    Stored* __restrict out = reinterpret_cast<Stored*>(data);
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i) {
-      const auto first = F::split(x[i], draw(i)), second = F::split(x[kLanes + i], draw(kLanes + i));
-      pairs.put(i, first.stored, second.stored);
-      remainder[i] = uint32_t(uint8_t(first.remainder)) | uint32_t(uint8_t(second.remainder)) << 8;
+      out[2 * i] = F::stored(x[i]);
+      out[2 * i + 1] = F::stored(x[kLanes + i]);
     }
-    narrow<uint16_t>(remainder, beside);
-  } else if constexpr (F::kStoring == Storing::drawn) {
-#pragma omp simd
-    for (int i = 0; i < kLanes; ++i) pairs.put(i, F::stored(x[i], draw(i)), F::stored(x[kLanes + i], draw(kLanes + i)));
   } else {
+    const auto draw = [word](int i) __attribute__((always_inline)) { return draws_of(0)(word[i]); };
+    alignas(64) uint32_t pair[kLanes];
+    if constexpr (F::kStoring == Storing::remainder) {
+      alignas(64) uint32_t remainder[kLanes];
 #pragma omp simd
-    for (int i = 0; i < kLanes; ++i) pairs.put(i, F::stored(x[i]), F::stored(x[kLanes + i]));
+      for (int i = 0; i < kLanes; ++i) {
+        const auto first = F::split(x[i], draw(i)), second = F::split(x[kLanes + i], draw(kLanes + i));
+        pair[i] = uint32_t(first.stored) | uint32_t(second.stored) << 16;
+        remainder[i] = uint32_t(uint8_t(first.remainder)) | uint32_t(uint8_t(second.remainder)) << 8;
+      }
+      narrow<uint16_t>(remainder, beside);
+    } else {
+      static_assert(F::kStoring == Storing::drawn);
+#pragma omp simd
+      for (int i = 0; i < kLanes; ++i) {
+        const uint32_t first = F::stored(x[i], draw(i)), second = F::stored(x[kLanes + i], draw(kLanes + i));
+        pair[i] = first | second << 16;
+      }
+    }
+    copy_lanes(pair, data);
   }
-  pairs.store(data);
 }
 
 template <class F>
@@ -211,9 +181,10 @@ PRECOND_INLINE void encode_code_pairs(const float* __restrict x, float per_scale
   narrow<CodePair<F>>(pair, codes);
 }
 
-// The words of a block, which begins with a run, from the hashes of its runs.
+// The words of a block, which begins with a run, from the hashes of its runs. Reads kLanes of them.
 PRECOND_INLINE void fill_words(const uint32_t* hashes, uint32_t* word) {
-  Lanes run, odds[2];
+  [[maybe_unused]] Lanes run;
+  Lanes odds[2];
   for (int i = 0; i < kLanes; ++i) {
     run[i] = uint32_t(2 * i / kRun);
     odds[0][i] = odd(2 * i % kRun);
@@ -237,7 +208,7 @@ PRECOND_INLINE void fill_words(const uint32_t* hashes, uint32_t* word) {
 template <class Rule, class = void>
 constexpr bool kInTwo = false;
 template <class Rule>
-constexpr bool kInTwo<Rule, std::void_t<decltype(&Rule::update_moments)>> = true;
+constexpr bool kInTwo<Rule, std::void_t<decltype(&Rule::update_moments)>> = Rule::kStates == 2;
 
 // Whole groups of a dense tensor. Returns how many elements it has done. A tile's states come first, since their codes
 // need their groups' largest. Then steps, weights and codes: while the divider makes the steps, the rest makes codes.
@@ -253,7 +224,7 @@ PRECOND_INLINE int64_t update_coded(const ChunkArgs& a, const Rule& rule_of_chun
   // Weights whose decoding costs more than the way through memory are kept as values between the two loops.
   constexpr bool kKeeps = !kInTwo<Rule> || P::kStoring == Storing::remainder;
   Tile p, s[sizeof...(K)];
-  uint32_t hashes[kTile / kRun + kLanes];
+  uint32_t hashes[kTile / kRun + kLanes] = {};
   uint32_t tops[sizeof...(K)][kTileGroups] = {};
   Groups found[sizeof...(K)];
   const auto weights_at = [&t](int64_t at) { return t.p.data + at * int64_t(sizeof(typename P::Stored)); };
@@ -302,9 +273,11 @@ PRECOND_INLINE int64_t update_coded(const ChunkArgs& a, const Rule& rule_of_chun
        ...);
       // Of the next tile, a group's at a time: more at once would wait for each other.
       const int64_t next = begin + n + first;
-      prefetch(t.p, next, kGroup, end);
-      prefetch(t.g, next, kGroup, end);
-      (prefetch(t.state[K], next, kGroup, end), ...);
+      if (next < end) {
+        prefetch(t.p, next, kGroup, end);
+        prefetch(t.g, next, kGroup, end);
+        (prefetch(t.state[K], next, kGroup, end), ...);
+      }
     }
   }
   return elements;

@@ -10,6 +10,11 @@ from torch import Tensor
 from .rule import Hyper, Number
 
 
+def sign(x: Tensor) -> Tensor:
+    """1, -1 or 0, and a NaN stays a NaN, of which torch.sign makes 0."""
+    return torch.where(x.isnan(), x, torch.sign(x))
+
+
 def soft_threshold(x: Tensor, t: Tensor) -> Tensor:
     """S_t(x) = sign(x) max(|x| - t, 0)."""
     return torch.sign(x) * torch.clamp(x.abs() - t, min=0)

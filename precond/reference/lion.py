@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .decays import decayed, decayed_gradient
+from .decays import decayed, decayed_gradient, sign
 from .rule import Hyper, Rule, States, with_decays
 
 
@@ -16,7 +15,7 @@ def lion(
     (m,) = states
     lr = hyper["lr"]
     d = decayed_gradient(p, g, hyper, decay)
-    u = torch.sign(hyper["beta1"] * m + (1 - hyper["beta1"]) * d)
+    u = sign(hyper["beta1"] * m + (1 - hyper["beta1"]) * d)
     m = hyper["beta2"] * m + (1 - hyper["beta2"]) * d
     return decayed(p, lr * u, lr, hyper, decay), (m,)
 

@@ -38,8 +38,7 @@ void fill_random(Seed seed, uint64_t index, int64_t n, RandomTile& random);
 void clamp_tile(Incoming incoming, int64_t n, Tile& tile);
 
 // The lines of the next elements: the hardware's prefetchers start anew in each stretch of a tile, and memory would
-// rest while a tile is decoded and encoded. 4M elements, ns each: split24 + int8 0.92 -> 0.86, split32 + fp32 1.38 ->
-// 0.82.
+// rest while a tile is decoded and encoded. 4M elements, split32 + fp32, ns each: 1.38 -> 0.82.
 PRECOND_INLINE void prefetch(const Operand& operand, int64_t begin, int64_t count, int64_t end) {
   const int64_t last = begin + count < end ? begin + count : end;
   // Inlined, or GCC takes it for a function without effect and leaves it out.
@@ -64,25 +63,6 @@ PRECOND_INLINE void apply_tile(const Rule rule, float coef, int64_t n, float* __
     }(float(s[i])...);
     p[i] = p_value;
   }
-}
-
-// The same in two parts, of a rule that has them.
-template <class Rule>
-PRECOND_INLINE void update_tile_moments(const Rule rule, float coef, int64_t n, const float* __restrict p,
-                                        const float* __restrict g, float* __restrict m, float* __restrict v) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    float m_value = m[i], v_value = v[i];
-    rule.update_moments(p[i], coef * g[i], m_value, v_value);
-    m[i] = m_value;
-    v[i] = v_value;
-  }
-}
-template <class Rule>
-PRECOND_INLINE void step_tile(const Rule rule, int64_t n, float* __restrict p, const float* __restrict m,
-                              const float* __restrict v) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) p[i] = rule.stepped(p[i], m[i], v[i]);
 }
 
 // Two codes of 4 bits to a byte, the first in the lower half; in a byte each while they are worked on. As pairs, which

@@ -20,7 +20,6 @@ class _RatioOfMeans(FusedOptimizer):
     """What Adadelta and AdadeltaW share; ``_name`` is that of the rule."""
 
     _name: str
-    _counts_steps = True
     _older_options = {**FusedOptimizer._older_options, "capturable": False}
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:

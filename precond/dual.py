@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from . import reference
 from ._core import backend as _backend
 from ._core.arguments import arguments, check_lr, check_nonnegative
+from ._core.clipping import Begun
 from ._core.formats import StateFormat
 from ._core.metric import Metric
 from ._core.norm import sharder_among_callers
@@ -22,6 +23,8 @@ from ._core.settings import Settings
 from ._core.sharding import like, local
 from ._methods.multipass import MultiPass
 
+#: A group, its row, and of a parameter what errors call it, itself and its gradient.
+_Work = tuple[dict[str, Any], Row, str, Tensor, Tensor]
 GRANULARITIES = ("global", "tensor", "unit", "entry", "spectral")
 #: Kernels h'(r) = r / (offset + slope r): both numbers, from the scale.
 _RATIOS: dict[str, Callable[[float], tuple[float, float]]] = {
@@ -71,14 +74,14 @@ class DualDescent(MultiPass):
         maximize: ascend instead of descend (default False).
         foreach: accepted and ignored.
         differentiable: autograd records the step, which then runs on the reference backend; "entry" only (default False).
-        fused: True makes ``torch.amp.GradScaler`` leave unscaling to the step; "entry" only.
+        fused: True makes ``torch.amp.GradScaler`` leave unscaling to the step.
         state_format, weight_format: as for :class:`precond.AdamW`, of the momentum and of 16-bit parameters.
-        **settings: :class:`precond.Settings`; except with "entry" only ``backend`` and ``seed``.
+        **settings: :class:`precond.Settings`.
 
     Raises:
         ValueError: an argument is out of range or not one of its names.
-        RuntimeError: when built and at the step, for a sharded parameter where a whole matrix or row is needed, or a setting that
-            needs one pass; at the step, for a sparse gradient.
+        RuntimeError: when built and at the step, for a sharded parameter where a whole matrix or row is needed, or
+            ``differentiable`` without "entry"; at the step, for a sparse gradient.
 
     State: ``momentum_buffer`` where there is a momentum.
 
@@ -177,29 +180,23 @@ class DualDescent(MultiPass):
         suffix = "" if group["momentum"] == 0.0 else "_momentum"
         return Row(f"dual_{name}{suffix}", -1.0 if group["maximize"] else 1.0, hyper)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _update(self) -> None:
-        groups = self.param_groups
-        entrywise = [group for group in groups if group["granularity"] == "entry"]
-        if len(entrywise) == len(groups):
-            return super()._update()
-        rows = [self._checked_row(group) for group in groups]
-        whole = [(group, row) for group, row in zip(groups, rows, strict=True) if group["granularity"] != "entry"]
-        found = [(group, row, *item) for group, row in whole for item in self._gradients(group, row)]
-        if entrywise:
-            self._step_in_one_pass(entrywise)
-        for group, row, name, p, _ in found:
+    def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> list[_Work]:
+        return [
+            (group, row, *item) for group, row in zip(groups, rows, strict=True) for item in self._gradients(group, row)
+        ]
+
+    def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: list[_Work], begun: Begun) -> None:
+        for group, row, name, p, _ in work:
             self._init_state(p, group, row, name)
-        directions = self._averaged([(row, name, p, g) for _, row, name, p, g in found])
+        directions = self._averaged([(row, name, p, begun.applied(g)) for _, row, name, p, g in work])
         jobs = []
-        for (group, row, name, p, _), u in zip(found, directions, strict=True):
+        for (group, row, name, p, _), u in zip(work, directions, strict=True):
             if group["granularity"] in ("unit", "spectral"):
                 u = mapped(name, u, group)
             step = plain_step(row.hyper["lr"], row.hyper["weight_decay"])
             jobs.append(self._job(name, p, p, u, ("remainder",), step, row.sign, group.get("weight_format")))
-        self._scale_by_norms([group for group, *_ in found], jobs)
+        self._scale_by_norms([group for group, *_ in work], jobs)
         self._pass("sgdw").run(jobs)
-        return None
 
     def _averaged(self, found: list[tuple[Row, str, Tensor, Tensor]]) -> list[Tensor]:
         """What K's gradient is taken of: gradients, or their means, or points between the two."""

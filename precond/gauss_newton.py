@@ -54,17 +54,16 @@ class GaussNewton(Rotated):
         maximize: ascend instead of descend (default False).
         foreach: accepted and ignored.
         differentiable: autograd records the step, which then runs on the reference backend; not with a basis (default False).
-        fused: True makes ``torch.amp.GradScaler`` leave unscaling to the step; not with a basis.
+        fused: True makes ``torch.amp.GradScaler`` leave unscaling to the step.
         l1_decay, l1_form, l1_cap: intrinsic L1 in the coordinates of the basis, as for :class:`precond.AdamW`.
         state_format: as for :class:`precond.AdamW`, but with a basis not "int8" or "int4". Without one, these two leave curvature
             that ``update_curvature`` feeds in float32.
         weight_format: as for :class:`precond.AdamW`.
-        **settings: :class:`precond.Settings`; with a basis only ``backend`` and ``seed``.
+        **settings: :class:`precond.Settings`.
 
     Raises:
         ValueError: an argument is out of range or not one of its names.
-        RuntimeError: with a basis when built and at the step, for a sharded matrix or a setting that needs one pass; at the step,
-            if the curvature was never updated and no ``clip`` bounds the step, or a basis does not fit.
+        RuntimeError: with a basis when built and at the step, for a sharded matrix or ``differentiable``; at the step, if the curvature was never updated and no ``clip`` bounds the step, or a basis does not fit.
 
     State: ``step``, ``exp_avg`` and ``curvature`` (in the basis), ``curvature_step``; ``factor_...`` and ``basis_...`` of blocks.
 
@@ -174,8 +173,7 @@ class GaussNewton(Rotated):
     def _numbers(cls, group: dict[str, Any]) -> dict[str, int]:
         return {} if group["curvature"] == "gradient" else {"curvature_step": 0}
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _update(self) -> None:
+    def _check_ready(self) -> None:
         for place, group in enumerate(self.param_groups):
             moves = isinstance(group["lr"], Tensor) or group["lr"] != 0.0
             if group["curvature"] != "gradient" and group["clip"] is None and moves:
@@ -185,7 +183,6 @@ class GaussNewton(Rotated):
                             "update_curvature must be called before the first step, or clip be given: "
                             f"{name_of(group, place, position)} has no curvature"
                         )
-        super()._update()
 
     def _before(self, work: Work, group: dict[str, Any], row: Row) -> bool:
         """Feed the basis, unless ``update_curvature`` does: it feeds the gradients that it squares."""

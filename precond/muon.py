@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.arguments import arguments
+from ._core.clipping import Begun
 from ._core.formats import StateFormat
 from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
@@ -19,6 +20,17 @@ from ._core.settings import Settings
 from ._core.sharding import like, local
 from ._methods.kronecker import check_whole
 from ._methods.multipass import MultiPass
+
+
+class _Work(NamedTuple):
+    """A matrix and its gradient."""
+
+    group: dict[str, Any]
+    row: Row
+    name: str
+    p: Tensor
+    g: Tensor
+
 
 #: torch's, from 2.9 on.
 _TorchMuon: Final[Any] = getattr(torch.optim, "Muon", torch.optim.Optimizer)
@@ -71,6 +83,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
     """
 
     _why_not_one_pass = "for Muon"
+    _host_must_know = False
     _group_options = {**MultiPass._group_options, "maximize": False}
     _older_options = {}
 
@@ -138,37 +151,37 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         hyper["lookahead"] = 1.0 - float(group["momentum"]) if group["nesterov"] else 0.0
         return Row("average", -1.0 if group.get("maximize") else 1.0, hyper)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _update(self) -> None:
-        rows = [self._checked_row(group) for group in self.param_groups]
-        found = [
-            (group, row, name, p, g)
-            for group, row in zip(self.param_groups, rows, strict=True)
-            for name, p, g in self._gradients(group, row)
-            if p.numel() > 0
-        ]
+    def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> list[_Work]:
+        work = []
+        for group, row in zip(groups, rows, strict=True):
+            for name, p, g in self._gradients(group, row):
+                if p.is_complex():
+                    raise RuntimeError(f"Muon does not support complex parameters, got {p.dtype} for {name}")
+                if p.numel() > 0:
+                    work.append(_Work(group, row, name, p, g))
+        return work
+
+    def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: list[_Work], begun: Begun) -> None:
         means = []
-        for group, row, name, p, g in found:
-            if p.is_complex():
-                raise RuntimeError(f"Muon does not support complex parameters, got {p.dtype} for {name}")
+        for group, row, name, p, g in work:
             self._init_state(p, group, row, name)
             names = ("momentum_buffer", "momentum_buffer_scale")
             means.append(self._job(name, p, self._buffer(p, torch.bfloat16), g, names, row.hyper, row.sign))
-        self._pass("average", ("momentum_buffer",)).run(means)
+        self._pass("average", ("momentum_buffer",)).run(means, begun)
         alike: dict[tuple[Any, ...], list[int]] = {}
-        for i, (group, _, _, p, _) in enumerate(found):
+        for i, (group, _, _, p, _) in enumerate(work):
             alike.setdefault((id(group), p.shape, p.device), []).append(i)
         steps = []
         for indices in alike.values():
-            group = found[indices[0]][0]
+            group = work[indices[0]].group
             stack = torch.stack([local(means[i].p) for i in indices])
             for i, direction in zip(indices, newton_schulz(stack, group), strict=True):
-                _, row, name, p, _ = found[i]
+                _, row, name, p, _ = work[i]
                 scale = _scale(group["adjust_lr_fn"], p.shape)
                 step = plain_step(row.hyper["lr"] * scale, row.hyper["weight_decay"] / scale)
                 turned = like(p, direction.contiguous())
                 steps.append(self._job(name, p, p, turned, ("remainder",), step, 1.0, group.get("weight_format")))
-        self._pass("sgdw").run(steps)
+        self._pass("sgdw").run(steps, begun.of_results())
 
 
 def _scale(adjust_lr_fn: str | None, shape: torch.Size) -> float:

@@ -20,7 +20,6 @@ class _MeanOfSquares(FusedOptimizer):
     """What RMSprop and RMSpropW share; ``_name`` is that of the rule without momentum and centering."""
 
     _name: str
-    _counts_steps = True
     _older_options = {**FusedOptimizer._older_options, "momentum": 0, "centered": False, "capturable": False}
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:

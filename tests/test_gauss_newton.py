@@ -421,22 +421,6 @@ def test_norms_of_all_gradients_clip_single_passes():
     assert_close(ours, theirs, 1e-5, 1e-6)
 
 
-@pytest.mark.parametrize("setting", ["max_grad_norm", "clip_grad_value"])
-def test_a_basis_refuses_clipping_before_anything_moves(setting):
-    params = params_of(((2, 2), (2, 2)))
-    before = [p.detach().clone() for p in params]
-    groups = [{"params": params[:1]}, {"params": params[1:], "basis": "kronecker"}]
-    message = f"{setting} must be None with a basis, got 1.0: call torch.nn.utils"
-    with pytest.raises(RuntimeError, match=message):
-        precond.GaussNewton(groups, curvature="gradient", **{setting: 1.0})
-    optimizer = precond.GaussNewton(params, curvature="gradient", **{setting: 1.0})
-    optimizer.param_groups[0]["basis"] = "kronecker"
-    give(params, 0)
-    with pytest.raises(RuntimeError, match=message):
-        optimizer.step()
-    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

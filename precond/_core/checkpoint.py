@@ -50,9 +50,8 @@ class KeptOptions:
     torch does not have stays what it is where the checkpoint has none.
     """
 
-    def __init__(self, groups: list[Group], own: Iterable[str]) -> None:
-        names = list(own)
-        self._own = [{name: group[name] for name in names if name in group} for group in groups]
+    def __init__(self, groups: list[Group], own: Callable[[Group], Iterable[str]]) -> None:
+        self._own = [{name: group[name] for name in own(group) if name in group} for group in groups]
         self._tensors = [
             {name: value for name, value in group.items() if isinstance(value, Tensor) and value.numel() == 1}
             for group in groups

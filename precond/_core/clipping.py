@@ -14,9 +14,34 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..reference import clamped
 from .norm import NOTHING, Clip, Measures, NormClasses, total
 from .rows import Control, Group, Step
-from .sharding import local
+from .sharding import like, local
+
+
+class Begun(NamedTuple):
+    """What a step of several passes does with its gradients: found before the first pass, and given to each."""
+
+    control: Control = Control()
+    #: The norm, where a device reads it.
+    clip: Clip = NOTHING
+
+    def of_results(self) -> Begun:
+        """For a pass over what an earlier one has made of gradients: it is skipped where that one is."""
+        return Begun(Control(found_inf=self.control.found_inf))
+
+    def applied(self, g: Tensor) -> Tensor:
+        """A gradient as the step takes it, at least in float32, where the host knows how; itself where that changes nothing."""
+        coef, scale, found_inf, clip_value = self.control
+        assert found_inf is None
+        assert self.clip is NOTHING
+        if coef == 1.0 and scale is None and clip_value == math.inf:
+            return g
+        values = local(g)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        values = clamped(values * (coef if scale is None else coef / scale), clip_value)
+        return like(g, values.contiguous())
 
 
 class Found(NamedTuple):
@@ -99,16 +124,18 @@ def begin(
     report: Report,
     *,
     host_must_know: bool = False,
-) -> tuple[Control, Clip] | None:
+    apart: bool = False,
+) -> Begun | None:
     """What the step multiplies gradients with, and what it does with their norm on a device; None skips it. ``executors`` have
     gradients; where nobody has, they are the compiled plans. ``classes`` are those of the step's norm, None where it has none.
-    ``host_must_know``: whether the step is skipped.
+    ``host_must_know``: whether the step is skipped. ``apart``: the executors do not run the step; the norm is measured now, and
+    everything is reported.
 
     Raises for a norm that is not finite where that was asked for. Nothing but the report has changed then.
     """
     control = step.control
     if classes is None and control.found_inf is None:
-        return control, NOTHING
+        return Begun(control)
     # Without executors nobody would write the report.
     by_device = bool(executors) and all(executor.backend in ("cuda", "triton") for executor in executors)
     by_device = by_device and not host_must_know
@@ -122,7 +149,10 @@ def begin(
             control = control._replace(grad_coef=control.grad_coef / float(control.grad_scale), grad_scale=None)
         control = control._replace(found_inf=None)
     if classes is None:
-        return control, NOTHING._replace(skipped=found.skipped)
+        if apart and control.found_inf is not None:
+            found.skipped.add_((control.found_inf != 0).to(found.skipped).reshape(()))
+            return Begun(control)
+        return Begun(control, NOTHING._replace(skipped=found.skipped))
 
     report.measured = True
     skips, raises = (settings["nonfinite"] == name for name in ("skip", "raise"))
@@ -133,25 +163,39 @@ def begin(
         skip_nonfinite=skips,
     )
     by_itself = len(executors) == 1 and executors[0].measures_itself and classes.groups == [()]
-    if by_itself and not raises and not host_must_know:
-        return control, clip._replace(measure=True)
+    if by_itself and not raises and not host_must_know and not apart:
+        return Begun(control, clip._replace(measure=True))
     found.total.copy_(total(executors, step, classes, clip.inf))
     if by_device and not raises:
-        return control, clip
-    norm, coef = _finished(found.total, control, clip)
+        return _on_device(found, control, clip) if apart else Begun(control, clip)
+    norm, coef = _finished(found.total.cpu(), control, clip)
     if raises and not norm.isfinite() and (control.found_inf is None or not control.found_inf.item()):
         raise RuntimeError(
             f"The total norm of order {settings['norm_type']} for the gradients is non-finite, so it cannot be clipped. To "
             "disable this error and scale the gradients by the non-finite norm anyway, set nonfinite='propagate'"
         )
     if by_device:
-        return control, clip
+        return _on_device(found, control, clip) if apart else Begun(control, clip)
     found.grad_norm.copy_(norm)
     found.clip_coef.copy_(coef)
     if clip.skip_nonfinite and not norm.isfinite():
         found.skipped.add_(1)
         return None
-    return control._replace(grad_coef=float(_fp32(control.grad_coef) * coef)), NOTHING
+    return Begun(control._replace(grad_coef=float(_fp32(control.grad_coef) * coef)))
+
+
+def _on_device(found: Found, control: Control, clip: Clip) -> Begun:
+    """Report a norm that lies on a device, without waiting for it, and say by ``found_inf`` whether the step is skipped."""
+    norm, coef = _finished(found.total, control, clip)
+    found.grad_norm.copy_(norm)
+    found.clip_coef.copy_(coef)
+    if control.found_inf is not None or clip.skip_nonfinite:
+        skip = ~norm.isfinite() if clip.skip_nonfinite else torch.zeros_like(norm, dtype=torch.bool)
+        if control.found_inf is not None:
+            skip = skip | (control.found_inf.to(norm.device).reshape(()) != 0)
+        found.skipped.add_(skip.to(found.skipped.dtype))
+        control = control._replace(found_inf=skip.float().reshape(1))
+    return Begun(control, clip.on(found.total.device)._replace(skip_nonfinite=False))
 
 
 def home(groups: list[Group]) -> torch.device:
@@ -160,17 +204,17 @@ def home(groups: list[Group]) -> torch.device:
     return torch.device("cpu") if first is None else local(first).device
 
 
-def _fp32(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device="cpu")
+def _fp32(value: float, device: torch.device | str = "cpu") -> Tensor:
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _finished(total: Tensor, control: Control, clip: Clip) -> tuple[Tensor, Tensor]:
-    """The norm and the coefficient on the host: finish() in csrc/plan/norm.h."""
-    total = total.cpu().reshape(())
-    unscale = _fp32(control.grad_coef)
+    """The norm and the coefficient where the total is: finish() in csrc/plan/norm.h."""
+    total, device = total.reshape(()), total.device
+    unscale = _fp32(control.grad_coef, device)
     if control.grad_scale is not None:
-        unscale = _fp32(1.0 / float(control.grad_scale)) * unscale
+        unscale = (1.0 / control.grad_scale.to(device).reshape(()).double()).float() * unscale
     norm = ((total if clip.inf else total.sqrt()) * unscale.double()).float()
-    coef = _fp32(clip.max_norm) / (norm + _fp32(1e-6))
-    one = _fp32(1.0)
+    coef = _fp32(clip.max_norm, device) / (norm + _fp32(1e-6, device))
+    one = _fp32(1.0, device)
     return norm, one if clip.max_norm == math.inf else torch.where(coef > one, one, coef)

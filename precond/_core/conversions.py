@@ -54,7 +54,7 @@ def to_torch_state_dict(optimizer: FusedOptimizer) -> dict[str, Any]:
         if i in packed["state"]:
             states[i] = _plain_state(optimizer.states, p, group, optimizer.rule_of(group), packed["state"][i])
     own = optimizer.states.recipe.options
-    stripped = [{k: v for k, v in group.items() if k not in own} for group in packed["param_groups"]]
+    stripped = [{k: v for k, v in group.items() if k not in own(group)} for group in packed["param_groups"]]
     return {"state": states, "param_groups": stripped}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import backend as _backend
 from .checks import Checks
-from .clipping import Report
+from .clipping import Begun, Report
 from .norm import NormClasses
 from .plan import Outcome, StepPlan
 from .rows import Step, parameters
@@ -66,6 +66,29 @@ class Engine:
         step = step._replace(inputs={**aligned_gradients(step.groups), **step.inputs})
         if plan is None or not plan.has_wrappers or plan.run(step) is Outcome.STALE:
             self._keep(key, self._run_new(step))
+
+    def begin(self, step: Step, *, host_must_know: bool) -> Begun | None:
+        """What the passes of a step do with its gradients, from the norm of all of them; None where it is skipped."""
+        self.states.bind(step.state, step.groups)
+        try:
+            return self._begin(step, host_must_know)
+        finally:
+            self.states.bind({}, [])
+
+    def _begin(self, step: Step, host_must_know: bool) -> Begun | None:
+        key = tuple(map(id, step.groups))
+        plan = self.plans.get(key)
+        found: Begun | Outcome = Outcome.STALE
+        step = step._replace(inputs=aligned_gradients(step.groups))
+        if plan is not None:
+            found = plan.begin(step, host_must_know=host_must_know)
+        for _ in range(_ATTEMPTS):
+            if found is not Outcome.STALE:
+                return None if isinstance(found, Outcome) else found
+            plan = self._new(step)
+            self._keep(key, plan)
+            found = plan.begin(step, host_must_know=host_must_know)
+        raise RuntimeError("gradients changed, again and again, while their norm was measured")
 
     def norms(self, step: Step, classes: NormClasses) -> Tensor:
         """For each class the sum of squares of this process' gradients: float64 numbers on the first one's device."""

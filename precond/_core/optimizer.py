@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, overload
 
 import torch
@@ -45,8 +45,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     #: Rules that take sparse gradients: those that torch gives them to.
     _sparse_rules: ClassVar[frozenset[str]] = frozenset()
-    #: True where torch keeps a ``step`` per parameter that the rule does not read; a rule that does has one anyway.
-    _counts_steps: ClassVar[bool] = False
     #: Group options that torch does not have, with their defaults.
     _group_options: ClassVar[dict[str, Any]] = {"state_format": None, "weight_format": None}
     #: Options that groups of older checkpoints may lack, with what they were then. A drop-in's are in torch's ``__setstate__``.
@@ -114,6 +112,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise if an option that torch does not have is out of range."""
         check_options(group, self._group_options, type(self))
+
+    def _options_of(self, group: dict[str, Any]) -> Mapping[str, Any]:
+        """The options of a group that torch does not have, with their defaults."""
+        return self._group_options
 
     @classmethod
     def _initial(cls, p: Tensor, group: dict[str, Any]) -> complex:
@@ -262,7 +264,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _drop_settings(group, self.defaults)
-        for name, default in self._group_options.items():
+        for name, default in self._options_of(group).items():
             if name in group and group[name] == default:
                 del group[name]  # as in torch's groups, or a flat checkpoint does not go both ways
 
@@ -305,11 +307,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _rebuild(self) -> None:
         """Everything private that follows from the public state."""
         recipe = Recipe(
-            self._counts_steps,
             self._initial,
             self._format_of_state,
             self._numbers,
-            self._group_options,
+            self._options_of,
         )
         before: Engine | None = self.__dict__.get("_engine")
         written = self.__dict__.pop("_written", None)
@@ -334,7 +335,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         tensor and takes the loaded value. Options that torch does not have keep this optimizer's values where the
         checkpoint has none.
         """
-        kept = KeptOptions(self.param_groups, self._group_options)
+        kept = KeptOptions(self.param_groups, self._options_of)
         with states_as_saved(self):
             super().load_state_dict(state_dict)
         kept.restore(self.param_groups)

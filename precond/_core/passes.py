@@ -4,6 +4,7 @@ methods that have a matrix product or a norm between two passes.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from .. import reference
 from . import formats
 from .checks import Checks
+from .clipping import Begun
 from .engine import Engine
 from .formats import Layout, StateFormat
 from .norm import NormClasses
@@ -98,6 +100,37 @@ class JobStates:
         self._remainders.note(split)
 
 
+#: What a pass does with its ``g`` unless it is told otherwise: nothing.
+_AS_THEY_ARE = Begun()
+
+
+class Beginning:
+    """What the passes of an optimizer's steps do with its gradients: finds it before them, from the norm of all gradients."""
+
+    def __init__(self, engine: Engine) -> None:
+        """``engine``: the optimizer's own."""
+        states = JobStates((), Remainders())
+        self.engine = Engine(states, engine.checks, engine.report, engine.captured)
+        # Without the formats of states that nobody reads here.
+        self._groups: list[Group] = []
+
+    def find(self, groups: list[Group], control: Control, *, host_must_know: bool) -> Begun | None:
+        """For all groups of the optimizer. None: the step is skipped."""
+        if len(groups) != len(self._groups):
+            self._groups = [{} for _ in groups]
+            self.engine.forget_plans()
+        for own, group in zip(self._groups, groups, strict=True):
+            own.clear()
+            own.update({key: group[key] for key in ("params", "param_names") if key in group})
+        rows = [Row("sgd", 1.0, plain_step(0.0, 0.0))] * len(groups)
+        step = Step(self._groups, collections.defaultdict(dict), {}, rows, control)
+        try:
+            return self.engine.begin(step, host_must_know=host_must_know)
+        finally:
+            for own in self._groups:
+                own["params"] = []
+
+
 class Pass:
     """Runs one rule over tensors of its caller: a group for each, so that plans serve. Between runs it keeps none of them alive.
     Not copied or saved: its owner makes another.
@@ -121,11 +154,11 @@ class Pass:
         #: The ids of the last run's tensors. Their plan compares addresses, so it does not matter if one is another's by now.
         self._seen: list[int] = []
 
-    def run(self, jobs: list[Job]) -> None:
-        """Update every job's tensor in one region."""
+    def run(self, jobs: list[Job], begun: Begun = _AS_THEY_ARE) -> None:
+        """Update every job's tensor in one region; ``begun``: what is done with each ``g``."""
         if jobs:
             try:
-                self.engine.run(self._step(jobs))
+                self.engine.run(self._step(jobs)._replace(control=begun.control, clip=begun.clip))
             finally:
                 self._release()
 

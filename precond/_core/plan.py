@@ -14,7 +14,7 @@ from .. import reference
 from . import backend as _backend
 from . import formats
 from .checks import Checks
-from .clipping import Executor, Report, begin
+from .clipping import Begun, Executor, Report, begin
 from .executors import Compiled, Home, Reference, Triton
 from .formats import Layout, is_half
 from .memory import Memory
@@ -282,6 +282,21 @@ class StepPlan:
         finally:
             self._release()
 
+    def begin(self, step: Step, *, host_must_know: bool) -> Begun | Outcome:
+        """What the passes of a step do with its gradients, from their norm: the plan measures and runs nothing."""
+        try:
+            if not self._refresh(step):
+                return Outcome.STALE
+            self.new = False
+            executors = [executor for executor in self.executors if executor.has_gradients(step)]
+            classes = self._norm_classes(step)
+            begun = begin(
+                executors, step, classes, self.settings, self.report, host_must_know=host_must_know, apart=True
+            )
+            return Outcome.SKIPPED if begun is None else begun
+        finally:
+            self._release()
+
     def run(self, step: Step) -> Outcome:
         """Update everything that has a gradient."""
         try:
@@ -305,14 +320,17 @@ class StepPlan:
         self.states.begin(split)
         try:
             self._check_device_control(step, executors)
-            begun = begin(
-                executors,
-                step,
-                self._norm_classes(step),
-                self.settings,
-                self.report,
-                host_must_know=self._may_skip(step) and self._first_step_differs(step),
-            )
+            if step.clip is not None:
+                begun: Begun | None = Begun(step.control, step.clip)
+            else:
+                begun = begin(
+                    executors,
+                    step,
+                    self._norm_classes(step),
+                    self.settings,
+                    self.report,
+                    host_must_know=self._may_skip(step) and self._first_step_differs(step),
+                )
         except BaseException:
             self._undo(step)
             raise
@@ -345,7 +363,7 @@ class StepPlan:
         return NormClasses(dict(zip(parameters(step), numbers, strict=True)) if self.in_python else {}, over)
 
     def _may_skip(self, step: Step) -> bool:
-        return step.control.found_inf is not None or self.settings["nonfinite"] == "skip"
+        return step.control.found_inf is not None or (step.clip is None and self.settings["nonfinite"] == "skip")
 
     def _first_step_differs(self, step: Step) -> bool:
         """True where the host must know whether this step is skipped, and so wait for the device, because the next one is then

@@ -62,6 +62,8 @@ class Step(NamedTuple):
     #: One for each group.
     rows: list[Row]
     control: Control
+    #: norm.Clip of a norm that was measured before the step, whose control follows from it; None: the step measures its own.
+    clip: Any = None
 
     def input_of(self, p: Tensor) -> Tensor | None:
         """What a parameter is updated with; None leaves it alone."""

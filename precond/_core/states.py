@@ -141,16 +141,14 @@ def make_counter(
 class Recipe(NamedTuple):
     """What an optimizer's class declares about its states."""
 
-    #: True where torch keeps a ``step`` per parameter, also if the rule does not read it.
-    counts_steps: bool
     #: What a new state is filled with.
     initial: Callable[[Tensor, Group], complex]
     #: What a group asks for a state to be stored in.
     format_of: Callable[[str, Group], StateFormat]
     #: Numbers that stand among the states of a parameter, as they are before the first step.
     numbers: Callable[[Group], dict[str, int]]
-    #: Options of groups that torch does not have, with their defaults.
-    options: Mapping[str, Any]
+    #: Options of a group that torch does not have, with their defaults.
+    options: Callable[[Group], Mapping[str, Any]]
 
 
 class ParamStates:
@@ -211,7 +209,7 @@ class ParamStates:
 
     def keeps_step(self, rule: str) -> bool:
         """True where a rule's step counter is a state like the others, whatever the formats."""
-        return self.recipe.counts_steps or reference.RULES[rule].reads_step
+        return reference.RULES[rule].reads_step or reference.RULES[rule].counts_steps
 
     def layout(self, p: Tensor, group: Group, rule: str, name: str = "a parameter") -> Layout:
         """The formats of a parameter, which errors call so, and of its states as they are."""

@@ -7,11 +7,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import reference
+from .._core.amp import control_of
+from .._core.clipping import Begun
 from .._core.formats import StateFormat
 from .._core.optimizer import FusedOptimizer
-from .._core.passes import Job, Pass
+from .._core.passes import Beginning, Job, Pass
 from .._core.rows import Control, Row, Step, name_among, name_of
 from .._core.sharding import aligned_gradients, local
+from .._core.states import ParamStates
 
 
 class OfParameters:
@@ -42,11 +46,11 @@ class OfParameters:
 
 
 class MultiPass(FusedOptimizer, abstract=True):
-    """A method whose step, or that of some groups, has several passes. It takes gradients as they are: a ``GradScaler`` unscales
-    them before the step, and clipping is torch's.
+    """A method whose step, or that of some groups, has several passes. Whether the step is skipped, and what gradients are
+    multiplied with, is found before the first one.
     """
 
-    #: Why the settings that need one pass are refused.
+    #: Why what needs one pass is refused.
     _why_not_one_pass: ClassVar[str]
     _must_declare = (*FusedOptimizer._must_declare, "_why_not_one_pass")
     _passes: dict[tuple[str, int], Pass]
@@ -55,10 +59,26 @@ class MultiPass(FusedOptimizer, abstract=True):
     #: Copies of the counters of parameters with a rule that counts their steps and with random bits: for a pass that draws after
     #: the one that counts.
     _counters: OfParameters
+    _beginning: Beginning
+    #: The optimizer that this one is a part of: it has the states and all of the groups, and steps this one's.
+    _owner: FusedOptimizer | None = None
+    #: True where the host must know what gradients are multiplied with, and whether the step is skipped.
+    _host_must_know: ClassVar[bool] = True
 
     def _rebuild(self) -> None:
         super()._rebuild()
         self._passes, self._buffers, self._counters = {}, OfParameters(), OfParameters()
+        self._beginning = Beginning(self.engine)
+
+    @property
+    def states(self) -> ParamStates:
+        """What makes, reads and converts the states of parameters; ``state`` has them."""
+        return super().states if self._owner is None else self._owner.states
+
+    @property
+    def _all_groups(self) -> list[dict[str, Any]]:
+        """The groups that errors number."""
+        return self.param_groups if self._owner is None else self._owner.param_groups
 
     # What a subclass declares.
 
@@ -68,6 +88,17 @@ class MultiPass(FusedOptimizer, abstract=True):
 
     def _check_whole(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
         """Raise for a sharded parameter of such a group that must be whole, or have whole rows."""
+
+    def _check_ready(self) -> None:
+        """Raise where something must be called before a step."""
+
+    def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> Any:
+        """Check what such groups update, before anything changes. Returns what ``_step_in_passes`` must know."""
+        raise NotImplementedError
+
+    def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: Any, begun: Begun) -> None:
+        """The step of such groups."""
+        raise NotImplementedError
 
     # Groups.
 
@@ -89,15 +120,8 @@ class MultiPass(FusedOptimizer, abstract=True):
 
     def _check_settings(self, group: dict[str, Any]) -> None:
         """Raise for settings that need one pass."""
-        for name in ("max_grad_norm", "clip_grad_value"):
-            if self._own[name] is not None:
-                raise RuntimeError(
-                    f"{name} must be None {self._why_not_one_pass}, got {self._own[name]}: "
-                    "call torch.nn.utils.clip_grad_norm_ or clip_grad_value_ before the step"
-                )
-        for name in ("fused", "differentiable", "capturable"):
-            # By its default a GradScaler leaves all gradients as they are. In a group alone it changes nothing and is ignored, as
-            # in torch.optim.Muon: some frameworks set fused=True in every group.
+        refused = ("differentiable", "capturable") if self._host_must_know else ("differentiable",)
+        for name in refused:
             if self.defaults.get(name):
                 raise RuntimeError(f"{name} must be False {self._why_not_one_pass}")
 
@@ -109,10 +133,47 @@ class MultiPass(FusedOptimizer, abstract=True):
         self._buffers.keep(params)
         self._counters.keep(params)
 
-    def _step_in_one_pass(self, groups: list[dict[str, Any]]) -> None:
-        """The one-pass step of some of the groups."""
-        self.states.name_streams()  # by places among all
-        super()._step_in_one_pass(groups)
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _update(self) -> None:
+        groups = self.param_groups
+        several = [group for group in groups if self._needs_passes(group)]
+        self._check_ready()
+        if not several:
+            self._step_in_one_pass(groups)
+            return
+        control = control_of(getattr(self, "found_inf", None), getattr(self, "grad_scale", None), self._own)
+        if control is None:
+            self.skipped_steps.add_(1)
+            return
+        rows = [self._checked_row(group) for group in groups]
+        of_several = [row for group, row in zip(groups, rows, strict=True) if self._needs_passes(group)]
+        work = self._prepare(several, of_several)
+        begun = self._begin(control, rows)
+        if begun is None:
+            return
+        if len(several) < len(groups):
+            one = [(group, row) for group, row in zip(groups, rows, strict=True) if not self._needs_passes(group)]
+            self.states.name_streams()  # by places among all
+            straight, of_straight = map(list, zip(*one, strict=True))
+            self.engine.run(Step(straight, self.state, {}, of_straight, *begun))
+        self._step_in_passes(several, of_several, work, begun)
+
+    def _begin(self, control: Control, rows: list[Row]) -> Begun | None:
+        """What the step does with gradients; None where it is skipped."""
+        if self._own["max_grad_norm"] is None and control.found_inf is None:
+            return Begun(control)
+        groups = self.param_groups
+        host_must_know = self._decided_by_host(groups) or any(
+            (first := reference.RULES[row.rule].first_differs) is not None
+            and row.hyper[first] != 0.0
+            and any(p.grad is not None and not self.state.get(p) for p in group["params"])
+            for group, row in zip(groups, rows, strict=True)
+        )
+        return self._beginning.find(groups, control, host_must_know=host_must_know)
+
+    def _decided_by_host(self, groups: list[dict[str, Any]]) -> bool:
+        """True where a method of these groups needs the host to know."""
+        return self._host_must_know
 
     def _init_state(self, p: Tensor, group: dict[str, Any], row: Row, name: str | None = None) -> None:
         """Make what a parameter's rule needs and has not."""
@@ -126,7 +187,7 @@ class MultiPass(FusedOptimizer, abstract=True):
 
     def _name(self, p: Tensor) -> str:
         """What errors call a parameter."""
-        return name_among(self.param_groups, p)
+        return name_among(self._all_groups, p)
 
     def _only_makes_states(self, rows: list[Row], gradients: dict[Tensor, Tensor]) -> bool:
         """True for a first step at lr 0 on gradients of zeros, which is how torch.distributed.checkpoint has states made."""
@@ -179,7 +240,7 @@ class MultiPass(FusedOptimizer, abstract=True):
     def _gradients(self, group: dict[str, Any], row: Row) -> list[tuple[str, Tensor, Tensor]]:
         """Name, parameter and gradient of each parameter that has one, checked with its states before anything changes."""
         self._check_settings(group)
-        index = next(i for i, other in enumerate(self.param_groups) if other is group)
+        index = next(i for i, other in enumerate(self._all_groups) if other is group)
         step = Step([group], self.state, aligned_gradients([group]), [], Control())
         states, plain, of_rule = self.states, Row("sgdw", 1.0, {}), self.states.names(row.rule)
         found = []

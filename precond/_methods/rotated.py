@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core.arguments import check_betas, check_lr, check_nonnegative
+from .._core.clipping import Begun
 from .._core.formats import is_coded
 from .._core.passes import plain_step
 from .._core.rows import Row
@@ -100,28 +101,22 @@ class Rotated(MultiPass, abstract=True):
 
     # The step.
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _update(self) -> None:
-        groups = self.param_groups
-        straight = [group for group in groups if not self.rotates(group)]
-        if len(straight) == len(groups):
-            super()._update()
-            return
-        rows = [self._checked_row(group) for group in groups]
-        work: list[list[Work]] = [
+    def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> list[list[Work]]:
+        return [
             [Work(name, p, g, self._basis(name, p, group)) for name, p, g in self._gradients(group, row)]
-            if self.rotates(group)
-            else []
             for group, row in zip(groups, rows, strict=True)
         ]
-        if straight:
-            self._step_in_one_pass(straight)
+
+    def _step_in_passes(
+        self, groups: list[dict[str, Any]], rows: list[Row], work: list[list[Work]], begun: Begun
+    ) -> None:
         only_states = self._only_makes_states(rows, {item.p: item.g for items in work for item in items})
         for index, (group, row) in enumerate(zip(groups, rows, strict=True)):
             if only_states:
                 self._make_states(group, row, work[index])
             else:
-                self._step_group(index, group, row, work[index])
+                applied = [item._replace(g=begun.applied(item.g)) for item in work[index]]
+                self._step_group(index, group, row, applied)
 
     def _make_states(self, group: dict[str, Any], row: Row, work: list[Work]) -> None:
         for name, p, g, basis in work:

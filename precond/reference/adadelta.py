@@ -22,5 +22,7 @@ def adadelta(
     return decayed(p, hyper["lr"] * u, hyper["lr"], hyper, decay, rms_v / rms_acc, v), (v, acc)
 
 
-_ADADELTA: Needs = dict(states=("square_avg", "acc_delta"), second_moments=("square_avg", "acc_delta"), keeps="rho")
+_ADADELTA: Needs = dict(
+    states=("square_avg", "acc_delta"), second_moments=("square_avg", "acc_delta"), keeps="rho", counts_steps=True
+)
 RULES: dict[str, Rule] = with_decays("adadeltaw", adadelta, _ADADELTA, coupled="adadelta")

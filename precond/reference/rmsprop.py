@@ -42,7 +42,7 @@ def rmsprop(
 
 def _with(*beside: str) -> Needs:
     """What the rule needs that has states beside its mean of squares."""
-    return dict(states=("square_avg", *beside), second_moments=("square_avg",), keeps="alpha")
+    return dict(states=("square_avg", *beside), second_moments=("square_avg",), keeps="alpha", counts_steps=True)
 
 
 RULES: dict[str, Rule] = {

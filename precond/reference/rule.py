@@ -29,6 +29,8 @@ class Rule(NamedTuple):
     keeps: str | float = 0.0
     #: True where the formula reads the number of the step: then every parameter has a counter.
     reads_step: bool = False
+    #: True where the formula does not, but torch's class has one all the same.
+    counts_steps: bool = False
     #: States of one number, at most one, with their initial value. ``hyper`` has the one after this step under its name.
     scalars: Mapping[str, float] = {}
     #: From the hyper-parameters, the number of the step and the scalar state before it: that state after it.

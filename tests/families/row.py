@@ -34,7 +34,8 @@ class Optimizer:
     @property
     def counts_steps(self) -> bool:
         """True where every parameter has a step counter."""
-        return self.cls._counts_steps or reference.RULES[self.rule].reads_step
+        rule = reference.RULES[self.rule]
+        return rule.reads_step or rule.counts_steps
 
 
 def intrinsic(name, cls, kwargs, ulps, suffix="", steep=False, peer=None, steps=0, **l1) -> list[Optimizer]:

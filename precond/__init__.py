@@ -22,6 +22,7 @@ from .dual import DualDescent
 from .fop import FOP
 from .gauss_newton import GaussNewton
 from .gradient_regularizer import GradientRegularizer
+from .grouped import Grouped
 from .lion import Lion
 from .muon import Muon
 from .nadam import NAdam, NAdamW
@@ -60,6 +61,7 @@ __all__ = [
     "DualDescent",
     "GaussNewton",
     "GradientRegularizer",
+    "Grouped",
     "Lion",
     "Muon",
     "NAdam",

@@ -63,7 +63,8 @@ class GaussNewton(Rotated):
 
     Raises:
         ValueError: an argument is out of range or not one of its names.
-        RuntimeError: with a basis when built and at the step, for a sharded matrix or ``differentiable``; at the step, if the curvature was never updated and no ``clip`` bounds the step, or a basis does not fit.
+        RuntimeError: with a basis when built and at the step, for a sharded matrix or ``differentiable``; at the step, if the
+            curvature was never updated and no ``clip`` bounds the step, or a basis does not fit.
 
     State: ``step``, ``exp_avg`` and ``curvature`` (in the basis), ``curvature_step``; ``factor_...`` and ``basis_...`` of blocks.
 
@@ -174,14 +175,14 @@ class GaussNewton(Rotated):
         return {} if group["curvature"] == "gradient" else {"curvature_step": 0}
 
     def _check_ready(self) -> None:
-        for place, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             moves = isinstance(group["lr"], Tensor) or group["lr"] != 0.0
             if group["curvature"] != "gradient" and group["clip"] is None and moves:
-                for position, p in enumerate(group["params"]):
+                for p in group["params"]:
                     if p.grad is not None and not self.state.get(p, {}).get("curvature_step"):
                         raise RuntimeError(
                             "update_curvature must be called before the first step, or clip be given: "
-                            f"{name_of(group, place, position)} has no curvature"
+                            f"{self._name(p)} has no curvature"
                         )
 
     def _before(self, work: Work, group: dict[str, Any], row: Row) -> bool:

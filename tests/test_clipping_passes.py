@@ -27,7 +27,17 @@ def mixed(ps, **settings):
     return precond.DualDescent(groups, lr=0.1, **settings)
 
 
+def grouped(ps, **settings):
+    groups = [
+        dict(params=ps[:1], optimizer=precond.Muon, lr=0.1),
+        dict(params=ps[1:2], optimizer=precond.SOAP, lr=0.1, precondition_frequency=2),
+        dict(params=ps[2:], optimizer=precond.AdamW, lr=0.1),
+    ]
+    return precond.Grouped(groups, **settings)
+
+
 METHODS = {
+    "grouped": (grouped, MIXED),
     "muon": (lambda ps, **settings: precond.Muon(ps, lr=0.1, **settings), MATRICES),
     "soap": (lambda ps, **settings: precond.SOAP(ps, lr=0.1, precondition_frequency=2, **settings), MIXED),
     "gauss_newton": (lambda ps, **settings: precond.GaussNewton(ps, **KRONECKER, **settings), MIXED),
@@ -124,7 +134,7 @@ def test_a_norm_that_is_not_finite_skips_or_raises_and_changes_nothing(method, b
     assert_unchanged(params, optimizer, before)
 
 
-@pytest.mark.parametrize("method", ["gauss_newton", "dual_global", "dual_mixed"])
+@pytest.mark.parametrize("method", ["grouped", "gauss_newton", "dual_global", "dual_mixed"])
 def test_a_loss_scaler_leaves_unscaling_and_skipping_to_the_step(method):
     ours, a = start(method, max_grad_norm=2.0, fused=True)
     theirs, b = start(method, max_grad_norm=2.0)

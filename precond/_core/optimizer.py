@@ -61,6 +61,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _own: dict[str, Any]
     _states: ParamStates
     _engine: Engine
+    #: The optimizer that this one is a part of: it has the states and all of the groups, and steps this one's.
+    _owner: FusedOptimizer | None = None
 
     def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -215,6 +217,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def states(self) -> ParamStates:
         """What makes, reads and converts the states of parameters; ``state`` has them."""
+        if self._owner is not None:
+            return self._owner.states
         self._states.bind(self.state, self.param_groups)
         return self._states
 
@@ -306,17 +310,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _rebuild(self) -> None:
         """Everything private that follows from the public state."""
-        recipe = Recipe(
-            self._initial,
-            self._format_of_state,
-            self._numbers,
-            self._options_of,
-        )
         before: Engine | None = self.__dict__.get("_engine")
         written = self.__dict__.pop("_written", None)
         if written is None and "_states" in self.__dict__:
             written = self._states.remainders.written(self._all_params())
-        self._states = ParamStates(recipe, self._own["seed"], written or ())
+        self._states = ParamStates(self._recipe(), self._own["seed"], written or ())
         self._engine = Engine(
             self._states,
             Checks(type(self), self._sparse_rules, self._own),
@@ -325,8 +323,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             may_only_make_states=True,
         )
         # GradScaler then leaves unscaling and skipping to the step. Only on request: Lightning refuses to clip otherwise.
-        if self.defaults.get("fused"):
+        if self._is_fused():
             self._step_supports_amp_scaling = True
+
+    def _recipe(self) -> Recipe:
+        return Recipe(self._initial, self._format_of_state, self._numbers, self._options_of)
+
+    def _is_fused(self) -> bool:
+        """True where ``fused=True`` was asked for, of the whole optimizer."""
+        return bool(self.defaults.get("fused"))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch's.

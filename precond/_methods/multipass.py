@@ -15,7 +15,6 @@ from .._core.optimizer import FusedOptimizer
 from .._core.passes import Beginning, Job, Pass
 from .._core.rows import Control, Row, Step, name_among, name_of
 from .._core.sharding import aligned_gradients, local
-from .._core.states import ParamStates
 
 
 class OfParameters:
@@ -60,8 +59,6 @@ class MultiPass(FusedOptimizer, abstract=True):
     #: the one that counts.
     _counters: OfParameters
     _beginning: Beginning
-    #: The optimizer that this one is a part of: it has the states and all of the groups, and steps this one's.
-    _owner: FusedOptimizer | None = None
     #: True where the host must know what gradients are multiplied with, and whether the step is skipped.
     _host_must_know: ClassVar[bool] = True
 
@@ -69,11 +66,6 @@ class MultiPass(FusedOptimizer, abstract=True):
         super()._rebuild()
         self._passes, self._buffers, self._counters = {}, OfParameters(), OfParameters()
         self._beginning = Beginning(self.engine)
-
-    @property
-    def states(self) -> ParamStates:
-        """What makes, reads and converts the states of parameters; ``state`` has them."""
-        return super().states if self._owner is None else self._owner.states
 
     @property
     def _all_groups(self) -> list[dict[str, Any]]:
@@ -129,7 +121,10 @@ class MultiPass(FusedOptimizer, abstract=True):
 
     def _forget_strangers(self) -> None:
         super()._forget_strangers()
-        params = [p for group in self.param_groups for p in group["params"]]
+        self.keep_memory([p for group in self.param_groups for p in group["params"]])
+
+    def keep_memory(self, params: list[Tensor]) -> None:
+        """Forget the memory of other parameters."""
         self._buffers.keep(params)
         self._counters.keep(params)
 

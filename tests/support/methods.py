@@ -47,6 +47,18 @@ def muon(model: nn.Module) -> torch.optim.Optimizer:
     return precond.Muon([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
 
+def grouped(model: nn.Module) -> torch.optim.Optimizer:
+    """A method for each group, with one norm over all of them."""
+    named = list(model.named_parameters())
+    matrices, rest = ([item for item in named if (item[1].dim() > 1) == has] for has in (True, False))
+    groups = [
+        dict(params=matrices[:1], optimizer=precond.AdamW, lr=0.01),
+        dict(params=matrices[1:], optimizer=precond.SGD, lr=0.1, momentum=0.9),
+        dict(params=rest, optimizer=precond.DualDescent, granularity="tensor", lr=0.01, momentum=0.9),
+    ]
+    return precond.Grouped(groups, max_grad_norm=1.0)
+
+
 #: A row per class of the table.
 ELEMENTWISE = [
     Method(row.rule, of_class(row.cls, **row.kwargs), row.peer and of_class(row.peer, **row.kwargs)) for row in CLASSES
@@ -63,6 +75,17 @@ METHODS = [
     Method("sophia", of_class(precond.Sophia, lr=0.01)),
     Method("gauss_newton", of_class(precond.GaussNewton, lr=0.01, clip=1.0, curvature="gradient")),
     Method("gauss_newton_kronecker", of_class(precond.GaussNewton, **KRONECKER), whole=True),
+]
+#: Methods in groups of one optimizer. Shards add their squares up in another order.
+GROUPED = [
+    Method("grouped", grouped, exact=False),
+    Method(
+        "grouped_muon",
+        lambda model: precond.Grouped.for_model(
+            model, matrices=dict(optimizer=precond.Muon, lr=0.01), rest=precond.AdamW
+        ),
+        whole=True,
+    ),
 ]
 #: Formats of less than 32 bits.
 FORMATS = [
@@ -90,4 +113,4 @@ AROUND_STATES = [
     Method("fop_adagrad", lambda model: precond.FOP(torch.optim.Adagrad(model.parameters()), 0.05, mode="output")),
     Method("bnp_adagradw", lambda model: precond.BNP(model, precond.AdagradW(model.parameters()), stat_momentum=0.5)),
 ]
-ALL = [*ELEMENTWISE, *METHODS, *FORMATS, *WRAPPERS]
+ALL = [*ELEMENTWISE, *METHODS, *GROUPED, *FORMATS, *WRAPPERS]

@@ -40,6 +40,8 @@ def test_the_kernels_pass_their_tests_under_sanitizers(sanitizer, threads):
         ("test_gpu.py", "not few_bits"),
         ("test_formats_cuda.py", "not rule_and_format"),
         ("test_clipping.py", ""),
+        ("test_clipping_passes.py", ""),
+        ("test_grouped.py", ""),
         # Emulated blocks with barriers are slow: not ten thousand steps, not all rules once more.
         (
             "test_formats.py",

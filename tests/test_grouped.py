@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 from support import multipass
-from support.cases import bits_equal
+from support.cases import BACKEND, bits_equal
 from support.multipass import BF16, F32, give, params_of
 from torch import nn
 
@@ -146,7 +146,8 @@ def test_a_skipped_step_changes_nothing_in_any_group(combination, how):
         optimizer.grad_scale = optimizer.found_inf = None
         assert all(bits_equal(p.detach(), q.detach()) for p, q in zip(params, before[0], strict=True))
         now = states_of(params, [optimizer])
-        assert now.keys() == before[1].keys()
+        # A device decides by itself, and what was made for the step stays: zeros.
+        assert all(BACKEND == "cuda" and not now[key].any() for key in now.keys() - before[1].keys())
         assert all(multipass.same(now[k], v) for k, v in before[1].items() if isinstance(v, torch.Tensor))
         assert optimizer.skipped_steps.item() == 1 + settled
 

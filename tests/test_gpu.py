@@ -178,6 +178,58 @@ def test_every_plan_that_a_graph_was_captured_from_is_kept(granularity):
     assert {id(plan) for plan in captured} <= {id(plan) for plan in optimizer.engine.captured}
 
 
+def muon_beside_adamw(matrices, vectors, **settings):
+    groups = [
+        dict(params=matrices, optimizer=precond.Muon, lr=0.02),
+        dict(params=vectors, optimizer=precond.AdamW, lr=0.01, capturable=True),
+    ]
+    return precond.Grouped(groups, max_grad_norm=1.0, nonfinite="skip", **settings)
+
+
+@pytest.mark.capture
+@pytest.mark.parametrize("grouped", [False, True])
+def test_muon_is_captured_with_its_norm_and_replayed(grouped):
+    """Between its passes the products, and before them the norm, all on the device; one replay skips a step."""
+
+    def make(where, backend):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape).to(where)) for shape in ((6, 10), (10, 6), (6, 10), (7,))]
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        if grouped:
+            return params, muon_beside_adamw(params[:3], params[3:], backend=backend)
+        return params[:3], precond.Muon(params[:3], lr=0.02, max_grad_norm=1.0, nonfinite="skip", backend=backend)
+
+    def feed(params, i):
+        generator = torch.Generator().manual_seed(i)
+        for p in params:
+            p.grad.copy_(torch.randn(p.shape, generator=generator))
+        if i == 5:
+            params[0].grad[0, 0] = float("inf")
+
+    ours, optimizer = make(CUDA.name, "cuda")
+    theirs, eager = make("cpu", "cpu")
+    count = iter(range(3))
+    warmed_up(lambda: (feed(ours, next(count)), optimizer.step()))
+    before = [p.detach().clone() for p in ours]
+    with CUDA.waiting_is_an_error():
+        replay = CUDA.capture(optimizer.step)
+    for p, q in zip(ours, before, strict=True):
+        p.data.copy_(q)
+    for i in range(3, 7):
+        feed(ours, i)
+        replay()
+    for i in range(7):
+        feed(theirs, i)
+        eager.step()
+    CUDA.synchronize()
+    assert optimizer.skipped_steps.item() == eager.skipped_steps.item() == 1
+    assert optimizer.grad_norm.item() == pytest.approx(eager.grad_norm.item(), rel=1e-6)
+    for p, q in zip(ours, theirs, strict=True):
+        # Products on a GPU are rounded otherwise; on the emulated device they are the CPU's.
+        torch.testing.assert_close(p.cpu(), q, rtol=0, atol=0 if EMULATED else 0.02)
+
+
 @pytest.mark.capture
 def test_an_optimizer_that_is_collected_during_a_capture_leaves_it_alone():
     p, q = (torch.nn.Parameter(torch.ones(3000, device=CUDA.name)) for _ in range(2))

@@ -1,8 +1,8 @@
 """A CUDA device for tests and for .ci/gpu: a GPU, or the emulated one of tests/cuda_on_host. Both give tensors, streams, captures
 and replays by the same names, so that one text of a test runs on both.
 
-On the emulated device tensors lie on the CPU, and only what precond enqueues is captured: an operation of torch inside
-``capture`` runs once, at once, and never in a replay.
+On the emulated device tensors lie on the CPU. What precond enqueues is captured by the runtime, in pieces: between them an
+operation of torch inside ``capture`` runs at once, on what is there, and again in each replay.
 """
 
 from __future__ import annotations
@@ -110,17 +110,17 @@ class EmulatedDevice:
             self.current, _backend.current_stream = before, streams
 
     def capture(self, step: Callable[[], object]) -> Callable[[], None]:
-        stream, graph = self.new_stream(), ctypes.c_void_p()
-        self._call("begin_capture", ctypes.c_void_p(stream))
+        stream, pieces = self.new_stream(), Pieces(self)
+        pieces.begin(stream)
         try:
-            with self._current(stream):
+            with self._current(stream), pieces:
                 step()
         except BaseException:
             warnings.warn("The CUDA Graph is empty.", stacklevel=2)  # as torch does, before the error goes on
-            self.hooks.hook_end_capture(ctypes.c_void_p(stream), ctypes.byref(graph))
+            self.hooks.hook_end_capture(ctypes.c_void_p(stream), ctypes.byref(ctypes.c_void_p()))
             raise
-        self._call("end_capture", ctypes.c_void_p(stream), ctypes.byref(graph))
-        return lambda: self._call("replay", graph)
+        pieces.end()
+        return pieces.replay
 
     def synchronize(self) -> None:
         self._call("synchronize", ctypes.c_void_p(self.current))
@@ -130,6 +130,48 @@ class EmulatedDevice:
         warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)  # as torch does
         with HostReads():
             yield
+
+
+class Pieces(TorchDispatchMode):
+    """A graph of an emulated stream and of operations of torch, in their order."""
+
+    def __init__(self, device: EmulatedDevice) -> None:
+        super().__init__()
+        self.device = device
+        self.stream = 0
+        self.replays: list[Callable[[], object]] = []
+
+    def begin(self, stream: int) -> None:
+        self.stream = stream
+        self.device._call("begin_capture", ctypes.c_void_p(stream))
+
+    def end(self) -> None:
+        graph = ctypes.c_void_p()
+        self.device._call("end_capture", ctypes.c_void_p(self.stream), ctypes.byref(graph))
+        self.replays.append(lambda: self.device._call("replay", graph))
+
+    def replay(self) -> None:
+        for piece in self.replays:
+            piece()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        found = func(*args, **kwargs)
+        aliases = [result.alias_info for result in func._schema.returns]
+        if aliases and all(alias is not None and not alias.is_write for alias in aliases):
+            return found  # a view: nothing to do again
+        outputs = [t for t in (found if isinstance(found, (tuple, list)) else (found,)) if isinstance(t, torch.Tensor)]
+
+        def again() -> None:
+            new = func(*args, **kwargs)
+            for old, t in zip(outputs, new if isinstance(new, (tuple, list)) else (new,), strict=False):
+                if old is not t:
+                    old.copy_(t)
+
+        self.end()
+        self.replays.append(again)
+        self.begin(self.stream)
+        return found
 
 
 class HostReads(torch.overrides.TorchFunctionMode):

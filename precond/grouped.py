@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ class Grouped(MultiPass):
     #: The classes of the groups by their names.
     _classes: dict[str, type[FusedOptimizer]]
     #: An instance of each class, which says what its groups need and steps those that need several passes.
-    _parts: dict[str, FusedOptimizer]
+    _parts: dict[type[FusedOptimizer], FusedOptimizer]
 
     def __init__(self, params: Iterable[dict[str, Any]], **options: Any) -> None:
         settings = Settings(**{name: options.pop(name) for name in DEFAULTS if name in options})  # type: ignore[typeddict-item]
@@ -138,8 +139,9 @@ class Grouped(MultiPass):
         given = dict(param_group)
         cls = self._class(given.pop("optimizer", self._shared.get("optimizer")))
         known = _arguments(cls)
-        if wrong := [name for name in given if name in DEFAULTS and name not in known]:
-            raise TypeError(f"{wrong[0]} concerns the whole step: give it to Grouped, not to a group")
+        for name in [name for name in given if name in DEFAULTS and name not in known]:
+            if given.pop(name) != self._own[name]:  # ZeroRedundancyOptimizer repeats in groups what it gives to the whole
+                raise TypeError(f"{name} concerns the whole step: give it to Grouped, not to a group")
         given = {**{name: value for name, value in self._shared.items() if name in known}, **given}
         if given.get("differentiable"):
             raise RuntimeError("differentiable must be False in a group of Grouped, got True")
@@ -156,9 +158,11 @@ class Grouped(MultiPass):
         self._classes[cls.__name__] = cls
 
     def _class(self, given: Any) -> type[FusedOptimizer]:
-        """The class that a group names."""
+        """The class that a group names. ZeroRedundancyOptimizer puts the class itself into groups, at every step."""
+        if isinstance(given, str) and given in self._classes:
+            return self._classes[given]
         package = importlib.import_module(__package__)
-        cls = self._classes.get(given, getattr(package, given, None)) if isinstance(given, str) else given
+        cls = getattr(package, given, None) if isinstance(given, str) else given
         if not isinstance(cls, type):
             raise TypeError(f"optimizer must be a class of precond in each group, or the name of one, got {given!r}")
         if not issubclass(cls, FusedOptimizer) or issubclass(cls, Grouped):
@@ -178,12 +182,12 @@ class Grouped(MultiPass):
 
     def _part(self, group: dict[str, Any]) -> FusedOptimizer:
         """What says how a group is stepped."""
-        name = group["optimizer"]
-        part = self._parts.get(name)
+        cls = self._class_of(group)
+        part = self._parts.get(cls)
         if part is None:
-            made: Any = self._class_of(group)
-            part = self._parts[name] = made([{"params": []}], backend=self._own["backend"])
-            part._owner = self
+            made: Any = cls
+            part = self._parts[cls] = made([{"params": []}], backend=self._own["backend"])
+            part._owner = weakref.ref(self)
         return part
 
     def _up_to_date(self, part: FusedOptimizer) -> FusedOptimizer:
@@ -297,6 +301,11 @@ class Grouped(MultiPass):
     def _rebuild(self) -> None:
         self._parts = {}
         super()._rebuild()
+
+    def _prepare_to_save(self) -> None:
+        for group in self.param_groups:
+            group["optimizer"] = self._class_of(group).__name__
+        super()._prepare_to_save()
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep: also the classes of the groups, and what they share."""

@@ -12,6 +12,7 @@ import torch
 from support import multipass
 from support.cases import BACKEND, bits_equal
 from support.multipass import BF16, F32, give, params_of
+from support.ranks import on_two_ranks
 from torch import nn
 
 import precond
@@ -319,3 +320,32 @@ def test_torchs_form_of_a_checkpoint_has_no_options_of_ours():
     plain = precond.to_torch_state_dict(optimizer)
     assert all("optimizer" not in group and "state_format" not in group for group in plain["param_groups"])
     assert plain["state"][0]["exp_avg"].dtype == F32
+
+
+REDUNDANCY = """
+from torch.distributed.optim import ZeroRedundancyOptimizer
+def start():
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (4, 4), (5,), (3,))]
+    matrices = dict(params=params[:2], optimizer=precond.Muon, lr=0.1)
+    return params, [matrices, dict(params=params[2:], optimizer=precond.AdamW, lr=0.1)]
+(ours, groups), (theirs, others) = start(), start()
+whole = precond.Grouped(groups, max_grad_norm=1.0)
+shared = ZeroRedundancyOptimizer(others, precond.Grouped, max_grad_norm=1.0)
+for i in range(3):
+    torch.manual_seed(i)
+    for p, q in zip(ours, theirs):
+        p.grad = torch.randn(p.shape)
+        q.grad = p.grad.clone()
+    whole.step()
+    shared.step()
+assert all(torch.equal(p, q) for p, q in zip(ours, theirs))
+assert torch.equal(whole.grad_norm, shared.optim.grad_norm)
+shared.consolidate_state_dict(0)
+if rank == 0:
+    assert [group["optimizer"] for group in shared.state_dict()["param_groups"]] == ["Muon", "AdamW"]
+"""
+
+
+def test_zero_redundancy_gives_each_rank_some_of_the_groups_parameters(tmp_path):
+    on_two_ranks(REDUNDANCY, tmp_path)

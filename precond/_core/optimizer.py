@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, overload
 
@@ -62,7 +63,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _states: ParamStates
     _engine: Engine
     #: The optimizer that this one is a part of: it has the states and all of the groups, and steps this one's.
-    _owner: FusedOptimizer | None = None
+    _owner: weakref.ref[FusedOptimizer] | None = None
 
     def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -207,6 +208,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         check_numbers(row, group)
         return row
 
+    def _whole(self) -> FusedOptimizer:
+        """The optimizer that this one is a part of; itself where it stands alone."""
+        owner = None if self._owner is None else self._owner()
+        return self if owner is None else owner
+
     # What others ask.
 
     @property
@@ -217,8 +223,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def states(self) -> ParamStates:
         """What makes, reads and converts the states of parameters; ``state`` has them."""
-        if self._owner is not None:
-            return self._owner.states
+        if (owner := self._whole()) is not self:
+            return owner.states
         self._states.bind(self.state, self.param_groups)
         return self._states
 

@@ -70,7 +70,8 @@ class MultiPass(FusedOptimizer, abstract=True):
     @property
     def _all_groups(self) -> list[dict[str, Any]]:
         """The groups that errors number."""
-        return self.param_groups if self._owner is None else self._owner.param_groups
+        groups: list[dict[str, Any]] = self._whole().param_groups
+        return groups
 
     # What a subclass declares.
 

@@ -68,6 +68,18 @@ def test_the_trainer_takes_the_class_in_the_place_of_torchs(transformers, tmp_pa
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_a_factory_gives_hidden_matrices_another_method(transformers, tmp_path):
+    """What the Trainer makes itself is what its caller makes."""
+    options = dict(
+        matrices=dict(optimizer=precond.Muon, lr=0.02), rest=dict(optimizer=precond.AdamW, lr=LR), weight_decay=0.1
+    )
+    given = train(transformers, tmp_path / "given", lambda model: precond.Grouped.for_model(model, **options))
+    made = train(
+        transformers, tmp_path / "made", None, cls_and_kwargs=(lambda: precond.Grouped.for_model, options), resume=None
+    )
+    assert not [name for name, value in given.items() if not torch.equal(value, made[name])]
+
+
 @pytest.mark.parametrize("method", [method for method in ALL if not method.closure], ids=str)
 def test_a_resumed_run_is_the_uninterrupted_one(transformers, tmp_path, method):
     straight = train(transformers, tmp_path, method.make, dtype=method.dtype)

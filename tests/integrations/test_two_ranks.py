@@ -44,6 +44,10 @@ def test_torchtitan_trains_and_resumes(run, row):
     check(run("torchtitan", f"{row}-for-loop"))
 
 
+def test_torchtitan_trains_several_methods_in_one_optimizer(run):
+    check(run("torchtitan", "grouped"))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_torchtitan_chooses_an_implementation(run, implementation):
     result = run("torchtitan", f"adamw-{implementation}")

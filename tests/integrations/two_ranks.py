@@ -118,18 +118,20 @@ def run_torchtitan(folder: str) -> None:
         def _resolve_optimizer_factory(name: str) -> Callable[..., torch.optim.Optimizer]:
             return getattr(torch.optim, name)
 
-    def train(container, row, implementation, start=0, stop=4, load=None, save=None):
-        net = model_of(0 if load is None else 99)
-        for module in (net[0], net[2], net):
-            fully_shard(module)
+    def groups_of(row):
         # torch's Adagrad takes it from the defaults alone, and these options are a group's.
         kwargs = {name: value for name, value in row.kwargs.items() if name != "initial_accumulator_value"}
-        groups = [
+        return [
             ParamGroupConfig(
                 pattern=pattern, optimizer_name=row.cls.__name__, optimizer_kwargs=kwargs | {"weight_decay": decay}
             )
             for pattern, decay in (("bias$", 0.0), (".*", 0.1))
         ]
+
+    def train(container, groups, implementation, start=0, stop=4, load=None, save=None):
+        net = model_of(0 if load is None else 99)
+        for module in (net[0], net[2], net):
+            fully_shard(module)
         config = OptimizersContainer.Config(implementation=implementation, param_groups=groups)
         optimizers = container(config, model_parts=[net])
         if load is not None:
@@ -152,12 +154,20 @@ def run_torchtitan(folder: str) -> None:
         for implementation in IMPLEMENTATIONS if row.rule == "adamw" else ("for-loop",):
 
             def with_implementation(container, row=row, implementation=implementation, **options):
-                return train(container, row, implementation, **options)
+                return train(container, groups_of(row), implementation, **options)
 
             # torch's fused AdamW takes moments of bfloat16 on a GPU alone.
             stock = Stock if row.peer is not None and implementation != "fused_opt_states_bf16" else None
             where = f"{folder}/{row}-{implementation}"
             results[f"{row}-{implementation}"] = compared(with_implementation, Ours, stock, where)
+    # A container has an optimizer per name; under one name the methods have one norm.
+    several = [
+        ParamGroupConfig(pattern=pattern, optimizer_name="Grouped", optimizer_kwargs={"optimizer": name, "lr": 1e-2})
+        for pattern, name in (("bias$", "AdamW"), (".*", "Lion"))
+    ]
+    results["grouped"] = compared(
+        lambda container, **options: train(container, several, "for-loop", **options), Ours, None, f"{folder}/grouped"
+    )
     leave(results, folder)
 
 

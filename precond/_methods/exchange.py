@@ -321,7 +321,8 @@ class Exchange:
         if meanwhile is not None:
             meanwhile()
         for alike in self._resting:
-            self._map(alike, pieces, {}, work, put)
+            # Without a gradient here nobody has one.
+            self._map([a for a in alike if pieces.whole(a.unit.param) is not None], pieces, {}, work, put)
         for b in range(self.plan.batches):
             if b + 1 < self.plan.batches:
                 gathers[b + 1] = self._gather(b + 1, pieces)
@@ -362,6 +363,8 @@ class Exchange:
         put: Put,
     ) -> dict[int, Tensor]:
         """Put matrices of one shape together, map them, and take what is this rank's own of the results. Returns all of them."""
+        if not alike:
+            return {}
         units = [a.unit for a in alike]
         stack = self._whole(alike, pieces, arrived)
         mapped = work(units, stack).split([unit.count for unit in units])
@@ -400,11 +403,15 @@ class _Pieces:
         self._piece_of, self.dtype, self.device = piece_of, dtype, device
         self._found: dict[int, Tensor | None] = {}
 
-    def of(self, param: int, part: Part) -> Tensor:
-        """A part of one."""
+    def whole(self, param: int) -> Tensor | None:
+        """One."""
         if param not in self._found:
             self._found[param] = self._piece_of(param)
-        piece = self._found[param]
+        return self._found[param]
+
+    def of(self, param: int, part: Part) -> Tensor:
+        """A part of one."""
+        piece = self.whole(param)
         if piece is None:
             return torch.zeros(part.shape, dtype=self.dtype, device=self.device)
         return piece[part.here]

@@ -140,7 +140,9 @@ class Grouped(MultiPass):
         cls = self._class(given.pop("optimizer", self._shared.get("optimizer")))
         known = _arguments(cls)
         for name in [name for name in given if name in DEFAULTS and name not in known]:
-            if given.pop(name) != self._own[name]:  # ZeroRedundancyOptimizer repeats in groups what it gives to the whole
+            if (
+                given.pop(name) != self._own[name]
+            ):  # ZeroRedundancyOptimizer repeats in groups what it gives to the whole
                 raise TypeError(f"{name} concerns the whole step: give it to Grouped, not to a group")
         given = {**{name: value for name, value in self._shared.items() if name in known}, **given}
         if given.get("differentiable"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -18,19 +20,10 @@ from ._core.passes import plain_step
 from ._core.rows import Row, name_of
 from ._core.settings import Settings
 from ._core.sharding import like, local
-from ._methods.kronecker import check_whole
+from ._methods.exchange import Agreements, Exchange, Member, check_placements, is_sharded
 from ._methods.multipass import MultiPass
-
-
-class _Work(NamedTuple):
-    """A matrix and its gradient."""
-
-    group: dict[str, Any]
-    row: Row
-    name: str
-    p: Tensor
-    g: Tensor
-
+from ._methods.owners import Unit
+from ._methods.units import Block, Matrices, check_flatten, is_matrices, matrices_of, normal_split, view
 
 #: torch's, from 2.9 on.
 _TorchMuon: Final[Any] = getattr(torch.optim, "Muon", torch.optim.Optimizer)
@@ -59,6 +52,11 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         eps: lower bound of the norm that u is divided by before the iteration (default 1e-7).
         ns_steps: number of iterations, below 100 (default 5). They run in bfloat16.
         adjust_lr_fn: None or "original": s as above; "match_rms_adamw": s = 0.2 sqrt(max(rows, columns)).
+        flatten: what parameters of more than two dimensions are. None (default): an error, as in torch. True: one matrix of
+            dimension 0 by all others (convolutions). False: a batch of matrices, the last two dimensions (experts).
+        split: the blocks of a matrix that are matrices of their own, each with its own NS and s: a number of equal blocks or a
+            sequence of sizes along dimension 0 (QKV, gate and up projections), or a dict of dimension (0: rows, 1: columns) to
+            either (heads). Of a batch the dimensions are those of each matrix. None (default): one block.
         maximize: ascend instead of descend (default False).
         state_format, weight_format: as for :class:`precond.AdamW`, of the momentum and of 16-bit parameters.
         **settings: ``backend`` and ``seed``: :class:`precond.Settings`.
@@ -84,7 +82,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
 
     _why_not_one_pass = "for Muon"
     _host_must_know = False
-    _group_options = {**MultiPass._group_options, "maximize": False}
+    _group_options = {**MultiPass._group_options, "maximize": False, "flatten": None, "split": None}
     _older_options = {}
 
     def __init__(
@@ -99,6 +97,8 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         *,
+        flatten: bool | None = None,
+        split: int | Sequence[int] | Mapping[int, int | Sequence[int]] | None = None,
         maximize: bool = False,
         state_format: StateFormat = None,
         weight_format: str | None = None,
@@ -125,6 +125,8 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
             )
         if len(group["ns_coefficients"]) != 3:
             raise ValueError(f"Coefficients must be a tuple of exactly 3 values, got {group['ns_coefficients']!r}")
+        check_flatten(group.get("flatten"))
+        normal_split(group.get("split"))  # raises
         if not group["momentum"] < 1.0:
             raise ValueError(f"momentum must be < 1, got {group['momentum']}")
 
@@ -132,16 +134,27 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         """Add a group of matrices."""
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1
-        for position, p in enumerate(group["params"]):
-            if p.ndim != 2:
-                del self.param_groups[-1]
-                raise ValueError(
-                    f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()}: "
-                    f"{name_of(group, index, position)}"
-                )
+        try:
+            if group.get("split") is not None:
+                group["split"] = normal_split(group["split"])
+            for position, p in enumerate(group["params"]):
+                self._matrices(name_of(group, index, position), p, group)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def _matrices(self, name: str, p: Tensor, group: dict[str, Any]) -> Matrices:
+        """The matrices that a parameter consists of."""
+        flatten = group.get("flatten")
+        if not is_matrices(p.ndim, flatten):
+            hint = "; flatten=True makes it one matrix, flatten=False a batch of them" if p.ndim > 2 else ""
+            raise ValueError(
+                f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()}: {name}{hint}"
+            )
+        return matrices_of(tuple(p.shape), flatten, normal_split(group.get("split")), name)
 
     def _check_whole(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
-        check_whole(name, p)
+        check_placements(name, p)
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
         return Metric(why_not="it takes all singular values to 1")
@@ -151,44 +164,211 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         hyper["lookahead"] = 1.0 - float(group["momentum"]) if group["nesterov"] else 0.0
         return Row("average", -1.0 if group.get("maximize") else 1.0, hyper)
 
-    def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> list[_Work]:
-        work = []
-        for group, row in zip(groups, rows, strict=True):
-            for name, p, g in self._gradients(group, row):
-                if p.is_complex():
-                    raise RuntimeError(f"Muon does not support complex parameters, got {p.dtype} for {name}")
-                if p.numel() > 0:
-                    work.append(_Work(group, row, name, p, g))
-        return work
+    def _rebuild(self) -> None:
+        super()._rebuild()
+        self._stacks: dict[tuple[Any, ...], Stack] = {}
+        # It depends on parameters and options alone, and asking the other ranks again takes all of them.
+        self._agreements: Agreements = self.__dict__.get("_agreements") or Agreements("Muon")
 
-    def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: list[_Work], begun: Begun) -> None:
+    def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> list[Found]:
+        found = [
+            Found(group, row, name, p, g, self._matrices(name, p, group))
+            for group, row in zip(groups, rows, strict=True)
+            for name, p, g in self._gradients(group, row)
+            if p.numel() > 0
+        ]
+        for _, _, name, p, _, _ in found:
+            if p.is_complex():
+                raise RuntimeError(f"Muon does not support complex parameters, got {p.dtype} for {name}")
+        return found
+
+    def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: list[Found], begun: Begun) -> None:
+        exchanges = self._agreements.exchanges(self._members())
+        buffers = self._buffers_of(work)
         means = []
-        for group, row, name, p, g in work:
+        for (group, row, name, p, g, _), buffer in zip(work, buffers, strict=True):
             self._init_state(p, group, row, name)
             names = ("momentum_buffer", "momentum_buffer_scale")
-            means.append(self._job(name, p, self._buffer(p, torch.bfloat16), g, names, row.hyper, row.sign))
+            means.append(self._job(name, p, buffer, g, names, row.hyper, row.sign))
         self._pass("average", ("momentum_buffer",)).run(means, begun)
-        alike: dict[tuple[Any, ...], list[int]] = {}
-        for i, (group, _, _, p, _) in enumerate(work):
-            alike.setdefault((id(group), p.shape, p.device), []).append(i)
+        directions = self._directions(work, buffers, exchanges)
         steps = []
-        for indices in alike.values():
-            group = work[indices[0]].group
-            stack = torch.stack([local(means[i].p) for i in indices])
-            for i, direction in zip(indices, newton_schulz(stack, group), strict=True):
-                _, row, name, p, _ = work[i]
-                scale = _scale(group["adjust_lr_fn"], p.shape)
-                step = plain_step(row.hyper["lr"] * scale, row.hyper["weight_decay"] / scale)
-                turned = like(p, direction.contiguous())
-                steps.append(self._job(name, p, p, turned, ("remainder",), step, 1.0, group.get("weight_format")))
+        for (group, row, name, p, _, of), direction in zip(work, directions, strict=True):
+            scale = _one_scale(of, group["adjust_lr_fn"]) or 1.0
+            step = plain_step(row.hyper["lr"] * scale, row.hyper["weight_decay"] / scale)
+            steps.append(self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
         self._pass("sgdw").run(steps, begun.of_results())
 
+    def _members(self) -> list[Member]:
+        """The parameters whose matrices ranks share: whether they have a gradient or not, since no rank knows of the others'.
+        Those that require none take no part.
+        """
+        members = []
+        named = all("param_names" in group for group in self.param_groups)
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        named = named and len(set(names)) == len(names)
+        for index, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"]):
+                if not is_sharded(p) or p.numel() == 0 or p.device_mesh.get_coordinate() is None:
+                    continue
+                name = name_of(group, index, position)
+                if not p.requires_grad:
+                    if p.grad is not None:
+                        raise RuntimeError(
+                            f"{name} is sharded and has a gradient: it must require gradients, on all ranks"
+                        )
+                    continue
+                key = group["param_names"][position] if named else f"parameter {position} of group {index}"
+                members.append(
+                    Member(key, name, p, group, self._matrices(name, p, group), index, float(group["ns_steps"]))
+                )
+        return members
 
-def _scale(adjust_lr_fn: str | None, shape: torch.Size) -> float:
-    rows, columns = shape
-    return (
-        0.2 * math.sqrt(max(rows, columns)) if adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1, rows / columns))
-    )
+    def _buffers_of(self, found: list[Found]) -> list[Tensor]:
+        """Where the averages go: those of equal matrices into one stack, which is multiplied as it is."""
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        buffers: dict[int, Tensor] = {}
+        for i, each in enumerate(found):
+            if is_sharded(each.p) or each.of.batch is None:
+                buffers[i] = self._own_buffer(each.p)
+            else:
+                alike.setdefault((id(each.group), each.of.batch[1:], each.p.device), []).append(i)
+        stacks, self._stacks = self._stacks, {}
+        for key, indices in alike.items():
+            shapes = [found[i].p.shape for i in indices]
+            stack = stacks.get(key)
+            if stack is None or stack.shapes != shapes:
+                stack = Stack([found[i] for i in indices])
+            stack.indices = indices
+            self._stacks[key] = stack
+            buffers.update(zip(indices, stack.views, strict=True))
+        return [buffers[i] for i in range(len(found))]
+
+    def _own_buffer(self, p: Tensor) -> Tensor:
+        """A contiguous buffer of a parameter that is in no stack."""
+        made = self._buffers.get(p)
+        if made is None or (made.shape, made.device) != (p.shape, p.device) or local(made).shape != local(p).shape:
+            made = like(p, torch.zeros(local(p).shape, dtype=torch.bfloat16, device=p.device))
+            self._buffers.put(p, made)
+        return made
+
+    def _directions(
+        self, found: list[Found], buffers: list[Tensor], exchanges: list[tuple[list[Member], Exchange]]
+    ) -> list[Tensor]:
+        """The orthogonal factors of the averages in the buffers, scaled where the blocks of a parameter have several scales."""
+        directions = {
+            i: each.target(buffers[i]) for i, each in enumerate(found) if is_sharded(each.p) or each.of.batch is None
+        }
+        meanwhile: Callable[[], None] | None = functools.partial(self._map_own, found, buffers, directions)
+        index_of = {id(each.p): i for i, each in enumerate(found)}
+        for members, exchange in exchanges:
+            indices = [index_of.get(id(m.p)) for m in members]
+            pieces, targets = (
+                [None if i is None else view(local(of[i]), found[i].group.get("flatten")) for i in indices]
+                for of in (buffers, directions)
+            )
+            exchange.run(
+                pieces.__getitem__,
+                functools.partial(_orthogonalized_units, members),
+                functools.partial(_put, members, targets),
+                torch.bfloat16,
+                local(members[0].p).device,
+                meanwhile,
+            )
+            meanwhile = None
+        if meanwhile is not None:
+            meanwhile()
+        return [directions[i] for i in range(len(found))]
+
+    def _map_own(self, found: list[Found], buffers: list[Tensor], directions: dict[int, Tensor]) -> None:
+        """The directions of the parameters that this rank has whole."""
+        for stack in self._stacks.values():
+            turned = orthogonalized(stack.whole, found[stack.indices[0]].group)
+            for i, each in zip(stack.indices, turned.split(stack.counts), strict=True):
+                directions[i] = like(found[i].p, each.reshape(found[i].p.shape))
+        alike: dict[tuple[Any, ...], list[tuple[int, Block]]] = {}
+        for i, each in enumerate(found):
+            if each.of.batch is None and not is_sharded(each.p):
+                for block in each.of.blocks():
+                    key = (id(each.group), each.p.device, block.rows, block.columns)
+                    alike.setdefault(key, []).append((i, block))
+        for places in alike.values():
+            parts = [view(local(buffers[i]), found[i].group.get("flatten"))[block.where] for i, block in places]
+            turned = orthogonalized(torch.cat(parts), found[places[0][0]].group)
+            for (i, block), values in zip(places, turned.split([len(part) for part in parts]), strict=True):
+                group = found[i].group
+                target = view(local(directions[i]), group.get("flatten"))[block.where]
+                _write(target, values, block, found[i].of, group["adjust_lr_fn"])
+
+
+class Found(NamedTuple):
+    """A parameter that a step updates."""
+
+    group: dict[str, Any]
+    row: Row
+    name: str
+    p: Tensor
+    g: Tensor
+    of: Matrices
+
+    def target(self, buffer: Tensor) -> Tensor:
+        """Where its directions are written to: the buffer of its average. One that has several scales needs more bits."""
+        if _one_scale(self.of, self.group["adjust_lr_fn"]) is not None:
+            return buffer
+        return like(self.p, torch.empty(local(self.p).shape, dtype=torch.float32, device=self.p.device))
+
+
+class Stack:
+    """A batch of equal matrices, and the parameters' views of it: a pass writes them, and the batch is multiplied as it is."""
+
+    def __init__(self, found: list[Found]) -> None:
+        """``found``: parameters that are batches of matrices of one shape."""
+        batches = [each.of.batch or (0, 0, 0) for each in found]
+        self.shapes = [each.p.shape for each in found]
+        self.counts = [count for count, _, _ in batches]
+        self.whole = torch.zeros(sum(self.counts), *batches[0][1:], dtype=torch.bfloat16, device=found[0].p.device)
+        parts = self.whole.split(self.counts)
+        # The same tensors at every step: a pass looks at what is new.
+        self.views = [like(each.p, part.view(each.p.shape)) for each, part in zip(found, parts, strict=True)]
+        #: Where the parameters stand in this step.
+        self.indices: list[int] = []
+
+
+def _orthogonalized_units(members: list[Member], units: list[Unit], stack: Tensor) -> Tensor:
+    return orthogonalized(stack, members[units[0].param].group)
+
+
+def _put(
+    members: list[Member], targets: list[Tensor | None], unit: Unit, where: tuple[slice, ...], values: Tensor
+) -> None:
+    """Write what this rank gets of a result. A parameter without a gradient here has no target: others may have one."""
+    target, member = targets[unit.param], members[unit.param]
+    if target is not None:
+        _write(target[where], values, unit.block, member.of, member.group["adjust_lr_fn"])
+
+
+def _write(target: Tensor, values: Tensor, block: Block, of: Matrices, adjust_lr_fn: str | None) -> None:
+    target.copy_(values)
+    if _one_scale(of, adjust_lr_fn) is None:
+        target.mul_(_scale(adjust_lr_fn, block.rows, block.columns))
+
+
+@functools.lru_cache(maxsize=4096)
+def _one_scale(of: Matrices, adjust_lr_fn: str | None) -> float | None:
+    """The scale of all blocks; None where they have several."""
+    scales = {_scale(adjust_lr_fn, rows, columns) for rows in of.rows for columns in of.columns}
+    return scales.pop() if len(scales) == 1 else None
+
+
+def _scale(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1, rows / columns))
+
+
+def orthogonalized(u: Tensor, group: dict[str, Any]) -> Tensor:
+    """The directions of a batch of averages, by the iteration that their group asks for."""
+    return newton_schulz(u, group)
 
 
 def newton_schulz(u: Tensor, group: dict[str, Any]) -> Tensor:

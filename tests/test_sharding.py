@@ -186,7 +186,7 @@ WHOLE = (
     + """
 MATRICES = SHAPES[::4]
 everything, SHAPES = SHAPES, MATRICES
-check(precond.Muon, Replicate())
+check(precond.Muon, Replicate(), Shard(0), Shard(1))
 SHAPES = everything
 basis = dict(basis="kronecker", basis_frequency=2, clip=1.0)
 for placement in (Replicate(),):
@@ -202,7 +202,7 @@ check(precond.SOAP, Shard(0))
 p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)]))
 pair = (torch.eye(4), torch.eye(6))
 for make in (
-    precond.Muon, precond.SOAP, lambda ps: precond.GaussNewton(ps, basis="kronecker"),
+    precond.SOAP, lambda ps: precond.GaussNewton(ps, basis="kronecker"),
     lambda ps: precond.GaussNewton(ps, basis=pair), lambda ps: precond.GaussNewton(ps, basis=torch.eye(24)),
 ):
     for group in ([p], [{"params": [("w", p)]}]):

@@ -70,7 +70,7 @@ METHODS = [
     # Shards add their squares up in another order.
     Method("dual_global", of_class(precond.DualDescent, lr=0.01, momentum=0.9), exact=False),
     Method("dual_spectral", of_class(precond.DualDescent, lr=0.01, granularity="spectral", momentum=0.9), whole=True),
-    Method("muon", muon, whole=True),
+    Method("muon", muon),
     Method("soap", of_class(precond.SOAP, lr=0.01, precondition_frequency=2), whole=True),
     Method("sophia", of_class(precond.Sophia, lr=0.01)),
     Method("gauss_newton", of_class(precond.GaussNewton, lr=0.01, clip=1.0, curvature="gradient")),

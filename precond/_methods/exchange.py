@@ -1,0 +1,428 @@
+"""Brings matrices that ranks have shards of to one owner each, and what it makes of them back, in batched all-to-alls.
+
+Called by methods that map whole matrices. Nobody gathers a matrix that it does not own: a shard's bytes travel once each way.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .owners import Assigned, Entry, Part, Piece, Plan, Runs, Unit
+from .units import Matrices
+
+# What a rank has of a parameter.
+
+
+def is_sharded(p: Tensor) -> bool:
+    """True for a DTensor of which no rank has all."""
+    return any(
+        not placement.is_replicate() and p.device_mesh.size(dim) > 1  # type: ignore[attr-defined]
+        for dim, placement in enumerate(getattr(p, "placements", ()))
+    )
+
+
+def check_placements(name: str, p: Tensor) -> None:
+    """Raise for a parameter that is placed otherwise than in shards and replicas."""
+    for placement in getattr(p, "placements", ()):
+        if not (placement.is_replicate() or _is_shard(placement)):
+            raise RuntimeError(f"{name} must be placed by Shard or Replicate, got {placement}")
+
+
+def _is_shard(placement: Any) -> bool:
+    return bool(placement.is_shard() or type(placement).__name__ == "_StridedShard")
+
+
+def ranks_of(p: Tensor) -> tuple[int, ...]:
+    """The ranks of a parameter's mesh, in order."""
+    return _ranks_of_mesh(p.device_mesh)  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=256)
+def _ranks_of_mesh(mesh: Any) -> tuple[int, ...]:
+    return tuple(sorted(mesh.mesh.flatten().tolist()))
+
+
+def entry_of(key: str, name: str, p: Tensor, of: Matrices, flatten: bool | None, weight: float) -> Entry:
+    """What this rank tells the others about a DTensor parameter, which errors call ``name``."""
+    check_placements(name, p)
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    indices = [torch.arange(n) for n in p.shape]
+    replica = []
+    # Step by step, as distribute_tensor cuts: each dimension of the mesh what the one before has left.
+    for dim, (placement, here) in enumerate(zip(placements, mesh.get_coordinate(), strict=True)):
+        if placement.is_replicate():
+            replica.append(here)
+        else:
+            indices[placement.dim] = _cut(placement, indices[placement.dim], mesh.size(dim))[here]
+    found, local_shape = tuple(len(each) for each in indices), tuple(p._local_tensor.shape)  # type: ignore[attr-defined]
+    if found != local_shape:
+        raise RuntimeError(
+            f"{name} must have a local shape of {found} where it is placed by {placements}, got {local_shape}"
+        )
+    # Dimensions as in :func:`.units.seen`.
+    rows = 0 if flatten else p.dim() - 2
+    axes = (indices[:rows], [indices[rows]], indices[rows + 1 :])
+    sizes = (p.shape[:rows], p.shape[rows : rows + 1], p.shape[rows + 1 :])
+    counts, row_runs, column_runs = (_runs(_flat(*axis)) for axis in zip(axes, sizes, strict=True))
+    placed = f"{placements} on a mesh of {tuple(mesh.shape)}"
+    return Entry(key, tuple(p.shape), placed, of, Piece(counts, row_runs, column_runs), tuple(replica), weight)
+
+
+def _cut(placement: Any, indices: Tensor, pieces: int) -> list[Tensor]:
+    if type(placement).__name__ == "_StridedShard":
+        along = type(placement)(0, split_factor=placement.split_factor)
+        return list(along._split_tensor(indices, pieces, with_padding=False)[0])
+    chunks = list(torch.chunk(indices, pieces))
+    return chunks + [indices[:0]] * (pieces - len(chunks))
+
+
+def _flat(indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The indices of a product of dimensions, in one."""
+    flat = torch.zeros(1, dtype=torch.int64)
+    for each, size in zip(indices, sizes, strict=True):
+        flat = (flat[:, None] * size + each[None, :]).reshape(-1)
+    return flat
+
+
+def _runs(indices: Tensor) -> Runs:
+    if len(indices) == 0:
+        return ()
+    edges = [0, *((indices.diff() != 1).nonzero().flatten() + 1).tolist(), len(indices)]
+    return tuple((int(indices[low]), high - low) for low, high in itertools.pairwise(edges))
+
+
+# What all ranks have.
+
+_GROUPS: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+
+def group_of(ranks: tuple[int, ...], meshes: Sequence[Any]) -> Any:
+    """The process group of some ranks: all of them, a mesh's of one dimension, or one that is made once."""
+    dist = torch.distributed
+    world = dist.group.WORLD
+    if len(ranks) == dist.get_world_size():
+        return world
+    flat = sorted((mesh.get_group() for mesh in meshes if mesh.ndim == 1), key=lambda group: str(group.group_name))
+    if flat:
+        return flat[0]
+    made_in, group = _GROUPS.get(ranks, (None, None))
+    if made_in is not world:
+        group = dist.new_group(list(ranks), use_local_synchronization=True)
+        _GROUPS[ranks] = (world, group)
+    return group
+
+
+def agreed(entries: Sequence[Entry], error: str | None, group: Any, what: str) -> list[list[Entry]]:
+    """The entries of all ranks of a group, sorted by key; raise on all ranks where one has an error or they are not the same."""
+    dist = torch.distributed
+    tables: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(tables, (sorted(entries), error), group=group)
+    ranks = [dist.get_global_rank(group, i) for i in range(len(tables))]
+    for rank, (_, said) in zip(ranks, tables, strict=True):
+        if said is not None:
+            raise RuntimeError(f"{said} (on rank {rank})")
+    first = {entry.key: entry for entry in tables[0][0]}
+    for rank, (table, _) in zip(ranks, tables, strict=True):
+        other = {entry.key: entry for entry in table}
+        for key in sorted(first.keys() | other.keys()):
+            ours, theirs = (None if e is None else (e.shape, e.placed, e.of) for e in (first.get(key), other.get(key)))
+            if ours != theirs:
+                raise RuntimeError(
+                    f"{what} must have the same sharded matrices on all ranks of a mesh, by their names where all groups have "
+                    f"them, else by their places, got for {key}: {_said(ours)} on rank {ranks[0]}, "
+                    f"{_said(theirs)} on rank {rank}"
+                )
+    return [table for table, _ in tables]
+
+
+def _said(entry: tuple[Any, ...] | None) -> str:
+    if entry is None:
+        return "none"
+    shape, placed, of = entry
+    return f"shape {shape} in blocks of {of.rows} by {of.columns}, placed by {placed}"
+
+
+class Member(NamedTuple):
+    """A sharded parameter that takes part in an exchange."""
+
+    #: By which the ranks know it.
+    key: str
+    #: What errors call it.
+    name: str
+    p: Tensor
+    group: dict[str, Any]
+    of: Matrices
+    #: What units of one batch must have in common besides their shape.
+    kind: int
+    weight: float
+
+
+class Agreements:
+    """What ranks have agreed on about their sharded parameters: an exchange for each set of ranks. Parameters, their placements
+    and their matrices decide, so that all ranks ask each other again at the same step. No parameter is kept alive.
+    """
+
+    def __init__(self, what: str) -> None:
+        """``what``: the class that errors name."""
+        self._what = what
+        self._held: dict[tuple[int, ...], tuple[tuple[Any, ...], Exchange]] = {}
+
+    def exchanges(self, members: Iterable[Member]) -> list[tuple[list[Member], Exchange]]:
+        """The exchanges of a step, in the same order on all ranks, each with its parameters by their numbers."""
+        by_ranks: dict[tuple[int, ...], list[Member]] = {}
+        for member in members:
+            by_ranks.setdefault(ranks_of(member.p), []).append(member)
+        self._held = {ranks: held for ranks, held in self._held.items() if ranks in by_ranks}
+        found = []
+        for ranks, own in sorted(by_ranks.items()):
+            own.sort(key=lambda member: member.key)
+            seen = tuple((m.key, m.p.shape, m.p.placements, m.p.device_mesh, m.of, m.kind) for m in own)  # type: ignore[attr-defined]
+            if ranks not in self._held or self._held[ranks][0] != seen:
+                self._held[ranks] = seen, self._agree(ranks, own)
+            found.append((own, self._held[ranks][1]))
+        return found
+
+    def _agree(self, ranks: tuple[int, ...], own: list[Member]) -> Exchange:
+        group = group_of(ranks, [m.p.device_mesh for m in own])  # type: ignore[attr-defined]
+        entries, error = [], None
+        try:
+            entries = [entry_of(m.key, m.name, m.p, m.of, m.group.get("flatten"), m.weight) for m in own]
+        except RuntimeError as wrong:  # the other ranks wait for ours
+            error = str(wrong)
+        tables = agreed(entries, error, group, self._what)
+        return Exchange(Plan(tables), group, {number: m.kind for number, m in enumerate(own)})
+
+
+# A step.
+
+
+class Buffer:
+    """One all-to-all: the parts that go to each rank and come from each, in one buffer each way."""
+
+    def __init__(self, sends: list[int], receives: list[int], travels: bool) -> None:
+        """Elements to and from each rank, and whether any rank of the group sends something."""
+        self.sends, self.receives, self.travels = sends, receives, travels
+
+    def start(self, parts: list[Tensor], dtype: torch.dtype, device: torch.device, group: Any) -> Arrival | None:
+        """Send parts, in the order of ranks and units."""
+        if not self.travels:
+            return None
+        sent = torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=device)
+        received = torch.empty(sum(self.receives), dtype=dtype, device=device)
+        size = dtype.itemsize
+        # Bytes, since gloo does not know every dtype.
+        handle = torch.distributed.all_to_all_single(
+            received.view(torch.uint8),
+            sent.view(torch.uint8),
+            [n * size for n in self.receives],
+            [n * size for n in self.sends],
+            group=group,
+            async_op=True,
+        )
+        return Arrival(handle, received, sent)
+
+
+class Arrival(NamedTuple):
+    """What is on its way."""
+
+    handle: Any
+    received: Tensor
+    #: Kept until it has been sent.
+    sent: Tensor
+
+    def wait(self) -> Tensor:
+        """The elements, when they are there; a GPU's stream waits, not the host."""
+        self.handle.wait()
+        return self.received
+
+
+#: Maps matrices: units and a batch of their matrices, which it may overwrite.
+Work = Callable[[list[Unit], Tensor], Tensor]
+#: Takes what a rank gets of a result: a unit, the slices of the local tensor, the values.
+Put = Callable[[Unit, tuple[slice, ...], Tensor], None]
+
+
+class Exchange:
+    """Runs a plan's steps on one rank. ``bytes_sent`` counts what it has sent to other ranks."""
+
+    def __init__(self, plan: Plan, group: Any, kinds: Mapping[int, object]) -> None:
+        """``kinds``: of each parameter what units of one batch must have in common besides their shape."""
+        self.plan, self.group, self.bytes_sent = plan, group, 0
+        self._me = torch.distributed.get_rank(group)
+        self._kinds = kinds
+        me = self._me
+        self._resting = self._alike([a for a in plan.assigned if a.batch is None and a.owner == me])
+        self._batches: list[list[Assigned]] = [[] for _ in range(plan.batches)]
+        for a in plan.assigned:
+            if a.batch is not None:
+                self._batches[a.batch].append(a)
+        #: Of each batch what this rank owns, in lists to be multiplied together.
+        self._owned = [self._alike([a for a in batch if a.owner == me]) for batch in self._batches]
+        # In the order of ranks, and of units for each: what goes to an owner, comes from a source, and the same of results.
+        self._to = [
+            by_rank((a, a.owner) for a in batch if a.owner != me and me in a.sources) for batch in self._batches
+        ]
+        self._from = [
+            by_rank((a, rank) for a in batch if a.owner == me for rank in a.others(a.sources))
+            for batch in self._batches
+        ]
+        self._back_to = [
+            by_rank((a, rank) for a in batch if a.owner == me for rank in a.others(tuple(a.holders)))
+            for batch in self._batches
+        ]
+        self._back_from = [
+            by_rank((a, a.owner) for a in batch if a.owner != me and me in a.holders) for batch in self._batches
+        ]
+        self._gathers, self._returns = [], []
+        for b, batch in enumerate(self._batches):
+            sends = self._elements(self._to[b], lambda a, rank: a.holders[me].numel)
+            receives = self._elements(self._from[b], lambda a, rank: a.holders[rank].numel)
+            self._gathers.append(Buffer(sends, receives, any(a.others(a.sources) for a in batch)))
+            sends = self._elements(self._back_to[b], lambda a, rank: a.holders[rank].numel)
+            receives = self._elements(self._back_from[b], lambda a, rank: a.holders[me].numel)
+            self._returns.append(Buffer(sends, receives, any(a.others(tuple(a.holders)) for a in batch)))
+
+    def _elements(self, parts: list[tuple[Assigned, int]], of: Callable[[Assigned, int], int]) -> list[int]:
+        counts = [0] * self.plan.ranks
+        for a, rank in parts:
+            counts[rank] += of(a, rank)
+        return counts
+
+    def _alike(self, owned: list[Assigned]) -> list[list[Assigned]]:
+        alike: dict[tuple[Any, ...], list[Assigned]] = {}
+        for a in owned:
+            alike.setdefault((self._kinds[a.unit.param], a.unit.shape[1:]), []).append(a)
+        return list(alike.values())
+
+    def run(
+        self,
+        piece_of: Callable[[int], Tensor | None],
+        work: Work,
+        put: Put,
+        dtype: torch.dtype,
+        device: torch.device,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
+        """One step. ``piece_of``: what this rank has of a parameter, as a batch of matrices; None counts as zeros. Every rank
+        takes part with all of its parameters at every step, so none waits for another. ``meanwhile``: other work of the step,
+        done while the first batch is on its way.
+        """
+        pieces = _Pieces(piece_of, dtype, device)
+        gathers: dict[int, Arrival | None] = {}
+        returns: list[Arrival | None] = []
+        for b in range(min(1, self.plan.batches)):
+            gathers[b] = self._gather(b, pieces)
+        if meanwhile is not None:
+            meanwhile()
+        for alike in self._resting:
+            # Without a gradient here nobody has one.
+            self._map([a for a in alike if pieces.whole(a.unit.param) is not None], pieces, {}, work, put)
+        for b in range(self.plan.batches):
+            if b + 1 < self.plan.batches:
+                gathers[b + 1] = self._gather(b + 1, pieces)
+            arrived = self._parts(gathers.pop(b), self._from[b], lambda a, rank: a.holders[rank])
+            results: dict[int, Tensor] = {}
+            for alike in self._owned[b]:
+                results.update(self._map(alike, pieces, arrived, work, put))
+            parts = [taken(results[id(a)], a.holders[rank]) for a, rank in self._back_to[b]]
+            returns.append(self._start(self._returns[b], parts, dtype, device))
+        for b, arrival in enumerate(returns):
+            back = self._parts(arrival, self._back_from[b], lambda a, rank: a.holders[self._me])
+            for a, rank in self._back_from[b]:
+                put(a.unit, a.holders[self._me].here, back[id(a), rank])
+
+    def _gather(self, b: int, pieces: _Pieces) -> Arrival | None:
+        parts = [pieces.of(a.unit.param, a.holders[self._me]).reshape(-1) for a, _ in self._to[b]]
+        return self._start(self._gathers[b], parts, pieces.dtype, pieces.device)
+
+    def _start(self, buffer: Buffer, parts: list[Tensor], dtype: torch.dtype, device: torch.device) -> Arrival | None:
+        self.bytes_sent += sum(buffer.sends) * dtype.itemsize
+        return buffer.start(parts, dtype, device, self.group)
+
+    def _parts(
+        self, arrival: Arrival | None, order: list[tuple[Assigned, int]], part_of: Callable[[Assigned, int], Part]
+    ) -> dict[tuple[int, int], Tensor]:
+        """What has come, by unit and rank."""
+        if arrival is None:
+            return {}
+        found = arrival.wait().split([part_of(a, rank).numel for a, rank in order]) if order else ()
+        return {(id(a), rank): each.view(part_of(a, rank).shape) for (a, rank), each in zip(order, found, strict=True)}
+
+    def _map(
+        self,
+        alike: list[Assigned],
+        pieces: _Pieces,
+        arrived: dict[tuple[int, int], Tensor],
+        work: Work,
+        put: Put,
+    ) -> dict[int, Tensor]:
+        """Put matrices of one shape together, map them, and take what is this rank's own of the results. Returns all of them."""
+        if not alike:
+            return {}
+        units = [a.unit for a in alike]
+        stack = self._whole(alike, pieces, arrived)
+        mapped = work(units, stack).split([unit.count for unit in units])
+        results = {id(a): each for a, each in zip(alike, mapped, strict=True)}
+        for a in alike:
+            if self._me in a.holders:
+                part = a.holders[self._me]
+                put(a.unit, part.here, taken(results[id(a)], part).view(part.shape))
+        return results
+
+    def _whole(self, alike: list[Assigned], pieces: _Pieces, arrived: dict[tuple[int, int], Tensor]) -> Tensor:
+        parts = [[(a.holders[rank], arrived.get((id(a), rank))) for rank in a.sources] for a in alike]
+        if len(alike) == 1 and len(parts[0]) == 1:  # all of it is in one place
+            ((part, each),) = parts[0]
+            if all(len(runs) == 1 for runs in part.at):
+                return pieces.of(alike[0].unit.param, part) if each is None else each
+        count = sum(a.unit.count for a in alike)
+        stack = torch.empty(count, *alike[0].unit.shape[1:], dtype=pieces.dtype, device=pieces.device)
+        for a, whole, of in zip(alike, stack.split([a.unit.count for a in alike]), parts, strict=True):
+            for part, each in of:
+                values = pieces.of(a.unit.param, part) if each is None else each
+                for here, there in part.regions():
+                    whole[there].copy_(values[here])
+        return stack
+
+
+def by_rank(parts: Iterable[tuple[Assigned, int]]) -> list[tuple[Assigned, int]]:
+    """Units and ranks, by ranks; of each in the order of its batch."""
+    return sorted(parts, key=lambda part: part[1])
+
+
+class _Pieces:
+    """This rank's pieces, asked for once each."""
+
+    def __init__(self, piece_of: Callable[[int], Tensor | None], dtype: torch.dtype, device: torch.device) -> None:
+        self._piece_of, self.dtype, self.device = piece_of, dtype, device
+        self._found: dict[int, Tensor | None] = {}
+
+    def whole(self, param: int) -> Tensor | None:
+        """One."""
+        if param not in self._found:
+            self._found[param] = self._piece_of(param)
+        return self._found[param]
+
+    def of(self, param: int, part: Part) -> Tensor:
+        """A part of one."""
+        piece = self.whole(param)
+        if piece is None:
+            return torch.zeros(part.shape, dtype=self.dtype, device=self.device)
+        return piece[part.here]
+
+
+def taken(whole: Tensor, part: Part) -> Tensor:
+    """What a part takes of a unit's result, without dimensions."""
+    regions = list(part.regions())
+    if len(regions) == 1:
+        return whole[regions[0][1]].reshape(-1)
+    values = torch.empty(part.shape, dtype=whole.dtype, device=whole.device)
+    for here, there in regions:
+        values[here] = whole[there]
+    return values.reshape(-1)

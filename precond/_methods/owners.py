@@ -1,0 +1,247 @@
+"""Who maps which of the matrices that ranks have shards of, and in which batch they travel: the same on all ranks, from tables
+of what each has. No process group is asked here, so that a plan for any number of ranks can be made on one.
+
+Called by exchange.py, which runs the plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from .units import Block, Matrices
+
+#: So many bytes of matrices per owner travel together: a quarter of what it owns, so that products hide all but the first gather
+#: and the last return, within bounds. Less is not worth a collective; more only takes memory.
+BATCHES, SMALLEST_BATCH, LARGEST_BATCH = 4, 1 << 20, 128 << 20
+
+#: Stretches of indices of a dimension, (first, number), in the order in which a local tensor has them.
+Runs = tuple[tuple[int, int], ...]
+
+
+class Piece(NamedTuple):
+    """What a rank has of a tensor that is a batch of matrices: those indices of each dimension."""
+
+    counts: Runs
+    rows: Runs
+    columns: Runs
+
+
+class Entry(NamedTuple):
+    """What ranks tell each other about a parameter. Only ``piece`` and ``replica`` differ between them."""
+
+    #: Its name, or its place.
+    key: str
+    shape: tuple[int, ...]
+    #: How it is placed, as text: to compare, and for errors.
+    placed: str
+    of: Matrices
+    piece: Piece
+    #: The rank's coordinates on those dimensions of the mesh on which the parameter is replicated.
+    replica: tuple[int, ...]
+    #: How much a matrix of m by n costs, as a multiple of m^2 (2 n + m).
+    weight: float = 1.0
+
+
+class Part(NamedTuple):
+    """What a rank has of a unit: the slices of its local tensor, and where they lie in the unit."""
+
+    local: tuple[tuple[int, int], ...]
+    at: tuple[Runs, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the local slices."""
+        return tuple(size for _, size in self.local)
+
+    @property
+    def numel(self) -> int:
+        """Their elements."""
+        return math.prod(self.shape)
+
+    @property
+    def here(self) -> tuple[slice, ...]:
+        """The slices of the local tensor."""
+        return tuple(slice(start, start + size) for start, size in self.local)
+
+    def regions(self) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+        """Slices of the part, and those of the unit where they lie."""
+
+        def along(runs: Runs) -> Iterator[tuple[slice, slice]]:
+            done = 0
+            for start, size in runs:
+                yield slice(done, done + size), slice(start, start + size)
+                done += size
+
+        for e in along(self.at[0]):
+            for r in along(self.at[1]):
+                for c in along(self.at[2]):
+                    yield (e[0], r[0], c[0]), (e[1], r[1], c[1])
+
+
+class Unit(NamedTuple):
+    """Matrices that one owner maps: one, or several of a batch that a rank has whole."""
+
+    #: The number of the parameter.
+    param: int
+    first: int
+    count: int
+    block: Block
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """As a batch."""
+        return self.count, self.block.rows, self.block.columns
+
+
+@dataclasses.dataclass
+class Assigned:
+    """A unit with its owner, and the ranks that have parts of it."""
+
+    unit: Unit
+    cost: float
+    #: Each rank that has a part; results go to all of them.
+    holders: dict[int, Part]
+    owner: int = -1
+    #: Those whose parts make the unit: of replicas the owner's own.
+    sources: tuple[int, ...] = ()
+    #: The batch that it travels with; None where only its owner has of it.
+    batch: int | None = None
+
+    def others(self, ranks: Sequence[int]) -> list[int]:
+        """Those of some ranks that are not the owner."""
+        return [rank for rank in ranks if rank != self.owner]
+
+
+class Plan:
+    """Who maps what, and when it travels. A function of what all ranks have, so all ranks make the same."""
+
+    def __init__(self, tables: Sequence[Sequence[Entry]], itemsize: int = 2) -> None:
+        """``tables``: of each rank the parameters, in one order. ``itemsize``: bytes of an element on its way."""
+        self.ranks, self.itemsize = len(tables), itemsize
+        self.entries = list(tables[0])
+        self.assigned = [found for number in range(len(self.entries)) for found in _units(number, tables)]
+        self.costs = self._choose_owners()
+        self._choose_sources(tables)
+        self.batches = self._choose_batches()
+
+    def _choose_owners(self) -> list[float]:
+        """Largest first, to the rank with the least to do: of those that have all of it, where there are some. Returns what each
+        has to do.
+        """
+        loads = [0.0] * self.ranks
+        whole = {
+            id(a): [rank for rank, part in a.holders.items() if part.numel == math.prod(a.unit.shape)]
+            for a in self.assigned
+        }
+        order = sorted(self.assigned, key=lambda a: (not whole[id(a)], -a.cost, a.unit))
+        for a in order:
+            among = whole[id(a)] or range(self.ranks)
+            has = {rank: part.numel for rank, part in a.holders.items()}
+            a.owner = min(among, key=lambda rank: (loads[rank], -has.get(rank, 0), rank))
+            loads[a.owner] += a.cost
+        return loads
+
+    def _choose_sources(self, tables: Sequence[Sequence[Entry]]) -> None:
+        for a in self.assigned:
+            replicas = {rank: tables[rank][a.unit.param].replica for rank in (a.owner, *a.holders)}
+            order = [(rank != a.owner, replicas[rank] != replicas[a.owner], rank) for rank in a.holders]
+            best: dict[tuple[Runs, ...], int] = {}
+            for *_, rank in sorted(order):
+                best.setdefault(a.holders[rank].at, rank)
+            a.sources = tuple(sorted(best.values()))
+            found = sum(a.holders[rank].numel for rank in a.sources)
+            if found != math.prod(a.unit.shape):
+                entry = self.entries[a.unit.param]
+                raise RuntimeError(
+                    f"shards of {entry.key} must make up its shape {entry.shape} once, "
+                    f"got {found} of {math.prod(a.unit.shape)} elements of {a.unit}, placed as {entry.placed}"
+                )
+
+    def _choose_batches(self) -> int:
+        """Number the batches; returns how many there are. Costly units come first on all owners, so that what travels together
+        takes its owners about the same time; units of one shape follow each other, to be multiplied together.
+        """
+        travelling: list[list[Assigned]] = [[] for _ in range(self.ranks)]
+        for a in self.assigned:
+            if a.others(a.sources) or a.others(tuple(a.holders)):
+                travelling[a.owner].append(a)
+        sizes = [sum(self._bytes(a) for a in own) for own in travelling]
+        limit = min(max(-(-max(sizes, default=0) // BATCHES), SMALLEST_BATCH), LARGEST_BATCH)
+        batches = 0
+        for own in travelling:
+            batch, filled = -1, limit
+            for a in sorted(own, key=lambda a: (-a.cost, a.unit.shape, a.unit)):
+                if filled >= limit:
+                    batch, filled = batch + 1, 0
+                a.batch = batch
+                filled += self._bytes(a)
+            batches = max(batches, batch + 1)
+        return batches
+
+    def _bytes(self, a: Assigned) -> int:
+        return math.prod(a.unit.shape) * self.itemsize
+
+    def sent(self, rank: int) -> tuple[int, int]:
+        """The bytes that a rank sends in a step: of its shards, and of results."""
+        there = sum(a.holders[rank].numel for a in self.assigned if rank in a.others(a.sources))
+        back = sum(
+            a.holders[other].numel for a in self.assigned if a.owner == rank for other in a.others(tuple(a.holders))
+        )
+        return there * self.itemsize, back * self.itemsize
+
+
+def _units(number: int, tables: Sequence[Sequence[Entry]]) -> Iterator[Assigned]:
+    """The units of a parameter: each block of each matrix; of those of a batch that a rank has whole all that it has."""
+    of, weight = tables[0][number].of, tables[0][number].weight
+    pieces = [table[number].piece for table in tables]
+    edges = sorted({0, of.count} | {edge for p in pieces for start, n in p.counts for edge in (start, start + n)})
+    for block in of.blocks():
+        if block.rows == 0 or block.columns == 0:
+            continue
+        short, long = sorted((block.rows, block.columns))
+        cost = weight * short * short * (2.0 * long + short)
+        for first, last in itertools.pairwise(edges):
+            unit = Unit(number, first, last - first, block)
+            holders = _holders(unit, pieces)
+            if unit.count == 1 or any(part.numel == math.prod(unit.shape) for part in holders.values()):
+                yield Assigned(unit, cost * unit.count, holders)
+                continue
+            for e in range(first, last):
+                single = Unit(number, e, 1, block)
+                yield Assigned(single, cost, _holders(single, pieces))
+
+
+def _holders(unit: Unit, pieces: Sequence[Piece]) -> dict[int, Part]:
+    found = {}
+    block = unit.block
+    wanted = ((unit.first, unit.count), (block.row, block.rows), (block.column, block.columns))
+    parts: dict[Piece, Part | None] = {}  # replicas have the same
+    for rank, piece in enumerate(pieces):
+        if piece not in parts:
+            parts[piece] = _part(piece, wanted)
+        part = parts[piece]
+        if part is not None:
+            found[rank] = part
+    return found
+
+
+def _part(piece: Piece, wanted: tuple[tuple[int, int], ...]) -> Part | None:
+    local, at = [], []
+    for runs, (start, size) in zip(piece, wanted, strict=True):
+        done, first, found = 0, 0, []
+        for run, length in runs:
+            low, high = max(run, start), min(run + length, start + size)
+            if low < high:
+                if not found:
+                    first = done + low - run
+                found.append((low - start, high - low))
+            done += length
+        if not found:
+            return None
+        local.append((first, sum(length for _, length in found)))
+        at.append(tuple(found))
+    return Part(tuple(local), tuple(at))

@@ -100,7 +100,9 @@ class Grouped(MultiPass):
     ) -> Self:
         """An optimizer of a model: one method for hidden matrices, another for everything else.
 
-        Which is which :func:`precond.param_groups` says: embeddings, the output head, norms and biases are the rest.
+        Which is which :func:`precond.param_groups` says: embeddings, the output head, norms and biases are the rest. Where the
+        method of matrices has ``flatten``, as Muon, and is given none, convolutions are flattened, each in its group, and other
+        parameters of more than two dimensions, as of experts, are batches of matrices.
 
         Args:
             model: a module.
@@ -124,10 +126,12 @@ class Grouped(MultiPass):
             dict(given) if isinstance(given, Mapping) else {"optimizer": given} for given in (matrices, rest)
         )
         of_matrices = {"optimizer": options.get("optimizer"), **of_matrices}
-        groups = param_groups(model, weight_decay, no_decay, matrices=of_matrices, head=head)
-        for group in groups:
-            if "optimizer" not in group:
-                group.update({name: value for name, value in of_rest.items() if name not in group})
+        groups = []
+        for group in param_groups(model, weight_decay, no_decay, matrices=of_matrices, head=head):
+            if "optimizer" in group:
+                groups.extend(_by_dimensions(group, model))
+            else:
+                groups.append({**of_rest, **group})
         return cls(groups, **options)
 
     # Groups and their classes.
@@ -321,6 +325,24 @@ class Grouped(MultiPass):
                     f"group {index} must be of {group['optimizer']} in the checkpoint too, got {saved['optimizer']!r}"
                 )
         super().load_state_dict(state_dict)
+
+
+def _by_dimensions(group: dict[str, Any], model: nn.Module) -> list[dict[str, Any]]:
+    """A group of matrices as groups of matrices, convolutions and batches, where its method tells them apart and nobody has."""
+    method = group["optimizer"]
+    method = getattr(importlib.import_module(__package__), method, None) if isinstance(method, str) else method
+    if "flatten" in group or not isinstance(method, type) or "flatten" not in _arguments(method):
+        return [group]
+    convolutions = {
+        p for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters(recurse=False)
+    }
+    found: dict[bool | None, list[tuple[str, Tensor]]] = {}
+    for name, p in group["params"]:
+        found.setdefault(None if p.ndim == 2 else p in convolutions, []).append((name, p))
+    return [
+        {**group, "params": params} | ({} if flatten is None else {"flatten": flatten})
+        for flatten, params in found.items()
+    ]
 
 
 def _arguments(cls: type[FusedOptimizer]) -> set[str]:

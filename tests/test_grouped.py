@@ -293,6 +293,22 @@ def test_for_a_model_it_separates_hidden_matrices():
     }
 
 
+def test_for_a_model_it_tells_convolutions_from_experts():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(3, 4, 5))
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4), Experts(), nn.Conv1d(4, 4, 3), nn.Linear(4, 2))
+    optimizer = precond.Grouped.for_model(model, matrices=precond.Muon, rest=precond.AdamW)
+    found = {tuple(g["param_names"]): g.get("flatten") for g in optimizer.param_groups if g["optimizer"] == "Muon"}
+    assert found == {("0.weight", "3.weight"): True, ("1.weight",): None, ("2.up",): False}
+    give(list(model.parameters()), 0)
+    optimizer.step()
+    alone = precond.Grouped.for_model(model, matrices=dict(optimizer="Muon", flatten=True), rest=precond.AdamW)
+    assert [g["flatten"] for g in alone.param_groups if g["optimizer"] == "Muon"] == [True]
+
+
 def test_it_is_an_optimizer():
     def make(params):
         matrices = [p for p in params if p.dim() == 2]

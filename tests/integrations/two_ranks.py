@@ -24,11 +24,11 @@ from torch.distributed.tensor import DTensor
 import precond
 
 IMPLEMENTATIONS = ("for-loop", "foreach", "fused", "fused_opt_states_bf16")
-#: What can step on flat shards of float32: all but those that ask for matrices, layers or a closure.
+#: What can step on shards of float32: all but those that ask for whole matrices, layers or a closure.
 SHARDABLE = [m for m in ALL if not m.whole and not m.closure and m.dtype == torch.float32 and m.name != "dual_unit"]
 
 #: DeepSpeed replaces an instance of torch.optim.Adagrad by torch's own class: precond.Adagrad does not step there.
-ZERO = [(method, 1) for method in SHARDABLE if method.name != "adagrad"]
+ZERO = [(method, 1) for method in SHARDABLE if method.name != "adagrad" and not method.matrices]
 ZERO += [(method, 3) for method in SHARDABLE if method.name in ("adamw", "adagradw", "lion", "dual_global", "fop")]
 ZERO += [(method, stage) for method in SHARDABLE for stage in (0, 2) if method.name in ("adamw", "fop")]
 

@@ -29,6 +29,8 @@ class Method:
     closure: bool = False
     #: It needs whole matrices: sharded parameters raise.
     whole: bool = False
+    #: It takes matrices alone: not the flat shards that some libraries make of them.
+    matrices: bool = False
     #: Shards take the steps of the whole bit for bit.
     exact: bool = True
 
@@ -70,7 +72,7 @@ METHODS = [
     # Shards add their squares up in another order.
     Method("dual_global", of_class(precond.DualDescent, lr=0.01, momentum=0.9), exact=False),
     Method("dual_spectral", of_class(precond.DualDescent, lr=0.01, granularity="spectral", momentum=0.9), whole=True),
-    Method("muon", muon),
+    Method("muon", muon, matrices=True),
     Method("soap", of_class(precond.SOAP, lr=0.01, precondition_frequency=2), whole=True),
     Method("sophia", of_class(precond.Sophia, lr=0.01)),
     Method("gauss_newton", of_class(precond.GaussNewton, lr=0.01, clip=1.0, curvature="gradient")),
@@ -84,7 +86,7 @@ GROUPED = [
         lambda model: precond.Grouped.for_model(
             model, matrices=dict(optimizer=precond.Muon, lr=0.01), rest=precond.AdamW
         ),
-        whole=True,
+        matrices=True,
     ),
 ]
 #: Formats of less than 32 bits.

@@ -18,7 +18,7 @@ from ._wrappers.wrapper import T, Wrapper
 MODES = ("spatial", "input", "output", "diagonal")
 NORMALIZATIONS = ("step", "matrix", "hypergradient")
 #: Elements of M and G that are worked on together: what is allocated meanwhile has five times as many.
-BATCH = 1 << 22
+BATCH = 1 << 20
 
 
 class FOP(Wrapper):
@@ -278,9 +278,10 @@ class FOP(Wrapper):
                 torch.mm(torch.cat((work.G, work.last), 1), other, out=after)
             new = product.mul_(rate).add_(M)
         else:
-            for work, A in zip(works, product, strict=True):
-                torch.mm(work.G, work.last.T, out=A)
-            new = torch.baddbmm(M, (product + product.mT).mul_(rate), M)
+            for work, S in zip(works, product, strict=True):
+                A = work.G @ work.last.T
+                S.copy_(A.T).add_(A)
+            new = torch.baddbmm(M, product.mul_(rate), M)
         if "matrix" in self.normalize:
             scaled = new * (math.sqrt(r) / torch.linalg.vector_norm(new, dim=(1, 2), keepdim=True))
             # The first gradient leaves M at I, to the bit.
@@ -296,9 +297,10 @@ class FOP(Wrapper):
         for work, kept in zip(works, new, strict=True):
             work.M.copy_(kept)
             work.previous.copy_(work.g)
-        Us = [_matrix(torch.empty_like(work.g, dtype=M.dtype), work.dims) for work in works]
-        for i, (work, U) in enumerate(zip(works, Us, strict=True)):
-            torch.mm(*((new[i], new[i].T @ work.G) if P is None else (P[i], work.G)), out=U)
+        if P is None:
+            Us = [kept @ (kept.T @ work.G) for work, kept in zip(works, new, strict=True)]
+        else:
+            Us = [square @ work.G for work, square in zip(works, P, strict=True)]
         if "step" in self.normalize:
             lengths = (torch.stack(torch._foreach_norm(t)) for t in ([work.G for work in works], Us))
             ones = torch.count_nonzero(new.diagonal(dim1=1, dim2=2) == 1.0, dim=1)
@@ -365,7 +367,7 @@ def _square(M: Tensor) -> Tensor:
     step = -(-r // 4)
     for begin in range(0, r, step):
         rows = slice(begin, begin + step)
-        out[:, rows, : begin + step] = M[:, rows] @ M[:, : begin + step].mT
+        torch.bmm(M[:, rows], M[:, : begin + step].mT, out=out[:, rows, : begin + step])
         out[:, :begin, rows] = out[:, rows, :begin].mT
     return out
 
@@ -377,15 +379,15 @@ def _bounds(M: Tensor, P: Tensor | None = None) -> Iterator[tuple[Tensor, float]
     """
     r = M.shape[-1]
     if P is None:
-        largest = [torch.linalg.vector_norm(M, 1, dim=dim).amax(-1) for dim in (-1, -2)]
+        largest = [M.abs().sum(dim).amax(-1) for dim in (-1, -2)]
         yield (largest[0] * largest[1]).sqrt(), r**0.5
         P = _square(M)
-    square = torch.linalg.vector_norm(P, 1, dim=-1).amax(-1)
+    square = P.abs().sum(-1).amax(-1)
     yield square.sqrt(), r**0.25
     S = P / square[:, None, None]
     for n in (2, 4, 8):
         S = _square(S)
-        yield (square * torch.linalg.vector_norm(S, 1, dim=-1).amax(-1) ** (1 / n)).sqrt(), r ** (0.25 / n)
+        yield (square * S.abs().sum(-1).amax(-1) ** (1 / n)).sqrt(), r ** (0.25 / n)
 
 
 def _norm_bounds(M: Tensor) -> Tensor:

@@ -241,6 +241,10 @@ class FOP(Wrapper):
         """rho gamma."""
         return self.hyper_lr * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
 
+    def _largest(self, M: Tensor) -> float:
+        """``max_norm``, which M's dtype may not have."""
+        return min(self.max_norm, torch.finfo(M.dtype).max)
+
     def _elementwise(self, work: _Work, rate: float | Tensor) -> Tensor:
         """M M^T g where M has a factor for every element."""
         M, G, last = work.M, work.G, work.last
@@ -251,7 +255,7 @@ class FOP(Wrapper):
             scaled = new * (math.sqrt(M.numel()) / torch.linalg.vector_norm(new))
             new = torch.where(last.any(), scaled, M)  # the first gradient leaves M at 1, to the bit
         size = new.abs()
-        M.copy_(torch.where((size > 0.0) & (size <= self.max_norm), new, M))
+        M.copy_(torch.where((size > 0.0) & (size <= self._largest(M)), new, M))
         work.previous.copy_(work.g)
         U = M * M * G
         if "step" in self.normalize:
@@ -287,7 +291,7 @@ class FOP(Wrapper):
             # The first gradient leaves M at I, to the bit.
             new = torch.where(torch.stack([work.last.any() for work in works])[:, None, None], scaled, M)
         P = _square(new) if wide and not on_device(new) else None
-        allowed = _allowed(new, P, self.max_norm)
+        allowed = _allowed(new, P, self._largest(M))
         if on_device(new) or not bool(allowed.all()):
             new = torch.where(allowed[:, None, None], new, M)
             if P is not None:
@@ -388,12 +392,6 @@ def _bounds(M: Tensor, P: Tensor | None = None) -> Iterator[tuple[Tensor, float]
     for n in (2, 4, 8):
         S = _square(S)
         yield (square * S.abs().sum(-1).amax(-1) ** (1 / n)).sqrt(), r ** (0.25 / n)
-
-
-def _norm_bounds(M: Tensor) -> Tensor:
-    """The last of ``_bounds``."""
-    *_, (bound, _) = _bounds(M)
-    return bound
 
 
 def _allowed(M: Tensor, P: Tensor | None, max_norm: float) -> Tensor:

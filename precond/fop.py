@@ -232,7 +232,7 @@ class FOP(Wrapper):
             alike.setdefault(key, []).append((p, grad, own))
         for items in alike.values():
             for part in _parts(items):
-                works = [_Work(*item, self._mixed(item[0])) for item in part]
+                works = [_Work(p, grad, own, self._mixed(p)) for p, grad, own in part]
                 Us = self._together(works, self._rate(gradients[works[0].p][1]))
                 found.update(zip((work.p for work in works), Us, strict=True))
         return found
@@ -273,7 +273,7 @@ class FOP(Wrapper):
         r, columns = len(M[0]), works[0].G.shape[1]
         wide = columns >= r
         if "hypergradient" in self.normalize:
-            norms = [torch.stack(torch._foreach_norm(t)) for t in ([w.G for w in works], [w.last for w in works])]
+            norms = _norms([work.G for work in works]), _norms([work.last for work in works])
             rate = (self.hyper_lr / norms[0] / norms[1])[:, None, None]
         product = torch.empty_like(M)
         if 3 * columns < r:
@@ -306,10 +306,9 @@ class FOP(Wrapper):
         else:
             Us = [square @ work.G for work, square in zip(works, P, strict=True)]
         if "step" in self.normalize:
-            lengths = (torch.stack(torch._foreach_norm(t)) for t in ([work.G for work in works], Us))
             ones = torch.count_nonzero(new.diagonal(dim1=1, dim2=2) == 1.0, dim=1)
             identity = (ones == r) & (torch.count_nonzero(new, dim=(1, 2)) == r)
-            for U, scale in zip(Us, _scales(*lengths, identity), strict=True):
+            for U, scale in zip(Us, _scales(_norms([work.G for work in works]), _norms(Us), identity), strict=True):
                 U.mul_(scale)
         return [work.result(_tensor(U, work.dims, work.g.shape)) for work, U in zip(works, Us, strict=True)]
 
@@ -355,6 +354,11 @@ def _parts(items: list[Any]) -> Iterator[list[Any]]:
         part.append(item)
         left -= size
     yield part
+
+
+def _norms(matrices: list[Tensor]) -> Tensor:
+    """The Frobenius norm of each."""
+    return torch.stack(torch._foreach_norm(matrices))
 
 
 def _scales(before: Tensor, after: Tensor, identity: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ._core.arguments import check_nonnegative
 from ._core.backend import on_device
 from ._core.precision import at_stated_precision
 from ._core.sharding import aligned_gradients, like, local
+from ._methods import spectral_norm
 from ._wrappers.wrapper import T, Wrapper
 
 MODES = ("spatial", "input", "output", "diagonal")
@@ -290,14 +291,14 @@ class FOP(Wrapper):
             scaled = new * (math.sqrt(r) / torch.linalg.vector_norm(new, dim=(1, 2), keepdim=True))
             # The first gradient leaves M at I, to the bit.
             new = torch.where(torch.stack([work.last.any() for work in works])[:, None, None], scaled, M)
-        P = _square(new) if wide and not on_device(new) else None
-        allowed = _allowed(new, P, self._largest(M))
+        P = spectral_norm.square(new) if wide and not on_device(new) else None
+        allowed = spectral_norm.allowed(new, P, self._largest(M))
         if on_device(new) or not bool(allowed.all()):
             new = torch.where(allowed[:, None, None], new, M)
             if P is not None:
-                P[~allowed] = _square(new[~allowed])
+                P[~allowed] = spectral_norm.square(new[~allowed])
         if P is None and wide:
-            P = _square(new)
+            P = spectral_norm.square(new)
         for work, kept in zip(works, new, strict=True):
             work.M.copy_(kept)
             work.previous.copy_(work.g)
@@ -364,48 +365,3 @@ def _norms(matrices: list[Tensor]) -> Tensor:
 def _scales(before: Tensor, after: Tensor, identity: Tensor) -> Tensor:
     """What scales U to the norm of G. Where M M^T G is G, 1: sums of squares in another order differ by the last bit."""
     return torch.where((after > 0.0) & ~identity, before / after, torch.ones_like(after))
-
-
-def _square(M: Tensor) -> Tensor:
-    """M M^T of a batch; a large one on the CPU by blocks on and below the diagonal, 5/8 of the operations."""
-    r = M.shape[-1]
-    if on_device(M) or r < 256:
-        return M @ M.mT
-    out = torch.empty_like(M)
-    step = -(-r // 4)
-    for begin in range(0, r, step):
-        rows = slice(begin, begin + step)
-        torch.bmm(M[:, rows], M[:, : begin + step].mT, out=out[:, rows, : begin + step])
-        out[:, :begin, rows] = out[:, rows, :begin].mT
-    return out
-
-
-def _bounds(M: Tensor, P: Tensor | None = None) -> Iterator[tuple[Tensor, float]]:
-    """Bounds of the spectral norms of a batch, each at most that of the one before, and by what factor each may be above the
-    norm. With P = M M^T, ||M||^2 is at most ||M||_1 ||M||_inf and at most ||P^n||_inf^(1/n) for n = 1, 2, 4, 8. NaN for a
-    matrix that is zero or not finite. No decomposition, which would wait for the device.
-    """
-    r = M.shape[-1]
-    if P is None:
-        largest = [M.abs().sum(dim).amax(-1) for dim in (-1, -2)]
-        yield (largest[0] * largest[1]).sqrt(), r**0.5
-        P = _square(M)
-    square = P.abs().sum(-1).amax(-1)
-    yield square.sqrt(), r**0.25
-    S = P / square[:, None, None]
-    for n in (2, 4, 8):
-        S = _square(S)
-        yield (square * S.abs().sum(-1).amax(-1) ** (1 / n)).sqrt(), r ** (0.25 / n)
-
-
-def _allowed(M: Tensor, P: Tensor | None, max_norm: float) -> Tensor:
-    """True for each matrix of a batch whose last bound is in (0, max_norm]: neither NaN, infinity nor 0, from which no update
-    leads away. On the CPU the first bound that leaves no doubt about the last one ends the search; a device would have to be
-    waited for.
-    """
-    last = M.shape[-1] ** (1 / 32)
-    for bound, above in _bounds(M, P):
-        allowed = (bound > 0.0) & (bound * (last if above > last else 1.0) <= max_norm)
-        if not on_device(M) and bool((allowed | ~(bound / above <= max_norm)).all()):
-            break
-    return allowed

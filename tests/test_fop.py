@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import precond
 from precond import fop
+from precond._methods import spectral_norm
 
 F64 = torch.float64
 BASES = {
@@ -253,7 +254,7 @@ def test_each_bound_of_the_norm_is_closer_and_above_it_by_what_it_says(r, scale,
     M = matrices(r)
     norm = torch.linalg.matrix_norm(M.double() * scale, 2)
     M = M * scale
-    found = list(fop._bounds(M, M @ M.mT if with_square else None))
+    found = list(spectral_norm.bounds(M, M @ M.mT if with_square else None))
     assert len(found) == (4 if with_square else 5)
     for bound, above in found:
         assert (norm * (1 - 1e-5) <= bound).all()
@@ -266,9 +267,9 @@ def test_each_bound_of_the_norm_is_closer_and_above_it_by_what_it_says(r, scale,
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, 1e30])
 def test_what_is_no_preconditioner_has_no_norm(bad):
     M = torch.full((1, 3, 3), bad)
-    *_, (bound, _) = fop._bounds(M)
+    *_, (bound, _) = spectral_norm.bounds(M)
     assert not bound <= math.inf
-    assert not fop._allowed(M, None, torch.finfo(M.dtype).max).any()
+    assert not spectral_norm.allowed(M, None, torch.finfo(M.dtype).max).any()
 
 
 @pytest.mark.parametrize("columns", [2, 5])
@@ -287,11 +288,11 @@ def test_an_infinite_m_is_refused_also_where_max_norm_is_beyond_the_dtype(mode, 
 def test_an_early_answer_is_that_of_the_last_bound(r, with_square):
     M = matrices(r)
     M = torch.cat([M, M[:1] * 0.0, M[:1] * math.nan, M[:1] * math.inf])
-    *_, (last, _) = fop._bounds(M)
+    *_, (last, _) = spectral_norm.bounds(M)
     for limit in (*(last[last.isfinite()] * 1.001).tolist(), *(last[last.isfinite()] * 0.999).tolist(), 1.5, 10.0, 1e4):
         expected = (last > 0.0) & (last <= limit)
         for batch, answers in ((M, expected), *((M[i : i + 1], expected[i : i + 1]) for i in range(len(M)))):
-            assert torch.equal(fop._allowed(batch, batch @ batch.mT if with_square else None, limit), answers)
+            assert torch.equal(spectral_norm.allowed(batch, batch @ batch.mT if with_square else None, limit), answers)
 
 
 @pytest.mark.parametrize(("columns", "expected"), [(500, 1), (100, 0)])
@@ -300,8 +301,8 @@ def test_the_guard_multiplies_only_where_the_norm_is_in_doubt(columns, expected,
     p = start((300, columns), torch.float32)
     optimizer = precond.FOP(torch.optim.SGD([p], lr=0.1), 0.05, "output", normalize="hypergradient")
     train(optimizer, [p], 2)
-    M, counted, square = optimizer.own[p]["preconditioner"], [], fop._square
-    monkeypatch.setattr(fop, "_square", lambda a: (counted.append(len(a)), square(a))[1])
+    M, counted, square = optimizer.own[p]["preconditioner"], [], spectral_norm.square
+    monkeypatch.setattr(spectral_norm, "square", lambda a: (counted.append(len(a)), square(a))[1])
     # Below max_norm; far above, where the M that stays is squared too; and so near that all bounds are needed.
     for norm, squares in ((8.0, expected), (300.0, 2 * expected), (9.0, 4)):
         M.copy_(torch.eye(300) * norm)
@@ -478,7 +479,8 @@ def test_on_a_device_nothing_is_read_and_the_same_m_are_refused(normalize, mode,
         before = [one.own[p]["preconditioner"].clone() for p in ours] if step else []
         train(one, ours, 1, first=step)
         with monkeypatch.context() as patch, Waits():
-            patch.setattr(fop, "on_device", lambda t: True)
+            for module in (fop, spectral_norm):
+                patch.setattr(module, "on_device", lambda t: True)
             patch.setattr(precond.FOP, "_asked_for_states_only", lambda self: False)
             for p, q in zip(ours, theirs, strict=True):
                 q.grad = p.grad.clone()

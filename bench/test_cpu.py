@@ -8,7 +8,7 @@ from families import CLASSES
 from support.cases import random_values
 from support.parity import worst_error
 
-from bench import methods
+from bench import matrices, methods
 
 SIZES = {"1M": [1 << 20], "200 x 500": [500] * 200}
 
@@ -30,3 +30,12 @@ def test_what_measures_each_method_runs(monkeypatch):
     monkeypatch.setattr(methods, "QUICK_SIDE", 16)
     for name, measure in methods.cases(seconds=0.01, quick=True).items():
         assert all(ms > 0 for ms in measure()["ms"].values()), name
+
+
+def test_what_measures_matrix_methods_runs(monkeypatch):
+    monkeypatch.setattr(matrices, "QUICK", 16)
+    for name, measure in matrices.cases(seconds=0.01, quick=True).items():
+        result = measure()
+        assert all(ms > 0 for ms in result["ms"].values()), name
+        assert all(flop > 0 for of, flop in result["gflop"].items() if "AdamW" not in of), name
+        assert matrices.line(result)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._core.arguments import check_nonnegative
+from ._core.backend import on_device
 from ._core.precision import at_stated_precision
 from ._core.sharding import aligned_gradients, like, local
+from ._methods import spectral_norm
 from ._wrappers.wrapper import T, Wrapper
 
 MODES = ("spatial", "input", "output", "diagonal")
 NORMALIZATIONS = ("step", "matrix", "hypergradient")
+#: Elements of M and G that are worked on together: what is allocated meanwhile has five times as many.
+BATCH = 1 << 20
 
 
 class FOP(Wrapper):
@@ -143,7 +147,7 @@ class FOP(Wrapper):
         }
         for p, (grad, _) in gradients.items():
             self._check(p, grad)
-        self._with_gradients({p: self._preconditioned(p, *of) for p, of in gradients.items()})
+        self._with_gradients(self._preconditioned(gradients))
         return loss
 
     def _mixed(self, p: Tensor) -> tuple[int, ...]:
@@ -209,37 +213,119 @@ class FOP(Wrapper):
         self.own[p] = {"preconditioner": M, "previous_grad": previous}
 
     @at_stated_precision
-    def _preconditioned(self, p: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
-        """M M^T g, after M was updated by g and the gradient before; g itself at the first one."""
-        dims = self._mixed(p)
-        if not self._has_m(p):
-            self._make_m(p, grad.clone())
-            return grad
-        own = self.own[p]
-        M, g, previous = local(own["preconditioner"]), local(grad), local(own["previous_grad"])
-        G, last = _matrix(g.to(M.dtype), dims), _matrix(previous.to(M.dtype), dims)
+    def _preconditioned(self, gradients: dict[Tensor, tuple[Tensor, float | Tensor]]) -> dict[Tensor, Tensor]:
+        """M M^T g of each parameter, after M was updated by g and the gradient before; g itself at the first one."""
+        found: dict[Tensor, Tensor] = {}
+        alike: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, Mapping[str, Tensor]]]] = {}
+        for p, (grad, lr) in gradients.items():
+            if not self._has_m(p):
+                self._make_m(p, grad.clone())
+                found[p] = grad
+                continue
+            own = self.own[p]
+            if not self._mixed(p):
+                found[p] = self._elementwise(_Work(p, grad, own, ()), self._rate(lr))
+                continue
+            M = own["preconditioner"]
+            r, columns = len(M), p.numel() // len(M)
+            order = 3 * columns < r, columns >= r
+            key = (M.dtype, M.device, r, order, id(lr) if isinstance(lr, Tensor) else lr)
+            alike.setdefault(key, []).append((p, grad, own))
+        for items in alike.values():
+            for part in _parts(items):
+                works = [_Work(p, grad, own, self._mixed(p)) for p, grad, own in part]
+                Us = self._together(works, self._rate(gradients[works[0].p][1]))
+                found.update(zip((work.p for work in works), Us, strict=True))
+        return found
+
+    def _rate(self, lr: float | Tensor) -> float | Tensor:
+        """rho gamma."""
+        return self.hyper_lr * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
+
+    def _largest(self, M: Tensor) -> float:
+        """``max_norm``, which M's dtype may not have."""
+        return min(self.max_norm, torch.finfo(M.dtype).max)
+
+    def _elementwise(self, work: _Work, rate: float | Tensor) -> Tensor:
+        """M M^T g where M has a factor for every element."""
+        M, G, last = work.M, work.G, work.last
         if "hypergradient" in self.normalize:
             rate = self.hyper_lr / torch.linalg.vector_norm(G) / torch.linalg.vector_norm(last)
-        else:
-            rate = self.hyper_lr * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
-        if dims:
-            A = G @ last.T
-            new = M + rate * ((A + A.T) @ M)
-        else:
-            new = M + 2.0 * rate * G * last * M
+        new = M + 2.0 * rate * G * last * M
         if "matrix" in self.normalize:
-            scaled = new * (math.sqrt(len(M) if dims else M.numel()) / torch.linalg.vector_norm(new))
-            new = torch.where(last.any(), scaled, M)  # the first gradient leaves M at I, to the bit
-        # NaN, infinity and 0 are refused: an overflowed Frobenius norm makes M 0, and no update leads away from 0.
-        norm = _norm_bound(new) if dims else new.abs()
-        M.copy_(torch.where((norm > 0.0) & (norm <= self.max_norm), new, M))
-        previous.copy_(g)
-        U = (M @ M.T) @ G if dims else M * M * G
+            scaled = new * (math.sqrt(M.numel()) / torch.linalg.vector_norm(new))
+            new = torch.where(last.any(), scaled, M)  # the first gradient leaves M at 1, to the bit
+        size = new.abs()
+        M.copy_(torch.where((size > 0.0) & (size <= self._largest(M)), new, M))
+        work.previous.copy_(work.g)
+        U = M * M * G
         if "step" in self.normalize:
-            before, after = torch.linalg.vector_norm(G), torch.linalg.vector_norm(U)
-            scale = torch.where((after > 0.0) & ~_is_identity(M, dims), before / after, torch.ones_like(after))
-            U = U * scale
-        return like(p, torch.empty_like(g).copy_(_tensor(U, dims, g.shape)))
+            U = U * _scales(torch.linalg.vector_norm(G), torch.linalg.vector_norm(U), (M == 1.0).all())
+        return work.result(U)
+
+    def _together(self, works: list[_Work], rate: float | Tensor) -> list[Tensor]:
+        """M M^T G of matrices whose M have one size and whose G take the same order of products.
+
+        Each of G's r x c elements takes part in 2 r operations of a product. With S = A + A^T, the order is that of the fewest:
+        S M from A, or as [G, last] ([last, G]^T M), which has no product of r^3, for c < r / 3; (M M^T) G, or M (M^T G) for
+        c < r.
+        """
+        M = torch.stack([work.M for work in works])
+        r, columns = len(M[0]), works[0].G.shape[1]
+        wide = columns >= r
+        if "hypergradient" in self.normalize:
+            norms = _norms([work.G for work in works]), _norms([work.last for work in works])
+            rate = (self.hyper_lr / norms[0] / norms[1])[:, None, None]
+        product = torch.empty_like(M)
+        if 3 * columns < r:
+            for work, before, after in zip(works, M, product, strict=True):
+                other = torch.cat((work.last, work.G), 1).T @ before
+                torch.mm(torch.cat((work.G, work.last), 1), other, out=after)
+            new = product.mul_(rate).add_(M)
+        else:
+            for work, S in zip(works, product, strict=True):
+                A = work.G @ work.last.T
+                S.copy_(A.T).add_(A)
+            new = torch.baddbmm(M, product.mul_(rate), M)
+        if "matrix" in self.normalize:
+            scaled = new * (math.sqrt(r) / torch.linalg.vector_norm(new, dim=(1, 2), keepdim=True))
+            # The first gradient leaves M at I, to the bit.
+            new = torch.where(torch.stack([work.last.any() for work in works])[:, None, None], scaled, M)
+        P = spectral_norm.square(new) if wide and not on_device(new) else None
+        allowed = spectral_norm.allowed(new, P, self._largest(M))
+        if on_device(new) or not bool(allowed.all()):
+            new = torch.where(allowed[:, None, None], new, M)
+            if P is not None:
+                P[~allowed] = spectral_norm.square(new[~allowed])
+        if P is None and wide:
+            P = spectral_norm.square(new)
+        for work, kept in zip(works, new, strict=True):
+            work.M.copy_(kept)
+            work.previous.copy_(work.g)
+        if P is None:
+            Us = [kept @ (kept.T @ work.G) for work, kept in zip(works, new, strict=True)]
+        else:
+            Us = [square @ work.G for work, square in zip(works, P, strict=True)]
+        if "step" in self.normalize:
+            ones = torch.count_nonzero(new.diagonal(dim1=1, dim2=2) == 1.0, dim=1)
+            identity = (ones == r) & (torch.count_nonzero(new, dim=(1, 2)) == r)
+            for U, scale in zip(Us, _scales(_norms([work.G for work in works]), _norms(Us), identity), strict=True):
+                U.mul_(scale)
+        return [work.result(_tensor(U, work.dims, work.g.shape)) for work, U in zip(works, Us, strict=True)]
+
+
+class _Work:
+    """A parameter with an M: the gradient and the one before, also as matrices in M's dtype whose rows M mixes."""
+
+    def __init__(self, p: Tensor, grad: Tensor, own: Mapping[str, Tensor], dims: tuple[int, ...]) -> None:
+        self.p, self.dims = p, dims
+        self.M, self.g, self.previous = local(own["preconditioner"]), local(grad), local(own["previous_grad"])
+        self.G, self.last = (_matrix(t.to(self.M.dtype), dims) for t in (self.g, self.previous))
+
+    def result(self, U: Tensor) -> Tensor:
+        """U as a gradient of the parameter: its dtype, layout in memory and placement."""
+        same = U.dtype == self.g.dtype and U.stride() == torch.empty_like(self.g).stride()
+        return like(self.p, U if same else torch.empty_like(self.g).copy_(U))
 
 
 def _matrix(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -257,21 +343,25 @@ def _tensor(matrix: Tensor, dims: tuple[int, ...], shape: torch.Size) -> Tensor:
     return matrix.reshape([shape[dim] for dim in dims] + rest).movedim(tuple(range(len(dims))), dims)
 
 
-def _is_identity(M: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """True where M M^T G is G: sums of its squares in another order would scale it by the last bit."""
-    if not dims:
-        return (M == 1.0).all()
-    return (M.diagonal() == 1.0).all() & (torch.count_nonzero(M) == len(M))
+def _parts(items: list[Any]) -> Iterator[list[Any]]:
+    """Consecutive items, each a parameter first and its states last, of at most ``BATCH`` elements; of one at least."""
+    part: list[Any] = []
+    left = BATCH
+    for item in items:
+        size = max(item[0].numel(), item[-1]["preconditioner"].numel())
+        if part and size > left:
+            yield part
+            part, left = [], BATCH
+        part.append(item)
+        left -= size
+    yield part
 
 
-def _norm_bound(M: Tensor) -> Tensor:
-    """At least the spectral norm, at most r^(1/32) times it: with S = M M^T, ||M||^16 = ||S^8|| <= ||S^8||_inf. NaN for a
-    matrix that is zero or not finite. No decomposition, which would wait for the device.
-    """
-    norm = torch.linalg.vector_norm(M)
-    S = M / norm
-    S = S @ S.T
-    for _ in range(3):
-        S = S @ S
-    bound: Tensor = norm * S.abs().sum(1).amax() ** (1 / 16)
-    return bound
+def _norms(matrices: list[Tensor]) -> Tensor:
+    """The Frobenius norm of each."""
+    return torch.stack(torch._foreach_norm(matrices))
+
+
+def _scales(before: Tensor, after: Tensor, identity: Tensor) -> Tensor:
+    """What scales U to the norm of G. Where M M^T G is G, 1: sums of squares in another order differ by the last bit."""
+    return torch.where((after > 0.0) & ~identity, before / after, torch.ones_like(after))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import pickle
 
@@ -11,9 +12,12 @@ import pytest
 import torch
 from support.cases import bits_equal
 from support.ranks import on_two_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import precond
-from precond.fop import _norm_bound
+from precond import fop
+from precond._methods import spectral_norm
 
 F64 = torch.float64
 BASES = {
@@ -235,18 +239,76 @@ def test_an_ill_conditioned_quadratic_becomes_better_conditioned(normalize, lr, 
 # The guard.
 
 
+def matrices(r):
+    """Noise, rank 1, the identity, and the identity with something large or dense beside it: a batch."""
+    noise = torch.randn(r, r, generator=torch.Generator().manual_seed(r))
+    eye = torch.eye(r)
+    outer = torch.outer(noise[0], noise[:, 0])
+    return torch.stack([noise, noise[:, :1] @ noise[:1], eye, eye + 3 * outer / r, eye + noise / r, eye + noise / 8])
+
+
+@pytest.mark.parametrize("with_square", [False, True])
 @pytest.mark.parametrize("r", [1, 2, 9, 300])
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
-def test_the_bound_of_the_norm_is_above_it_by_little(r, scale):
-    noise = torch.randn(r, r)
-    for M in (noise, noise[:, :1] @ noise[:1], torch.eye(r), torch.eye(r) + 3 * torch.outer(noise[0], noise[:, 0]) / r):
-        norm = torch.linalg.matrix_norm(M.double() * scale, 2)
-        assert norm * (1 - 1e-5) <= _norm_bound(M * scale) <= norm * r ** (1 / 32) * (1 + 1e-5)
+def test_each_bound_of_the_norm_is_closer_and_above_it_by_what_it_says(r, scale, with_square):
+    M = matrices(r)
+    norm = torch.linalg.matrix_norm(M.double() * scale, 2)
+    M = M * scale
+    found = list(spectral_norm.bounds(M, M @ M.mT if with_square else None))
+    assert len(found) == (4 if with_square else 5)
+    for bound, above in found:
+        assert (norm * (1 - 1e-5) <= bound).all()
+        assert (bound <= norm * above * (1 + 1e-5)).all()
+    for (earlier, _), (later, _) in itertools.pairwise(found):
+        assert (later <= earlier * (1 + 1e-5)).all()
+    assert found[-1][1] == r ** (1 / 32)
 
 
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf, 1e30])
 def test_what_is_no_preconditioner_has_no_norm(bad):
-    assert not _norm_bound(torch.full((3, 3), bad)) <= math.inf
+    M = torch.full((1, 3, 3), bad)
+    *_, (bound, _) = spectral_norm.bounds(M)
+    assert not bound <= math.inf
+    assert not spectral_norm.allowed(M, None, torch.finfo(M.dtype).max).any()
+
+
+@pytest.mark.parametrize("columns", [2, 5])
+@pytest.mark.parametrize("mode", ["output", "diagonal"])
+def test_an_infinite_m_is_refused_also_where_max_norm_is_beyond_the_dtype(mode, columns):
+    p = start((3, columns), torch.float32)
+    optimizer = precond.FOP(torch.optim.SGD([p], lr=1e4), 1e4, mode, max_norm=1e300)
+    train(optimizer, [p], 1)
+    p.grad = torch.full_like(p, 1e36)
+    optimizer.step()
+    assert torch.equal(optimizer.own[p]["preconditioner"], torch.eye(3) if mode == "output" else torch.ones(3, columns))
+
+
+@pytest.mark.parametrize("with_square", [False, True])
+@pytest.mark.parametrize("r", [1, 9, 64, 257])
+def test_an_early_answer_is_that_of_the_last_bound(r, with_square):
+    M = matrices(r)
+    M = torch.cat([M, M[:1] * 0.0, M[:1] * math.nan, M[:1] * math.inf])
+    *_, (last, _) = spectral_norm.bounds(M)
+    for limit in (*(last[last.isfinite()] * 1.001).tolist(), *(last[last.isfinite()] * 0.999).tolist(), 1.5, 10.0, 1e4):
+        expected = (last > 0.0) & (last <= limit)
+        for batch, answers in ((M, expected), *((M[i : i + 1], expected[i : i + 1]) for i in range(len(M)))):
+            assert torch.equal(spectral_norm.allowed(batch, batch @ batch.mT if with_square else None, limit), answers)
+
+
+@pytest.mark.parametrize(("columns", "expected"), [(500, 1), (100, 0)])
+def test_the_guard_multiplies_only_where_the_norm_is_in_doubt(columns, expected, monkeypatch):
+    """Of the squares of a step, M M^T is one that is needed anyway for a G with more columns than rows."""
+    p = start((300, columns), torch.float32)
+    optimizer = precond.FOP(torch.optim.SGD([p], lr=0.1), 0.05, "output", normalize="hypergradient")
+    train(optimizer, [p], 2)
+    M, counted, square = optimizer.own[p]["preconditioner"], [], spectral_norm.square
+    monkeypatch.setattr(spectral_norm, "square", lambda a: (counted.append(len(a)), square(a))[1])
+    # Below max_norm; far above, where the M that stays is squared too; and so near that all bounds are needed.
+    for norm, squares in ((8.0, expected), (300.0, 2 * expected), (9.0, 4)):
+        M.copy_(torch.eye(300) * norm)
+        counted.clear()
+        train(optimizer, [p], 1, first=2)
+        assert len(counted) == squares, norm
 
 
 @pytest.mark.parametrize("mode", ["output", "diagonal"])
@@ -306,6 +368,128 @@ def test_a_gradient_of_zeros_moves_nothing(normalize):
         optimizer.step()
     assert all(map(bits_equal, params, before))
     torch.testing.assert_close([optimizer.own[p]["preconditioner"] for p in params], Ms)
+
+
+# Matrices of one size are worked on together.
+
+
+def flops(optimizer):
+    """Operations of a step's products."""
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    return counter.get_total_flops()
+
+
+# The size of G, and the products of a step in units of r^3: with c = columns / r, 12 c; 6 c + 2; 4 c + 2 + what M M^T takes.
+SIZES = [
+    ((300, 50), 12 / 6),
+    ((300, 150), 6 / 2 + 2),
+    ((304, 304), 4 + 2 + 5 / 4),
+    ((301, 602), 8 + 2 + 5 / 4),
+    ((9, 90), 44),
+]
+
+
+@pytest.mark.parametrize(("shape", "products"), SIZES, ids=str)
+def test_every_order_of_products_is_the_formula_with_its_number_of_operations(shape, products):
+    params, (r, _) = [start(shape, seed=seed) for seed in range(3)], shape
+    base = torch.optim.SGD(params, lr=0.1)
+    optimizer, seen = precond.FOP(base, 0.3, "output", normalize="hypergradient"), [seen_by(base, p) for p in params]
+    Ms, last = [torch.eye(r, dtype=F64)] * 3, None
+    for step in range(4):
+        train(optimizer, params, 1, first=step)
+        gradients = [p.grad.clone() for p in params]
+        for i, G in enumerate(gradients if last else ()):
+            A = G @ last[i].T / (G.norm() * last[i].norm())
+            Ms[i] = Ms[i] + 0.3 * (A + A.T) @ Ms[i]
+        for p, G, M, of in zip(params, gradients, Ms, seen, strict=True):
+            torch.testing.assert_close(optimizer.own[p]["preconditioner"], M, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(of[-1], M @ M.T @ G, rtol=1e-12, atol=1e-12)
+        last = gradients
+    assert flops(optimizer) == pytest.approx(3 * products * r**3, rel=0.02)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS, ids=named)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("per", [1, 100, 1 << 20])
+def test_parameters_together_are_the_same_apart(normalize, dtype, per, monkeypatch):
+    """With sizes of M, learning rates and dtypes that differ, some alike, in batches of one, of a few and of all."""
+    monkeypatch.setattr(fop, "BATCH", per)
+    shapes = [(5, 7), (6, 5), (5, 5), (5, 1), (7, 5), (5, 7), (4, 5, 1), (5, 2, 3, 3), (2, 5, 3, 3), (3,)]
+    together, apart = ([start(shape, dtype, seed) for seed, shape in enumerate(shapes)] for _ in range(2))
+    lrs = [0.1, 0.2, 0.1, 0.1, 0.1, torch.tensor(0.3), 0.1, torch.tensor([0.2]), 0.4, 0.1]
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(together, lrs, strict=True)]
+    optimizer = precond.FOP(precond.SGD(groups), 0.05, "output", normalize=normalize)
+    alone = [
+        precond.FOP(precond.SGD([p], lr=lr), 0.05, "output", normalize=normalize)
+        for p, lr in zip(apart, lrs, strict=True)
+    ]
+    for step in range(5):
+        for i, (p, q) in enumerate(zip(together, apart, strict=True)):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(dtype)
+            p.grad = None if (step + i) % 4 == 0 else p.grad
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.step()
+        for one in alone:
+            one.step()
+    for p, q, one in zip(together, apart, alone, strict=True):
+        torch.testing.assert_close(optimizer.own[p]["preconditioner"], one.own[q]["preconditioner"])
+        assert torch.equal(optimizer.own[p]["previous_grad"], one.own[q]["previous_grad"])
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("columns", [3, 12, 40])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e18])
+def test_a_refused_m_beside_others_stays_to_the_bit_and_they_move(columns, bad):
+    params = [start((12, columns), torch.float32, seed) for seed in range(4)]
+    base = torch.optim.SGD(params, lr=1e-4)
+    optimizer, seen = precond.FOP(base, 0.05, "output"), [seen_by(base, p) for p in params]
+    train(optimizer, params, 3)
+    before = [optimizer.own[p]["preconditioner"].clone() for p in params]
+    for p in params:
+        p.grad = torch.randn(p.shape)
+    params[2].grad[1, 1] = bad
+    optimizer.step()
+    for i, (p, M) in enumerate(zip(params, before, strict=True)):
+        assert torch.equal(optimizer.own[p]["preconditioner"], M) == (i == 2)
+        M = optimizer.own[p]["preconditioner"]
+        if i == 2 and not math.isfinite(bad):
+            assert not seen[i][-1].isfinite().all()
+        else:
+            torch.testing.assert_close(seen[i][-1], M @ (M.T @ p.grad), rtol=1e-4, atol=1e-3)
+
+
+class Waits(TorchDispatchMode):
+    """Refuses what waits for a device: reading a value, or a size that depends on one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "item", "is_nonzero"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS, ids=named)
+@pytest.mark.parametrize("mode", ["output", "spatial", "diagonal"])
+def test_on_a_device_nothing_is_read_and_the_same_m_are_refused(normalize, mode, monkeypatch):
+    shapes = [(9, 9), (9, 2), (9, 30), (4, 9, 3, 3), (9,)]
+    ours, theirs = ([start(shape, torch.float32, seed) for seed, shape in enumerate(shapes)] for _ in range(2))
+    made = {"mode": mode, "normalize": normalize, "max_norm": 1.1}
+    one, other = (precond.FOP(torch.optim.SGD(ps, lr=0.05), 0.3, **made) for ps in (ours, theirs))
+    moved = set()
+    for step in range(8):
+        before = [one.own[p]["preconditioner"].clone() for p in ours] if step else []
+        train(one, ours, 1, first=step)
+        with monkeypatch.context() as patch, Waits():
+            for module in (fop, spectral_norm):
+                patch.setattr(module, "on_device", lambda t: True)
+            patch.setattr(precond.FOP, "_asked_for_states_only", lambda self: False)
+            for p, q in zip(ours, theirs, strict=True):
+                q.grad = p.grad.clone()
+            other.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one.own[p]["preconditioner"], other.own[q]["preconditioner"])
+            torch.testing.assert_close(p, q)
+        moved |= {torch.equal(one.own[p]["preconditioner"], M) for p, M in zip(ours, before, strict=False)}
+    assert mode == "diagonal" or moved == {True, False}
 
 
 # An optimizer as any other.

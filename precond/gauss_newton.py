@@ -225,14 +225,14 @@ class GaussNewton(Rotated):
         position, total = 0, sum(len(group["params"]) for group in self.param_groups)
         if estimates is not None and len(estimates) != total:
             raise ValueError(f"estimates must be one per parameter, {total}, got {len(estimates)}")
-        for place, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             if group["curvature"] == "gradient":
                 raise RuntimeError("curvature must be 'gnb' or 'hutchinson' for update_curvature, got 'gradient'")
             if group["curvature"] == "hutchinson" and estimates is None:
                 raise RuntimeError("estimates must be given with curvature='hutchinson', got None")
             row = self._checked_row(group)
             for index, p in enumerate(group["params"]):
-                name = name_of(group, place, index)
+                name = name_of(group, self._number_of(group), index)
                 given = p.grad if estimates is None else estimates[position]
                 position += 1
                 if given is None:

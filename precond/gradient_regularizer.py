@@ -122,8 +122,10 @@ class GradientRegularizer(Wrapper):
     @torch.no_grad()
     def _combine(self, closure: Callable[[], T], earlier: Earlier) -> None:
         base: Any = self.base
-        if isinstance(base, Rotated) and any(map(base.rotates, base.param_groups)):
-            raise TypeError(f"base must have no basis, got a {type(base).__name__}")
+        for group in base.param_groups:
+            part = base.part_of(group)
+            if isinstance(part, Rotated) and part.rotates(group):
+                raise TypeError(f"base must have no basis, got a {type(part).__name__}")
         aligned = aligned_gradients(self.param_groups)
         first = {p: unshared(aligned.get(p, p.grad)) for p in self._params()}
         moved: list[Tensor] = []

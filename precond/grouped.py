@@ -15,11 +15,12 @@ from typing_extensions import Self
 from ._core.clipping import Begun
 from ._core.groups import param_groups
 from ._core.metric import Metric
-from ._core.optimizer import FusedOptimizer
+from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import DEFAULTS, Settings
 from ._core.states import Recipe
 from ._methods.multipass import MultiPass
+from ._wrappers.wrapper import Wrapper
 
 #: A method's groups in a step, their rows, and what it has found about their parameters.
 _Share = tuple[MultiPass, list[dict[str, Any]], list[Row], Any]
@@ -69,21 +70,22 @@ class Grouped(MultiPass):
     #: Those of all classes.
     _sparse_rules = frozenset({"adagrad", "sgd", "sgd_momentum", "sgd_nesterov"})
 
-    #: The classes of the groups by their names.
-    _classes: dict[str, type[FusedOptimizer]]
+    #: The classes of the groups.
+    _methods: Methods
     #: An instance of each class, which says what its groups need and steps those that need several passes.
     _parts: dict[type[FusedOptimizer], FusedOptimizer]
 
-    def __init__(self, params: Iterable[dict[str, Any]], **options: Any) -> None:
+    def __init__(self, params: ParamsT, **options: Any) -> None:
         settings = Settings(**{name: options.pop(name) for name in DEFAULTS if name in options})  # type: ignore[typeddict-item]
-        self._classes, self._parts = {}, {}
-        groups = list(params)
+        self._methods, self._parts, self._shared = Methods(), {}, options
+        groups: list[Any] = list(params)
+        if not any(isinstance(group, dict) for group in groups) and "optimizer" in options:
+            groups = [{"params": groups}]
         if any(not isinstance(group, dict) for group in groups):
             raise TypeError("params must be groups, dictionaries with 'params' and 'optimizer', got a parameter")
-        self._shared = options
         super().__init__(groups, {}, settings=settings)
-        for name in options.keys() - {"optimizer"}:
-            if not any(name in _arguments(cls) for cls in self._classes.values()):
+        for name in options.keys() - {"optimizer", "fused"}:
+            if not any(name in _arguments(cls) for cls in self._methods.known.values()):
                 raise TypeError(f"{type(self).__name__}.__init__() got {name!r}, which no group's optimizer takes")
 
     @classmethod
@@ -107,7 +109,7 @@ class Grouped(MultiPass):
         Args:
             model: a module.
             matrices, rest: a class of this package, or a group without ``params``: ``dict(optimizer=precond.Muon, lr=0.02)``.
-            weight_decay: of what is decayed, in both (default None: as their groups or classes say).
+            weight_decay: of what is decayed, where ``matrices`` or ``rest`` do not say otherwise (default None: their classes').
             no_decay, head: as for :func:`precond.param_groups`.
             **options: as for :class:`Grouped`.
 
@@ -125,13 +127,17 @@ class Grouped(MultiPass):
         of_matrices, of_rest = (
             dict(given) if isinstance(given, Mapping) else {"optimizer": given} for given in (matrices, rest)
         )
+        for name, given in (("matrices", of_matrices), ("rest", of_rest)):
+            if "params" in given:
+                raise ValueError(f"{name} must be options of a group without 'params', got 'params' among them")
         of_matrices = {"optimizer": options.get("optimizer"), **of_matrices}
         groups = []
         for group in param_groups(model, weight_decay, no_decay, matrices=of_matrices, head=head):
             if "optimizer" in group:
                 groups.extend(_by_dimensions(group, model))
             else:
-                groups.append({**of_rest, **group})
+                decayed = group.get("weight_decay") != 0.0 or weight_decay == 0.0
+                groups.append({**group, **of_rest} if decayed else {**of_rest, **group})
         return cls(groups, **options)
 
     # Groups and their classes.
@@ -141,7 +147,7 @@ class Grouped(MultiPass):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         given = dict(param_group)
-        cls = self._class(given.pop("optimizer", self._shared.get("optimizer")))
+        cls = self._methods.named(given.pop("optimizer", self._shared.get("optimizer")))
         known = _arguments(cls)
         for name in [name for name in given if name in DEFAULTS and name not in known]:
             if (
@@ -151,49 +157,27 @@ class Grouped(MultiPass):
         given = {**{name: value for name, value in self._shared.items() if name in known}, **given}
         if given.get("differentiable"):
             raise RuntimeError("differentiable must be False in a group of Grouped, got True")
-        given["params"] = [given["params"]] if isinstance(given["params"], Tensor) else list(given["params"])
-        # The class itself checks and completes the group. Empty ones before it let its errors give the group's number.
-        named = "param_names" in given or any(isinstance(p, tuple) for p in given["params"])
-        empty: dict[str, Any] = {"params": [], "param_names": []} if named else {"params": []}
+        # The class itself checks and completes the group.
         own = {name: given.pop(name) for name in known & given.keys()}
-        made: Any = cls
-        before = [dict(empty) for _ in self.param_groups]
-        group = made([*before, given], backend=self._own["backend"], **own).param_groups[-1]
+        made: Any = cls.__new__(cls)
+        made._groups_before = len(self.param_groups)
+        made.__init__([given], backend=self._own["backend"], **own)
+        (group,) = made.param_groups
         group["optimizer"] = cls.__name__
         torch.optim.Optimizer.add_param_group(self, group)
-        self._classes[cls.__name__] = cls
+        self._methods.known[cls.__name__] = cls
 
-    def _class(self, given: Any) -> type[FusedOptimizer]:
-        """The class that a group names. ZeroRedundancyOptimizer puts the class itself into groups, at every step."""
-        if isinstance(given, str) and given in self._classes:
-            return self._classes[given]
-        package = importlib.import_module(__package__)
-        cls = getattr(package, given, None) if isinstance(given, str) else given
-        if not isinstance(cls, type):
-            raise TypeError(f"optimizer must be a class of precond in each group, or the name of one, got {given!r}")
-        if not issubclass(cls, FusedOptimizer) or issubclass(cls, Grouped):
-            if issubclass(cls, Grouped) or cls.__module__.startswith(f"{__package__}."):
-                raise TypeError(f"optimizer must be a method, got {cls.__name__}, which goes around an optimizer")
-            ours = f": use precond.{cls.__name__}" if hasattr(package, cls.__name__) else ""
-            raise TypeError(
-                f"optimizer must be a class of precond, got {cls.__module__}.{cls.__name__}, which cannot share a norm, a plan "
-                f"and a decision to skip with other groups{ours}"
-            )
-        if self._classes.get(cls.__name__, cls) is not cls:
-            raise TypeError(f"optimizer must have a name of its own among the groups, got two classes {cls.__name__}")
-        return cls
-
-    def _class_of(self, group: dict[str, Any]) -> type[FusedOptimizer]:
-        return self._class(group.get("optimizer"))
+    def part_of(self, group: dict[str, Any]) -> FusedOptimizer:
+        """An instance of a group's class, which has the groups of that class and the states of all."""
+        return self._up_to_date(self._part(group))
 
     def _part(self, group: dict[str, Any]) -> FusedOptimizer:
-        """What says how a group is stepped."""
-        cls = self._class_of(group)
+        cls = self._methods.of(group)
         part = self._parts.get(cls)
         if part is None:
-            made: Any = cls
-            part = self._parts[cls] = made([{"params": []}], backend=self._own["backend"])
-            part._owner = weakref.ref(self)
+            make: Any = cls
+            part = self._parts[cls] = make([{"params": []}], backend=self._own["backend"])
+            part._owner, part.engine.captured = weakref.ref(self), self.engine.captured
         return part
 
     def _up_to_date(self, part: FusedOptimizer) -> FusedOptimizer:
@@ -218,15 +202,13 @@ class Grouped(MultiPass):
     def _check_group(self, group: dict[str, Any]) -> None:
         self._part(group)._check_group(group)
 
-    def _options_of(self, group: dict[str, Any]) -> Mapping[str, Any]:
-        return {**self._class_of(group)._group_options, "optimizer": None}
-
     def _recipe(self) -> Recipe:
+        of = self._methods.of
         return Recipe(
-            lambda p, group: self._class_of(group)._initial(p, group),
-            lambda name, group: self._class_of(group)._format_of_state(name, group),
-            lambda group: self._class_of(group)._numbers(group),
-            self._options_of,
+            lambda p, group: of(group)._initial(p, group),
+            lambda name, group: of(group)._format_of_state(name, group),
+            lambda group: of(group)._numbers(group),
+            lambda group: {**of(group)._options_of(group), "optimizer": None},
         )
 
     def _is_fused(self) -> bool:
@@ -239,7 +221,7 @@ class Grouped(MultiPass):
         return self._part(group)._checked_row(group)
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
-        return self._up_to_date(self._part(group))._metric(p, group)
+        return self.part_of(group)._metric(p, group)
 
     # The step.
 
@@ -275,6 +257,8 @@ class Grouped(MultiPass):
     def keep_memory(self, params: list[Tensor]) -> None:
         """Forget the memory of other parameters."""
         super().keep_memory(params)
+        used = {self._methods.of(group) for group in self.param_groups}
+        self._parts = {cls: part for cls, part in self._parts.items() if cls in used}
         for part in self._in_passes():
             part.keep_memory(params)
 
@@ -289,16 +273,21 @@ class Grouped(MultiPass):
             RuntimeError: no group has such a class; and as there.
             ValueError: as there.
         """
-        parts = [part for part in self._in_passes() if hasattr(part, "update_curvature")]
-        if not parts:
-            raise RuntimeError("update_curvature needs a group of GaussNewton or Sophia")
-        groups = [group for group in self.param_groups if self._part(group) in parts]
+        groups = [group for group in self.param_groups if group.get("curvature", "gradient") != "gradient"]
+        parts: list[Any] = [part for part in self._in_passes() if any(self._part(group) is part for group in groups)]
+        if not groups:
+            raise RuntimeError(
+                "update_curvature needs a group of Sophia, or of GaussNewton that has no curvature='gradient'"
+            )
+        if estimates is None and any(group["curvature"] == "hutchinson" for group in groups):
+            raise RuntimeError("estimates must be given with curvature='hutchinson', got None")
         total = sum(len(group["params"]) for group in groups)
         if estimates is not None and len(estimates) != total:
             raise ValueError(f"estimates must be one per parameter of those groups, {total}, got {len(estimates)}")
         left = iter(estimates or ())
         of = {} if estimates is None else {id(group): [next(left) for _ in group["params"]] for group in groups}
         for part in parts:
+            part.param_groups = [group for group in groups if self._part(group) is part]
             own = None if estimates is None else [e for group in part.param_groups for e in of[id(group)]]
             part.update_curvature(batch_size, own)
 
@@ -310,21 +299,60 @@ class Grouped(MultiPass):
 
     def _prepare_to_save(self) -> None:
         for group in self.param_groups:
-            group["optimizer"] = self._class_of(group).__name__
+            group["optimizer"] = self._methods.of(group).__name__
         super()._prepare_to_save()
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep: also the classes of the groups, and what they share."""
-        return {**super().__getstate__(), "_classes": self._classes, "_shared": self._shared}
+        return {**super().__getstate__(), "_methods": self._methods, "_shared": self._shared}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class, whose groups have the same methods."""
         for index, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
-            if saved.get("optimizer", group["optimizer"]) != group["optimizer"]:
-                raise ValueError(
-                    f"group {index} must be of {group['optimizer']} in the checkpoint too, got {saved['optimizer']!r}"
-                )
+            name = self._methods.of(group).__name__
+            if saved.get("optimizer", name) not in (name, self._methods.of(group)):
+                raise ValueError(f"group {index} must be of {name} in the checkpoint too, got {saved['optimizer']!r}")
+        before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, had in zip(self.param_groups, before, strict=True):  # one of an older version lacks what came later
+            options = self.states.recipe.options(group)
+            group.update({name: value for name, value in had.items() if name not in group and name not in options})
+
+
+class Methods:
+    """The classes that groups name."""
+
+    def __init__(self) -> None:
+        #: By their names.
+        self.known: dict[str, type[FusedOptimizer]] = {}
+
+    def of(self, group: dict[str, Any]) -> type[FusedOptimizer]:
+        """The class of a group."""
+        name = group.get("optimizer")
+        known = self.known.get(name) if isinstance(name, str) else None
+        return self.named(name) if known is None else known
+
+    def named(self, given: Any) -> type[FusedOptimizer]:
+        """A class, given as itself or by its name: ZeroRedundancyOptimizer puts the class into groups, at every step."""
+        package = importlib.import_module(__package__)
+        cls = self.known.get(given, getattr(package, given, None)) if isinstance(given, str) else given
+        if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a class of precond in each group, or the name of one, got {given!r}")
+        if issubclass(cls, (Grouped, Wrapper)):
+            raise TypeError(f"optimizer must be a method, got {cls.__name__}, which goes around an optimizer")
+        if not issubclass(cls, FusedOptimizer):
+            ours = f": use precond.{cls.__name__}" if hasattr(package, cls.__name__) else ""
+            raise TypeError(
+                f"optimizer must be a class of precond, got {cls.__module__}.{cls.__name__}, which cannot share a norm, a plan "
+                f"and a decision to skip with other groups{ours}"
+            )
+        if cls._row is FusedOptimizer._row:
+            raise TypeError(f"optimizer must be a method, got the base class {cls.__name__}")
+        if inspect.unwrap(cls.step) is not inspect.unwrap(FusedOptimizer.step):  # torch wraps it in each class
+            raise TypeError(f"optimizer must not have a step of its own, got {cls.__name__}: Grouped steps all groups")
+        if self.known.get(cls.__name__, cls) is not cls:
+            raise TypeError(f"optimizer must have a name of its own among the groups, got two classes {cls.__name__}")
+        return cls
 
 
 def _by_dimensions(group: dict[str, Any], model: nn.Module) -> list[dict[str, Any]]:

@@ -133,7 +133,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of matrices."""
         super().add_param_group(param_group)
-        group, index = self.param_groups[-1], len(self.param_groups) - 1
+        group, index = self.param_groups[-1], self._groups_before + len(self.param_groups) - 1
         try:
             if group.get("split") is not None:
                 group["split"] = normal_split(group["split"])
@@ -207,7 +207,8 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         named = all("param_names" in group for group in self.param_groups)
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
         named = named and len(set(names)) == len(names)
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
+            index = self._number_of(group)
             for position, p in enumerate(group["params"]):
                 if not is_sharded(p) or p.numel() == 0 or p.device_mesh.get_coordinate() is None:
                     continue

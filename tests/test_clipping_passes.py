@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -166,3 +168,28 @@ def test_a_step_without_gradients_has_a_norm_of_zero():
     optimizer.step()
     assert optimizer.grad_norm.item() == 0.0
     assert not any(optimizer.state.get(p) for p in params)
+
+
+def test_a_complex_gradient_is_clamped_as_a_pair_of_numbers():
+    runs = []
+    for granularity in ("entry", "tensor"):
+        p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+        p.grad = torch.tensor([3 + 4j, 0.1j, -2])
+        precond.DualDescent([p], lr=0.5, kernel="identity", granularity=granularity, clip_grad_value=1.0).step()
+        runs.append(p.detach())
+    torch.testing.assert_close(*runs)
+
+
+@methods
+def test_an_optimizer_is_freed_when_its_last_reference_goes(method):
+    """With gigabytes of states, it must not wait for the collector of cycles."""
+    params, optimizer = start(method, max_grad_norm=1.0)
+    give(params, 0)
+    optimizer.step()
+    gone = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from support.ranks import on_two_ranks
 from torch import nn
 
 import precond
+from precond._core.optimizer import FusedOptimizer
 
 SHAPES = ((6, 10), (10, 6), (5,), (3, 2, 2), (), (64, 64), (128,))
 MATRICES = ((6, 10), (10, 6), (64, 64))
@@ -217,6 +220,13 @@ class Mine(torch.optim.Adam):
     """No class of precond."""
 
 
+class Steps(precond.AdamW):
+    """Does something else at a step."""
+
+    def step(self, closure=None):
+        super().step(closure)
+
+
 P = [nn.Parameter(torch.ones(3, 3))]
 
 
@@ -230,6 +240,10 @@ P = [nn.Parameter(torch.ones(3, 3))]
         ([dict(params=P, optimizer=Mine)], {}, TypeError, "Mine, which cannot share a norm, a plan and a decision to skip"),
         ([dict(params=P, optimizer=precond.FOP)], {}, TypeError, "must be a method, got FOP, which goes around an optimizer"),
         ([dict(params=P, optimizer=precond.Grouped)], {}, TypeError, "must be a method, got Grouped"),
+        ([dict(params=P, optimizer="Settings")], {}, TypeError, "or the name of one, got 'Settings'"),
+        ([dict(params=P, optimizer=FusedOptimizer)], {}, TypeError, "must be a method, got the base class FusedOptimizer"),
+        ([dict(params=P, optimizer=Steps)], {}, TypeError, "must not have a step of its own, got Steps"),
+        ([dict(params=set(P), optimizer=precond.AdamW)], {}, TypeError, "ordered collections"),
         ([dict(params=P, optimizer=precond.AdamW, seed=1)], {}, TypeError, "seed concerns the whole step: give it to Grouped"),
         ([dict(params=P, optimizer=precond.AdamW, lr=-1.0)], {}, ValueError, "Invalid learning rate: -1.0"),
         ([dict(params=P, optimizer=precond.AdamW)], dict(momentum=0.5), TypeError, "got 'momentum', which no group's optimizer"),
@@ -261,6 +275,101 @@ def test_a_checkpoint_of_other_methods_is_refused():
     del saved["param_groups"][0]["optimizer"]  # as an optimizer of one method saves it
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["optimizer"] == "Muon"
+
+
+def test_a_group_of_an_older_checkpoint_keeps_what_it_does_not_say():
+    params, (optimizer,) = start(COMBINATIONS["muon and adamw"])
+    saved = optimizer.state_dict()
+    for name in ("maximize", "amsgrad", "decoupled_weight_decay"):
+        del saved["param_groups"][1][name]
+    optimizer.load_state_dict(saved)
+    run(params, [optimizer], range(1))
+    assert optimizer.param_groups[1]["amsgrad"] is False
+
+
+def test_a_norm_takes_one_plan_for_all_steps():
+    for make in (
+        lambda ps, **own: precond.Muon(ps, **own),
+        lambda ps, **own: precond.Grouped(ps, optimizer="Muon", **own),
+    ):
+        params = params_of(MATRICES)
+        optimizer = make(params, max_grad_norm=1.0)
+        run(params, [optimizer], range(2))
+        (plan,) = optimizer._beginning.engine.plans.values()
+        run(params, [optimizer], range(2, 4))
+        assert [*optimizer._beginning.engine.plans.values()] == [plan]
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_nothing_keeps_it_or_its_parameters_alive(combination):
+    params, (optimizer,) = start(COMBINATIONS[combination], max_grad_norm=1.0)
+    run(params, [optimizer], range(2))
+    count = len(optimizer.param_groups[-1]["params"])
+    gone, left = [weakref.ref(p) for p in params[-count:]], params[:-count]
+    for p in params[-count:]:
+        optimizer.state.pop(p, None)
+    del optimizer.param_groups[-1], params, p
+    run(left, [optimizer], range(2, 4))
+    gc.collect()
+    assert not [ref for ref in gone if ref() is not None]
+    gc.disable()
+    try:
+        whole = weakref.ref(optimizer)
+        del optimizer
+        assert whole() is None
+    finally:
+        gc.enable()
+
+
+def test_errors_number_groups_of_one_pass_among_all():
+    params, (optimizer,) = start(
+        [(precond.Muon, {}, MATRICES), (precond.AdamW, {}, SHAPES), (precond.Lion, {}, SHAPES)]
+    )
+    run(params, [optimizer], range(1))
+    optimizer.state[params[-1]]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(RuntimeError, match=r"exp_avg of parameter 6 of group 2 \('2.6'\) must have shape"):
+        run(params, [optimizer], range(1, 2))
+
+
+def test_states_that_a_checkpoint_asks_for_leave_the_first_step_what_it_is():
+    """SGD's first step differs where there is dampening; Muon's states appear beside its own."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    runs = []
+    for asked in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3))
+        sgd = dict(optimizer=precond.SGD, lr=0.1, momentum=0.9, dampening=0.3)
+        optimizer = precond.Grouped.for_model(net, matrices=precond.Muon, rest=sgd)
+        if asked:
+            get_optimizer_state_dict(net, optimizer)
+        run(list(net.parameters()), [optimizer], range(4))
+        runs.append([p.detach() for p in net.parameters()])
+    assert all(bits_equal(p, q) for p, q in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("cls", [precond.SGD, precond.RMSprop, precond.AdamW])
+def test_wrappers_see_the_class_of_each_group(cls):
+    runs = []
+    for grouped in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        options = dict(lr=0.01, weight_decay=0.3)
+        base = (
+            precond.Grouped(net.parameters(), optimizer=cls, **options) if grouped else cls(net.parameters(), **options)
+        )
+        optimizer = precond.BNP(net, base, compose="direction")
+        for i in range(4):
+            optimizer.zero_grad()
+            net(torch.randn(8, 6, generator=torch.Generator().manual_seed(i))).square().mean().backward()
+            optimizer.step()
+        runs.append([p.detach() for p in net.parameters()])
+    assert all(bits_equal(p, q) for p, q in zip(*runs, strict=True))
+    p = nn.Parameter(torch.ones(2, 2))
+    p.grad = torch.ones(2, 2)
+    soap = precond.GradientRegularizer(precond.Grouped([p], optimizer=precond.SOAP))
+    with pytest.raises(TypeError, match="base must have no basis, got a SOAP"):
+        soap.step(lambda: p.sum())
 
 
 def test_a_class_of_the_users_own_may_be_a_method():
@@ -326,7 +435,7 @@ def test_curvature_goes_to_the_groups_that_have_one():
     assert not optimizer.state.get(params[2])
     with pytest.raises(ValueError, match="one per parameter of those groups, 2, got 1"):
         optimizer.update_curvature(estimates=[None])
-    with pytest.raises(RuntimeError, match="needs a group of GaussNewton or Sophia"):
+    with pytest.raises(RuntimeError, match="needs a group of Sophia, or of GaussNewton"):
         start([(precond.AdamW, {}, ((2,),))])[1][0].update_curvature()
 
 

@@ -40,8 +40,10 @@ class Begun(NamedTuple):
             return g
         values = local(g)
         values = values.to(torch.promote_types(values.dtype, torch.float32))
-        values = clamped(values * (coef if scale is None else coef / scale), clip_value)
-        return like(g, values.contiguous())
+        values = (values * (coef if scale is None else coef / scale)).contiguous()
+        parts = torch.view_as_real(values) if values.is_complex() else values
+        parts = clamped(parts, clip_value)
+        return like(g, torch.view_as_complex(parts) if values.is_complex() else parts)
 
 
 class Found(NamedTuple):

@@ -64,6 +64,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _engine: Engine
     #: The optimizer that this one is a part of: it has the states and all of the groups, and steps this one's.
     _owner: weakref.ref[FusedOptimizer] | None = None
+    #: How many groups are before this one's where it only checks and completes some.
+    _groups_before: int = 0
 
     def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -116,9 +118,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raise if an option that torch does not have is out of range."""
         check_options(group, self._group_options, type(self))
 
-    def _options_of(self, group: dict[str, Any]) -> Mapping[str, Any]:
+    @classmethod
+    def _options_of(cls, group: dict[str, Any]) -> Mapping[str, Any]:
         """The options of a group that torch does not have, with their defaults."""
-        return self._group_options
+        return cls._group_options
 
     @classmethod
     def _initial(cls, p: Tensor, group: dict[str, Any]) -> complex:
@@ -228,6 +231,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._states.bind(self.state, self.param_groups)
         return self._states
 
+    def part_of(self, group: dict[str, Any]) -> FusedOptimizer:
+        """The optimizer whose class says how a group is stepped."""
+        return self
+
     def metric_of(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
         """P P^T of a parameter, by which a step multiplies its gradient; None where no step has made it yet."""
         return self._metric(p, group)
@@ -333,6 +340,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._step_supports_amp_scaling = True
 
     def _recipe(self) -> Recipe:
+        """It must not keep this optimizer alive."""
         return Recipe(self._initial, self._format_of_state, self._numbers, self._options_of)
 
     def _is_fused(self) -> bool:
@@ -346,7 +354,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         tensor and takes the loaded value. Options that torch does not have keep this optimizer's values where the
         checkpoint has none.
         """
-        kept = KeptOptions(self.param_groups, self._options_of)
+        kept = KeptOptions(self.param_groups, self._states.recipe.options)
         with states_as_saved(self):
             super().load_state_dict(state_dict)
         kept.restore(self.param_groups)

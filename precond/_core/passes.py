@@ -4,7 +4,6 @@ methods that have a matrix product or a norm between two passes.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -104,6 +103,13 @@ class JobStates:
 _AS_THEY_ARE = Begun()
 
 
+class _NoStates(dict[Tensor, dict[str, Any]]):
+    """No states of any parameter; asking makes none, or a plan would not know it again."""
+
+    def __missing__(self, p: Tensor) -> dict[str, Any]:
+        return {}
+
+
 class Beginning:
     """What the passes of an optimizer's steps do with its gradients: finds it before them, from the norm of all gradients."""
 
@@ -123,7 +129,7 @@ class Beginning:
             own.clear()
             own.update({key: group[key] for key in ("params", "param_names") if key in group})
         rows = [Row("sgd", 1.0, plain_step(0.0, 0.0))] * len(groups)
-        step = Step(self._groups, collections.defaultdict(dict), {}, rows, control)
+        step = Step(self._groups, _NoStates(), {}, rows, control)
         try:
             return self.engine.begin(step, host_must_know=host_must_know)
         finally:

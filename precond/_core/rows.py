@@ -64,6 +64,8 @@ class Step(NamedTuple):
     control: Control
     #: norm.Clip of a norm that was measured before the step, whose control follows from it; None: the step measures its own.
     clip: Any = None
+    #: The numbers of the groups among the optimizer's, where the step is of some of them.
+    numbers: list[int] | None = None
 
     def input_of(self, p: Tensor) -> Tensor | None:
         """What a parameter is updated with; None leaves it alone."""
@@ -94,7 +96,8 @@ class Entry(NamedTuple):
 
     def name(self, step: Step) -> str:
         """What errors call it."""
-        return name_of(step.groups[self.group], self.group, self.position)
+        number = self.group if step.numbers is None else step.numbers[self.group]
+        return name_of(step.groups[self.group], number, self.position)
 
 
 def entries_of(step: Step) -> list[Entry]:

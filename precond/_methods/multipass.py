@@ -100,7 +100,7 @@ class MultiPass(FusedOptimizer, abstract=True):
         at 0 where its step that makes states raises.
         """
         super().add_param_group(param_group)
-        group, index = self.param_groups[-1], len(self.param_groups) - 1
+        group, index = self.param_groups[-1], self._groups_before + len(self.param_groups) - 1
         try:
             if self._needs_passes(group):
                 self._check_settings(group)
@@ -147,12 +147,19 @@ class MultiPass(FusedOptimizer, abstract=True):
         begun = self._begin(control, rows)
         if begun is None:
             return
-        if len(several) < len(groups):
-            one = [(group, row) for group, row in zip(groups, rows, strict=True) if not self._needs_passes(group)]
-            self.states.name_streams()  # by places among all
-            straight, of_straight = map(list, zip(*one, strict=True))
-            self.engine.run(Step(straight, self.state, {}, of_straight, *begun))
-        self._step_in_passes(several, of_several, work, begun)
+        # torch.distributed.checkpoint makes states by a step at lr 0. Those of the passes come first then: a plan that has only
+        # made states holds until other states appear, and knows that its next step is the first one.
+        still = all(not isinstance(row.hyper["lr"], Tensor) and row.hyper["lr"] == 0.0 for row in rows)
+        if still:
+            self._step_in_passes(several, of_several, work, begun)
+        numbers = [i for i, group in enumerate(groups) if not self._needs_passes(group)]
+        if numbers:
+            straight, of_straight = [groups[i] for i in numbers], [rows[i] for i in numbers]
+            if any(group.get(name) is not None for group in straight for name in ("weight_format", "state_format")):
+                self.states.name_streams()  # by places among all
+            self.engine.run(Step(straight, self.state, {}, of_straight, *begun, numbers))
+        if not still:
+            self._step_in_passes(several, of_several, work, begun)
 
     def _begin(self, control: Control, rows: list[Row]) -> Begun | None:
         """What the step does with gradients; None where it is skipped."""
@@ -166,6 +173,10 @@ class MultiPass(FusedOptimizer, abstract=True):
             for group, row in zip(groups, rows, strict=True)
         )
         return self._beginning.find(groups, control, host_must_know=host_must_know)
+
+    def _number_of(self, group: dict[str, Any]) -> int:
+        """The number of a group that errors give."""
+        return next(i for i, other in enumerate(self._all_groups) if other is group)
 
     def _decided_by_host(self, groups: list[dict[str, Any]]) -> bool:
         """True where a method of these groups needs the host to know."""
@@ -236,7 +247,7 @@ class MultiPass(FusedOptimizer, abstract=True):
     def _gradients(self, group: dict[str, Any], row: Row) -> list[tuple[str, Tensor, Tensor]]:
         """Name, parameter and gradient of each parameter that has one, checked with its states before anything changes."""
         self._check_settings(group)
-        index = next(i for i, other in enumerate(self._all_groups) if other is group)
+        index = self._number_of(group)
         step = Step([group], self.state, aligned_gradients([group]), [], Control())
         states, plain, of_rule = self.states, Row("sgdw", 1.0, {}), self.states.names(row.rule)
         found = []

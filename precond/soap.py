@@ -122,17 +122,17 @@ class SOAP(Rotated):
         hyper["beta1"], hyper["beta2"] = map(number, group["betas"])
         return Row(self._decayed("adamw", group), -1.0 if group["maximize"] else 1.0, hyper)
 
-    def _before(self, work: Work, group: dict[str, Any], row: Row) -> bool:
+    def _before(self, work: list[Work], group: dict[str, Any], row: Row) -> list[Work]:
         """The first gradient of a matrix only builds its bases."""
-        name, p, g, basis = work
-        if basis.kronecker is None or basis.kronecker.ready:
-            return True
-        self._feed(p, g, basis, group)
-        self._init_state(p, group, row, name)
-        return False
+        first = [item for item in work if item.basis.kronecker is not None and not item.basis.kronecker.ready]
+        self._feed(first, group)
+        for name, p, _, _ in first:
+            self._init_state(p, group, row, name)
+        begun = {id(item.p) for item in first}
+        return [item for item in work if id(item.p) not in begun]
 
-    def _after(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> None:
-        self._feed(p, g, basis, group)
+    def _after(self, work: list[Work], group: dict[str, Any]) -> None:
+        self._feed(work, group)
 
     def _hyper_in_basis(self, p: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> dict[str, float | Tensor]:
         """The rule adds eps to the corrected root, the published order to the uncorrected one: eps is divided as the root is."""
@@ -144,7 +144,8 @@ class SOAP(Rotated):
         eps, relative = float(group["eps"]), float(group["relative_eps"])
         if basis is None or basis.kronecker is None or not relative > 0.0:
             return eps
-        return basis.kronecker.mean_square_norm().double().sqrt() * relative + eps
+        norm = basis.kronecker.mean_square_norm()
+        return eps if norm is None else norm.double().sqrt() * relative + eps
 
     def _plain_hyper(self, row: Row) -> dict[str, float | Tensor]:
         """The published order: the decay takes the new weight."""

@@ -129,15 +129,13 @@ def learn(gradients: Sequence[tuple[Kronecker, Tensor]], beta: float, frequency:
 
 def _update_factors(gradients: Sequence[tuple[Kronecker, Tensor]], beta: float) -> None:
     """Average G G^T and G^T G into the factors, with weight 1 - beta."""
-    parts = [
-        (kronecker.state, side, g[side.block] if side.left else g[side.block].mT)
-        for kronecker, g in gradients
-        for side in kronecker.sides
-    ]
-    for batch in _batches(
-        parts, [((side.left, *_kind(part)), max(part.shape) * part.shape[0]) for _, side, part in parts]
-    ):
-        squares = iteration.square_of(_stacked([part for _, _, part in batch]))
+    parts = [(kronecker.state, side, g[side.block]) for kronecker, g in gradients for side in kronecker.sides]
+    keys = [((side.left, *_kind(part)), part.numel()) for _, side, part in parts]
+    for batch in _batches(parts, keys):
+        stack = _stacked(
+            [part for _, _, part in batch]
+        )  # transposed as a batch: a copy of what is transposed has other bits
+        squares = iteration.square_of(stack if batch[0][1].left else stack.mT)
         for (state, side, _), new in zip(batch, squares, strict=True):
             factor = state.get(f"factor_{side.name}")
             if factor is None:
@@ -162,32 +160,65 @@ def _refresh(kroneckers: Sequence[Kronecker], mean: str, square: str) -> None:
     """
     due = [_due(kronecker, side) for kronecker in kroneckers for side in kronecker.sides]
     _check_finite(due)
-    found = {
-        id(k): [as_matrix(local(k.state[name])) if name in k.state else None for name in (mean, square)]
-        for k in kroneckers
-    }
+    moves = {id(kronecker): _Moves(kronecker, mean, square) for kronecker in kroneckers}
+    again = []
     for item in due:
-        if item.basis is None:
-            new = bases.eigenbasis(item.factor)
-            # As from the identity; where states were made first, the mean is 0.
-            _replace(item, new, new, None, *found[id(item.kronecker)])
-    again = [item for item in due if item.basis is not None]
+        if item.basis is not None:
+            again.append(item)
+            continue
+        new = bases.eigenbasis(item.factor)
+        item.kronecker.state[f"basis_{item.side.name}"] = new
+        moves[id(item.kronecker)].add(item.side, new, None)  # as from the identity
     keys = [((item.factor.dtype, *_kind(item.basis)), item.basis.numel()) for item in again if item.basis is not None]
     for batch in _batches(again, keys):
         before = _stacked([item.basis for item in batch if item.basis is not None])
         before = before.to(torch.promote_types(before.dtype, torch.float32))
         factors = _stacked([item.factor for item in batch])
         factors = iteration.normalised(factors, torch.stack([item.largest for item in batch])).to(before.dtype)
-        new, sound = iteration.refreshed(before, factors)
+        found, sound = iteration.refreshed(before, factors)
         for i, (item, is_sound) in enumerate(zip(batch, sound.tolist(), strict=True)):
-            one = new if is_sound else iteration.again(before[i : i + 1], factors[i : i + 1])
+            one = found if is_sound else iteration.again(before[i : i + 1], factors[i : i + 1])
             basis, order, turn = (t[i if is_sound else 0] for t in one)
-            _replace(item, basis.clone() if len(batch) > 1 else basis, turn, order, *found[id(item.kronecker)])
-    for kronecker in kroneckers:
-        for name, t in zip((mean, square), found[id(kronecker)], strict=True):
+            item.kronecker.state[f"basis_{item.side.name}"] = basis.clone() if len(batch) > 1 else basis
+            moves[id(item.kronecker)].add(item.side, turn, order)
+    for moved in moves.values():
+        moved.finish()
+
+
+class _Moves:
+    """The states of a matrix that are kept in its bases, moved to new ones side by side in the order of its sides, whichever is
+    found first: so that their bits do not depend on what is in a batch.
+    """
+
+    def __init__(self, kronecker: Kronecker, mean: str, square: str) -> None:
+        self.kronecker, self.names = kronecker, (mean, square)
+        state = kronecker.state
+        self.found = [as_matrix(local(state[name])) if name in state else None for name in self.names]
+        self.due = [side.name for side in kronecker.sides]
+        self.waiting: dict[str, tuple[Side, Tensor, Tensor | None]] = {}
+
+    def add(self, side: Side, turn: Tensor, order: Tensor | None) -> None:
+        """Move the states from sorted columns of the last basis of a side, as soon as it is its turn."""
+        self.waiting[side.name] = (side, turn, order)
+        while self.due and self.due[0] in self.waiting:
+            self._move(*self.waiting.pop(self.due.pop(0)))
+
+    def _move(self, side: Side, turn: Tensor, order: Tensor | None) -> None:
+        mean, square = (t if t is None else t[side.block] for t in self.found)
+        if order is not None:
+            for t in (mean, square):
+                if t is not None:
+                    t.copy_(t[order] if side.left else t[:, order])
+        if mean is not None:
+            m = mean.to(turn.dtype)
+            mean.copy_(turn.mT @ m if side.left else m @ turn)
+
+    def finish(self) -> None:
+        """Write back what was a copy."""
+        for name, t in zip(self.names, self.found, strict=True):
             if t is not None:
-                state = local(kronecker.state[name])
-                state.copy_(t.view(state.shape))  # a copy only where reshape made one
+                state = local(self.kronecker.state[name])
+                state.copy_(t.view(state.shape))
 
 
 def _due(kronecker: Kronecker, side: Side) -> _Due:
@@ -209,22 +240,6 @@ def _check_finite(due: list[_Due]) -> None:
 def _finite(due: list[_Due]) -> list[tuple[_Due, bool]]:
     largest = torch.stack([item.largest.double() for item in due])
     return [(item, math.isfinite(value)) for item, value in zip(due, largest.tolist(), strict=True)]
-
-
-def _replace(
-    item: _Due, basis: Tensor, turn: Tensor, order: Tensor | None, mean: Tensor | None, square: Tensor | None
-) -> None:
-    """Take a new basis, and move the states that are kept in it."""
-    _, block, left = item.side
-    item.kronecker.state[f"basis_{item.side.name}"] = basis
-    mean, square = (t if t is None else t[block] for t in (mean, square))
-    if order is not None:
-        for t in (mean, square):
-            if t is not None:
-                t.copy_(t[order] if left else t[:, order])
-    if mean is not None:
-        m = mean.to(turn.dtype)
-        mean.copy_(turn.mT @ m if left else m @ turn)
 
 
 def _kind(t: Tensor) -> tuple[Hashable, ...]:

@@ -249,10 +249,9 @@ def refreshed(basis: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     scaled = _scaled(a)
     basis = basis.to(torch.promote_types(basis.dtype, torch.float32))[None]
     scaled = scaled.to(basis.dtype)[None]
-    found, sound = iteration.refreshed(basis, scaled)
-    if not bool(sound):
-        found = iteration.again(basis, scaled)
-    return found.basis[0], found.order[0]
+    found, spread = iteration.refreshed(basis, scaled)
+    new, order, _ = iteration.settled(found, float(spread), 0, basis, scaled)
+    return new, order
 
 
 def _scaled(a: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ _REFLECTS = ("cpu",)
 #: How far from orthogonal the columns may be that one Cholesky factor makes so: the product of the largest diagonal elements of
 #: their Gram matrix and of its inverse. A refresh at each step has 1 to 1.5, a basis that knows nothing of its matrix 1e3.
 _SPREAD = 4.0
+#: How far they may be for a second one to finish it; beyond, float32 has too few digits for the first.
+_SPREAD_OF_TWO = 1e4
 
 
 class Refreshed(NamedTuple):
@@ -46,7 +48,7 @@ def shift_of(size: int, dtype: torch.dtype) -> float:
 
 def refreshed(basis: Tensor, a: Tensor) -> tuple[Refreshed, Tensor]:
     """One step of orthogonal iteration of normalised matrices (k, d, d): the Q of A Q + shift Q, its columns sorted by the
-    diagonal of Q^T A Q. The second result says for which matrices it is sound; the others are for ``by_householder``.
+    diagonal of Q^T A Q. The second result says how far from orthogonal each was before its last step: ``settled`` reads it.
 
     A QR decomposition is a sequence of small steps, which a GPU does badly. There the same Q comes from products. With
     B = Q^T A Q = L D L^T (Cholesky), A Q = Q B = (Q L)(D L^T), so that the Q of Q L is looked for: the iteration is the LR
@@ -54,13 +56,32 @@ def refreshed(basis: Tensor, a: Tensor) -> tuple[Refreshed, Tensor]:
     ill-conditioned A is. So one Cholesky factor of (Q L)^T (Q L) orthogonalises it to the precision of the dtype, also where
     Q was not orthogonal itself. Plain Cholesky QR of A Q would square the condition of A.
     """
+    before, product, order = _sorted(basis, a)
+    if a.device.type in _REFLECTS:
+        return by_householder(before, product, order), before.new_ones(len(a))
+    return _by_products(before, product, order)
+
+
+def settled(found: Refreshed, spread: float, i: int, basis: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Basis, order and turn of the matrix with number i of a batch that was ``refreshed``, orthogonal to the dtype's precision:
+    as they are, after a second Cholesky factor, or by reflections.
+    """
+    one = Refreshed(*(t[i : i + 1] for t in found))
+    if not spread <= _SPREAD:
+        again = _orthogonalised(one.basis, one.turn) if spread <= _SPREAD_OF_TWO else None
+        if again is not None and float(again[2]) <= _SPREAD:
+            one = Refreshed(again[0], one.order, again[1])
+        else:
+            one = by_householder(*_sorted(basis[i : i + 1], a[i : i + 1]))
+    return one.basis[0], one.order[0], one.turn[0]
+
+
+def _sorted(basis: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns of Q and of A Q, and their order."""
     product = a @ basis
     order = torch.argsort((basis * product).sum(-2), dim=-1, descending=True, stable=True)
     columns = order[:, None, :].expand_as(basis)
-    before, product = basis.gather(-1, columns), product.gather(-1, columns)
-    if a.device.type in _REFLECTS:
-        return by_householder(before, product, order), order.new_ones(len(a), dtype=torch.bool)
-    return _by_products(before, product, order)
+    return basis.gather(-1, columns), product.gather(-1, columns), order
 
 
 def by_householder(before: Tensor, product: Tensor, order: Tensor) -> Refreshed:
@@ -70,28 +91,29 @@ def by_householder(before: Tensor, product: Tensor, order: Tensor) -> Refreshed:
     return Refreshed(q, order, before.mT @ q)
 
 
-def again(basis: Tensor, a: Tensor) -> Refreshed:
-    """``refreshed`` by Householder reflections, for what was not sound."""
-    product = a @ basis
-    order = torch.argsort((basis * product).sum(-2), dim=-1, descending=True, stable=True)
-    columns = order[:, None, :].expand_as(basis)
-    return by_householder(basis.gather(-1, columns), product.gather(-1, columns), order)
-
-
 def _by_products(before: Tensor, product: Tensor, order: Tensor) -> tuple[Refreshed, Tensor]:
     size = before.shape[-1]
     inside = _lower(before.mT, product.mT)
     inside.diagonal(dim1=-2, dim2=-1).add_(shift_of(size, before.dtype))
     factor, _, failed = _cholesky(inside, inverse=False)
     unit = factor / factor.diagonal(dim1=-2, dim2=-1)[..., None, :]
-    spread = _times_lower(before, unit)
-    gram = _lower(spread.mT, spread.mT)
-    _, inverse, failed_too = _cholesky(gram, inverse=True)
+    new, turn, spread = _orthogonalised(_times_lower(before, unit), unit)
+    return Refreshed(new, order, turn), torch.where(failed == 0, spread, torch.inf)
+
+
+def _orthogonalised(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """X R^-1 with the R of X = Q R by one Cholesky factor; the same of a matrix of turns; and how far from orthogonal X was, inf
+    where there is no factor.
+    """
+    gram = _lower(x.mT, x.mT)
+    _, inverse, failed = _cholesky(gram, inverse=True)
     assert inverse is not None
     # 1 for orthogonal columns. Where one is long or nearly in the span of others, the factor leaves more than rounding.
-    spreads = gram.diagonal(dim1=-2, dim2=-1).amax(-1) * inverse.square().sum(-2).amax(-1)
-    sound = (failed == 0) & (failed_too == 0) & (spreads <= _SPREAD)
-    return Refreshed(_times_upper(spread, inverse.mT), order, _times_upper(unit, inverse.mT)), sound
+    spread = gram.diagonal(dim1=-2, dim2=-1).amax(-1) * inverse.square().sum(-2).amax(-1)
+    spread = torch.where((failed == 0) & spread.isfinite(), spread, torch.inf)
+    upper = inverse.mT
+    turn = _times_upper(unit, upper)
+    return _times_upper(x, upper), turn, spread
 
 
 def _panels(size: int) -> list[slice]:

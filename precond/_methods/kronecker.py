@@ -175,10 +175,9 @@ def _refresh(kroneckers: Sequence[Kronecker], mean: str, square: str) -> None:
         before = before.to(torch.promote_types(before.dtype, torch.float32))
         factors = _stacked([item.factor for item in batch])
         factors = iteration.normalised(factors, torch.stack([item.largest for item in batch])).to(before.dtype)
-        found, sound = iteration.refreshed(before, factors)
-        for i, (item, is_sound) in enumerate(zip(batch, sound.tolist(), strict=True)):
-            one = found if is_sound else iteration.again(before[i : i + 1], factors[i : i + 1])
-            basis, order, turn = (t[i if is_sound else 0] for t in one)
+        found, spreads = iteration.refreshed(before, factors)
+        for i, (item, spread) in enumerate(zip(batch, spreads.tolist(), strict=True)):
+            basis, order, turn = iteration.settled(found, spread, i, before, factors)
             item.kronecker.state[f"basis_{item.side.name}"] = basis.clone() if len(batch) > 1 else basis
             moves[id(item.kronecker)].add(item.side, turn, order)
     for moved in moves.values():

@@ -86,7 +86,9 @@ def _sorted(basis: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def by_householder(before: Tensor, product: Tensor, order: Tensor) -> Refreshed:
     """The same by Householder reflections, from sorted columns of Q and A Q."""
-    q, _ = torch.linalg.qr(product + shift_of(before.shape[-1], before.dtype) * before)
+    # torch.linalg.qr without R, which it copies.
+    shifted = product + shift_of(before.shape[-1], before.dtype) * before
+    q = torch.linalg.householder_product(*torch.geqrf(shifted))
     q = q * torch.where((before * q).sum(-2, keepdim=True) < 0, -1.0, 1.0).to(q.dtype)
     return Refreshed(q, order, before.mT @ q)
 

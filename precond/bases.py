@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._core import iteration
 from ._core.extras import need
 from ._core.precision import at_stated_precision
 
@@ -246,24 +247,20 @@ def refreshed(basis: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     if basis.shape != a.shape:
         raise ValueError(f"basis and a must have one shape, got {tuple(basis.shape)} and {tuple(a.shape)}")
     scaled = _scaled(a)
-    basis = basis.to(torch.promote_types(basis.dtype, torch.float32))
-    scaled = scaled.to(basis.dtype)
-    product = scaled @ basis
-    order = torch.argsort((basis * product).sum(0), descending=True, stable=True)
-    before = basis[:, order]
-    shift = 16 * len(a) ** 0.5 * torch.finfo(basis.dtype).eps
-    q, _ = torch.linalg.qr(product[:, order] + shift * before)
-    return q * torch.where((before * q).sum(0) < 0, -1.0, 1.0).to(q.dtype), order
+    basis = basis.to(torch.promote_types(basis.dtype, torch.float32))[None]
+    scaled = scaled.to(basis.dtype)[None]
+    found, spread = iteration.refreshed(basis, scaled)
+    new, order, _ = iteration.settled(found, float(spread), 0, basis, scaled)
+    return new, order
 
 
 def _scaled(a: Tensor) -> Tensor:
     """A matrix over its largest magnitude, at least in float32."""
     _check_square("a", a)
-    wide = a.detach().to(torch.promote_types(a.dtype, torch.float32))
-    largest = wide.abs().amax() if wide.numel() else wide.new_ones(())
+    largest = iteration.largest_of(a)
     if not bool(torch.isfinite(largest)):
         raise ValueError("a must be finite, got inf or NaN in it")
-    return wide / torch.where(largest > 0, largest, 1.0)
+    return iteration.normalised(a, largest)
 
 
 # Kronecker bases: U = L (x) R for a matrix parameter, which is rotated by its two small factors.
@@ -275,7 +272,8 @@ def rotate(g: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
 
     Args:
         g: G (m, n), or a batch (..., m, n).
-        left, right: L (m, m) and R (n, n), orthogonal, the basis vectors as columns; None is the identity.
+        left, right: L (m, m) and R (n, n), orthogonal, the basis vectors as columns, or one for each matrix of the batch; None
+            is the identity.
 
     Returns:
         A tensor like g; ``rotate_back`` is the inverse.
@@ -320,7 +318,7 @@ def _check_factors(g: Tensor, left: Tensor | None, right: Tensor | None) -> None
     if g.ndim < 2:
         raise ValueError(f"g must be a matrix, got shape {tuple(g.shape)}")
     for name, factor, size in (("left", left, g.shape[-2]), ("right", right, g.shape[-1])):
-        if factor is not None and factor.shape != (size, size):
+        if factor is not None and (factor.ndim < 2 or factor.shape[-2:] != (size, size)):
             raise ValueError(
                 f"{name} must have shape {(size, size)} for g of {tuple(g.shape)}, got {tuple(factor.shape)}"
             )

@@ -17,6 +17,7 @@ from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.precision import at_stated_precision
 from ._core.rows import Row, name_of
 from ._core.settings import Settings
+from ._methods.kronecker import Rotation, turned
 from ._methods.rotated import Rotated, Work
 
 CURVATURES = ("gnb", "hutchinson", "gradient")
@@ -185,11 +186,11 @@ class GaussNewton(Rotated):
                             f"{self._name(p)} has no curvature"
                         )
 
-    def _before(self, work: Work, group: dict[str, Any], row: Row) -> bool:
-        """Feed the basis, unless ``update_curvature`` does: it feeds the gradients that it squares."""
+    def _before(self, work: list[Work], group: dict[str, Any], row: Row) -> list[Work]:
+        """Feed the bases, unless ``update_curvature`` does: it feeds the gradients that it squares."""
         if group["curvature"] != "gnb":
-            self._feed(work.p, work.g, work.basis, group)
-        return True
+            self._feed(work, group)
+        return work
 
     @torch.no_grad()
     @at_stated_precision
@@ -231,6 +232,7 @@ class GaussNewton(Rotated):
             if group["curvature"] == "hutchinson" and estimates is None:
                 raise RuntimeError("estimates must be given with curvature='hutchinson', got None")
             row = self._checked_row(group)
+            found: list[Work] = []
             for index, p in enumerate(group["params"]):
                 name = name_of(group, self._number_of(group), index)
                 given = p.grad if estimates is None else estimates[position]
@@ -243,19 +245,24 @@ class GaussNewton(Rotated):
                     )
                 if p.is_complex():
                     raise RuntimeError(f"{name} must be real for update_curvature, got {p.dtype}")
-                state = self.state[p]
-                if self.rotates(group):
-                    basis = self._basis(name, p, group)
-                    if estimates is None:
-                        self._feed(p, given, basis, group)
-                        given = basis.rotate(given, torch.promote_types(p.dtype, torch.float32))
-                    elif basis.kronecker is not None and not basis.kronecker.ready:
-                        first = "an update from gradients" if group["curvature"] == "gnb" else "a step"
-                        raise RuntimeError(f"{first} must come before estimates of {name}, to make their basis")
+                basis = self._basis(name, p, group) if self.rotates(group) else Rotation(p)
+                if estimates is not None and basis.kronecker is not None and not basis.kronecker.ready:
+                    first = "an update from gradients" if group["curvature"] == "gnb" else "a step"
+                    raise RuntimeError(f"{first} must come before estimates of {name}, to make their basis")
+                found.append(Work(name, p, given, basis))
+            # In the coordinates of the basis: an estimate is given in them, a gradient is squared in them.
+            parts = [item.g for item in found]
+            if estimates is None and self.rotates(group):
+                self._feed(found, group)
+                wide = [item.g.detach().to(torch.promote_types(item.p.dtype, torch.float32)) for item in found]
+                parts = turned([(item.basis, g) for item, g in zip(found, wide, strict=True)], back=False)
+            beta2 = float(group["betas"][1])
+            for (name, p, _, _), part in zip(found, parts, strict=True):
                 self._init_state(p, group, row, name)
+                state = self.state[p]
                 h = state["curvature"]
-                wide = torch.promote_types(h.dtype, torch.float32)
-                new = given.to(wide) if estimates is not None else given.to(wide).square() * batch_size
+                new = part.to(torch.promote_types(h.dtype, torch.float32))
+                new = new if estimates is not None else new.square() * batch_size
                 count = state["curvature_step"] = state.get("curvature_step", 0) + 1
-                beta2 = float(group["betas"][1])
-                h.copy_(torch.lerp(h.to(wide), new, (1 - beta2) / (1 - beta2**count) if self._corrected else 1 - beta2))
+                weight = (1 - beta2) / (1 - beta2**count) if self._corrected else 1 - beta2
+                h.copy_(torch.lerp(h.to(new.dtype), new, weight))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -14,8 +15,11 @@ from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.passes import plain_step
 from ._core.rows import Row
 from ._core.settings import Settings
-from ._methods.kronecker import Rotation
+from ._core.sharding import like, local
+from ._methods.kronecker import Rotation, as_matrix, is_matrix
 from ._methods.rotated import Rotated, Work
+from .muon import _scale as matrix_scale
+from .muon import newton_schulz
 
 
 class SOAP(Rotated):
@@ -45,6 +49,13 @@ class SOAP(Rotated):
         weight_decay: lambda >= 0, decoupled (default 0.01).
         precondition_frequency: steps between refreshes of the bases (default 10).
         max_precond_dim: matrices with a longer side are cut into blocks, each with its own bases (default 10000).
+        one_sided: True keeps the factor and the basis of the shorter side alone, of the rows in a square: less memory and fewer
+            operations for wide matrices, at some loss per step (default False).
+        orthogonalize: None (default), or SOAP-Muon: the direction D = Q_L (m / den) Q_R^T of a matrix is orthogonalised by Muon's
+            Newton-Schulz iteration and takes Muon's scale, "original": sqrt(max(1, rows / columns)), or "match_rms_adamw":
+            0.2 sqrt(max(rows, columns)). The iteration commutes with rotations, so that this is the orthogonalisation of m / den
+            in the basis. It runs in bfloat16, for float64 parameters in float64. Vectors keep Adam's step.
+        ns_coefficients, ns_steps: of that iteration, as for :class:`precond.Muon`.
         maximize: ascend instead of descend (default False).
         l1_decay, l1_form, l1_cap: intrinsic L1 in the eigenbasis, with P = Q diag(den^-1/2); otherwise as for
             :class:`precond.AdamW`. With it the weight decay is applied in AdamW's order too.
@@ -53,14 +64,16 @@ class SOAP(Rotated):
         **settings: ``backend`` and ``seed``: :class:`precond.Settings`.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or ``l1_decay`` is used with ``orthogonalize``.
         RuntimeError: when built and at the step, for a sharded matrix or a setting that clips: clip with torch's functions before
             the step; at the step, for a sparse gradient or a complex matrix.
 
     State: ``step``, ``exp_avg``, ``exp_avg_sq`` (in the basis), ``basis_step``; ``factor_...`` and ``basis_...`` of blocks.
 
-    Source: Vyas et al., arXiv 2409.11321, in the order of the published code (docs/theory.md, C.6). relative_eps and blocks are
-    this project's, as is that m is kept in the basis.
+    Source: Vyas et al., arXiv 2409.11321, in the order of the published code (docs/theory.md, C.6), with its one-sided variant.
+    orthogonalize: Vyas, SOAP-Muon (nikhilvyas.github.io/SOAP_Muon.pdf), as modded-nanogpt's pull requests 278 and 321 summarise
+    it; m is Adam's mean here, not Nesterov's momentum. relative_eps and blocks are this project's, as is that m is kept in the
+    basis.
 
     Example:
         >>> import torch, precond
@@ -76,7 +89,15 @@ class SOAP(Rotated):
     _in_basis = ("exp_avg", "exp_avg_sq")
     _basis_options = ("shampoo_beta", "precondition_frequency", "max_precond_dim")
     _why_not_one_pass = "for SOAP"
-    _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS, "l1_cap": 10.0}
+    _group_options = {
+        **FusedOptimizer._group_options,
+        **L1_OPTIONS,
+        "l1_cap": 10.0,
+        "one_sided": False,
+        "orthogonalize": None,
+        "ns_coefficients": (3.4445, -4.775, 2.0315),
+        "ns_steps": 5,
+    }
     _older_options = {"maximize": False, "differentiable": False}
 
     def __init__(
@@ -91,6 +112,10 @@ class SOAP(Rotated):
         max_precond_dim: int = 10000,
         *,
         relative_eps: float = 3e-6,
+        one_sided: bool = False,
+        orthogonalize: str | None = None,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        ns_steps: int = 5,
         maximize: bool = False,
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
@@ -108,7 +133,19 @@ class SOAP(Rotated):
         if group["shampoo_beta"] not in (None, -1) and not 0.0 <= group["shampoo_beta"] < 1.0:
             raise ValueError(f"shampoo_beta must be None, -1 or in [0, 1), got {group['shampoo_beta']}")
 
+        kind = _option(group, "orthogonalize")
+        if kind not in (None, "original", "match_rms_adamw"):
+            raise ValueError(f"orthogonalize must be None, 'original' or 'match_rms_adamw', got {kind!r}")
+        if kind is not None and float(_option(group, "l1_decay")) != 0.0:
+            raise ValueError(f"l1_decay must be 0 with orthogonalize, got {group['l1_decay']}")
+        if not 0 <= _option(group, "ns_steps") < 100:
+            raise ValueError(f"ns_steps must be in [0, 100), got {group['ns_steps']}")
+        if len(_option(group, "ns_coefficients")) != 3:
+            raise ValueError(f"ns_coefficients must be 3 values, got {group['ns_coefficients']!r}")
+
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        if _option(group, "orthogonalize") is not None and is_matrix(p):
+            return Metric(why_not="it takes all singular values to 1")
         step = self._steps(p)
         if not step:
             return None
@@ -122,17 +159,34 @@ class SOAP(Rotated):
         hyper["beta1"], hyper["beta2"] = map(number, group["betas"])
         return Row(self._decayed("adamw", group), -1.0 if group["maximize"] else 1.0, hyper)
 
-    def _before(self, work: Work, group: dict[str, Any], row: Row) -> bool:
+    def _before(self, work: list[Work], group: dict[str, Any], row: Row) -> list[Work]:
         """The first gradient of a matrix only builds its bases."""
-        name, p, g, basis = work
-        if basis.kronecker is None or basis.kronecker.ready:
-            return True
-        self._feed(p, g, basis, group)
-        self._init_state(p, group, row, name)
-        return False
+        first = [item for item in work if item.basis.kronecker is not None and not item.basis.kronecker.ready]
+        self._feed(first, group)
+        for name, p, _, _ in first:
+            self._init_state(p, group, row, name)
+        begun = {id(item.p) for item in first}
+        return [item for item in work if id(item.p) not in begun]
 
-    def _after(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> None:
-        self._feed(p, g, basis, group)
+    def _after(self, work: list[Work], group: dict[str, Any]) -> None:
+        self._feed(work, group)
+
+    def _directions(self, work: list[Work], directions: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        kind = _option(group, "orthogonalize")
+        if kind is None:
+            return directions
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for i, (_, p, _, basis) in enumerate(work):
+            if basis.kronecker is not None:
+                alike.setdefault((basis.kronecker.shape, directions[i].dtype, p.device), []).append(i)
+        out = list(directions)
+        for indices in alike.values():
+            stack = torch.stack([as_matrix(local(directions[i])) for i in indices])
+            scale = matrix_scale(kind, stack.shape[-2:])
+            for i, turned in zip(indices, _orthogonalized(stack, group), strict=True):
+                whole = turned.to(stack.dtype).mul(scale).reshape(directions[i].shape)
+                out[i] = like(directions[i], whole.contiguous())
+        return out
 
     def _hyper_in_basis(self, p: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> dict[str, float | Tensor]:
         """The rule adds eps to the corrected root, the published order to the uncorrected one: eps is divided as the root is."""
@@ -144,10 +198,23 @@ class SOAP(Rotated):
         eps, relative = float(group["eps"]), float(group["relative_eps"])
         if basis is None or basis.kronecker is None or not relative > 0.0:
             return eps
-        return basis.kronecker.mean_square_norm().double().sqrt() * relative + eps
+        norm = basis.kronecker.mean_square_norm()
+        return eps if norm is None else norm.double().sqrt() * relative + eps
 
     def _plain_hyper(self, row: Row) -> dict[str, float | Tensor]:
         """The published order: the decay takes the new weight."""
         lr, decay = row.hyper["lr"], row.hyper["weight_decay"]
         kept = 1.0 - lr * decay
         return plain_step(lr * kept, decay / kept)
+
+
+def _option(group: dict[str, Any], name: str) -> Any:
+    """An option that groups have only where it differs from its default."""
+    return group.get(name, SOAP._group_options[name])
+
+
+def _orthogonalized(u: Tensor, group: dict[str, Any]) -> Tensor:
+    """A batch of matrices by Muon's iteration."""
+    working = torch.float64 if u.dtype == torch.float64 else torch.bfloat16
+    options = {name: _option(group, name) for name in ("ns_coefficients", "ns_steps")}
+    return newton_schulz(u.to(working), {**options, "eps": 1e-7})

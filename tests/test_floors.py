@@ -15,7 +15,7 @@ pytestmark = pytest.mark.source
 #: The modules of precond from the ground up, a floor a line; a package counts with all of its modules. Other public modules stand
 #: on top.
 PYTHON = """
-_C _version _core.extras _core.precision _core.rows _core.settings _core.sharding bases reference
+_C _version _core.extras _core.iteration _core.precision _core.rows _core.settings _core.sharding bases reference
 _core.backend _core.metric
 _core.amp _core.arguments _core.checkpoint _core.formats _core.remainders
 _core.groups _core.memory _core.norm _core.states

@@ -12,6 +12,7 @@ from support.multipass import BF16, F32, F64, assert_close, give, params_of, tra
 
 import precond
 from precond import bases
+from precond._core import iteration
 
 MATRICES = ((4, 6), (7, 3), (3, 2, 2, 2))
 
@@ -23,7 +24,21 @@ def matrix(t):
 class Text:
     """One parameter. Signs of eigenvectors are free, so eigenvectors and QR steps are those of precond.bases."""
 
-    def __init__(self, p, lr, b1=0.95, b2=0.95, shampoo=None, eps=1e-8, decay=0.01, every=10, relative=0.0, l1=0.0):
+    def __init__(
+        self,
+        p,
+        lr,
+        b1=0.95,
+        b2=0.95,
+        shampoo=None,
+        eps=1e-8,
+        decay=0.01,
+        every=10,
+        relative=0.0,
+        l1=0.0,
+        one_sided=False,
+        muon=None,
+    ):
         self.vector = p.dim() < 2
         self.p = p.detach().double().reshape(-1, 1) if self.vector else matrix(p)
         self.m, self.v, self.t, self.calls = torch.zeros_like(self.p), torch.zeros_like(self.p), 0, 0
@@ -31,6 +46,9 @@ class Text:
         self.q = [torch.eye(n, dtype=F64) for n in self.p.shape]
         self.lr, self.b1, self.b2, self.eps, self.decay, self.every = lr, b1, b2, eps, decay, every
         self.shampoo, self.relative, self.l1 = b2 if shampoo is None else shampoo, relative, l1
+        rows, columns = self.p.shape
+        self.has = (rows <= columns, columns < rows) if one_sided else (True, True)
+        self.muon = muon
 
     def feed(self, g):
         for a, square in zip(self.a, (g @ g.T, g.T @ g), strict=True):
@@ -40,7 +58,10 @@ class Text:
         g = g.double().reshape(self.p.shape)
         if not self.vector and self.calls == 0:
             self.feed(g)
-            self.q = [bases.eigenbasis(a) for a in self.a]
+            self.q = [
+                bases.eigenbasis(a) if has else torch.eye(len(a), dtype=F64)
+                for a, has in zip(self.a, self.has, strict=True)
+            ]
             self.calls = 1
             return
         left, right = self.q
@@ -52,7 +73,17 @@ class Text:
         den = self.v.sqrt() + self.eps + (0.0 if self.vector else self.relative * norm)
         correction = math.sqrt(1 - self.b2**self.t) / (1 - self.b1**self.t)
         if self.l1 == 0.0:
-            self.p = self.p - self.lr * correction * (left @ (self.m / den) @ right.T)
+            direction = correction * (left @ (self.m / den) @ right.T)
+            if self.muon is not None and not self.vector:
+                # Muon's iteration, on the coordinates in the basis.
+                x = self.m / den / (self.m / den).norm()
+                for _ in range(5):
+                    gram = x @ x.T
+                    x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+                rows, columns = self.p.shape
+                scale = {"original": max(1, rows / columns) ** 0.5, "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5}
+                direction = scale[self.muon] * (left @ x @ right.T)
+            self.p = self.p - self.lr * direction
             self.p = self.p - self.lr * self.decay * self.p
         else:
             # docs/theory.md, A.2.2: z = den^(1/2) Q^T p with the den that divides the corrected mean.
@@ -67,7 +98,8 @@ class Text:
         if self.calls % self.every == 0:
             mean = left @ self.m @ right.T
             (self.q[0], rows), (self.q[1], columns) = (
-                bases.refreshed(q, a) for q, a in zip(self.q, self.a, strict=True)
+                bases.refreshed(q, a) if has else (q, torch.arange(len(a)))
+                for q, a, has in zip(self.q, self.a, self.has, strict=True)
             )
             self.m = self.q[0].T @ mean @ self.q[1]
             self.v = self.v[rows][:, columns]
@@ -76,7 +108,13 @@ class Text:
 
 def compare(dtype, rtol, atol, shapes=(*MATRICES, (5,), (), (4, 1)), steps=14, **options):
     params = params_of(shapes, dtype)
-    names = dict(decay="weight_decay", every="precondition_frequency", shampoo="shampoo_beta", l1="l1_decay")
+    names = dict(
+        decay="weight_decay",
+        every="precondition_frequency",
+        shampoo="shampoo_beta",
+        l1="l1_decay",
+        muon="orthogonalize",
+    )
     kwargs = {names.get(k, k): v for k, v in options.items() if k not in ("b1", "b2", "relative")}
     betas = options.get("b1", 0.95), options.get("b2", 0.95)
     optimizer = precond.SOAP(params, betas=betas, relative_eps=options.get("relative", 0.0), **kwargs)
@@ -100,13 +138,114 @@ def compare(dtype, rtol, atol, shapes=(*MATRICES, (5,), (), (4, 1)), steps=14, *
         dict(lr=0.02, every=3, relative=1e-1),
         dict(lr=0.02, every=3, l1=0.05, decay=0.1),
         dict(lr=0.02, every=3, l1=0.05, relative=1e-2, eps=1e-3),
+        dict(lr=0.02, every=2, one_sided=True),
+        dict(lr=0.02, every=1, one_sided=True, relative=1e-1, l1=0.05),
     ],
     ids=str,
 )
-def test_it_is_the_published_order(options):
+@pytest.mark.parametrize("reflects", [True, False])
+def test_it_is_the_published_order(options, reflects, monkeypatch):
+    if not reflects:
+        monkeypatch.setattr(iteration, "_REFLECTS", ())
     compare(F64, 1e-7, 1e-8, **options)
     # Signs of eigenvectors aside, float32 is the same; the smallest singular directions are noise in it.
     compare(F32, 2e-3, 2e-4, ((4, 4), (5, 4), (5,)), **(dict(eps=1e-3) | options))
+
+
+@pytest.mark.parametrize("one_sided", [False, True])
+@pytest.mark.parametrize("muon", ["original", "match_rms_adamw"])
+def test_a_direction_is_orthogonalised_as_in_the_basis(muon, one_sided):
+    options = dict(lr=0.02, every=1, eps=1e-3, relative=1e-3, decay=0.1, muon=muon, one_sided=one_sided)
+    compare(F64, 1e-7, 1e-8, **options)
+
+
+def test_orthogonalised_steps_are_near_orthogonal_in_float32_too():
+    """In bfloat16, whatever the scale of the gradients; singular values of the iteration are in 0.68 to 1.14."""
+    params = params_of(((24, 40), (40, 24), (5, 2, 2, 2)))
+    optimizer = precond.SOAP(params, lr=1.0, weight_decay=0.0, precondition_frequency=1, orthogonalize="original")
+    for i in range(4):
+        before = [matrix(p) for p in params]
+        give(params, i, 1e3)
+        optimizer.step()
+    for p, old in zip(params, before, strict=True):
+        values = torch.linalg.svdvals(matrix(p) - old) / max(1, len(old) / old.shape[1]) ** 0.5
+        assert values.min() > 0.6
+        assert values.max() < 1.2
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5), (3, 2, 2, 2), (1, 4), (9, 5)])
+def test_one_side_is_the_shorter_one(shape):
+    """Of each block; a block of one row or column has no basis. A square keeps its rows' side."""
+    (p,) = params_of((shape,))
+    optimizer = precond.SOAP([p], one_sided=True, max_precond_dim=12 if shape != (9, 5) else 8)
+    train([p], optimizer, 0, 3)
+    kept = {
+        name: tuple(t.shape)
+        for name, t in optimizer.state[p].items()
+        if name.startswith(("factor", "basis_l", "basis_r"))
+    }
+    rows, columns = shape[0], math.prod(shape[1:])
+    side, size = ("left", rows) if rows <= columns else ("right", columns)
+    expected = {} if size == 1 else {f"{what}_{side}_0": (size, size) for what in ("factor", "basis")}
+    assert kept == expected
+
+
+def test_a_run_may_become_one_sided_and_two_sided_again():
+    """States of a side without a basis are not used; a new side begins with the eigenvectors at its next refresh."""
+    (p,) = params_of(((4, 6),), F64)
+    optimizer = precond.SOAP([p], lr=0.01, precondition_frequency=2)
+    train([p], optimizer, 0, 4)
+    del optimizer.state[p]["factor_right_0"], optimizer.state[p]["basis_right_0"]
+    saved = optimizer.state_dict()
+    other = precond.SOAP([p], lr=0.01, precondition_frequency=2)
+    other.load_state_dict(saved)
+    train([p], other, 4, 10)
+    state = other.state[p]
+    u = state["basis_right_0"]
+    torch.testing.assert_close(u.T @ u, torch.eye(6, dtype=F64), rtol=0, atol=1e-12)
+    assert torch.isfinite(p).all()
+
+
+MANY = ((64, 64), (64, 64), (16, 32), (32, 16), (16, 32), (64, 64), (6, 4), (6, 4), (16, 4, 2, 2), (8,))
+
+
+@pytest.mark.parametrize("reflects", [True, False])
+def test_a_matrix_has_the_same_bits_alone_and_in_a_batch(reflects, monkeypatch):
+    if not reflects:
+        monkeypatch.setattr(iteration, "_REFLECTS", ())
+    together, alone = params_of(MANY), params_of(MANY)
+    options = dict(lr=0.01, precondition_frequency=1)
+    batch, singles = precond.SOAP(together, **options), [precond.SOAP([p], **options) for p in alone]
+    for i in range(5):
+        give(together, i)
+        for p, q, single in zip(together, alone, singles, strict=True):
+            q.grad = p.grad.clone()
+            single.step()
+        batch.step()
+    assert all(bits_equal(p.detach(), q.detach()) for p, q in zip(together, alone, strict=True))
+
+
+def test_equal_shapes_are_one_batch(monkeypatch):
+    sizes = []
+    refreshed = iteration.refreshed
+    monkeypatch.setattr(iteration, "refreshed", lambda q, a: sizes.append(tuple(q.shape)) or refreshed(q, a))
+    params = params_of(((16, 16),) * 5 + ((16, 32),) * 2)
+    train(params, precond.SOAP(params, precondition_frequency=1), 0, 2)
+    assert sorted(sizes) == [(2, 32, 32), (12, 16, 16)]
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_factor_that_is_not_finite_is_named_before_any_basis_changes(bad):
+    params = params_of(((4, 4), (6, 4)))
+    optimizer = precond.SOAP([("first", params[0]), ("second", params[1])], precondition_frequency=1)
+    train(params, optimizer, 0, 3)
+    bases_before = [{k: v.clone() for k, v in optimizer.state[p].items() if k.startswith("basis_l")} for p in params]
+    give(params, 3)
+    params[1].grad[0, 0] = bad
+    with pytest.raises(ValueError, match=r"factor_left_0 of .*second.*: a must be finite, got inf or NaN in it"):
+        optimizer.step()
+    for p, before in zip(params, bases_before, strict=True):
+        assert all(torch.equal(optimizer.state[p][name], t) for name, t in before.items())
 
 
 def test_the_first_step_of_a_matrix_only_builds_its_bases():
@@ -272,6 +411,7 @@ def test_gradients_of_any_size_move_alike_without_eps():
 
 RESUMED = [
     (F32, {}),
+    (F32, dict(one_sided=True, orthogonalize="original")),
     (F32, dict(l1_decay=0.05, max_precond_dim=5)),
     (F32, dict(state_format="bf16")),
     (BF16, dict(state_format="fp32", weight_format="split24")),
@@ -406,6 +546,10 @@ def test_it_finds_what_adam_does_not_in_a_rotated_valley():
         (dict(max_precond_dim=0), "max_precond_dim must be >= 1, got 0"),
         (dict(state_format="int8"), "state_format must not have codes for SOAP, got 'int8'"),
         (dict(l1_decay=-1.0), "l1_decay"),
+        (dict(orthogonalize="polar"), "orthogonalize must be None, 'original' or 'match_rms_adamw', got 'polar'"),
+        (dict(orthogonalize="original", l1_decay=0.1), "l1_decay must be 0 with orthogonalize, got 0.1"),
+        (dict(ns_steps=100), r"ns_steps must be in \[0, 100\), got 100"),
+        (dict(ns_coefficients=(1.0, 2.0)), r"ns_coefficients must be 3 values, got \(1.0, 2.0\)"),
     ],
     ids=str,
 )

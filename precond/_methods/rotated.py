@@ -4,6 +4,7 @@ and let a plain step take it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from .._core.clipping import Begun
 from .._core.formats import is_coded
 from .._core.passes import plain_step
 from .._core.rows import Row
-from .kronecker import Rotation, check_whole, is_matrix, rotation_of
+from .kronecker import Rotation, check_whole, is_matrix, learn, rotation_of, turned
 from .multipass import MultiPass
 
 
@@ -66,7 +67,8 @@ class Rotated(MultiPass, abstract=True):
     def _basis(self, name: str, p: Tensor, group: dict[str, Any]) -> Rotation:
         """The basis that a group gives a parameter; the identity for a vector without one."""
         state = self.state.get(p, {})
-        basis = rotation_of(name, p, group.get("basis", "kronecker"), state, group[self._basis_options[2]])
+        given, max_size = group.get("basis", "kronecker"), group[self._basis_options[2]]
+        basis = rotation_of(name, p, given, state, max_size, group.get("one_sided", False))
         self.state[p] = state  # not before a parameter that can have no basis was refused
         return basis
 
@@ -75,25 +77,29 @@ class Rotated(MultiPass, abstract=True):
         basis = self._basis(self._name(p), p, group) if self.rotates(group) and p in self.state else None
         return None if basis is None or basis.is_identity else basis
 
-    def _feed(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> None:
-        """Fold a gradient into the factors of a Kronecker basis, and refresh the basis where that is due."""
-        if basis.kronecker is not None:
-            beta, frequency, _ = (group[name] for name in self._basis_options)
-            kept = float(group["betas"][1] if beta in (None, -1) else beta)
-            basis.kronecker.learn(basis.matrix(g, _wide(p)), kept, frequency, *self._in_basis)
+    def _feed(self, work: Sequence[Work], group: dict[str, Any]) -> None:
+        """Fold gradients into the factors of Kronecker bases, and refresh the bases where that is due."""
+        beta, frequency, _ = (group[name] for name in self._basis_options)
+        kept = float(group["betas"][1] if beta in (None, -1) else beta)
+        gradients = [(b.kronecker, b.matrix(g, _wide(p))) for _, p, g, b in work if b.kronecker is not None]
+        learn(gradients, kept, frequency, *self._in_basis)
 
     # What a subclass adds to the step.
 
-    def _before(self, work: Work, group: dict[str, Any], row: Row) -> bool:
-        """Called before a parameter's states are made and its gradient is rotated; False: the step is over for it."""
-        return True
+    def _before(self, work: list[Work], group: dict[str, Any], row: Row) -> list[Work]:
+        """Called before states are made and gradients are rotated; returns the parameters that move."""
+        return work
 
-    def _after(self, p: Tensor, g: Tensor, basis: Rotation, group: dict[str, Any]) -> None:
+    def _after(self, work: list[Work], group: dict[str, Any]) -> None:
         """Called when the parameters of a group have moved."""
 
     def _hyper_in_basis(self, p: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> dict[str, float | Tensor]:
         """The hyper-parameters of the rule for a parameter."""
         return row.hyper
+
+    def _directions(self, work: list[Work], directions: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """What the parameters move along, from the rule's results in their own coordinates."""
+        return directions
 
     def _plain_hyper(self, row: Row) -> dict[str, float | Tensor]:
         """Those of the plain step by what the rule found."""
@@ -127,31 +133,33 @@ class Rotated(MultiPass, abstract=True):
     def _step_group(self, index: int, group: dict[str, Any], row: Row, work: list[Work]) -> None:
         """One pass of the rule over buffers in the basis, then one plain pass over the parameters."""
         has_l1 = float(group.get("l1_decay", 0.0)) != 0.0
-        moving, jobs, before = [], [], []
-        for item in work:
-            if not self._before(item, group, row):
-                continue
-            name, p, g, basis = item
+        moving = self._before(work, group, row)
+        for name, p, _, _ in moving:
             self._init_state(p, group, row, name)
-            # L1 decays the coordinates of the parameter itself; else the buffer holds the direction alone.
-            buffer = self._buffer(p, _wide(p))
-            buffer.copy_(basis.rotate(p, buffer.dtype)) if has_l1 else buffer.zero_()
-            before.append(buffer.clone() if has_l1 else None)
+        buffers = [self._buffer(p, _wide(p)) for _, p, _, _ in moving]
+        rotated = turned([(b, g.detach().to(_wide(p))) for _, p, g, b in moving], back=False)
+        # L1 decays the coordinates of the parameter itself; else the buffer holds the direction alone.
+        before = turned([(b, p.detach().to(_wide(p))) for _, p, _, b in moving], back=False) if has_l1 else None
+        jobs = []
+        for i, (name, p, _, basis) in enumerate(moving):
+            buffers[i].zero_() if before is None else buffers[i].copy_(before[i])
             hyper = self._hyper_in_basis(p, basis, group, row)
             hyper = hyper if has_l1 else {**hyper, "lr": 1.0, "weight_decay": 0.0}
-            rotated, asked = basis.rotate(g, buffer.dtype), group.get("state_format")
-            names = (*self._in_basis, "step")
-            jobs.append(self._job(name, p, buffer, rotated, names, hyper, row.sign, state_format=asked))
-            moving.append(item)
+            names, asked = (*self._in_basis, "step"), group.get("state_format")
+            jobs.append(self._job(name, p, buffers[i], rotated[i], names, hyper, row.sign, state_format=asked))
         self._pass(row.rule, self._in_basis, of=index).run(jobs)
         step = plain_step(1.0, 0.0) if has_l1 else self._plain_hyper(row)
-        last = []
-        for (name, p, _, basis), job, start in zip(moving, jobs, before, strict=True):
-            direction = basis.rotate_back(-job.p if start is None else start - job.p)
-            last.append(self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
+        moves = (
+            [-buffer for buffer in buffers] if before is None else [a - b for a, b in zip(before, buffers, strict=True)]
+        )
+        directions = turned([(item.basis, move) for item, move in zip(moving, moves, strict=True)], back=True)
+        directions = self._directions(moving, directions, group)
+        last = [
+            self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format"))
+            for (name, p, _, _), direction in zip(moving, directions, strict=True)
+        ]
         self._pass("sgdw", of=index).run(last)
-        for _, p, g, basis in moving:
-            self._after(p, g, basis, group)
+        self._after(moving, group)
 
 
 def _wide(p: Tensor) -> torch.dtype:

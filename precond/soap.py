@@ -182,7 +182,7 @@ class SOAP(Rotated):
         out = list(directions)
         for indices in alike.values():
             stack = torch.stack([as_matrix(local(directions[i])) for i in indices])
-            scale = matrix_scale(kind, stack.shape[-2:])
+            scale = matrix_scale(kind, *stack.shape[-2:])
             for i, turned in zip(indices, _orthogonalized(stack, group), strict=True):
                 whole = turned.to(stack.dtype).mul(scale).reshape(directions[i].shape)
                 out[i] = like(directions[i], whole.contiguous())

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Cholesky factors of at most this size are LAPACK's or cuSOLVER's; larger ones are products of these. 32 and 128 took as long.
+#: Cholesky factors of at most this size are LAPACK's or cuSOLVER's; larger ones are products of these.
 _LEAF = 64
 #: Triangular products are cut into this many block columns, which leaves (1 + 1 / 4) / 2 of the full product.
 _PANELS = 4
 #: Where Householder QR is used: LAPACK's takes 3.7 products of matrices of 512 x 512 (one thread), which leaves nothing to gain.
 _REFLECTS = ("cpu",)
 #: How far from orthogonal the columns may be that one Cholesky factor makes so: the product of the largest diagonal elements of
-#: their Gram matrix and of its inverse. A refresh at each step has 1 to 1.5, a basis that knows nothing of its matrix 1e3.
+#: their Gram matrix and of its inverse. At 1 they are orthogonal; the factor's error grows with it.
 _SPREAD = 4.0
 #: How far they may be for a second one to finish it; beyond, float32 has too few digits for the first.
 _SPREAD_OF_TWO = 1e4

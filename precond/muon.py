@@ -226,16 +226,16 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         """Where the averages go: those of equal matrices into one stack, which is multiplied as it is."""
         alike: dict[tuple[Any, ...], list[int]] = {}
         buffers: dict[int, Tensor] = {}
-        for i, each in enumerate(found):
-            if is_sharded(each.p) or each.of.batch is None:
-                buffers[i] = self._own_buffer(each.p)
+        for i, (group, _, _, p, _, of) in enumerate(found):
+            if is_sharded(p) or (batch := of.batch) is None:
+                buffers[i] = self._own_buffer(p)
             else:
-                alike.setdefault((id(each.group), each.of.batch[1:], each.p.device), []).append(i)
+                alike.setdefault((id(group), batch[1:], p.device), []).append(i)
         stacks, self._stacks = self._stacks, {}
         for key, indices in alike.items():
             shapes = [found[i].p.shape for i in indices]
             stack = stacks.get(key)
-            if stack is None or stack.shapes != shapes:
+            if stack is None or stack.shapes != shapes or not _alike(stack.views[0], found[indices[0]].p):
                 stack = Stack([found[i] for i in indices])
             stack.indices = indices
             self._stacks[key] = stack
@@ -245,7 +245,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
     def _own_buffer(self, p: Tensor) -> Tensor:
         """A contiguous buffer of a parameter that is in no stack."""
         made = self._buffers.get(p)
-        if made is None or (made.shape, made.device) != (p.shape, p.device) or local(made).shape != local(p).shape:
+        if made is None or not _alike(made, p):
             made = like(p, torch.zeros(local(p).shape, dtype=torch.bfloat16, device=p.device))
             self._buffers.put(p, made)
         return made
@@ -254,9 +254,8 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         self, found: list[Found], buffers: list[Tensor], exchanges: list[tuple[list[Member], Exchange]]
     ) -> list[Tensor]:
         """The orthogonal factors of the averages in the buffers, scaled where the blocks of a parameter have several scales."""
-        directions = {
-            i: each.target(buffers[i]) for i, each in enumerate(found) if is_sharded(each.p) or each.of.batch is None
-        }
+        stacked = {i for stack in self._stacks.values() for i in stack.indices}
+        directions = {i: each.target(buffers[i]) for i, each in enumerate(found) if i not in stacked}
         meanwhile: Callable[[], None] | None = functools.partial(self._map_own, found, buffers, directions)
         index_of = {id(each.p): i for i, each in enumerate(found)}
         for members, exchange in exchanges:
@@ -280,16 +279,16 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
 
     def _map_own(self, found: list[Found], buffers: list[Tensor], directions: dict[int, Tensor]) -> None:
         """The directions of the parameters that this rank has whole."""
+        cut = [i for i in directions if not is_sharded(found[i].p)]
         for stack in self._stacks.values():
             turned = orthogonalized(stack.whole, found[stack.indices[0]].group)
             for i, each in zip(stack.indices, turned.split(stack.counts), strict=True):
                 directions[i] = like(found[i].p, each.reshape(found[i].p.shape))
         alike: dict[tuple[Any, ...], list[tuple[int, Block]]] = {}
-        for i, each in enumerate(found):
-            if each.of.batch is None and not is_sharded(each.p):
-                for block in each.of.blocks():
-                    key = (id(each.group), each.p.device, block.rows, block.columns)
-                    alike.setdefault(key, []).append((i, block))
+        for i in cut:
+            for block in found[i].of.blocks():
+                key = (id(found[i].group), found[i].p.device, block.rows, block.columns)
+                alike.setdefault(key, []).append((i, block))
         for places in alike.values():
             parts = [view(local(buffers[i]), found[i].group.get("flatten"))[block.where] for i, block in places]
             turned = orthogonalized(torch.cat(parts), found[places[0][0]].group)
@@ -332,6 +331,12 @@ class Stack:
         self.indices: list[int] = []
 
 
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """True where two tensors have one shape, device and placement."""
+    placed = [(t.shape, t.device, getattr(t, "device_mesh", None), getattr(t, "placements", None)) for t in (a, b)]
+    return placed[0] == placed[1]
+
+
 def _orthogonalized_units(members: list[Member], units: list[Unit], stack: Tensor) -> Tensor:
     return orthogonalized(stack, members[units[0].param].group)
 
@@ -365,8 +370,10 @@ def _scale(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
 
 
 def orthogonalized(u: Tensor, group: dict[str, Any]) -> Tensor:
-    """The directions of a batch of averages, by the iteration that their group asks for."""
-    return newton_schulz(u, group)
+    """The directions of a batch of averages, by the iteration that their group asks for. Contiguous: a pass takes longer to read
+    transposed ones than a copy does.
+    """
+    return newton_schulz(u, group).contiguous()
 
 
 def newton_schulz(u: Tensor, group: dict[str, Any]) -> Tensor:

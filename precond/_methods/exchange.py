@@ -52,26 +52,33 @@ def entry_of(key: str, name: str, p: Tensor, of: Matrices, flatten: bool | None,
     """What this rank tells the others about a DTensor parameter, which errors call ``name``."""
     check_placements(name, p)
     mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
-    indices = [torch.arange(n) for n in p.shape]
-    replica = []
-    # Step by step, as distribute_tensor cuts: each dimension of the mesh what the one before has left.
-    for dim, (placement, here) in enumerate(zip(placements, mesh.get_coordinate(), strict=True)):
-        if placement.is_replicate():
-            replica.append(here)
-        else:
-            indices[placement.dim] = _cut(placement, indices[placement.dim], mesh.size(dim))[here]
+    here = tuple(mesh.get_coordinate())
+    indices = indices_of(tuple(p.shape), placements, tuple(mesh.shape), here)
     found, local_shape = tuple(len(each) for each in indices), tuple(p._local_tensor.shape)  # type: ignore[attr-defined]
     if found != local_shape:
-        raise RuntimeError(
-            f"{name} must have a local shape of {found} where it is placed by {placements}, got {local_shape}"
-        )
-    # Dimensions as in :func:`.units.seen`.
-    rows = 0 if flatten else p.dim() - 2
-    axes = (indices[:rows], [indices[rows]], indices[rows + 1 :])
-    sizes = (p.shape[:rows], p.shape[rows : rows + 1], p.shape[rows + 1 :])
-    counts, row_runs, column_runs = (_runs(_flat(*axis)) for axis in zip(axes, sizes, strict=True))
+        raise RuntimeError(f"{name} must have a local shape of {found}, placed by {placements}, got {local_shape}")
+    replica = tuple(at for at, placement in zip(here, placements, strict=True) if placement.is_replicate())
     placed = f"{placements} on a mesh of {tuple(mesh.shape)}"
-    return Entry(key, tuple(p.shape), placed, of, Piece(counts, row_runs, column_runs), tuple(replica), weight)
+    return Entry(key, tuple(p.shape), placed, of, piece_of(tuple(p.shape), indices, flatten), replica, weight)
+
+
+def indices_of(
+    shape: tuple[int, ...], placements: Sequence[Any], mesh: tuple[int, ...], here: tuple[int, ...]
+) -> list[Tensor]:
+    """Which indices of each dimension the rank at these coordinates of a mesh has."""
+    indices = [torch.arange(n) for n in shape]
+    # Step by step, as distribute_tensor cuts: each dimension of the mesh what the one before has left.
+    for placement, pieces, number in zip(placements, mesh, here, strict=True):
+        if not placement.is_replicate():
+            indices[placement.dim] = _cut(placement, indices[placement.dim], pieces)[number]
+    return indices
+
+
+def piece_of(shape: tuple[int, ...], indices: Sequence[Tensor], flatten: bool | None) -> Piece:
+    """What a rank has that has these indices of each dimension, in dimensions as in :func:`.units.seen`."""
+    rows = 0 if flatten else len(shape) - 2
+    cuts = (slice(None, rows), slice(rows, rows + 1), slice(rows + 1, None))
+    return Piece(*(_runs(_flat(indices[cut], shape[cut])) for cut in cuts))
 
 
 def _cut(placement: Any, indices: Tensor, pieces: int) -> list[Tensor]:

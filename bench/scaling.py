@@ -5,8 +5,8 @@ optimizer makes, from the same shards, and times nothing.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from precond._methods.exchange import indices_of, piece_of
+from precond._methods.exchange import spread_of
 from precond._methods.owners import Entry, Plan
 from precond._methods.units import matrices_of
 
@@ -85,38 +85,26 @@ def _each(model: str, placed: Any) -> list[Sharded]:
 
 def plan_of(matrices: Sequence[Sharded], mesh: tuple[int, ...]) -> Plan:
     """The plan that all ranks of a mesh make."""
-
-    @functools.cache
-    def piece(shape: tuple[int, int], placements: tuple[Any, ...], here: tuple[int, ...]) -> Any:
-        return piece_of(shape, indices_of(shape, placements, mesh, here), None)
-
-    tables = []
-    for here in itertools.product(*map(range, mesh)):
-        table = []
-        for name, shape, placements in sorted(matrices, key=lambda matrix: matrix.name):
-            replica = tuple(at for at, one in zip(here, placements, strict=True) if one.is_replicate())
-            of = matrices_of(shape, None, None, name)
-            table.append(
-                Entry(name, shape, str(placements), of, piece(shape, placements, here), replica, float(NS_STEPS))
-            )
-        tables.append(table)
-    return Plan(tables, ITEMSIZE)
+    everywhere = tuple(itertools.product(*map(range, mesh)))
+    entries = []
+    for name, shape, placements in sorted(matrices, key=lambda matrix: matrix.name):
+        pieces, replicas = spread_of(shape, placements, mesh, everywhere, None)
+        of = matrices_of(shape, None, None, name)
+        entries.append(Entry(name, shape, str(placements), of, pieces, replicas, float(NS_STEPS)))
+    return Plan(entries, len(everywhere), ITEMSIZE)
 
 
 def figures(matrices: Sequence[Sharded], mesh: tuple[int, ...]) -> dict[str, float]:
     """What a plan costs: of a step and a rank, unless it says otherwise."""
     plan = plan_of(matrices, mesh)
-    sent = [plan.sent(rank) for rank in range(plan.ranks)]
+    sent = plan.sent()
     there, back = ([each[way] for each in sent] for way in (0, 1))
     both = [sum(each) for each in sent]
     # A multiplication and an addition are two operations.
     operations = [2 * cost for cost in plan.costs]
     elements = sum(rows * columns for _, (rows, columns), _ in matrices)
-    shares = [1 for one in matrices[0].placements if not one.is_replicate()]
-    pieces = 1
-    for size, one in zip(mesh, matrices[0].placements, strict=True):
-        pieces *= 1 if one.is_replicate() else size
-    assert shares
+    placements = matrices[0].placements
+    pieces = math.prod(size for size, one in zip(mesh, placements, strict=True) if not one.is_replicate())
     local = elements * ITEMSIZE / pieces
     batches: dict[tuple[int, int], int] = {}
     for a in plan.assigned:

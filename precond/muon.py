@@ -282,7 +282,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         cut = [i for i in directions if not is_sharded(found[i].p)]
         for stack in self._stacks.values():
             turned = orthogonalized(stack.whole, found[stack.indices[0]].group)
-            for i, each in zip(stack.indices, turned.split(stack.counts), strict=True):
+            for i, each in zip(stack.indices, torch.split(turned, stack.counts), strict=True):
                 directions[i] = like(found[i].p, each.reshape(found[i].p.shape))
         alike: dict[tuple[Any, ...], list[tuple[int, Block]]] = {}
         for i in cut:
@@ -292,7 +292,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         for places in alike.values():
             parts = [view(local(buffers[i]), found[i].group.get("flatten"))[block.where] for i, block in places]
             turned = orthogonalized(torch.cat(parts), found[places[0][0]].group)
-            for (i, block), values in zip(places, turned.split([len(part) for part in parts]), strict=True):
+            for (i, block), values in zip(places, torch.split(turned, [len(part) for part in parts]), strict=True):
                 group = found[i].group
                 target = view(local(directions[i]), group.get("flatten"))[block.where]
                 _write(target, values, block, found[i].of, group["adjust_lr_fn"])
@@ -324,7 +324,7 @@ class Stack:
         self.shapes = [each.p.shape for each in found]
         self.counts = [count for count, _, _ in batches]
         self.whole = torch.zeros(sum(self.counts), *batches[0][1:], dtype=torch.bfloat16, device=found[0].p.device)
-        parts = self.whole.split(self.counts)
+        parts = torch.split(self.whole, self.counts)
         # The same tensors at every step: a pass looks at what is new.
         self.views = [like(each.p, part.view(each.p.shape)) for each, part in zip(found, parts, strict=True)]
         #: Where the parameters stand in this step.

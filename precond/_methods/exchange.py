@@ -6,6 +6,7 @@ Called by methods that map whole matrices. Nobody gathers a matrix that it does 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -49,17 +50,37 @@ def _ranks_of_mesh(mesh: Any) -> tuple[int, ...]:
 
 
 def entry_of(key: str, name: str, p: Tensor, of: Matrices, flatten: bool | None, weight: float) -> Entry:
-    """What this rank tells the others about a DTensor parameter, which errors call ``name``."""
+    """A DTensor parameter, which errors call ``name``, as its mesh has it; raise where this rank has another piece."""
     check_placements(name, p)
-    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    mesh, placements, shape = p.device_mesh, tuple(p.placements), tuple(p.shape)  # type: ignore[attr-defined]
     here = tuple(mesh.get_coordinate())
-    indices = indices_of(tuple(p.shape), placements, tuple(mesh.shape), here)
-    found, local_shape = tuple(len(each) for each in indices), tuple(p._local_tensor.shape)  # type: ignore[attr-defined]
+    found = tuple(len(each) for each in indices_of(shape, placements, tuple(mesh.shape), here))
+    local_shape = tuple(p._local_tensor.shape)  # type: ignore[attr-defined]
     if found != local_shape:
         raise RuntimeError(f"{name} must have a local shape of {found}, placed by {placements}, got {local_shape}")
-    replica = tuple(at for at, placement in zip(here, placements, strict=True) if placement.is_replicate())
+    pieces, replicas = spread_of(shape, placements, tuple(mesh.shape), _coordinates(mesh), flatten)
     placed = f"{placements} on a mesh of {tuple(mesh.shape)}"
-    return Entry(key, tuple(p.shape), placed, of, piece_of(tuple(p.shape), indices, flatten), replica, weight)
+    return Entry(key, shape, placed, of, pieces, replicas, weight)
+
+
+@functools.lru_cache(maxsize=256)
+def _coordinates(mesh: Any) -> tuple[tuple[int, ...], ...]:
+    """Those of each rank of a mesh, in order."""
+    return tuple(tuple((mesh.mesh == rank).nonzero()[0].tolist()) for rank in _ranks_of_mesh(mesh))
+
+
+@functools.lru_cache(maxsize=4096)
+def spread_of(
+    shape: tuple[int, ...],
+    placements: tuple[Any, ...],
+    mesh: tuple[int, ...],
+    coordinates: tuple[tuple[int, ...], ...],
+    flatten: bool | None,
+) -> tuple[tuple[Piece, ...], tuple[tuple[int, ...], ...]]:
+    """What the ranks at these coordinates of a mesh have of a tensor, and where they are among replicas."""
+    pieces = tuple(piece_of(shape, indices_of(shape, placements, mesh, here), flatten) for here in coordinates)
+    same = [dim for dim, placement in enumerate(placements) if placement.is_replicate()]
+    return pieces, tuple(tuple(here[dim] for dim in same) for here in coordinates)
 
 
 def indices_of(
@@ -115,7 +136,12 @@ def group_of(ranks: tuple[int, ...], meshes: Sequence[Any]) -> Any:
     world = dist.group.WORLD
     if len(ranks) == dist.get_world_size():
         return world
-    flat = sorted((mesh.get_group() for mesh in meshes if mesh.ndim == 1), key=lambda group: str(group.group_name))
+    flat = [mesh.get_group() for mesh in meshes if mesh.ndim == 1]
+    # The same one on all ranks, whatever order their parameters have.
+    flat = sorted(
+        (group for group in flat if tuple(dist.get_process_group_ranks(group)) == ranks),
+        key=lambda group: str(group.group_name),
+    )
     if flat:
         return flat[0]
     made_in, group = _GROUPS.get(ranks, (None, None))
@@ -125,27 +151,36 @@ def group_of(ranks: tuple[int, ...], meshes: Sequence[Any]) -> Any:
     return group
 
 
-def agreed(entries: Sequence[Entry], error: str | None, group: Any, what: str) -> list[list[Entry]]:
-    """The entries of all ranks of a group, sorted by key; raise on all ranks where one has an error or they are not the same."""
+def agree(entries: Sequence[Entry], error: str | None, group: Any, what: str) -> None:
+    """Raise on all ranks of a group where one has an error, or where they do not have the same entries. What each tells is short,
+    unless they differ: all know the mesh.
+    """
     dist = torch.distributed
-    tables: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(tables, (sorted(entries), error), group=group)
-    ranks = [dist.get_global_rank(group, i) for i in range(len(tables))]
-    for rank, (_, said) in zip(ranks, tables, strict=True):
+    spread = functools.cache(_digest)
+    digest = _digest(*((e.key, e.shape, e.placed, e.of, spread(e.pieces, e.replicas)) for e in entries))
+    ranks = dist.get_process_group_ranks(group)
+    told: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(told, (digest, error), group=group)
+    for rank, (_, said) in zip(ranks, told, strict=True):
         if said is not None:
             raise RuntimeError(f"{said} (on rank {rank})")
-    first = {entry.key: entry for entry in tables[0][0]}
-    for rank, (table, _) in zip(ranks, tables, strict=True):
-        other = {entry.key: entry for entry in table}
-        for key in sorted(first.keys() | other.keys()):
-            ours, theirs = (None if e is None else (e.shape, e.placed, e.of) for e in (first.get(key), other.get(key)))
-            if ours != theirs:
+    if all(other == told[0] for other in told):
+        return
+    tables: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(tables, {entry.key: (entry.shape, entry.placed, entry.of) for entry in entries}, group=group)
+    for rank, table in zip(ranks, tables, strict=True):
+        for key in sorted(tables[0].keys() | table.keys()):
+            if tables[0].get(key) != table.get(key):
                 raise RuntimeError(
                     f"{what} must have the same sharded matrices on all ranks of a mesh, by their names where all groups have "
-                    f"them, else by their places, got for {key}: {_said(ours)} on rank {ranks[0]}, "
-                    f"{_said(theirs)} on rank {rank}"
+                    f"them, else by their places, got for {key}: {_said(tables[0].get(key))} on rank {ranks[0]}, "
+                    f"{_said(table.get(key))} on rank {rank}"
                 )
-    return [table for table, _ in tables]
+    raise RuntimeError(f"{what} must have the same meshes on all ranks, got sharded matrices on meshes that differ")
+
+
+def _digest(*values: Any) -> bytes:
+    return hashlib.blake2b(repr(values).encode(), digest_size=16).digest()
 
 
 def _said(entry: tuple[Any, ...] | None) -> str:
@@ -202,8 +237,8 @@ class Agreements:
             entries = [entry_of(m.key, m.name, m.p, m.of, m.group.get("flatten"), m.weight) for m in own]
         except RuntimeError as wrong:  # the other ranks wait for ours
             error = str(wrong)
-        tables = agreed(entries, error, group, self._what)
-        return Exchange(Plan(tables), group, {number: m.kind for number, m in enumerate(own)})
+        agree(entries, error, group, self._what)
+        return Exchange(Plan(entries, len(ranks)), group, {number: m.kind for number, m in enumerate(own)})
 
 
 # A step.
@@ -358,7 +393,7 @@ class Exchange:
         """What has come, by unit and rank."""
         if arrival is None:
             return {}
-        found = arrival.wait().split([part_of(a, rank).numel for a, rank in order]) if order else ()
+        found = torch.split(arrival.wait(), [part_of(a, rank).numel for a, rank in order]) if order else ()
         return {(id(a), rank): each.view(part_of(a, rank).shape) for (a, rank), each in zip(order, found, strict=True)}
 
     def _map(
@@ -374,7 +409,7 @@ class Exchange:
             return {}
         units = [a.unit for a in alike]
         stack = self._whole(alike, pieces, arrived)
-        mapped = work(units, stack).split([unit.count for unit in units])
+        mapped = torch.split(work(units, stack), [unit.count for unit in units])
         results = {id(a): each for a, each in zip(alike, mapped, strict=True)}
         for a in alike:
             if self._me in a.holders:
@@ -390,7 +425,7 @@ class Exchange:
                 return pieces.of(alike[0].unit.param, part) if each is None else each
         count = sum(a.unit.count for a in alike)
         stack = torch.empty(count, *alike[0].unit.shape[1:], dtype=pieces.dtype, device=pieces.device)
-        for a, whole, of in zip(alike, stack.split([a.unit.count for a in alike]), parts, strict=True):
+        for a, whole, of in zip(alike, torch.split(stack, [a.unit.count for a in alike]), parts, strict=True):
             for part, each in of:
                 values = pieces.of(a.unit.param, part) if each is None else each
                 for here, there in part.regions():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +49,30 @@ def run(folder: str) -> None:
             except BaseException:
                 found[name] = traceback.format_exc()
     torch.save(found, f"{folder}/{ranks}-{dist.get_rank()}.pt")
+
+
+def simulated(folder: str) -> None:
+    """The bytes of a step on paper are those that are sent."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from bench import scaling
+
+    shapes = [(64, 48), (48, 100), (16, 48), (7, 5)] * 3
+    meshes = [((dist.get_world_size(),), (Shard(0),)), ((dist.get_world_size(),), (Shard(1),))]
+    if dist.get_world_size() == 4:
+        meshes = [((2, 2), (Replicate(), Shard(0))), ((2, 2), (Shard(1), Shard(0)))]
+    for sizes, placements in meshes:
+        mesh = init_device_mesh("cpu", sizes)
+        matrices = [scaling.Sharded(f"parameter {i} of group 0", shape, placements) for i, shape in enumerate(shapes)]
+        plan = scaling.plan_of(matrices, sizes)
+        place = lambda i, t: distribute_tensor(t, mesh, placements, src_data_rank=None)  # noqa: B023, E731
+        with Counted() as counted:
+            _, optimizer = train(muon_of(), shapes, place)
+        assert counted.bytes == STEPS * sum(plan.sent()[dist.get_rank()])
+        assert sum(everywhere(counted.bytes)) > 0
+        (exchange,) = exchanges(optimizer)
+        assert [(a.unit, a.owner, a.batch) for a in exchange.plan.assigned] == [
+            (a.unit, a.owner, a.batch) for a in plan.assigned
+        ]
 
 
 def line() -> DeviceMesh:
@@ -334,7 +360,7 @@ def bytes_are_sent_once_each_way():
         optimizer = check(line(), [Shard(0)], shapes=shapes, dtype=BF16)
     (exchange,) = exchanges(optimizer)
     me = dist.get_rank()
-    assert counted.bytes == exchange.bytes_sent == STEPS * sum(exchange.plan.sent(me))
+    assert counted.bytes == exchange.bytes_sent == STEPS * sum(exchange.plan.sent()[me])
     # The unsharded run was counted too.
     assert sum(everywhere(counted.matrices)) - ranks * STEPS * len(shapes) == STEPS * len(shapes)
     assert sum(what == "start" for what, _ in counted.log) == 2 * STEPS * exchange.plan.batches

@@ -110,7 +110,7 @@ def figures(matrices: Sequence[Sharded], mesh: tuple[int, ...]) -> dict[str, flo
     for a in plan.assigned:
         if a.batch is not None:
             place = a.owner, a.batch
-            batches[place] = batches.get(place, 0) + a.unit.block.rows * a.unit.block.columns * a.unit.count * ITEMSIZE
+            batches[place] = batches.get(place, 0) + a.unit.block.rows * a.unit.block.columns * a.unit.number * ITEMSIZE
     return {
         "matrices": len(plan.assigned),
         "elements": elements,

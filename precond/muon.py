@@ -41,8 +41,8 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
     synchronise with the device.
 
     Args:
-        params: matrices, named or in groups, as for any torch optimizer. Give everything else (biases, norms, embeddings, the
-            output layer) to another optimizer: :func:`precond.param_groups` separates them.
+        params: matrices, named or in groups, as for any torch optimizer; DTensors in shards too. Give everything else (biases,
+            norms, embeddings, the output layer) to another optimizer: :func:`precond.param_groups` separates them.
         lr: learning rate gamma >= 0, a float or a tensor of one element (default 1e-3).
         weight_decay: lambda >= 0, decoupled, not scaled by s (default 0.1).
         momentum: mu in [0, 1) (default 0.95).
@@ -61,9 +61,9 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         **settings: ``backend`` and ``seed``: :class:`precond.Settings`.
 
     Raises:
-        ValueError: an argument is out of range, or a parameter is not a matrix.
-        RuntimeError: when built and at the step, for a sharded parameter or a setting that clips: clip with torch's functions
-            before the step; at the step, for a sparse or complex gradient.
+        ValueError: an argument is out of range, a parameter is not a matrix, or ``split`` does not fit one.
+        RuntimeError: when built and at the step, for a setting that clips: clip with torch's functions before the step; at the
+            step, for a sparse or complex gradient, and on all ranks if they do not have the same sharded matrices.
 
     State: ``momentum_buffer``, as torch.
 

@@ -235,7 +235,7 @@ class Agreements:
         entries, error = [], None
         try:
             entries = [entry_of(m.key, m.name, m.p, m.of, m.group.get("flatten"), m.weight) for m in own]
-        except RuntimeError as wrong:  # the other ranks wait for ours
+        except Exception as wrong:  # whatever it is, the other ranks wait for ours
             error = str(wrong)
         agree(entries, error, group, self._what)
         return Exchange(Plan(entries, len(ranks)), group, {number: m.kind for number, m in enumerate(own)})
@@ -357,7 +357,7 @@ class Exchange:
         """
         pieces = _Pieces(piece_of, dtype, device)
         gathers: dict[int, Arrival | None] = {}
-        returns: list[Arrival | None] = []
+        returns: dict[int, Arrival | None] = {}
         for b in range(min(1, self.plan.batches)):
             gathers[b] = self._gather(b, pieces)
         if meanwhile is not None:
@@ -373,11 +373,16 @@ class Exchange:
             for alike in self._owned[b]:
                 results.update(self._map(alike, pieces, arrived, work, put))
             parts = [taken(results[id(a)], a.holders[rank]) for a, rank in self._back_to[b]]
-            returns.append(self._start(self._returns[b], parts, dtype, device))
-        for b, arrival in enumerate(returns):
-            back = self._parts(arrival, self._back_from[b], lambda a, rank: a.holders[self._me])
-            for a, rank in self._back_from[b]:
-                put(a.unit, a.holders[self._me].here, back[id(a), rank])
+            returns[b] = self._start(self._returns[b], parts, dtype, device)
+            if b > 0:
+                self._finish(b - 1, returns.pop(b - 1), put)
+        for b, arrival in returns.items():
+            self._finish(b, arrival, put)
+
+    def _finish(self, b: int, arrival: Arrival | None, put: Put) -> None:
+        back = self._parts(arrival, self._back_from[b], lambda a, rank: a.holders[self._me])
+        for a, rank in self._back_from[b]:
+            put(a.unit, a.holders[self._me].here, back[id(a), rank])
 
     def _gather(self, b: int, pieces: _Pieces) -> Arrival | None:
         parts = [pieces.of(a.unit.param, a.holders[self._me]).reshape(-1) for a, _ in self._to[b]]
@@ -409,7 +414,7 @@ class Exchange:
             return {}
         units = [a.unit for a in alike]
         stack = self._whole(alike, pieces, arrived)
-        mapped = torch.split(work(units, stack), [unit.count for unit in units])
+        mapped = torch.split(work(units, stack), [unit.number for unit in units])
         results = {id(a): each for a, each in zip(alike, mapped, strict=True)}
         for a in alike:
             if self._me in a.holders:
@@ -423,9 +428,9 @@ class Exchange:
             ((part, each),) = parts[0]
             if all(len(runs) == 1 for runs in part.at):
                 return pieces.of(alike[0].unit.param, part) if each is None else each
-        count = sum(a.unit.count for a in alike)
+        count = sum(a.unit.number for a in alike)
         stack = torch.empty(count, *alike[0].unit.shape[1:], dtype=pieces.dtype, device=pieces.device)
-        for a, whole, of in zip(alike, torch.split(stack, [a.unit.count for a in alike]), parts, strict=True):
+        for a, whole, of in zip(alike, torch.split(stack, [a.unit.number for a in alike]), parts, strict=True):
             for part, each in of:
                 values = pieces.of(a.unit.param, part) if each is None else each
                 for here, there in part.regions():

@@ -90,13 +90,13 @@ class Unit(NamedTuple):
     #: The number of the parameter.
     param: int
     first: int
-    count: int
+    number: int
     block: Block
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """As a batch."""
-        return self.count, self.block.rows, self.block.columns
+        return self.number, self.block.rows, self.block.columns
 
 
 @dataclasses.dataclass
@@ -206,7 +206,7 @@ def _units(number: int, entry: Entry, holders_of: Holders) -> Iterator[Assigned]
     """The units of a parameter: each block of each matrix; of those of a batch that a rank has whole all that it has."""
     of = entry.of
     different = set(entry.pieces)
-    edges = {0, of.count} | {edge for p in different for start, n in p.counts for edge in (start, start + n)}
+    edges = {0, of.number} | {edge for p in different for start, n in p.counts for edge in (start, start + n)}
     for block in of.blocks():
         if block.rows == 0 or block.columns == 0:
             continue
@@ -215,9 +215,9 @@ def _units(number: int, entry: Entry, holders_of: Holders) -> Iterator[Assigned]
         sides = ((block.row, block.rows), (block.column, block.columns))
         for first, last in itertools.pairwise(sorted(edges)):
             unit = Unit(number, first, last - first, block)
-            holders = holders_of(entry.pieces, ((first, unit.count), *sides))
-            if unit.count == 1 or any(part.numel == math.prod(unit.shape) for part in holders.values()):
-                yield Assigned(unit, cost * unit.count, holders)
+            holders = holders_of(entry.pieces, ((first, unit.number), *sides))
+            if unit.number == 1 or any(part.numel == math.prod(unit.shape) for part in holders.values()):
+                yield Assigned(unit, cost * unit.number, holders)
                 continue
             for e in range(first, last):
                 yield Assigned(Unit(number, e, 1, block), cost, holders_of(entry.pieces, ((e, 1), *sides)))
@@ -231,7 +231,8 @@ def _holders(pieces: tuple[Piece, ...], wanted: tuple[tuple[int, int], ...]) -> 
 def _part(piece: Piece, wanted: tuple[tuple[int, int], ...]) -> Part | None:
     local, at = [], []
     for runs, (start, size) in zip(piece, wanted, strict=True):
-        done, first, found = 0, 0, []
+        done = first = 0
+        found: list[tuple[int, int]] = []
         for run, length in runs:
             low, high = max(run, start), min(run + length, start + size)
             if low < high:

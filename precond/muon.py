@@ -171,15 +171,16 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
         rows = [self._checked_row(group) for group in self.param_groups]
-        found = [
-            Found(group, row, name, p, g, self._matrices(name, p, group))
-            for group, row in zip(self.param_groups, rows, strict=True)
-            for name, p, g in self._gradients(group, row)
-            if p.numel() > 0
-        ]
-        for _, _, name, p, _, _ in found:
-            if p.is_complex():
-                raise RuntimeError(f"Muon does not support complex parameters, got {p.dtype} for {name}")
+        found = []
+        for group, row in zip(self.param_groups, rows, strict=True):
+            for name, p, g in self._gradients(group, row):
+                if p.numel() == 0:
+                    continue
+                if p.is_complex():
+                    raise RuntimeError(f"Muon does not support complex parameters, got {p.dtype} for {name}")
+                if not is_matrices(p.ndim, group.get("flatten")):
+                    self._init_state(p, group, row, name)  # what is replaced by something else has states that say so
+                found.append(Found(group, row, name, p, g, self._matrices(name, p, group)))
         exchanges = self._agreements.exchanges(self._members())
         buffers = self._buffers_of(found)
         means = []

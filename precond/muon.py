@@ -181,7 +181,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
                 if not is_matrices(p.ndim, group.get("flatten")):
                     self._init_state(p, group, row, name)  # what is replaced by something else has states that say so
                 found.append(Found(group, row, name, p, g, self._matrices(name, p, group)))
-        exchanges = self._agreements.exchanges(self._members())
+        exchanges = self._agreements.exchanges(self._members(self.param_groups))
         buffers = self._buffers_of(found)
         means = []
         for (group, row, name, p, g, _), buffer in zip(found, buffers, strict=True):
@@ -198,15 +198,14 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
             steps.append(self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
         self._pass("sgdw").run(steps)
 
-    def _members(self) -> list[Member]:
+    def _members(self, groups: list[dict[str, Any]]) -> list[Member]:
         """The parameters whose matrices ranks share: whether they have a gradient or not, since no rank knows of the others'.
         Those that require none take no part.
         """
         members = []
-        named = all("param_names" in group for group in self.param_groups)
-        names = [name for group in self.param_groups for name in group.get("param_names", ())]
-        named = named and len(set(names)) == len(names)
-        for index, group in enumerate(self.param_groups):
+        names = [name for group in groups for name in group.get("param_names", ())]
+        named = all("param_names" in group for group in groups) and len(set(names)) == len(names)
+        for index, group in enumerate(groups):
             for position, p in enumerate(group["params"]):
                 if not is_sharded(p) or p.numel() == 0 or p.device_mesh.get_coordinate() is None:
                     continue
@@ -218,9 +217,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
                         )
                     continue
                 key = group["param_names"][position] if named else f"parameter {position} of group {index}"
-                members.append(
-                    Member(key, name, p, group, self._matrices(name, p, group), index, float(group["ns_steps"]))
-                )
+                members.append(Member(key, name, p, group, self._matrices(name, p, group), index))
         return members
 
     def _buffers_of(self, found: list[Found]) -> list[Tensor]:

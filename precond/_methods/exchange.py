@@ -21,7 +21,9 @@ from .units import Matrices
 
 
 def is_sharded(p: Tensor) -> bool:
-    """True for a DTensor of which no rank has all."""
+    """True for a DTensor of which a rank has a shard alone."""
+    if type(p) in (Tensor, torch.nn.Parameter):  # nearly all; what has no such attribute takes long to say so
+        return False
     return any(
         not placement.is_replicate() and p.device_mesh.size(dim) > 1  # type: ignore[attr-defined]
         for dim, placement in enumerate(getattr(p, "placements", ()))
@@ -157,7 +159,7 @@ def agree(entries: Sequence[Entry], error: str | None, group: Any, what: str) ->
     """
     dist = torch.distributed
     spread = functools.cache(_digest)
-    digest = _digest(*((e.key, e.shape, e.placed, e.of, spread(e.pieces, e.replicas)) for e in entries))
+    digest = _digest(*((e.key, e.shape, e.placed, e.of, e.weight, spread(e.pieces, e.replicas)) for e in entries))
     ranks = dist.get_process_group_ranks(group)
     told: list[Any] = [None] * len(ranks)
     dist.all_gather_object(told, (digest, error), group=group)
@@ -202,7 +204,8 @@ class Member(NamedTuple):
     of: Matrices
     #: What units of one batch must have in common besides their shape.
     kind: int
-    weight: float
+    #: As an entry's: the same on all ranks.
+    weight: float = 1.0
 
 
 class Agreements:

@@ -120,7 +120,7 @@ def check(mesh, placements, shapes=SHAPES, dtype=F32, **options) -> precond.Muon
 
 
 def exchanges(optimizer: precond.Muon) -> list[Any]:
-    return [exchange for _, exchange in optimizer._agreements.exchanges(optimizer._members())]
+    return [exchange for _, exchange in optimizer._agreements.exchanges(optimizer._members(optimizer.param_groups))]
 
 
 def everywhere(value: float) -> list[float]:

@@ -25,7 +25,9 @@ import precond
 
 IMPLEMENTATIONS = ("for-loop", "foreach", "fused", "fused_opt_states_bf16")
 #: What can step on flat shards of float32: all but those that ask for matrices, layers or a closure.
-SHARDABLE = [m for m in ALL if not m.whole and not m.closure and m.dtype == torch.float32 and m.name != "dual_unit"]
+SHARDABLE = [
+    m for m in ALL if not m.whole and not m.closure and m.dtype == torch.float32 and m.name not in ("dual_unit", "muon")
+]
 
 #: DeepSpeed replaces an instance of torch.optim.Adagrad by torch's own class: precond.Adagrad does not step there.
 ZERO = [(method, 1) for method in SHARDABLE if method.name != "adagrad"]

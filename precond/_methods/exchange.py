@@ -219,23 +219,31 @@ class Agreements:
         self._held: dict[tuple[int, ...], tuple[tuple[Any, ...], Exchange]] = {}
 
     def exchanges(self, members: Iterable[Member]) -> list[tuple[list[Member], Exchange]]:
-        """The exchanges of a step, in the same order on all ranks, each with its parameters by their numbers."""
+        """The exchanges of a step, in the same order on all ranks, each with its parameters by their numbers. What is wrong on
+        some ranks is told to the larger sets that these belong to: they would wait for them.
+        """
         by_ranks: dict[tuple[int, ...], list[Member]] = {}
         for member in members:
             by_ranks.setdefault(ranks_of(member.p), []).append(member)
         self._held = {ranks: held for ranks, held in self._held.items() if ranks in by_ranks}
-        found = []
-        for ranks, own in sorted(by_ranks.items()):
+        found, failure = [], None
+        for ranks, own in sorted(by_ranks.items(), key=lambda item: (len(item[0]), item[0])):
             own.sort(key=lambda member: member.key)
             seen = tuple((m.key, m.p.shape, m.p.placements, m.p.device_mesh, m.of, m.kind) for m in own)  # type: ignore[attr-defined]
             if ranks not in self._held or self._held[ranks][0] != seen:
-                self._held[ranks] = seen, self._agree(ranks, own)
+                try:
+                    self._held[ranks] = seen, self._agree(ranks, own, failure)
+                except RuntimeError as error:
+                    failure = failure or error
+                    continue
             found.append((own, self._held[ranks][1]))
+        if failure is not None:
+            raise failure
         return found
 
-    def _agree(self, ranks: tuple[int, ...], own: list[Member]) -> Exchange:
+    def _agree(self, ranks: tuple[int, ...], own: list[Member], failure: RuntimeError | None) -> Exchange:
         group = group_of(ranks, [m.p.device_mesh for m in own])  # type: ignore[attr-defined]
-        entries, error = [], None
+        entries, error = [], None if failure is None else str(failure)
         try:
             entries = [entry_of(m.key, m.name, m.p, m.of, m.group.get("flatten"), m.weight) for m in own]
         except Exception as wrong:  # whatever it is, the other ranks wait for ours

@@ -526,3 +526,16 @@ def dense_matrices_and_experts_on_other_meshes():
     found, optimizer = train(muon_of(flatten=False), shapes, place)
     assert all(torch.equal(p, q) for p, q in zip(found, expected, strict=True))
     assert len(exchanges(optimizer)) == 2
+
+
+@scenario(4)
+def what_is_wrong_on_one_mesh_is_said_on_those_around_it():
+    everyone, own = line(), square("replicate", "experts")["experts"]
+    for wrong in (1, 2):
+        dense = nn.Parameter(distribute_tensor(torch.ones(12, 10), everyone, [Shard(0)], src_data_rank=None))
+        experts = nn.Parameter(distribute_tensor(torch.ones(6, 10), own, [Shard(0)], src_data_rank=None))
+        split = 2 if dist.get_rank() == wrong else 3
+        optimizer = precond.Muon([{"params": [dense]}, {"params": [experts], "split": split}])
+        for p in (dense, experts):
+            p.grad = torch.ones_like(p)
+        raises(optimizer.step, "the same sharded matrices on all ranks")

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from precond._methods.exchange import spread_of
 from precond._methods.owners import Entry, Plan
+from precond._methods.placed import spread_of
 from precond._methods.units import matrices_of
 
 #: Newton-Schulz steps; operations of a matrix of m by n are 5 (4 m^2 n + 2 m^3), m <= n.

@@ -19,9 +19,10 @@ from ._core.passes import plain_step
 from ._core.rows import Row, name_of
 from ._core.settings import Settings
 from ._core.sharding import like, local
-from ._methods.exchange import Agreements, Exchange, Member, check_placements, is_sharded
+from ._methods.exchange import Agreements, Exchange, Member
 from ._methods.multipass import MultiPass
 from ._methods.owners import Unit
+from ._methods.placed import check_placements, is_sharded
 from ._methods.units import Block, Matrices, check_flatten, is_matrices, matrices_of, normal_split, view
 
 #: torch's, from 2.9 on.

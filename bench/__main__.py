@@ -15,6 +15,7 @@ COMMANDS = {
     "errors": "worst errors of every rule against float64, in ulp",
     "quality": "training quality of the formats against float32, over seeds; an hour or more",
     "theory": "the tables of the theory, expected against measured, and the papers' tasks at small size",
+    "scaling": "bytes and operations of each rank in a step of Muon on shards, on paper",
     "demo": "train a small GPT with torch's AdamW and with ours",
 }
 

@@ -20,9 +20,10 @@ from ._core.passes import plain_step
 from ._core.rows import Row, name_of
 from ._core.settings import Settings
 from ._core.sharding import like, local
-from ._methods.exchange import Agreements, Exchange, Member, check_placements, is_sharded
+from ._methods.exchange import Agreements, Exchange, Member
 from ._methods.multipass import MultiPass
 from ._methods.owners import Unit
+from ._methods.placed import check_placements, is_sharded
 from ._methods.units import Block, Matrices, check_flatten, is_matrices, matrices_of, normal_split, view
 
 #: torch's, from 2.9 on.
@@ -42,8 +43,8 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
     synchronise with the device.
 
     Args:
-        params: matrices, named or in groups, as for any torch optimizer. Give everything else (biases, norms, embeddings, the
-            output layer) to another optimizer: :func:`precond.param_groups` separates them.
+        params: matrices, named or in groups, as for any torch optimizer; DTensors in shards too. Give everything else (biases,
+            norms, embeddings, the output layer) to another optimizer: :func:`precond.param_groups` separates them.
         lr: learning rate gamma >= 0, a float or a tensor of one element (default 1e-3).
         weight_decay: lambda >= 0, decoupled, not scaled by s (default 0.1).
         momentum: mu in [0, 1) (default 0.95).
@@ -62,9 +63,9 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         **settings: ``backend`` and ``seed``: :class:`precond.Settings`.
 
     Raises:
-        ValueError: an argument is out of range, or a parameter is not a matrix.
-        RuntimeError: when built and at the step, for a sharded parameter or a setting that clips: clip with torch's functions
-            before the step; at the step, for a sparse or complex gradient.
+        ValueError: an argument is out of range, a parameter is not a matrix, or ``split`` does not fit one.
+        RuntimeError: when built and at the step, for a setting that clips: clip with torch's functions before the step; at the
+            step, for a sparse or complex gradient, and on all ranks if they do not have the same sharded matrices.
 
     State: ``momentum_buffer``, as torch.
 
@@ -171,19 +172,20 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         self._agreements: Agreements = self.__dict__.get("_agreements") or Agreements("Muon")
 
     def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> list[Found]:
-        found = [
-            Found(group, row, name, p, g, self._matrices(name, p, group))
-            for group, row in zip(groups, rows, strict=True)
-            for name, p, g in self._gradients(group, row)
-            if p.numel() > 0
-        ]
-        for _, _, name, p, _, _ in found:
-            if p.is_complex():
-                raise RuntimeError(f"Muon does not support complex parameters, got {p.dtype} for {name}")
+        found = []
+        for group, row in zip(groups, rows, strict=True):
+            for name, p, g in self._gradients(group, row):
+                if p.numel() == 0:
+                    continue
+                if p.is_complex():
+                    raise RuntimeError(f"Muon does not support complex parameters, got {p.dtype} for {name}")
+                if not is_matrices(p.ndim, group.get("flatten")):
+                    self._init_state(p, group, row, name)  # what is replaced by something else has states that say so
+                found.append(Found(group, row, name, p, g, self._matrices(name, p, group)))
         return found
 
     def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: list[Found], begun: Begun) -> None:
-        exchanges = self._agreements.exchanges(self._members())
+        exchanges = self._agreements.exchanges(self._members(groups))
         buffers = self._buffers_of(work)
         means = []
         for (group, row, name, p, g, _), buffer in zip(work, buffers, strict=True):
@@ -199,15 +201,14 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
             steps.append(self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
         self._pass("sgdw").run(steps, begun.of_results())
 
-    def _members(self) -> list[Member]:
+    def _members(self, groups: list[dict[str, Any]]) -> list[Member]:
         """The parameters whose matrices ranks share: whether they have a gradient or not, since no rank knows of the others'.
         Those that require none take no part.
         """
         members = []
-        named = all("param_names" in group for group in self.param_groups)
-        names = [name for group in self.param_groups for name in group.get("param_names", ())]
-        named = named and len(set(names)) == len(names)
-        for group in self.param_groups:
+        names = [name for group in groups for name in group.get("param_names", ())]
+        named = all("param_names" in group for group in groups) and len(set(names)) == len(names)
+        for group in groups:
             index = self._number_of(group)
             for position, p in enumerate(group["params"]):
                 if not is_sharded(p) or p.numel() == 0 or p.device_mesh.get_coordinate() is None:
@@ -220,25 +221,23 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
                         )
                     continue
                 key = group["param_names"][position] if named else f"parameter {position} of group {index}"
-                members.append(
-                    Member(key, name, p, group, self._matrices(name, p, group), index, float(group["ns_steps"]))
-                )
+                members.append(Member(key, name, p, group, self._matrices(name, p, group), index))
         return members
 
     def _buffers_of(self, found: list[Found]) -> list[Tensor]:
         """Where the averages go: those of equal matrices into one stack, which is multiplied as it is."""
         alike: dict[tuple[Any, ...], list[int]] = {}
         buffers: dict[int, Tensor] = {}
-        for i, each in enumerate(found):
-            if is_sharded(each.p) or each.of.batch is None:
-                buffers[i] = self._own_buffer(each.p)
+        for i, (group, _, _, p, _, of) in enumerate(found):
+            if is_sharded(p) or (batch := of.batch) is None:
+                buffers[i] = self._own_buffer(p)
             else:
-                alike.setdefault((id(each.group), each.of.batch[1:], each.p.device), []).append(i)
+                alike.setdefault((id(group), batch[1:], p.device), []).append(i)
         stacks, self._stacks = self._stacks, {}
         for key, indices in alike.items():
             shapes = [found[i].p.shape for i in indices]
             stack = stacks.get(key)
-            if stack is None or stack.shapes != shapes:
+            if stack is None or stack.shapes != shapes or not _alike(stack.views[0], found[indices[0]].p):
                 stack = Stack([found[i] for i in indices])
             stack.indices = indices
             self._stacks[key] = stack
@@ -248,7 +247,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
     def _own_buffer(self, p: Tensor) -> Tensor:
         """A contiguous buffer of a parameter that is in no stack."""
         made = self._buffers.get(p)
-        if made is None or (made.shape, made.device) != (p.shape, p.device) or local(made).shape != local(p).shape:
+        if made is None or not _alike(made, p):
             made = like(p, torch.zeros(local(p).shape, dtype=torch.bfloat16, device=p.device))
             self._buffers.put(p, made)
         return made
@@ -257,9 +256,8 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         self, found: list[Found], buffers: list[Tensor], exchanges: list[tuple[list[Member], Exchange]]
     ) -> list[Tensor]:
         """The orthogonal factors of the averages in the buffers, scaled where the blocks of a parameter have several scales."""
-        directions = {
-            i: each.target(buffers[i]) for i, each in enumerate(found) if is_sharded(each.p) or each.of.batch is None
-        }
+        stacked = {i for stack in self._stacks.values() for i in stack.indices}
+        directions = {i: each.target(buffers[i]) for i, each in enumerate(found) if i not in stacked}
         meanwhile: Callable[[], None] | None = functools.partial(self._map_own, found, buffers, directions)
         index_of = {id(each.p): i for i, each in enumerate(found)}
         for members, exchange in exchanges:
@@ -283,20 +281,20 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
 
     def _map_own(self, found: list[Found], buffers: list[Tensor], directions: dict[int, Tensor]) -> None:
         """The directions of the parameters that this rank has whole."""
+        cut = [i for i in directions if not is_sharded(found[i].p)]
         for stack in self._stacks.values():
             turned = orthogonalized(stack.whole, found[stack.indices[0]].group)
-            for i, each in zip(stack.indices, turned.split(stack.counts), strict=True):
+            for i, each in zip(stack.indices, torch.split(turned, stack.counts), strict=True):
                 directions[i] = like(found[i].p, each.reshape(found[i].p.shape))
         alike: dict[tuple[Any, ...], list[tuple[int, Block]]] = {}
-        for i, each in enumerate(found):
-            if each.of.batch is None and not is_sharded(each.p):
-                for block in each.of.blocks():
-                    key = (id(each.group), each.p.device, block.rows, block.columns)
-                    alike.setdefault(key, []).append((i, block))
+        for i in cut:
+            for block in found[i].of.blocks():
+                key = (id(found[i].group), found[i].p.device, block.rows, block.columns)
+                alike.setdefault(key, []).append((i, block))
         for places in alike.values():
             parts = [view(local(buffers[i]), found[i].group.get("flatten"))[block.where] for i, block in places]
             turned = orthogonalized(torch.cat(parts), found[places[0][0]].group)
-            for (i, block), values in zip(places, turned.split([len(part) for part in parts]), strict=True):
+            for (i, block), values in zip(places, torch.split(turned, [len(part) for part in parts]), strict=True):
                 group = found[i].group
                 target = view(local(directions[i]), group.get("flatten"))[block.where]
                 _write(target, values, block, found[i].of, group["adjust_lr_fn"])
@@ -328,11 +326,17 @@ class Stack:
         self.shapes = [each.p.shape for each in found]
         self.counts = [count for count, _, _ in batches]
         self.whole = torch.zeros(sum(self.counts), *batches[0][1:], dtype=torch.bfloat16, device=found[0].p.device)
-        parts = self.whole.split(self.counts)
+        parts = torch.split(self.whole, self.counts)
         # The same tensors at every step: a pass looks at what is new.
         self.views = [like(each.p, part.view(each.p.shape)) for each, part in zip(found, parts, strict=True)]
         #: Where the parameters stand in this step.
         self.indices: list[int] = []
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """True where two tensors have one shape, device and placement."""
+    placed = [(t.shape, t.device, getattr(t, "device_mesh", None), getattr(t, "placements", None)) for t in (a, b)]
+    return placed[0] == placed[1]
 
 
 def _orthogonalized_units(members: list[Member], units: list[Unit], stack: Tensor) -> Tensor:
@@ -368,8 +372,10 @@ def _scale(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
 
 
 def orthogonalized(u: Tensor, group: dict[str, Any]) -> Tensor:
-    """The directions of a batch of averages, by the iteration that their group asks for."""
-    return newton_schulz(u, group)
+    """The directions of a batch of averages, by the iteration that their group asks for. Contiguous: a pass takes longer to read
+    transposed ones than a copy does.
+    """
+    return newton_schulz(u, group).contiguous()
 
 
 def newton_schulz(u: Tensor, group: dict[str, Any]) -> Tensor:

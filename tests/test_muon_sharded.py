@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from support.builds import ROOT
 from support.cases import BACKEND
 from support.muon_training import SCENARIOS
 from support.ranks import call_on_ranks
@@ -31,3 +35,17 @@ def found(tmp_path_factory):
 def test_muon_on_shards(name, ranks, found):
     for rank, result in enumerate(found(ranks)):
         assert not result[name], f"rank {rank}: {result[name]}"
+
+
+@pytest.mark.source
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_a_step_on_paper_sends_what_a_step_sends(ranks, tmp_path):
+    call_on_ranks(ranks, "support.muon_training", "simulated", tmp_path)
+
+
+@pytest.mark.source
+def test_the_page_has_the_figures_of_the_plan():
+    command = [sys.executable, "-m", "bench", "scaling"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert table.count("\n") > 10
+    assert table in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")

@@ -6,96 +6,16 @@ Called by methods that map whole matrices. Nobody gathers a matrix that it does 
 from __future__ import annotations
 
 import functools
-import itertools
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .owners import Assigned, Entry, Part, Piece, Plan, Runs, Unit
+from .owners import Assigned, Entry, Part, Plan, Unit
+from .placed import entry_of, ranks_of
 from .units import Matrices
-
-# What a rank has of a parameter.
-
-
-def is_sharded(p: Tensor) -> bool:
-    """True for a DTensor of which no rank has all."""
-    return any(
-        not placement.is_replicate() and p.device_mesh.size(dim) > 1  # type: ignore[attr-defined]
-        for dim, placement in enumerate(getattr(p, "placements", ()))
-    )
-
-
-def check_placements(name: str, p: Tensor) -> None:
-    """Raise for a parameter that is placed otherwise than in shards and replicas."""
-    for placement in getattr(p, "placements", ()):
-        if not (placement.is_replicate() or _is_shard(placement)):
-            raise RuntimeError(f"{name} must be placed by Shard or Replicate, got {placement}")
-
-
-def _is_shard(placement: Any) -> bool:
-    return bool(placement.is_shard() or type(placement).__name__ == "_StridedShard")
-
-
-def ranks_of(p: Tensor) -> tuple[int, ...]:
-    """The ranks of a parameter's mesh, in order."""
-    return _ranks_of_mesh(p.device_mesh)  # type: ignore[attr-defined]
-
-
-@functools.lru_cache(maxsize=256)
-def _ranks_of_mesh(mesh: Any) -> tuple[int, ...]:
-    return tuple(sorted(mesh.mesh.flatten().tolist()))
-
-
-def entry_of(key: str, name: str, p: Tensor, of: Matrices, flatten: bool | None, weight: float) -> Entry:
-    """What this rank tells the others about a DTensor parameter, which errors call ``name``."""
-    check_placements(name, p)
-    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
-    indices = [torch.arange(n) for n in p.shape]
-    replica = []
-    # Step by step, as distribute_tensor cuts: each dimension of the mesh what the one before has left.
-    for dim, (placement, here) in enumerate(zip(placements, mesh.get_coordinate(), strict=True)):
-        if placement.is_replicate():
-            replica.append(here)
-        else:
-            indices[placement.dim] = _cut(placement, indices[placement.dim], mesh.size(dim))[here]
-    found, local_shape = tuple(len(each) for each in indices), tuple(p._local_tensor.shape)  # type: ignore[attr-defined]
-    if found != local_shape:
-        raise RuntimeError(
-            f"{name} must have a local shape of {found} where it is placed by {placements}, got {local_shape}"
-        )
-    # Dimensions as in :func:`.units.seen`.
-    rows = 0 if flatten else p.dim() - 2
-    axes = (indices[:rows], [indices[rows]], indices[rows + 1 :])
-    sizes = (p.shape[:rows], p.shape[rows : rows + 1], p.shape[rows + 1 :])
-    counts, row_runs, column_runs = (_runs(_flat(*axis)) for axis in zip(axes, sizes, strict=True))
-    placed = f"{placements} on a mesh of {tuple(mesh.shape)}"
-    return Entry(key, tuple(p.shape), placed, of, Piece(counts, row_runs, column_runs), tuple(replica), weight)
-
-
-def _cut(placement: Any, indices: Tensor, pieces: int) -> list[Tensor]:
-    if type(placement).__name__ == "_StridedShard":
-        along = type(placement)(0, split_factor=placement.split_factor)
-        return list(along._split_tensor(indices, pieces, with_padding=False)[0])
-    chunks = list(torch.chunk(indices, pieces))
-    return chunks + [indices[:0]] * (pieces - len(chunks))
-
-
-def _flat(indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """The indices of a product of dimensions, in one."""
-    flat = torch.zeros(1, dtype=torch.int64)
-    for each, size in zip(indices, sizes, strict=True):
-        flat = (flat[:, None] * size + each[None, :]).reshape(-1)
-    return flat
-
-
-def _runs(indices: Tensor) -> Runs:
-    if len(indices) == 0:
-        return ()
-    edges = [0, *((indices.diff() != 1).nonzero().flatten() + 1).tolist(), len(indices)]
-    return tuple((int(indices[low]), high - low) for low, high in itertools.pairwise(edges))
-
 
 # What all ranks have.
 
@@ -108,7 +28,12 @@ def group_of(ranks: tuple[int, ...], meshes: Sequence[Any]) -> Any:
     world = dist.group.WORLD
     if len(ranks) == dist.get_world_size():
         return world
-    flat = sorted((mesh.get_group() for mesh in meshes if mesh.ndim == 1), key=lambda group: str(group.group_name))
+    flat = [mesh.get_group() for mesh in meshes if mesh.ndim == 1]
+    # The same one on all ranks, whatever order their parameters have.
+    flat = sorted(
+        (group for group in flat if tuple(dist.get_process_group_ranks(group)) == ranks),
+        key=lambda group: str(group.group_name),
+    )
     if flat:
         return flat[0]
     made_in, group = _GROUPS.get(ranks, (None, None))
@@ -118,27 +43,36 @@ def group_of(ranks: tuple[int, ...], meshes: Sequence[Any]) -> Any:
     return group
 
 
-def agreed(entries: Sequence[Entry], error: str | None, group: Any, what: str) -> list[list[Entry]]:
-    """The entries of all ranks of a group, sorted by key; raise on all ranks where one has an error or they are not the same."""
+def agree(entries: Sequence[Entry], error: str | None, group: Any, what: str) -> None:
+    """Raise on all ranks of a group where one has an error, or where they do not have the same entries. What each tells is short,
+    unless they differ: all know the mesh.
+    """
     dist = torch.distributed
-    tables: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(tables, (sorted(entries), error), group=group)
-    ranks = [dist.get_global_rank(group, i) for i in range(len(tables))]
-    for rank, (_, said) in zip(ranks, tables, strict=True):
+    spread = functools.cache(_digest)
+    digest = _digest(*((e.key, e.shape, e.placed, e.of, e.weight, spread(e.pieces, e.replicas)) for e in entries))
+    ranks = dist.get_process_group_ranks(group)
+    told: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(told, (digest, error), group=group)
+    for rank, (_, said) in zip(ranks, told, strict=True):
         if said is not None:
             raise RuntimeError(f"{said} (on rank {rank})")
-    first = {entry.key: entry for entry in tables[0][0]}
-    for rank, (table, _) in zip(ranks, tables, strict=True):
-        other = {entry.key: entry for entry in table}
-        for key in sorted(first.keys() | other.keys()):
-            ours, theirs = (None if e is None else (e.shape, e.placed, e.of) for e in (first.get(key), other.get(key)))
-            if ours != theirs:
+    if all(other == told[0] for other in told):
+        return
+    tables: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(tables, {entry.key: (entry.shape, entry.placed, entry.of) for entry in entries}, group=group)
+    for rank, table in zip(ranks, tables, strict=True):
+        for key in sorted(tables[0].keys() | table.keys()):
+            if tables[0].get(key) != table.get(key):
                 raise RuntimeError(
                     f"{what} must have the same sharded matrices on all ranks of a mesh, by their names where all groups have "
-                    f"them, else by their places, got for {key}: {_said(ours)} on rank {ranks[0]}, "
-                    f"{_said(theirs)} on rank {rank}"
+                    f"them, else by their places, got for {key}: {_said(tables[0].get(key))} on rank {ranks[0]}, "
+                    f"{_said(table.get(key))} on rank {rank}"
                 )
-    return [table for table, _ in tables]
+    raise RuntimeError(f"{what} must have the same meshes on all ranks, got sharded matrices on meshes that differ")
+
+
+def _digest(*values: Any) -> bytes:
+    return hashlib.blake2b(repr(values).encode(), digest_size=16).digest()
 
 
 def _said(entry: tuple[Any, ...] | None) -> str:
@@ -160,7 +94,8 @@ class Member(NamedTuple):
     of: Matrices
     #: What units of one batch must have in common besides their shape.
     kind: int
-    weight: float
+    #: As an entry's: the same on all ranks.
+    weight: float = 1.0
 
 
 class Agreements:
@@ -174,29 +109,37 @@ class Agreements:
         self._held: dict[tuple[int, ...], tuple[tuple[Any, ...], Exchange]] = {}
 
     def exchanges(self, members: Iterable[Member]) -> list[tuple[list[Member], Exchange]]:
-        """The exchanges of a step, in the same order on all ranks, each with its parameters by their numbers."""
+        """The exchanges of a step, in the same order on all ranks, each with its parameters by their numbers. What is wrong on
+        some ranks is told to the larger sets that these belong to: they would wait for them.
+        """
         by_ranks: dict[tuple[int, ...], list[Member]] = {}
         for member in members:
             by_ranks.setdefault(ranks_of(member.p), []).append(member)
         self._held = {ranks: held for ranks, held in self._held.items() if ranks in by_ranks}
-        found = []
-        for ranks, own in sorted(by_ranks.items()):
+        found, failure = [], None
+        for ranks, own in sorted(by_ranks.items(), key=lambda item: (len(item[0]), item[0])):
             own.sort(key=lambda member: member.key)
             seen = tuple((m.key, m.p.shape, m.p.placements, m.p.device_mesh, m.of, m.kind) for m in own)  # type: ignore[attr-defined]
             if ranks not in self._held or self._held[ranks][0] != seen:
-                self._held[ranks] = seen, self._agree(ranks, own)
+                try:
+                    self._held[ranks] = seen, self._agree(ranks, own, failure)
+                except RuntimeError as error:
+                    failure = failure or error
+                    continue
             found.append((own, self._held[ranks][1]))
+        if failure is not None:
+            raise failure
         return found
 
-    def _agree(self, ranks: tuple[int, ...], own: list[Member]) -> Exchange:
+    def _agree(self, ranks: tuple[int, ...], own: list[Member], failure: RuntimeError | None) -> Exchange:
         group = group_of(ranks, [m.p.device_mesh for m in own])  # type: ignore[attr-defined]
-        entries, error = [], None
+        entries, error = [], None if failure is None else str(failure)
         try:
             entries = [entry_of(m.key, m.name, m.p, m.of, m.group.get("flatten"), m.weight) for m in own]
-        except RuntimeError as wrong:  # the other ranks wait for ours
+        except Exception as wrong:  # whatever it is, the other ranks wait for ours
             error = str(wrong)
-        tables = agreed(entries, error, group, self._what)
-        return Exchange(Plan(tables), group, {number: m.kind for number, m in enumerate(own)})
+        agree(entries, error, group, self._what)
+        return Exchange(Plan(entries, len(ranks)), group, {number: m.kind for number, m in enumerate(own)})
 
 
 # A step.
@@ -315,7 +258,7 @@ class Exchange:
         """
         pieces = _Pieces(piece_of, dtype, device)
         gathers: dict[int, Arrival | None] = {}
-        returns: list[Arrival | None] = []
+        returns: dict[int, Arrival | None] = {}
         for b in range(min(1, self.plan.batches)):
             gathers[b] = self._gather(b, pieces)
         if meanwhile is not None:
@@ -331,11 +274,16 @@ class Exchange:
             for alike in self._owned[b]:
                 results.update(self._map(alike, pieces, arrived, work, put))
             parts = [taken(results[id(a)], a.holders[rank]) for a, rank in self._back_to[b]]
-            returns.append(self._start(self._returns[b], parts, dtype, device))
-        for b, arrival in enumerate(returns):
-            back = self._parts(arrival, self._back_from[b], lambda a, rank: a.holders[self._me])
-            for a, rank in self._back_from[b]:
-                put(a.unit, a.holders[self._me].here, back[id(a), rank])
+            returns[b] = self._start(self._returns[b], parts, dtype, device)
+            if b > 0:
+                self._finish(b - 1, returns.pop(b - 1), put)
+        for b, arrival in returns.items():
+            self._finish(b, arrival, put)
+
+    def _finish(self, b: int, arrival: Arrival | None, put: Put) -> None:
+        back = self._parts(arrival, self._back_from[b], lambda a, rank: a.holders[self._me])
+        for a, rank in self._back_from[b]:
+            put(a.unit, a.holders[self._me].here, back[id(a), rank])
 
     def _gather(self, b: int, pieces: _Pieces) -> Arrival | None:
         parts = [pieces.of(a.unit.param, a.holders[self._me]).reshape(-1) for a, _ in self._to[b]]
@@ -351,7 +299,7 @@ class Exchange:
         """What has come, by unit and rank."""
         if arrival is None:
             return {}
-        found = arrival.wait().split([part_of(a, rank).numel for a, rank in order]) if order else ()
+        found = torch.split(arrival.wait(), [part_of(a, rank).numel for a, rank in order]) if order else ()
         return {(id(a), rank): each.view(part_of(a, rank).shape) for (a, rank), each in zip(order, found, strict=True)}
 
     def _map(
@@ -367,7 +315,7 @@ class Exchange:
             return {}
         units = [a.unit for a in alike]
         stack = self._whole(alike, pieces, arrived)
-        mapped = work(units, stack).split([unit.count for unit in units])
+        mapped = torch.split(work(units, stack), [unit.number for unit in units])
         results = {id(a): each for a, each in zip(alike, mapped, strict=True)}
         for a in alike:
             if self._me in a.holders:
@@ -381,9 +329,9 @@ class Exchange:
             ((part, each),) = parts[0]
             if all(len(runs) == 1 for runs in part.at):
                 return pieces.of(alike[0].unit.param, part) if each is None else each
-        count = sum(a.unit.count for a in alike)
+        count = sum(a.unit.number for a in alike)
         stack = torch.empty(count, *alike[0].unit.shape[1:], dtype=pieces.dtype, device=pieces.device)
-        for a, whole, of in zip(alike, stack.split([a.unit.count for a in alike]), parts, strict=True):
+        for a, whole, of in zip(alike, torch.split(stack, [a.unit.number for a in alike]), parts, strict=True):
             for part, each in of:
                 values = pieces.of(a.unit.param, part) if each is None else each
                 for here, there in part.regions():

@@ -1,5 +1,5 @@
-"""Who maps which of the matrices that ranks have shards of, and in which batch they travel: the same on all ranks, from tables
-of what each has. No process group is asked here, so that a plan for any number of ranks can be made on one.
+"""Who maps which of the matrices that ranks have shards of, and in which batch they travel: the same on all ranks, from what each
+has. No process group is asked here, so that a plan for any number of ranks can be made on one.
 
 Called by exchange.py, which runs the plan.
 """
@@ -7,9 +7,10 @@ Called by exchange.py, which runs the plan.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from .units import Block, Matrices
@@ -31,7 +32,7 @@ class Piece(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What ranks tell each other about a parameter. Only ``piece`` and ``replica`` differ between them."""
+    """A parameter and what ranks have of it."""
 
     #: Its name, or its place.
     key: str
@@ -39,9 +40,10 @@ class Entry(NamedTuple):
     #: How it is placed, as text: to compare, and for errors.
     placed: str
     of: Matrices
-    piece: Piece
-    #: The rank's coordinates on those dimensions of the mesh on which the parameter is replicated.
-    replica: tuple[int, ...]
+    #: Of each rank.
+    pieces: tuple[Piece, ...]
+    #: Of each rank its coordinates on those dimensions of the mesh on which the parameter is replicated.
+    replicas: tuple[tuple[int, ...], ...]
     #: How much a matrix of m by n costs, as a multiple of m^2 (2 n + m).
     weight: float = 1.0
 
@@ -88,13 +90,13 @@ class Unit(NamedTuple):
     #: The number of the parameter.
     param: int
     first: int
-    count: int
+    number: int
     block: Block
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """As a batch."""
-        return self.count, self.block.rows, self.block.columns
+        return self.number, self.block.rows, self.block.columns
 
 
 @dataclasses.dataclass
@@ -119,13 +121,13 @@ class Assigned:
 class Plan:
     """Who maps what, and when it travels. A function of what all ranks have, so all ranks make the same."""
 
-    def __init__(self, tables: Sequence[Sequence[Entry]], itemsize: int = 2) -> None:
-        """``tables``: of each rank the parameters, in one order. ``itemsize``: bytes of an element on its way."""
-        self.ranks, self.itemsize = len(tables), itemsize
-        self.entries = list(tables[0])
-        self.assigned = [found for number in range(len(self.entries)) for found in _units(number, tables)]
+    def __init__(self, entries: Sequence[Entry], ranks: int, itemsize: int = 2) -> None:
+        """``entries``: in the same order on all ranks. ``itemsize``: bytes of an element on its way."""
+        self.entries, self.ranks, self.itemsize = entries, ranks, itemsize
+        holders = functools.cache(_holders)  # the layers of a model are alike
+        self.assigned = [found for number, entry in enumerate(entries) for found in _units(number, entry, holders)]
         self.costs = self._choose_owners()
-        self._choose_sources(tables)
+        self._choose_sources()
         self.batches = self._choose_batches()
 
     def _choose_owners(self) -> list[float]:
@@ -145,9 +147,11 @@ class Plan:
             loads[a.owner] += a.cost
         return loads
 
-    def _choose_sources(self, tables: Sequence[Sequence[Entry]]) -> None:
+    def _choose_sources(self) -> None:
+        """The owner's own part, those of its replica, then whichever there are."""
         for a in self.assigned:
-            replicas = {rank: tables[rank][a.unit.param].replica for rank in (a.owner, *a.holders)}
+            entry = self.entries[a.unit.param]
+            replicas = entry.replicas
             order = [(rank != a.owner, replicas[rank] != replicas[a.owner], rank) for rank in a.holders]
             best: dict[tuple[Runs, ...], int] = {}
             for *_, rank in sorted(order):
@@ -155,7 +159,6 @@ class Plan:
             a.sources = tuple(sorted(best.values()))
             found = sum(a.holders[rank].numel for rank in a.sources)
             if found != math.prod(a.unit.shape):
-                entry = self.entries[a.unit.param]
                 raise RuntimeError(
                     f"shards of {entry.key} must make up its shape {entry.shape} once, "
                     f"got {found} of {math.prod(a.unit.shape)} elements of {a.unit}, placed as {entry.placed}"
@@ -185,54 +188,51 @@ class Plan:
     def _bytes(self, a: Assigned) -> int:
         return math.prod(a.unit.shape) * self.itemsize
 
-    def sent(self, rank: int) -> tuple[int, int]:
-        """The bytes that a rank sends in a step: of its shards, and of results."""
-        there = sum(a.holders[rank].numel for a in self.assigned if rank in a.others(a.sources))
-        back = sum(
-            a.holders[other].numel for a in self.assigned if a.owner == rank for other in a.others(tuple(a.holders))
-        )
-        return there * self.itemsize, back * self.itemsize
+    def sent(self) -> list[tuple[int, int]]:
+        """Of each rank the bytes that it sends in a step: of its shards, and of results."""
+        there, back = [0] * self.ranks, [0] * self.ranks
+        for a in self.assigned:
+            for rank in a.others(a.sources):
+                there[rank] += a.holders[rank].numel * self.itemsize
+            back[a.owner] += sum(a.holders[rank].numel for rank in a.others(tuple(a.holders))) * self.itemsize
+        return list(zip(there, back, strict=True))
 
 
-def _units(number: int, tables: Sequence[Sequence[Entry]]) -> Iterator[Assigned]:
+#: From the pieces of all ranks and the stretches of a unit, the parts of those that have some.
+Holders = Callable[[tuple[Piece, ...], tuple[tuple[int, int], ...]], dict[int, Part]]
+
+
+def _units(number: int, entry: Entry, holders_of: Holders) -> Iterator[Assigned]:
     """The units of a parameter: each block of each matrix; of those of a batch that a rank has whole all that it has."""
-    of, weight = tables[0][number].of, tables[0][number].weight
-    pieces = [table[number].piece for table in tables]
-    edges = sorted({0, of.count} | {edge for p in pieces for start, n in p.counts for edge in (start, start + n)})
+    of = entry.of
+    different = set(entry.pieces)
+    edges = {0, of.number} | {edge for p in different for start, n in p.counts for edge in (start, start + n)}
     for block in of.blocks():
         if block.rows == 0 or block.columns == 0:
             continue
         short, long = sorted((block.rows, block.columns))
-        cost = weight * short * short * (2.0 * long + short)
-        for first, last in itertools.pairwise(edges):
+        cost = entry.weight * short * short * (2.0 * long + short)
+        sides = ((block.row, block.rows), (block.column, block.columns))
+        for first, last in itertools.pairwise(sorted(edges)):
             unit = Unit(number, first, last - first, block)
-            holders = _holders(unit, pieces)
-            if unit.count == 1 or any(part.numel == math.prod(unit.shape) for part in holders.values()):
-                yield Assigned(unit, cost * unit.count, holders)
+            holders = holders_of(entry.pieces, ((first, unit.number), *sides))
+            if unit.number == 1 or any(part.numel == math.prod(unit.shape) for part in holders.values()):
+                yield Assigned(unit, cost * unit.number, holders)
                 continue
             for e in range(first, last):
-                single = Unit(number, e, 1, block)
-                yield Assigned(single, cost, _holders(single, pieces))
+                yield Assigned(Unit(number, e, 1, block), cost, holders_of(entry.pieces, ((e, 1), *sides)))
 
 
-def _holders(unit: Unit, pieces: Sequence[Piece]) -> dict[int, Part]:
-    found = {}
-    block = unit.block
-    wanted = ((unit.first, unit.count), (block.row, block.rows), (block.column, block.columns))
-    parts: dict[Piece, Part | None] = {}  # replicas have the same
-    for rank, piece in enumerate(pieces):
-        if piece not in parts:
-            parts[piece] = _part(piece, wanted)
-        part = parts[piece]
-        if part is not None:
-            found[rank] = part
-    return found
+def _holders(pieces: tuple[Piece, ...], wanted: tuple[tuple[int, int], ...]) -> dict[int, Part]:
+    parts = {piece: _part(piece, wanted) for piece in set(pieces)}  # replicas have the same
+    return {rank: part for rank, piece in enumerate(pieces) if (part := parts[piece]) is not None}
 
 
 def _part(piece: Piece, wanted: tuple[tuple[int, int], ...]) -> Part | None:
     local, at = [], []
     for runs, (start, size) in zip(piece, wanted, strict=True):
-        done, first, found = 0, 0, []
+        done = first = 0
+        found: list[tuple[int, int]] = []
         for run, length in runs:
             low, high = max(run, start), min(run + length, start + size)
             if low < high:

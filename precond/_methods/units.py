@@ -32,9 +32,9 @@ class Block(NamedTuple):
 
 
 class Matrices(NamedTuple):
-    """How a tensor is seen: ``count`` matrices, and the sizes of the blocks that their rows and their columns are cut into."""
+    """How a tensor is seen: ``number`` matrices, and the sizes of the blocks that their rows and their columns are cut into."""
 
-    count: int
+    number: int
     rows: tuple[int, ...]
     columns: tuple[int, ...]
 
@@ -53,7 +53,7 @@ class Matrices(NamedTuple):
         """The shape in which the tensor's elements, in their order, are a batch of all blocks; None where they are not one."""
         if len(self.columns) > 1 or len(set(self.rows)) > 1:
             return None
-        return self.count * len(self.rows), self.rows[0], self.columns[0]
+        return self.number * len(self.rows), self.rows[0], self.columns[0]
 
 
 def seen(shape: Sequence[int], flatten: bool | None) -> tuple[int, int, int]:

@@ -19,6 +19,7 @@ from ._core.settings import Settings
 from ._core.sharding import like, local
 from ._methods.kronecker import check_whole
 from ._methods.multipass import MultiPass
+from ._methods.newton_schulz import METHODS, orthogonalized
 
 #: torch's, from 2.9 on.
 _TorchMuon: Final[Any] = getattr(torch.optim, "Muon", torch.optim.Optimizer)
@@ -47,6 +48,9 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         eps: lower bound of the norm that u is divided by before the iteration (default 1e-7).
         ns_steps: number of iterations, below 100 (default 5). They run in bfloat16.
         adjust_lr_fn: None or "original": s as above; "match_rms_adamw": s = 0.2 sqrt(max(rows, columns)).
+        method: None for torch's iteration, with fewer operations; "gram" for the fewest, with more rounding; "polar_express" for
+            the optimal polynomials instead of ``ns_coefficients``, which bring singular values closer to 1 (default None).
+            docs/newton_schulz.md compares them.
         maximize: ascend instead of descend (default False).
         state_format, weight_format: as for :class:`precond.AdamW`, of the momentum and of 16-bit parameters.
         **settings: ``backend`` and ``seed``: :class:`precond.Settings`.
@@ -71,7 +75,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
     """
 
     _why_not_one_pass = "for Muon"
-    _group_options = {**MultiPass._group_options, "maximize": False}
+    _group_options = {**MultiPass._group_options, "maximize": False, "method": None}
     _older_options = {}
 
     def __init__(
@@ -86,6 +90,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         *,
+        method: str | None = None,
         maximize: bool = False,
         state_format: StateFormat = None,
         weight_format: str | None = None,
@@ -106,6 +111,8 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         super()._check_group(group)
         if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
             raise ValueError(f"Adjust learning rate function {group['adjust_lr_fn']} is not supported")
+        if group.get("method") not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {group['method']!r}")
         if not 0 <= group["ns_steps"] < 100:
             raise ValueError(
                 f"Number of steps must be less than 100 for computational efficiency, got ns_steps={group['ns_steps']}"
@@ -162,7 +169,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         for indices in alike.values():
             group = found[indices[0]][0]
             stack = torch.stack([local(means[i].p) for i in indices])
-            for i, direction in zip(indices, newton_schulz(stack, group), strict=True):
+            for i, direction in zip(indices, orthogonalized(stack, group), strict=True):
                 _, row, name, p, _ = found[i]
                 scale = _scale(group["adjust_lr_fn"], p.shape)
                 step = plain_step(row.hyper["lr"] * scale, row.hyper["weight_decay"] / scale)
@@ -176,15 +183,3 @@ def _scale(adjust_lr_fn: str | None, shape: torch.Size) -> float:
     return (
         0.2 * math.sqrt(max(rows, columns)) if adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1, rows / columns))
     )
-
-
-def newton_schulz(u: Tensor, group: dict[str, Any]) -> Tensor:
-    """The odd polynomial of a batch of matrices that takes singular values to about 1: X = a X + (b A + c A^2) X, A = X X^T."""
-    a, b, c = group["ns_coefficients"]
-    tall = u.shape[-2] > u.shape[-1]
-    x = u.mT if tall else u
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
-    for _ in range(group["ns_steps"]):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x

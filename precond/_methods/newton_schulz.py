@@ -73,12 +73,16 @@ def operations(m: int, n: int, blocks: Sequence[int], part: float = 1.0) -> floa
     return sum(2 * m * m * n * (1 + part) + 2 * m**3 * part * (4 * k - 3) for k in blocks)
 
 
-def blocks_of(m: int, n: int, coefs: Sequence[Coefficients], epsilon: float, noise: float, part: float) -> list[int]:
+def blocks_of(
+    m: int, n: int, coefs: Sequence[Coefficients], dtype: torch.dtype, method: str | None, part: float
+) -> list[int]:
     """Steps of each block: between blocks X is there, within one only its Gram matrix.
 
-    The rule: as many steps as ``noise`` allows, or one each, whichever takes fewer operations. A small singular value grows by
-    a every step, and the error of its square by a^2.
+    The rule: as many steps as the method's noise allows, or one each, whichever takes fewer operations. A small singular value
+    grows by a every step, and the error of its square by a^2. float16 is cut as bfloat16.
     """
+    epsilon = torch.finfo(torch.bfloat16 if dtype.itemsize == 2 else dtype).eps
+    noise = NOISE[method]
     long: list[int] = []
     growth = math.inf
     for a, _, _ in coefs:
@@ -109,7 +113,7 @@ def orthogonalized(u: Tensor, group: dict[str, Any]) -> Tensor:
     blocks = [1] * len(coefs)
     if alone or u.device.type != "cpu":
         part = share(m, strip(m) if alone else tile(u, m))
-        blocks = blocks_of(m, n, coefs, torch.finfo(u.dtype).eps, NOISE[group.get("method")], part)
+        blocks = blocks_of(m, n, coefs, u.dtype, group.get("method"), part)
     chunk = 1 if alone else max(1, CHUNK // (m * n))
     for begin in range(0, k, chunk):
         x, out = u[begin : begin + chunk], result[begin : begin + chunk]
@@ -233,7 +237,7 @@ def by_strips(
         to = lower[i:end, :end]
         if shift:
             to.zero_().diagonal(i).fill_(shift)
-            to.addmm_(a[i:end], b[:end].mT, alpha=alpha)
+            torch.addmm(to, a[i:end], b[:end].mT, alpha=alpha, out=to)
         elif before is None:
             torch.mm(a[i:end], b[:end].mT, out=to)
         else:

@@ -132,10 +132,9 @@ def orthogonalized(u: Tensor, group: dict[str, Any]) -> Tensor:
 
 def normalized(x: Tensor, eps: float) -> Tensor:
     """Matrices over their Frobenius norms, so that no singular value is above 1."""
-    if x.dtype == torch.float16:  # whose squares overflow
-        wide = x.float()
-        return (wide / torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True).clamp(min=eps)).to(x.dtype)
-    return x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    wide = x.float() if x.dtype == torch.float16 else x  # whose squares overflow
+    norm: Tensor = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
+    return (wide / norm.clamp(min=eps)).to(x.dtype)
 
 
 def block(x: Tensor, coefs: Sequence[Coefficients], out: Tensor | None) -> Tensor:
@@ -167,7 +166,7 @@ def block(x: Tensor, coefs: Sequence[Coefficients], out: Tensor | None) -> Tenso
             diagonal.sub_(mean)
             mu = mu + scalar(mean[:, 0], r)
     if not isinstance(q0, float):
-        scaled = (x * q0).to(x.dtype)
+        scaled: Tensor = (x * q0).to(x.dtype)
         return torch.baddbmm(scaled, q, x) if out is None else torch.baddbmm(scaled, q, x, out=out)
     if len(x) > 1:
         return torch.baddbmm(x, q, x, beta=q0) if out is None else torch.baddbmm(x, q, x, beta=q0, out=out)

@@ -14,6 +14,7 @@ COMMANDS = {
     "codegen": "machine code of the GPU kernels, without a GPU",
     "errors": "worst errors of every rule against float64, in ulp",
     "quality": "training quality of the formats against float32, over seeds; an hour or more",
+    "orthogonal": "singular values and rounding of Muon's iteration, and its operations",
     "theory": "the tables of the theory, expected against measured, and the papers' tasks at small size",
     "scaling": "bytes and operations of each rank in a step of Muon on shards, on paper",
     "demo": "train a small GPT with torch's AdamW and with ours",
@@ -22,7 +23,7 @@ COMMANDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, add_help=len(sys.argv) < 3)
-    listing = "\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())
+    listing = "\n".join(f"  {name:12}{what}" for name, what in COMMANDS.items())
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"commands:\n{listing}\n\npython -m bench COMMAND --help"
     parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -22,6 +21,7 @@ from ._core.settings import Settings
 from ._core.sharding import like, local
 from ._methods.exchange import Agreements, Exchange, Member
 from ._methods.multipass import MultiPass
+from ._methods.newton_schulz import METHODS, orthogonalized, scale_of
 from ._methods.owners import Unit
 from ._methods.placed import check_placements, is_sharded
 from ._methods.units import Block, Matrices, check_flatten, is_matrices, matrices_of, normal_split, view
@@ -58,14 +58,17 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         split: the blocks of a matrix that are matrices of their own, each with its own NS and s: a number of equal blocks or a
             sequence of sizes along dimension 0 (QKV, gate and up projections), or a dict of dimension (0: rows, 1: columns) to
             either (heads). Of a batch the dimensions are those of each matrix. None (default): one block.
+        method: None for torch's iteration, with fewer operations; "gram" for the fewest, with more rounding; "polar_express" for
+            the optimal polynomials instead of ``ns_coefficients``, which bring singular values closer to 1 (default None).
+            docs/newton_schulz.md compares them.
         maximize: ascend instead of descend (default False).
+        fused: True makes ``torch.amp.GradScaler`` leave unscaling and skipping to the step (default None).
         state_format, weight_format: as for :class:`precond.AdamW`, of the momentum and of 16-bit parameters.
-        **settings: ``backend`` and ``seed``: :class:`precond.Settings`.
+        **settings: :class:`precond.Settings`.
 
     Raises:
         ValueError: an argument is out of range, a parameter is not a matrix, or ``split`` does not fit one.
-        RuntimeError: when built and at the step, for a setting that clips: clip with torch's functions before the step; at the
-            step, for a sparse or complex gradient, and on all ranks if they do not have the same sharded matrices.
+        RuntimeError: at the step, for a sparse or complex gradient, and on all ranks if they do not have the same sharded matrices.
 
     State: ``momentum_buffer``, as torch.
 
@@ -83,7 +86,14 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
 
     _why_not_one_pass = "for Muon"
     _host_must_know = False
-    _group_options = {**MultiPass._group_options, "maximize": False, "flatten": None, "split": None}
+    _group_options = {
+        **MultiPass._group_options,
+        "maximize": False,
+        "flatten": None,
+        "split": None,
+        "method": None,
+        "fused": None,
+    }
     _older_options = {}
 
     def __init__(
@@ -100,7 +110,9 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         *,
         flatten: bool | None = None,
         split: int | Sequence[int] | Mapping[int, int | Sequence[int]] | None = None,
+        method: str | None = None,
         maximize: bool = False,
+        fused: bool | None = None,
         state_format: StateFormat = None,
         weight_format: str | None = None,
         **settings: Unpack[Settings],
@@ -120,6 +132,8 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         super()._check_group(group)
         if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
             raise ValueError(f"Adjust learning rate function {group['adjust_lr_fn']} is not supported")
+        if group.get("method") not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {group['method']!r}")
         if not 0 <= group["ns_steps"] < 100:
             raise ValueError(
                 f"Number of steps must be less than 100 for computational efficiency, got ns_steps={group['ns_steps']}"
@@ -283,7 +297,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         """The directions of the parameters that this rank has whole."""
         cut = [i for i in directions if not is_sharded(found[i].p)]
         for stack in self._stacks.values():
-            turned = orthogonalized(stack.whole, found[stack.indices[0]].group)
+            turned = _turned(stack.whole, found[stack.indices[0]].group)
             for i, each in zip(stack.indices, torch.split(turned, stack.counts), strict=True):
                 directions[i] = like(found[i].p, each.reshape(found[i].p.shape))
         alike: dict[tuple[Any, ...], list[tuple[int, Block]]] = {}
@@ -293,7 +307,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
                 alike.setdefault(key, []).append((i, block))
         for places in alike.values():
             parts = [view(local(buffers[i]), found[i].group.get("flatten"))[block.where] for i, block in places]
-            turned = orthogonalized(torch.cat(parts), found[places[0][0]].group)
+            turned = _turned(torch.cat(parts), found[places[0][0]].group)
             for (i, block), values in zip(places, torch.split(turned, [len(part) for part in parts]), strict=True):
                 group = found[i].group
                 target = view(local(directions[i]), group.get("flatten"))[block.where]
@@ -340,7 +354,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _orthogonalized_units(members: list[Member], units: list[Unit], stack: Tensor) -> Tensor:
-    return orthogonalized(stack, members[units[0].param].group)
+    return _turned(stack, members[units[0].param].group)
 
 
 def _put(
@@ -355,36 +369,16 @@ def _put(
 def _write(target: Tensor, values: Tensor, block: Block, of: Matrices, adjust_lr_fn: str | None) -> None:
     target.copy_(values)
     if _one_scale(of, adjust_lr_fn) is None:
-        target.mul_(_scale(adjust_lr_fn, block.rows, block.columns))
+        target.mul_(scale_of(adjust_lr_fn, block.rows, block.columns))
 
 
 @functools.lru_cache(maxsize=4096)
 def _one_scale(of: Matrices, adjust_lr_fn: str | None) -> float | None:
     """The scale of all blocks; None where they have several."""
-    scales = {_scale(adjust_lr_fn, rows, columns) for rows in of.rows for columns in of.columns}
+    scales = {scale_of(adjust_lr_fn, rows, columns) for rows in of.rows for columns in of.columns}
     return scales.pop() if len(scales) == 1 else None
 
 
-def _scale(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
-    if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1, rows / columns))
-
-
-def orthogonalized(u: Tensor, group: dict[str, Any]) -> Tensor:
-    """The directions of a batch of averages, by the iteration that their group asks for. Contiguous: a pass takes longer to read
-    transposed ones than a copy does.
-    """
-    return newton_schulz(u, group).contiguous()
-
-
-def newton_schulz(u: Tensor, group: dict[str, Any]) -> Tensor:
-    """The odd polynomial of a batch of matrices that takes singular values to about 1: X = a X + (b A + c A^2) X, A = X X^T."""
-    a, b, c = group["ns_coefficients"]
-    tall = u.shape[-2] > u.shape[-1]
-    x = u.mT if tall else u
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=group["eps"])
-    for _ in range(group["ns_steps"]):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+def _turned(u: Tensor, group: dict[str, Any]) -> Tensor:
+    """The directions of a batch of averages. Contiguous: a pass takes longer to read transposed ones than a copy does."""
+    return orthogonalized(u, group).contiguous()

@@ -17,9 +17,8 @@ from ._core.rows import Row
 from ._core.settings import Settings
 from ._core.sharding import like, local
 from ._methods.kronecker import Rotation, as_matrix, is_matrix
+from ._methods.newton_schulz import orthogonalized, scale_of
 from ._methods.rotated import Rotated, Work
-from .muon import _scale as matrix_scale
-from .muon import newton_schulz
 
 
 class SOAP(Rotated):
@@ -57,16 +56,16 @@ class SOAP(Rotated):
             in the basis. It runs in bfloat16, for float64 parameters in float64. Vectors keep Adam's step.
         ns_coefficients, ns_steps: of that iteration, as for :class:`precond.Muon`.
         maximize: ascend instead of descend (default False).
+        fused: True makes ``torch.amp.GradScaler`` leave unscaling and skipping to the step (default None).
         l1_decay, l1_form, l1_cap: intrinsic L1 in the eigenbasis, with P = Q diag(den^-1/2); otherwise as for
             :class:`precond.AdamW`. With it the weight decay is applied in AdamW's order too.
         state_format: as for :class:`precond.AdamW`, except "int8" and "int4".
         weight_format: as for :class:`precond.AdamW`.
-        **settings: ``backend`` and ``seed``: :class:`precond.Settings`.
+        **settings: :class:`precond.Settings`.
 
     Raises:
         ValueError: an argument is out of range, or ``l1_decay`` is used with ``orthogonalize``.
-        RuntimeError: when built and at the step, for a sharded matrix or a setting that clips: clip with torch's functions before
-            the step; at the step, for a sparse gradient or a complex matrix.
+        RuntimeError: when built and at the step, for a sharded matrix; at the step, for a sparse gradient or a complex matrix.
 
     State: ``step``, ``exp_avg``, ``exp_avg_sq`` (in the basis), ``basis_step``; ``factor_...`` and ``basis_...`` of blocks.
 
@@ -97,6 +96,7 @@ class SOAP(Rotated):
         "orthogonalize": None,
         "ns_coefficients": (3.4445, -4.775, 2.0315),
         "ns_steps": 5,
+        "fused": None,
     }
     _older_options = {"maximize": False, "differentiable": False}
 
@@ -117,6 +117,7 @@ class SOAP(Rotated):
         ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
         ns_steps: int = 5,
         maximize: bool = False,
+        fused: bool | None = None,
         l1_decay: float = 0.0,
         l1_form: str = "proximal",
         l1_cap: float = 10.0,
@@ -182,7 +183,7 @@ class SOAP(Rotated):
         out = list(directions)
         for indices in alike.values():
             stack = torch.stack([as_matrix(local(directions[i])) for i in indices])
-            scale = matrix_scale(kind, *stack.shape[-2:])
+            scale = scale_of(kind, *stack.shape[-2:])
             for i, turned in zip(indices, _orthogonalized(stack, group), strict=True):
                 whole = turned.to(stack.dtype).mul(scale).reshape(directions[i].shape)
                 out[i] = like(directions[i], whole.contiguous())
@@ -217,4 +218,4 @@ def _orthogonalized(u: Tensor, group: dict[str, Any]) -> Tensor:
     """A batch of matrices by Muon's iteration."""
     working = torch.float64 if u.dtype == torch.float64 else torch.bfloat16
     options = {name: _option(group, name) for name in ("ns_coefficients", "ns_steps")}
-    return newton_schulz(u.to(working), {**options, "eps": 1e-7})
+    return orthogonalized(u.to(working), {**options, "eps": 1e-7})

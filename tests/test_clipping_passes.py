@@ -137,7 +137,7 @@ def test_a_norm_that_is_not_finite_skips_or_raises_and_changes_nothing(method, b
     assert_unchanged(params, optimizer, before)
 
 
-@pytest.mark.parametrize("method", ["grouped", "gauss_newton", "dual_global", "dual_mixed"])
+@pytest.mark.parametrize("method", ["muon", "soap", "grouped", "gauss_newton", "dual_global", "dual_mixed"])
 def test_a_loss_scaler_leaves_unscaling_and_skipping_to_the_step(method):
     ours, a = start(method, max_grad_norm=2.0, fused=True)
     theirs, b = start(method, max_grad_norm=2.0)

@@ -14,7 +14,7 @@ from support.cases import bits_equal
 from support.multipass import BF16, F32, F64, give, params_of
 
 import precond
-from precond.muon import newton_schulz
+from precond._methods.newton_schulz import orthogonalized
 
 if not hasattr(torch.optim, "Muon"):
     pytest.skip("this torch has no Muon to compare with", allow_module_level=True)
@@ -94,11 +94,11 @@ def test_one_steps_direction_is_torchs_within_its_rounding():
     group = dict(ns_coefficients=(3.4445, -4.775, 2.0315), ns_steps=5, eps=1e-7)
     for shape in ((16, 48), (48, 16), (32, 32)):
         u = torch.randn(3, *shape)
-        found = newton_schulz(u.to(BF16), group)
+        found = orthogonalized(u.to(BF16), group)
         for a, one in zip(found, u, strict=True):
             expected = _zeropower_via_newtonschulz(one, **group)
             assert (a.float() - expected.float()).abs().max() <= ROUGH
-        s = torch.linalg.svdvals(newton_schulz(u.double(), group))
+        s = torch.linalg.svdvals(orthogonalized(u.double(), group))
         assert s.min() > 0.3
         assert s.max() < 1.6
 

@@ -572,8 +572,8 @@ def test_what_it_does_not_take_is_said_before_anything_moves():
     c.grad = torch.ones_like(c)
     with pytest.raises(RuntimeError, match=r"must be real to have a basis, got torch\.complex64"):
         precond.SOAP([c]).step()
-    with pytest.raises(TypeError, match="unexpected keyword argument 'fused'"):
-        precond.SOAP(params, fused=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'foreach'"):
+        precond.SOAP(params, foreach=True)
 
 
 def test_states_may_be_made_before_the_first_step():

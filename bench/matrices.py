@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import precond
@@ -25,8 +24,6 @@ from . import cpu, record, timing
 #: Count and shape of the matrices; ``quick`` has those of a fourth of the side.
 SQUARE, WIDE, NARROW = (16, (512, 512)), (8, (1024, 4096)), (16, (512, 128))
 QUICK = 4
-#: Operators that are matrix products.
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addbmm", "matmul")
 #: Bytes per element of float32 weights that the part of Muon's step outside of products must move at least: p and the momentum
 #: read and written, the gradient read, the direction read in bfloat16. And AdamW: p and two moments read and written, g read.
 MUON_BYTES, ADAMW_BYTES = 4 * (2 + 2 + 1) + 2, 28
@@ -85,7 +82,7 @@ def copies(params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
 # Muon.
 
 
-def muon(census: Census, target: float, seconds: float) -> dict[str, Any]:
+def muon(census: Census, target: float | None, seconds: float, **options: Any) -> dict[str, Any]:
     """Against torch's."""
     if not hasattr(torch.optim, "Muon"):
         raise RuntimeError("torch.optim.Muon is of torch 2.9 and later")
@@ -93,55 +90,61 @@ def muon(census: Census, target: float, seconds: float) -> dict[str, Any]:
     small = count, (rows // 4, columns // 4)
     ours, theirs = parameters(small), parameters(small)
     start = copies(ours)
-    for params, cls in ((ours, precond.Muon), (theirs, torch.optim.Muon)):
-        optimizer = cls(params, weight_decay=0.0)
+    mine = functools.partial(precond.Muon, **options)
+    for params, make in ((ours, mine), (theirs, torch.optim.Muon)):
+        optimizer = make(params, weight_decay=0.0)
         for _ in range(3):
             optimizer.step()
-    check_same(copies(ours), copies(theirs), start, 0.03)  # bfloat16 products, in another order
+    check_same(copies(ours), copies(theirs), start, 0.1 if options else 0.03)  # bfloat16 products, in another order
     calls = {
         "torch": torch.optim.Muon(parameters(census), lr=1e-6).step,
-        "precond": precond.Muon(parameters(census), lr=1e-6).step,
+        "precond": mine(parameters(census), lr=1e-6).step,
     }
     times = timing.interleaved(calls, seconds, least=5)
-    return summary(times, [{"of": "precond", "to": "torch", "target": target}], calls)
-
-
-class Products(TorchDispatchMode):
-    """Adds up the time of the matrix products that run under it; what it costs itself, some microseconds an operator, counts
-    as outside of them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seconds = 0.0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func.overloadpacket.__name__.rstrip("_") not in PRODUCTS:
-            return func(*args, **(kwargs or {}))
-        start = time.perf_counter()
-        result = func(*args, **(kwargs or {}))
-        self.seconds += time.perf_counter() - start
-        return result
+    targets = [] if target is None else [{"of": "precond", "to": "torch", "target": target}]
+    return summary(times, targets, calls)
 
 
 def outside_of_products(census: Census, seconds: float) -> dict[str, Any]:
-    """A Muon step less its products in the same step, in time per byte of an AdamW step beside it."""
+    """A Muon step whose directions are its averages themselves, in time per byte of an AdamW step beside it: its two passes, and
+    what Python does. The normalisation of matrices belongs to the products.
+    """
     optimizer = precond.Muon(parameters(census), lr=1e-6)
-    in_products: list[float] = []
 
     def step() -> None:
-        with Products() as products:
+        with mock.patch.object(precond.muon, "orthogonalized", lambda u, group: u):
             optimizer.step()
-        in_products.append(products.seconds)
 
-    calls = {"Muon": step, "AdamW": precond.AdamW(parameters(census), lr=1e-6).step}
+    calls = {"outside": step, "AdamW": precond.AdamW(parameters(census), lr=1e-6).step}
     times = timing.interleaved(calls, seconds, least=15)
-    times["products"] = in_products[-len(times["Muon"]) :]
-    if not min(times["products"]) > 0.0:
-        raise AssertionError("a step of Muon must run matrix products that torch dispatches, got none")
-    times["outside"] = [whole - part for whole, part in zip(times["Muon"], times["products"], strict=True)]
     ratio = timing.ratio(times, "outside", "AdamW") * ADAMW_BYTES / MUON_BYTES
-    return summary(times, [{"of": "outside", "to": "AdamW, per byte", "ratio": ratio, "target": 1.3}], calls)
+    return summary(times, [{"of": "outside", "to": "AdamW, per byte", "ratio": ratio, "target": 1.3}], {})
+
+
+def grouped(count: int, size: int, seconds: float) -> dict[str, Any]:
+    """One optimizer with two methods against two optimizers, half of the tensors each."""
+
+    def start() -> tuple[list[torch.nn.Parameter], list[dict[str, Any]]]:
+        params = parameters((count, (1, size)))
+        halves = (params[: count // 2], precond.AdamW), (params[count // 2 :], precond.Lion)
+        return params, [dict(params=half, optimizer=cls, lr=1e-6) for half, cls in halves]
+
+    (ours, groups), (theirs, others) = start(), start()
+    together = precond.Grouped(groups)
+    apart = [group.pop("optimizer")([group]) for group in others]
+
+    def both() -> None:
+        for optimizer in apart:
+            optimizer.step()
+
+    for _ in range(3):
+        together.step()
+        both()
+    if not all(map(torch.equal, ours, theirs)):
+        raise AssertionError("Grouped must take the steps of its optimizers apart, got others")
+    calls = {"Grouped": together.step, "apart": both}
+    times = timing.interleaved(calls, seconds, least=30)
+    return summary(times, [{"of": "Grouped", "to": "apart", "target": 1.02}], {})
 
 
 # SOAP.
@@ -242,7 +245,11 @@ def cases(seconds: float, quick: bool) -> dict[str, Callable[[], dict[str, Any]]
     return {
         named("Muon", square): functools.partial(muon, square, 0.6, seconds),
         named("Muon", wide): functools.partial(muon, wide, 0.5, seconds),
+        f"{named('Muon', square)}, gram": functools.partial(muon, square, None, seconds, method="gram"),
+        f"{named('Muon', wide)}, gram": functools.partial(muon, wide, None, seconds, method="gram"),
         named("Muon outside of products", square): functools.partial(outside_of_products, square, seconds),
+        "Grouped, AdamW and Lion: 1000 tensors of 1000": functools.partial(grouped, 1000, 1000, seconds),
+        "Grouped, AdamW and Lion: 2 tensors of 16M": functools.partial(grouped, 2, 1 << (16 if quick else 24), seconds),
         named("SOAP, ten steps, by refreshes", square): functools.partial(soap, square, seconds),
         named("FOP, output, around AdamW", square): functools.partial(fop, square, 0.3, seconds),
         named("FOP, output, around AdamW", narrow): functools.partial(fop, narrow, None, seconds),

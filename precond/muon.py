@@ -68,7 +68,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
 
     Raises:
         ValueError: an argument is out of range, a parameter is not a matrix, or ``split`` does not fit one.
-        RuntimeError: at the step, for a sparse or complex gradient, and on all ranks if they do not have the same sharded matrices.
+        RuntimeError: at the step, for a sparse or complex gradient, and on all ranks where their sharded matrices differ.
 
     State: ``momentum_buffer``, as torch.
 

@@ -10,6 +10,7 @@ COMMANDS = {
     "cpu": "speed of the CPU backend against torch.optim, with targets",
     "matrices": "speed of the methods with matrix products on the CPU, with targets",
     "gpu": "speed of the GPU backends against torch.optim, with targets",
+    "products": "speed of Muon's products on a GPU against torch's, with targets",
     "exact": "what exact division and square root cost on a GPU",
     "codegen": "machine code of the GPU kernels, without a GPU",
     "errors": "worst errors of every rule against float64, in ulp",

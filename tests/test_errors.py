@@ -331,13 +331,6 @@ def test_float64_parameters_take_numbers_that_are_none_in_float32():
     assert (p < -1e38).all()
 
 
-@pytest.mark.parametrize("name", ["max_grad_norm", "clip_grad_value"])
-@pytest.mark.parametrize("make", [OF_MATRICES["Muon"], OF_MATRICES["SOAP"], OF_MATRICES["DualDescent unit"]])
-def test_a_setting_that_no_step_takes_is_refused_when_built(make, name):
-    with pytest.raises(RuntimeError, match=f"{name} must be None"):
-        make([param(4, 4)], **{name: 1.0})
-
-
 @classes
 def test_a_forced_backend_that_cannot_take_a_tensor_says_why(row):
     p = param(dtype=torch.float64)

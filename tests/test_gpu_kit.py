@@ -51,7 +51,14 @@ def test_every_part_runs_on_the_emulated_device(extension, tmp_path):
     assert {row["who"] for row in rows if row["what"] in ("speed", "small")} >= {"precond cuda", "torch fused"}
 
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["dry-run-exact.json", "dry-run.json", "dry-run.md", "gpu.jsonl", "logs.tgz"]
+    assert files == [
+        "dry-run-exact.json",
+        "dry-run-products.json",
+        "dry-run.json",
+        "dry-run.md",
+        "gpu.jsonl",
+        "logs.tgz",
+    ]
     assert json.loads((tmp_path / "dry-run.json").read_text())["results"]
     with tarfile.open(tmp_path / "logs.tgz") as logs:
         names = [name.removeprefix("./") for name in logs.getnames()]

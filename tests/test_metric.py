@@ -35,6 +35,7 @@ MOVES = [
     (precond.Sophia, dict(betas=(0.0, 0.9), rho=1e2, weight_decay=0.0)),
     (precond.SOAP, dict(betas=(0.0, 0.9), eps=1e-3, relative_eps=0.0, weight_decay=0.0, precondition_frequency=100)),
     (precond.DualDescent, dict(kernel="identity", granularity="entry")),
+    (precond.Grouped, dict(optimizer=precond.AdamW, betas=(0.0, 0.9), eps=1e-3, weight_decay=0.0)),
     *(
         (getattr(torch.optim, cls.__name__), options)
         for cls, options in families.MOVES

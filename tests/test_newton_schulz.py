@@ -115,7 +115,7 @@ def test_coefficients_of_the_group_are_used():
 
 @methods
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-@pytest.mark.parametrize("shape", [(24, 40), (70, 20), (256, 256), (520, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5), (6, 10), (24, 40), (70, 20), (256, 256), (520, 130)], ids=str)
 def test_a_result_does_not_depend_on_the_batch_on_the_cpu(method, dtype, shape):
     u = torch.randn(5, *shape).to(dtype)
     whole = orthogonalized(u, group(method))

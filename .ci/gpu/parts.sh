@@ -121,6 +121,12 @@ bench() {
   PYTHONPATH=$PYTHONPATH:$repo/.peers "$python" -m bench gpu --out "$OUT" "${arguments[@]}"
 }
 
+products() {
+  local arguments=()
+  [[ -z $dry ]] || arguments=(--device cpu --rounds 1)
+  "$python" -m bench products --out "$OUT" "${arguments[@]}"
+}
+
 exact() {
   local arguments=()
   if [[ -n $dry ]]; then arguments=(--device cpu --elements 10000 --rounds 1 --only fp32); else need nvcc cmake ninja; fi

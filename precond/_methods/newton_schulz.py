@@ -109,12 +109,12 @@ def orthogonalized(u: Tensor, group: dict[str, Any]) -> Tensor:
     if u.numel() == 0:
         return result
     coefs = coefficients(group)
-    alone = u.device.type == "cpu" and m * m * n >= SMALL
+    by_itself = alone(u)
     blocks = [1] * len(coefs)
-    if alone or u.device.type != "cpu":
-        part = share(m, strip(m) if alone else tile(u, m))
+    if by_itself or u.device.type != "cpu":
+        part = share(m, strip(m) if by_itself else tile(u, m))
         blocks = blocks_of(m, n, coefs, u.dtype, group.get("method"), part)
-    chunk = 1 if alone else max(1, CHUNK // (m * n))
+    chunk = 1 if by_itself else max(1, CHUNK // (m * n))
     for begin in range(0, k, chunk):
         x, out = u[begin : begin + chunk], result[begin : begin + chunk]
         if rows > columns:
@@ -128,6 +128,12 @@ def orthogonalized(u: Tensor, group: dict[str, Any]) -> Tensor:
         if not blocks:
             out.copy_(x)
     return result
+
+
+def alone(u: Tensor) -> bool:
+    """True where each matrix of a batch is multiplied by itself: large ones on the CPU."""
+    m, n = sorted(u.shape[-2:])
+    return u.device.type == "cpu" and m * m * n >= SMALL
 
 
 def normalized(x: Tensor, eps: float) -> Tensor:
@@ -168,7 +174,8 @@ def block(x: Tensor, coefs: Sequence[Coefficients], out: Tensor | None) -> Tenso
     if not isinstance(q0, float):
         scaled: Tensor = (x * q0).to(x.dtype)
         return torch.baddbmm(scaled, q, x) if out is None else torch.baddbmm(scaled, q, x, out=out)
-    if len(x) > 1:
+    if len(x) > 1 or not alone(x):
+        # Also of one matrix, which must have the bits that it has in a batch.
         return torch.baddbmm(x, q, x, beta=q0) if out is None else torch.baddbmm(x, q, x, beta=q0, out=out)
     # The same product without copies of operands that are views.
     result = torch.empty_like(x) if out is None else out
@@ -201,11 +208,11 @@ def product(
 
     Or alpha a b^T + shift I.
     """
-    k, m, n = a.shape
+    k, m, _ = a.shape
     if kernels(a) is not None:
         found: Tensor = kernels(a).symmetric_product(a, b, alpha, y, beta, w, gamma, shift)
         return found
-    if a.device.type == "cpu" and k == 1 and m * m * n >= SMALL:
+    if k == 1 and alone(a):
         return by_strips(a[0], b[0], alpha, y, beta, w, gamma, shift)
     if isinstance(shift, Tensor) or shift:
         y, beta = (torch.eye(m, device=a.device) * shift).to(a.dtype), 1.0

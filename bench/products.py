@@ -18,20 +18,18 @@ from torch import Tensor
 
 from precond._methods import newton_schulz
 
-from . import gpu, record, timing
+from . import gpu, orthogonal, record, timing
 
 #: Count and shape of the matrices, and the target against torch's.
 CENSUS = {"6 of 1024 x 8192": (6, 1024, 8192, 0.75), "6 of 8192 x 8192": (6, 8192, 8192, 0.75)}
-OPTIONS: dict[str, Any] = dict(ns_coefficients=(3.4445, -4.775, 2.0315), ns_steps=5, eps=1e-7)
+OPTIONS = orthogonal.group()
 
 Turn = Callable[[Tensor], Tensor]
 
 
 def torchs(u: Tensor) -> Tensor:
     """torch's, one matrix after another."""
-    from torch.optim._muon import _zeropower_via_newtonschulz
-
-    return torch.stack([_zeropower_via_newtonschulz(each, **OPTIONS) for each in u])
+    return torch.stack([orthogonal.torchs(each, OPTIONS) for each in u])
 
 
 def batched(u: Tensor) -> Tensor:
@@ -49,19 +47,8 @@ def ours(method: str | None) -> Turn:
 
 
 CONTENDERS: dict[str, Turn] = {"torch": torchs, "batched": batched, "precond": ours(None), "precond gram": ours("gram")}
-#: How much further from float64 than torch's a result may be, as a part of its norm: tests/test_newton_schulz.py.
-SLACK = {"torch": 0.0, "batched": 0.02, "precond": 0.02, "precond gram": 0.07}
-
-
-def exact(u: Tensor) -> Tensor:
-    """The iteration in float64."""
-    a, b, c = OPTIONS["ns_coefficients"]
-    x = u.double()
-    x = x / x.norm(dim=(-2, -1), keepdim=True)
-    for _ in range(OPTIONS["ns_steps"]):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return x
+#: By contender the method whose rounding it may have.
+METHOD_OF = {"torch": None, "batched": None, "precond": None, "precond gram": "gram"}
 
 
 def wrong(device: str) -> dict[str, str]:
@@ -69,7 +56,7 @@ def wrong(device: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for shape in ((3, 96, 96), (2, 257, 1031), (2, 640, 2049)):
         u = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
-        expected = exact(u)
+        expected = torch.stack([orthogonal.expected(each, OPTIONS)[0] for each in u])
 
         def off(turn: Turn, u: Tensor = u, expected: Tensor = expected) -> float:
             return float((turn(u).double() - expected).norm() / expected.norm())
@@ -81,7 +68,7 @@ def wrong(device: str) -> dict[str, str]:
             except Exception as failed:
                 found[name] = record.short(failed)
                 continue
-            if not error <= limit + SLACK[name]:
+            if not error <= limit + orthogonal.MORE[METHOD_OF[name]]:
                 found[name] = f"off by {error:.3f} of its norm at {shape}, torch's by {limit:.3f}"
     return found
 

@@ -21,32 +21,16 @@ from precond._methods.units import matrices_of
 #: Newton-Schulz steps; operations of a matrix of m by n are 5 (4 m^2 n + 2 m^3), m <= n.
 NS_STEPS = 5
 #: Layers, and the matrices of one: name, rows, columns, and the dimension that tensor parallelism cuts.
-MODELS: dict[str, tuple[int, tuple[tuple[str, int, int, int], ...]]] = {
-    "llama-70b": (
-        80,
-        (
-            ("q", 8192, 8192, 0),
-            ("k", 1024, 8192, 0),
-            ("v", 1024, 8192, 0),
-            ("o", 8192, 8192, 1),
-            ("gate", 28672, 8192, 0),
-            ("up", 28672, 8192, 0),
-            ("down", 8192, 28672, 1),
-        ),
-    ),
-    "llama-8b": (
-        32,
-        (
-            ("q", 4096, 4096, 0),
-            ("k", 1024, 4096, 0),
-            ("v", 1024, 4096, 0),
-            ("o", 4096, 4096, 1),
-            ("gate", 14336, 4096, 0),
-            ("up", 14336, 4096, 0),
-            ("down", 4096, 14336, 1),
-        ),
-    ),
-}
+Model = tuple[int, tuple[tuple[str, int, int, int], ...]]
+
+
+def llama(layers: int, width: int, hidden: int, kv: int = 1024) -> Model:
+    """A model of Llama 3's shapes."""
+    attention = (("q", width, width, 0), ("k", kv, width, 0), ("v", kv, width, 0), ("o", width, width, 1))
+    return layers, (*attention, ("gate", hidden, width, 0), ("up", hidden, width, 0), ("down", width, hidden, 1))
+
+
+MODELS = {"llama-70b": llama(80, 8192, 28672), "llama-8b": llama(32, 4096, 14336)}
 #: Bytes of an element on its way, bfloat16.
 ITEMSIZE = 2
 

@@ -21,6 +21,8 @@ from ._core.settings import DEFAULTS, Settings
 from ._core.states import Recipe
 from ._methods.multipass import MultiPass
 from ._wrappers.wrapper import Wrapper
+from .adagrad import Adagrad
+from .sgd import SGD
 
 #: A method's groups in a step, their rows, and what it has found about their parameters.
 _Share = tuple[MultiPass, list[dict[str, Any]], list[Row], Any]
@@ -67,8 +69,7 @@ class Grouped(MultiPass):
 
     _why_not_one_pass = "for Grouped"
     _older_options = {}
-    #: Those of all classes.
-    _sparse_rules = frozenset({"adagrad", "sgd", "sgd_momentum", "sgd_nesterov"})
+    _sparse_rules = SGD._sparse_rules | Adagrad._sparse_rules
 
     #: The classes of the groups.
     _methods: Methods
@@ -150,9 +151,8 @@ class Grouped(MultiPass):
         cls = self._methods.named(given.pop("optimizer", self._shared.get("optimizer")))
         known = _arguments(cls)
         for name in [name for name in given if name in DEFAULTS and name not in known]:
-            if (
-                given.pop(name) != self._own[name]
-            ):  # ZeroRedundancyOptimizer repeats in groups what it gives to the whole
+            # ZeroRedundancyOptimizer repeats in groups what it gives to the whole.
+            if given.pop(name) != self._own[name]:
                 raise TypeError(f"{name} concerns the whole step: give it to Grouped, not to a group")
         given = {**{name: value for name, value in self._shared.items() if name in known}, **given}
         if given.get("differentiable"):

@@ -21,7 +21,7 @@ from ._core.settings import Settings
 from ._core.sharding import like, local
 from ._methods.exchange import Agreements, Exchange, Member
 from ._methods.multipass import MultiPass
-from ._methods.newton_schulz import METHODS, orthogonalized, scale_of
+from ._methods.newton_schulz import METHODS, NS_COEFFICIENTS, orthogonalized, scale_of
 from ._methods.owners import Unit
 from ._methods.placed import check_placements, is_sharded
 from ._methods.units import Block, Matrices, check_flatten, is_matrices, matrices_of, normal_split, view
@@ -103,7 +103,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        ns_coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,

@@ -17,7 +17,7 @@ from ._core.rows import Row
 from ._core.settings import Settings
 from ._core.sharding import like, local
 from ._methods.kronecker import Rotation, as_matrix, is_matrix
-from ._methods.newton_schulz import orthogonalized, scale_of
+from ._methods.newton_schulz import NS_COEFFICIENTS, orthogonalized, scale_of
 from ._methods.rotated import Rotated, Work
 
 
@@ -94,7 +94,7 @@ class SOAP(Rotated):
         "l1_cap": 10.0,
         "one_sided": False,
         "orthogonalize": None,
-        "ns_coefficients": (3.4445, -4.775, 2.0315),
+        "ns_coefficients": NS_COEFFICIENTS,
         "ns_steps": 5,
         "fused": None,
     }
@@ -114,7 +114,7 @@ class SOAP(Rotated):
         relative_eps: float = 3e-6,
         one_sided: bool = False,
         orthogonalize: str | None = None,
-        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        ns_coefficients: tuple[float, float, float] = NS_COEFFICIENTS,
         ns_steps: int = 5,
         maximize: bool = False,
         fused: bool | None = None,

@@ -1,4 +1,7 @@
-"""GaussNewton and Sophia against their formulas (docs/theory.md, C), in the coordinates and in every basis."""
+"""GaussNewton and Sophia against their formulas (docs/theory.md, C), in the coordinates and in every basis.
+
+Over 400 lines: all of it is one class, against the same text in float64.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from .executors import Compiled, Home, Reference, Triton
 from .formats import Layout, is_half
 from .memory import Memory
 from .norm import NormClasses, local_total, norm_classes
-from .rows import Entry, Step, entries_of, parameters
+from .rows import Entry, Row, Step, entries_of, parameters
 from .sharding import local
 from .states import States, counts_beside
 
@@ -32,6 +32,12 @@ class Outcome(enum.Enum):
     SKIPPED = "skipped"
     #: The plan no longer holds; nothing changed.
     STALE = "stale"
+
+
+def first_differs(row: Row) -> bool:
+    """True where a parameter's first step is another formula."""
+    name = reference.RULES[row.rule].first_differs
+    return name is not None and bool(row.hyper[name] != 0.0)
 
 
 class StepPlan:
@@ -373,9 +379,8 @@ class StepPlan:
             return False
         number = 0
         for group, row in zip(step.groups, step.rows, strict=True):
-            name = reference.RULES[row.rule].first_differs
             numbers = range(number, number := number + len(group["params"]))
-            if name is not None and row.hyper[name] != 0.0 and not self.fresh.isdisjoint(numbers):
+            if first_differs(row) and not self.fresh.isdisjoint(numbers):
                 # A step that is being captured cannot wait; torch asks for warm-up steps before.
                 return not any(p.is_cuda for p in group["params"]) or not torch.cuda.is_current_stream_capturing()
         return False

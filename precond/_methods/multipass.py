@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import reference
 from .._core.amp import control_of
 from .._core.clipping import Begun
 from .._core.formats import StateFormat
 from .._core.optimizer import FusedOptimizer
 from .._core.passes import Beginning, Job, Pass
+from .._core.plan import first_differs
 from .._core.rows import Control, Row, Step, name_among, name_of
 from .._core.sharding import aligned_gradients, local
 
@@ -132,7 +133,8 @@ class MultiPass(FusedOptimizer, abstract=True):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
         groups = self.param_groups
-        several = [group for group in groups if self._needs_passes(group)]
+        in_passes = [self._needs_passes(group) for group in groups]
+        several = list(itertools.compress(groups, in_passes))
         self._check_ready()
         if not several:
             self._step_in_one_pass(groups)
@@ -142,7 +144,7 @@ class MultiPass(FusedOptimizer, abstract=True):
             self.skipped_steps.add_(1)
             return
         rows = [self._checked_row(group) for group in groups]
-        of_several = [row for group, row in zip(groups, rows, strict=True) if self._needs_passes(group)]
+        of_several = list(itertools.compress(rows, in_passes))
         work = self._prepare(several, of_several)
         begun = self._begin(control, rows)
         if begun is None:
@@ -152,7 +154,7 @@ class MultiPass(FusedOptimizer, abstract=True):
         still = all(not isinstance(row.hyper["lr"], Tensor) and row.hyper["lr"] == 0.0 for row in rows)
         if still:
             self._step_in_passes(several, of_several, work, begun)
-        numbers = [i for i, group in enumerate(groups) if not self._needs_passes(group)]
+        numbers = [i for i, several_passes in enumerate(in_passes) if not several_passes]
         if numbers:
             straight, of_straight = [groups[i] for i in numbers], [rows[i] for i in numbers]
             if any(group.get(name) is not None for group in straight for name in ("weight_format", "state_format")):
@@ -166,11 +168,13 @@ class MultiPass(FusedOptimizer, abstract=True):
         if self._own["max_grad_norm"] is None and control.found_inf is None:
             return Begun(control)
         groups = self.param_groups
-        host_must_know = self._decided_by_host(groups) or any(
-            (first := reference.RULES[row.rule].first_differs) is not None
-            and row.hyper[first] != 0.0
-            and any(p.grad is not None and not self.state.get(p) for p in group["params"])
-            for group, row in zip(groups, rows, strict=True)
+        may_skip = control.found_inf is not None or self._own["nonfinite"] == "skip"
+        host_must_know = self._decided_by_host(groups) or (
+            may_skip
+            and any(
+                first_differs(row) and any(p.grad is not None and not self.state.get(p) for p in group["params"])
+                for group, row in zip(groups, rows, strict=True)
+            )
         )
         return self._beginning.find(groups, control, host_must_know=host_must_know)
 

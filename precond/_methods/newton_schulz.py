@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .._core.backend import why_not
 
+#: torch's, of the quintic iteration.
+NS_COEFFICIENTS: Final = (3.4445, -4.775, 2.0315)
 METHODS: Final = (None, "gram", "polar_express")
 #: By method, how large the noise of a Gram matrix may become before it is computed anew: half an ulp of its
 #: largest eigenvalue, times the growth of the smallest ones.

@@ -1,4 +1,7 @@
-"""Muon on shards against Muon on whole matrices, as a rank of a gloo group: for tests/test_muon_sharded.py."""
+"""Muon on shards against Muon on whole matrices, as a rank of a gloo group: for tests/test_muon_sharded.py.
+
+Over 400 lines: a function per scenario, which ranks of one number run in the same processes.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,11 @@ from ._core.passes import Job, plain_step
 from ._core.rows import Row
 from ._core.settings import Settings
 from ._core.sharding import like, local
+from ._methods.exchange import Exchange, Member
 from ._methods.multipass import MultiPass
+from ._methods.owners import Unit
+from ._methods.placed import check_placements
+from ._methods.units import matrices_of, view
 
 #: A group, its row, and of a parameter what errors call it, itself and its gradient.
 _Work = tuple[dict[str, Any], Row, str, Tensor, Tensor]
@@ -146,15 +150,17 @@ class DualDescent(MultiPass):
         return bool(group["granularity"] != "entry")
 
     def _check_whole(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
-        if group["granularity"] not in ("unit", "spectral"):
-            return
-        spectral = group["granularity"] == "spectral"
-        for placement in getattr(p, "placements", ()):
-            if not placement.is_replicate() and (spectral or not placement.is_shard(0)):
-                needed = "Replicate" if spectral else "Shard(0) or Replicate"
-                raise RuntimeError(
-                    f"{name} must have placements {needed} for {group['granularity']!r}, got {placement}"
-                )
+        if group["granularity"] == "spectral":
+            check_placements(name, p)
+        for placement in getattr(p, "placements", ()) if group["granularity"] == "unit" else ():
+            if not placement.is_replicate() and not placement.is_shard(0):
+                raise RuntimeError(f"{name} must have placements Shard(0) or Replicate for 'unit', got {placement}")
+
+    def _maps(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return bool(group["granularity"] == "spectral")
+
+    def _member(self, key: str, name: str, p: Tensor, group: dict[str, Any], kind: int) -> Member:
+        return Member(key, name, p, group, matrices_of(tuple(p.shape), True, None, name), True, kind, _wide(p))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does."""
@@ -188,10 +194,14 @@ class DualDescent(MultiPass):
     def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: list[_Work], begun: Begun) -> None:
         for group, row, name, p, _ in work:
             self._init_state(p, group, row, name)
+        exchanges = self._agreements.exchanges(self._members(groups))
         directions = self._averaged([(row, name, p, begun.applied(g)) for _, row, name, p, g in work])
+        of_shards = self._mapped_by_owners(exchanges, {p: u for (*_, p, _), u in zip(work, directions, strict=True)})
         jobs = []
         for (group, row, name, p, _), u in zip(work, directions, strict=True):
-            if group["granularity"] in ("unit", "spectral"):
+            if p in of_shards:
+                u = of_shards[p]
+            elif group["granularity"] in ("unit", "spectral"):
                 u = mapped(name, u, group)
             step = plain_step(row.hyper["lr"], row.hyper["weight_decay"])
             jobs.append(self._job(name, p, p, u, ("remainder",), step, row.sign, group.get("weight_format")))
@@ -208,6 +218,33 @@ class DualDescent(MultiPass):
         self._pass("average", ("momentum_buffer",)).run(jobs)
         means = iter(jobs)
         return [next(means).p if row.rule.endswith("_momentum") else g for row, _, _, g in found]
+
+    def _mapped_by_owners(
+        self, exchanges: list[tuple[list[Member], Exchange]], directions: dict[Tensor, Tensor]
+    ) -> dict[Tensor, Tensor]:
+        """The shards of what owners make of matrices. A missing gradient counts as zeros; who misses one moves nothing."""
+        found = {}
+        for members, exchange in exchanges:
+            own = [directions.get(m.p) for m in members]
+            wide, results = members[0].dtype, [None if u is None else _zeros(u, members[0].dtype) for u in own]
+
+            def piece_of(i: int, own: list[Tensor | None] = own, wide: torch.dtype = wide) -> Tensor | None:
+                u = own[i]
+                return None if u is None else view(local(u).to(wide), True)
+
+            def work(units: list[Unit], stack: Tensor, members: list[Member] = members) -> Tensor:
+                of = [members[unit.param] for unit in units]
+                return torch.stack([mapped(m.name, u, m.group) for m, u in zip(of, stack, strict=True)])
+
+            def put(
+                unit: Unit, where: tuple[slice, ...], values: Tensor, results: list[Tensor | None] = results
+            ) -> None:
+                if (target := results[unit.param]) is not None:
+                    view(target, True)[where].copy_(values)
+
+            exchange.run(piece_of, work, put, wide, local(members[0].p).device)
+            found.update({m.p: like(m.p, u) for m, u in zip(members, results, strict=True) if u is not None})
+        return found
 
     def _scale_by_norms(self, groups: list[dict[str, Any]], jobs: list[Job]) -> None:
         """Scale the steps of tensors that share a norm, or have one each, to steps along K's gradient, on their device."""
@@ -244,8 +281,7 @@ def mapped(name: str, u: Tensor, group: dict[str, Any]) -> Tensor:
         return like(u, mapped(name, local(u), group).contiguous())
     if u.numel() == 0:
         return u
-    rows = u.reshape(u.shape[0] if u.dim() > 0 else 1, -1)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    rows = u.reshape(u.shape[0] if u.dim() > 0 else 1, -1).to(_wide(u))
     if group["granularity"] != "spectral":
         # In float64 no square overflows or underflows.
         wide = torch.promote_types(rows.dtype, torch.float64)
@@ -259,3 +295,13 @@ def mapped(name: str, u: Tensor, group: dict[str, Any]) -> Tensor:
     s = torch.where(s > s.amax() * max(rows.shape) * torch.finfo(s.dtype).eps, s, 0.0)
     found: Tensor = (left * reference.KERNELS[group["kernel"]](s, group)) @ right
     return found.view(u.shape)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    """What singular values and norms are found in, at least."""
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _zeros(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous local tensor of the shape of a shard."""
+    return torch.zeros(local(t).shape, dtype=dtype, device=t.device)

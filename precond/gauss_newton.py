@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from ._core.precision import at_stated_precision
 from ._core.rows import Row, name_of
 from ._core.settings import Settings
 from ._methods.kronecker import Rotation, turned
-from ._methods.rotated import Rotated, Work
+from ._methods.rotated import Rotated
+from ._methods.share import HELD, Work
 
 CURVATURES = ("gnb", "hutchinson", "gradient")
 
@@ -152,6 +153,8 @@ class GaussNewton(Rotated):
         return Row(self._decayed("gauss_newton", group, suffix), -1.0 if group["maximize"] else 1.0, hyper)
 
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
+        if self._is_shared(p, group):
+            return Metric(why_not=HELD)
         of_gradients = group["curvature"] == "gradient"
         count = self._steps(p) if of_gradients else self.state.get(p, {}).get("curvature_step", 0)
         if not count:
@@ -177,14 +180,23 @@ class GaussNewton(Rotated):
 
     def _check_ready(self) -> None:
         for group in self.param_groups:
-            moves = isinstance(group["lr"], Tensor) or group["lr"] != 0.0
-            if group["curvature"] != "gradient" and group["clip"] is None and moves:
-                for p in group["params"]:
-                    if p.grad is not None and not self.state.get(p, {}).get("curvature_step"):
-                        raise RuntimeError(
-                            "update_curvature must be called before the first step, or clip be given: "
-                            f"{self._name(p)} has no curvature"
-                        )
+            for p in group["params"]:
+                if p.grad is None or self._is_shared(p, group):
+                    continue
+                if not self.is_ready(group, self.state.get(p, {})):
+                    raise self.not_ready(self._name(p), group)
+
+    def is_ready(self, group: dict[str, Any], state: dict[str, Any], basis: Rotation | None = None) -> bool:
+        """True unless a step would be divided by a curvature that nobody has given."""
+        moves = isinstance(group["lr"], Tensor) or group["lr"] != 0.0
+        needs = group["curvature"] != "gradient" and group["clip"] is None and moves
+        return not needs or bool(state.get("curvature_step"))
+
+    def not_ready(self, name: str, group: dict[str, Any]) -> RuntimeError:
+        """What is said then."""
+        return RuntimeError(
+            f"update_curvature must be called before the first step, or clip be given: {name} has no curvature"
+        )
 
     def _before(self, work: list[Work], group: dict[str, Any], row: Row) -> list[Work]:
         """Feed the bases, unless ``update_curvature`` does: it feeds the gradients that it squares."""
@@ -226,43 +238,71 @@ class GaussNewton(Rotated):
         position, total = 0, sum(len(group["params"]) for group in self.param_groups)
         if estimates is not None and len(estimates) != total:
             raise ValueError(f"estimates must be one per parameter, {total}, got {len(estimates)}")
+        rows: list[Row] = []
+        shards: dict[Tensor, Tensor] = {}
+        given = estimates is not None
         for group in self.param_groups:
             if group["curvature"] == "gradient":
                 raise RuntimeError("curvature must be 'gnb' or 'hutchinson' for update_curvature, got 'gradient'")
-            if group["curvature"] == "hutchinson" and estimates is None:
+            if group["curvature"] == "hutchinson" and not given:
                 raise RuntimeError("estimates must be given with curvature='hutchinson', got None")
-            row = self._checked_row(group)
+            rows.append(self._checked_row(group))
             found: list[Work] = []
             for index, p in enumerate(group["params"]):
                 name = name_of(group, self._number_of(group), index)
-                given = p.grad if estimates is None else estimates[position]
+                g = p.grad if estimates is None else estimates[position]
                 position += 1
-                if given is None:
+                if g is None:
                     continue
-                if given.shape != p.shape:
-                    raise RuntimeError(
-                        f"an estimate must have shape {tuple(p.shape)} for {name}, got {tuple(given.shape)}"
-                    )
+                if g.shape != p.shape:
+                    raise RuntimeError(f"an estimate must have shape {tuple(p.shape)} for {name}, got {tuple(g.shape)}")
                 if p.is_complex():
                     raise RuntimeError(f"{name} must be real for update_curvature, got {p.dtype}")
+                if self._is_shared(p, group):
+                    shards[p] = _placed(name, p, g)
+                    continue
                 basis = self._basis(name, p, group) if self.rotates(group) else Rotation(p)
-                if estimates is not None and basis.kronecker is not None and not basis.kronecker.ready:
-                    first = "an update from gradients" if group["curvature"] == "gnb" else "a step"
-                    raise RuntimeError(f"{first} must come before estimates of {name}, to make their basis")
-                found.append(Work(name, p, given, basis))
-            # In the coordinates of the basis: an estimate is given in them, a gradient is squared in them.
-            parts = [item.g for item in found]
-            if estimates is None and self.rotates(group):
-                self._feed(found, group)
-                wide = [item.g.detach().to(torch.promote_types(item.p.dtype, torch.float32)) for item in found]
-                parts = turned([(item.basis, g) for item, g in zip(found, wide, strict=True)], back=False)
-            beta2 = float(group["betas"][1])
-            for (name, p, _, _), part in zip(found, parts, strict=True):
-                self._init_state(p, group, row, name)
-                state = self.state[p]
-                h = state["curvature"]
-                new = part.to(torch.promote_types(h.dtype, torch.float32))
-                new = new if estimates is not None else new.square() * batch_size
-                count = state["curvature_step"] = state.get("curvature_step", 0) + 1
-                weight = (1 - beta2) / (1 - beta2**count) if self._corrected else 1 - beta2
-                h.copy_(torch.lerp(h.to(new.dtype), new, weight))
+                if given and not _is_made(basis):
+                    raise _no_basis(name, group)
+                found.append(Work(name, p, g, basis))
+            self._average(group, rows[-1], found, batch_size, given)
+        for share in self._shares(self.param_groups, rows, shards):
+            share.agree(True, lambda group, state, basis: not given or _is_made(basis), _no_basis)
+            share.update(lambda group, row, work: self._average(group, row, work, batch_size, given))
+
+    def _average(self, group: dict[str, Any], row: Row, found: list[Work], batch_size: float, given: bool) -> None:
+        """Average estimates that are ``given`` in the coordinates of the basis, or gradients that are squared in them."""
+        parts = [item.g for item in found]
+        if not given and self.rotates(group):
+            self._feed(found, group)
+            wide = [item.g.detach().to(torch.promote_types(item.p.dtype, torch.float32)) for item in found]
+            parts = turned([(item.basis, g) for item, g in zip(found, wide, strict=True)], back=False)
+        beta2 = float(group["betas"][1])
+        for (name, p, *_), part in zip(found, parts, strict=True):
+            self._init_state(p, group, row, name)
+            state = self.state[p]
+            h = state["curvature"]
+            new = part.to(torch.promote_types(h.dtype, torch.float32))
+            new = new if given else new.square() * batch_size
+            count = state["curvature_step"] = state.get("curvature_step", 0) + 1
+            weight = (1 - beta2) / (1 - beta2**count) if self._corrected else 1 - beta2
+            h.copy_(torch.lerp(h.to(new.dtype), new, weight))
+
+
+def _is_made(basis: Rotation) -> bool:
+    return basis.kronecker is None or basis.kronecker.ready
+
+
+def _no_basis(name: str, group: dict[str, Any]) -> RuntimeError:
+    first = "an update from gradients" if group["curvature"] == "gnb" else "a step"
+    return RuntimeError(f"{first} must come before estimates of {name}, to make their basis")
+
+
+def _placed(name: str, p: Tensor, g: Tensor) -> Tensor:
+    """What is given for a sharded parameter, as its shards are."""
+    given, placed = cast(Any, g), cast(Any, p)
+    if not hasattr(g, "placements"):
+        raise RuntimeError(f"an estimate must be a DTensor on the mesh of {name}, got a plain tensor")
+    if (given.device_mesh, given.placements) != (placed.device_mesh, placed.placements):
+        given = given.redistribute(placed.device_mesh, placed.placements)
+    return cast(Tensor, given)

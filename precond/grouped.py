@@ -302,6 +302,9 @@ class Grouped(MultiPass):
             group["optimizer"] = self._methods.of(group).__name__
         super()._prepare_to_save()
 
+    def _states_to_save(self) -> dict[Tensor, dict[str, Any]]:
+        return {p: state for part in self._in_passes() for p, state in part._states_to_save().items()}
+
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep: also the classes of the groups, and what they share."""
         return {**super().__getstate__(), "_methods": self._methods, "_shared": self._shared}

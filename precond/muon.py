@@ -19,7 +19,7 @@ from ._core.passes import plain_step
 from ._core.rows import Row, name_of
 from ._core.settings import Settings
 from ._core.sharding import like, local
-from ._methods.exchange import Agreements, Exchange, Member
+from ._methods.exchange import Exchange, Member
 from ._methods.multipass import MultiPass
 from ._methods.newton_schulz import METHODS, NS_COEFFICIENTS, orthogonalized, scale_of
 from ._methods.owners import Unit
@@ -171,6 +171,13 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
     def _check_whole(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
         check_placements(name, p)
 
+    def _maps(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return True
+
+    def _member(self, key: str, name: str, p: Tensor, group: dict[str, Any], kind: int) -> Member:
+        of = self._matrices(name, p, group)
+        return Member(key, name, p, group, of, group.get("flatten"), kind, torch.bfloat16)
+
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
         return Metric(why_not="it takes all singular values to 1")
 
@@ -182,8 +189,6 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
     def _rebuild(self) -> None:
         super()._rebuild()
         self._stacks: dict[tuple[Any, ...], Stack] = {}
-        # It depends on parameters and options alone, and asking the other ranks again takes all of them.
-        self._agreements: Agreements = self.__dict__.get("_agreements") or Agreements("Muon")
 
     def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> list[Found]:
         found = []
@@ -214,29 +219,6 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
             step = plain_step(row.hyper["lr"] * scale, row.hyper["weight_decay"] / scale)
             steps.append(self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
         self._pass("sgdw").run(steps, begun.of_results())
-
-    def _members(self, groups: list[dict[str, Any]]) -> list[Member]:
-        """The parameters whose matrices ranks share: whether they have a gradient or not, since no rank knows of the others'.
-        Those that require none take no part.
-        """
-        members = []
-        names = [name for group in groups for name in group.get("param_names", ())]
-        named = all("param_names" in group for group in groups) and len(set(names)) == len(names)
-        for group in groups:
-            index = self._number_of(group)
-            for position, p in enumerate(group["params"]):
-                if not is_sharded(p) or p.numel() == 0 or p.device_mesh.get_coordinate() is None:
-                    continue
-                name = name_of(group, index, position)
-                if not p.requires_grad:
-                    if p.grad is not None:
-                        raise RuntimeError(
-                            f"{name} is sharded and has a gradient: it must require gradients, on all ranks"
-                        )
-                    continue
-                key = group["param_names"][position] if named else f"parameter {position} of group {index}"
-                members.append(Member(key, name, p, group, self._matrices(name, p, group), index))
-        return members
 
     def _buffers_of(self, found: list[Found]) -> list[Tensor]:
         """Where the averages go: those of equal matrices into one stack, which is multiplied as it is."""
@@ -286,7 +268,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
                 functools.partial(_put, members, targets),
                 torch.bfloat16,
                 local(members[0].p).device,
-                meanwhile,
+                meanwhile=meanwhile,
             )
             meanwhile = None
         if meanwhile is not None:

@@ -18,7 +18,8 @@ from ._core.settings import Settings
 from ._core.sharding import like, local
 from ._methods.kronecker import Rotation, as_matrix, is_matrix
 from ._methods.newton_schulz import NS_COEFFICIENTS, orthogonalized, scale_of
-from ._methods.rotated import Rotated, Work
+from ._methods.rotated import Rotated
+from ._methods.share import HELD, Work
 
 
 class SOAP(Rotated):
@@ -147,6 +148,8 @@ class SOAP(Rotated):
     def _metric(self, p: Tensor, group: dict[str, Any]) -> Metric | None:
         if _option(group, "orthogonalize") is not None and is_matrix(p):
             return Metric(why_not="it takes all singular values to 1")
+        if self._is_shared(p, group):
+            return Metric(why_not=HELD)
         step = self._steps(p)
         if not step:
             return None
@@ -162,14 +165,19 @@ class SOAP(Rotated):
 
     def _before(self, work: list[Work], group: dict[str, Any], row: Row) -> list[Work]:
         """The first gradient of a matrix only builds its bases."""
-        first = [item for item in work if item.basis.kronecker is not None and not item.basis.kronecker.ready]
+        first = [item for item in work if not self.moves(item.basis)]
         self._feed(first, group)
-        for name, p, _, _ in first:
-            self._init_state(p, group, row, name)
+        for item in first:
+            self._init_state(item.p, group, row, item.name)
         begun = {id(item.p) for item in first}
         return [item for item in work if id(item.p) not in begun]
 
-    def _after(self, work: list[Work], group: dict[str, Any]) -> None:
+    def moves(self, basis: Rotation) -> bool:
+        """True unless the step only builds the basis."""
+        return basis.kronecker is None or basis.kronecker.ready
+
+    def after(self, work: list[Work], group: dict[str, Any]) -> None:
+        """Feed the bases, and refresh them where that is due."""
         self._feed(work, group)
 
     def _directions(self, work: list[Work], directions: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
@@ -177,7 +185,7 @@ class SOAP(Rotated):
         if kind is None:
             return directions
         alike: dict[tuple[Any, ...], list[int]] = {}
-        for i, (_, p, _, basis) in enumerate(work):
+        for i, (_, p, _, basis, _) in enumerate(work):
             if basis.kronecker is not None:
                 alike.setdefault((basis.kronecker.shape, directions[i].dtype, p.device), []).append(i)
         out = list(directions)

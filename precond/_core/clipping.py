@@ -27,6 +27,13 @@ class Begun(NamedTuple):
     #: The norm, where a device reads it.
     clip: Clip = NOTHING
 
+    @property
+    def changes(self) -> bool:
+        """True where the host multiplies or clips gradients."""
+        return (
+            self.control.grad_coef != 1.0 or self.control.grad_scale is not None or self.control.clip_value != math.inf
+        )
+
     def of_results(self) -> Begun:
         """For a pass over what an earlier one has made of gradients: it is skipped where that one is."""
         return Begun(Control(found_inf=self.control.found_inf))
@@ -36,7 +43,7 @@ class Begun(NamedTuple):
         coef, scale, found_inf, clip_value = self.control
         assert found_inf is None
         assert self.clip is NOTHING
-        if coef == 1.0 and scale is None and clip_value == math.inf:
+        if not self.changes:
             return g
         values = local(g)
         values = values.to(torch.promote_types(values.dtype, torch.float32))

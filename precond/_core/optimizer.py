@@ -305,9 +305,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             _drop_settings(group, self.defaults)
 
     def state_dict(self) -> dict[str, Any]:
-        """The states and groups, as torch has them."""
+        """The states and groups, as torch has them. What one rank holds for others is cut into shards, by all ranks together."""
         self._prepare_to_save()
-        return super().state_dict()
+        placed = self._states_to_save()
+        held = {p: self.state.get(p) for p in placed}
+        self.state.update(placed)
+        try:
+            return super().state_dict()
+        finally:
+            for p, state in held.items():
+                if state is None:
+                    del self.state[p]
+                else:
+                    self.state[p] = state
+
+    def _states_to_save(self) -> dict[Tensor, dict[str, Any]]:
+        """What checkpoints have in place of the states of some parameters."""
+        return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickled optimizer, or the groups and states of a checkpoint."""

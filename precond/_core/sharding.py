@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -69,15 +69,16 @@ def zeros_per_row(p: Tensor, per: int, dtype: torch.dtype, name: str = "a parame
     return like(p, zeros, torch.Size((rows, row // per)))
 
 
-def like(p: Tensor, plain: Tensor, shape: torch.Size | None = None) -> Tensor:
-    """A contiguous local tensor, placed as the parameter; ``shape`` of the whole where that is another."""
+def like(p: Tensor, plain: Tensor, shape: torch.Size | None = None, placements: Sequence[Any] | None = None) -> Tensor:
+    """A contiguous local tensor, placed as the parameter; ``shape`` of the whole and ``placements`` where these are others."""
     if not hasattr(p, "placements"):
         return plain
     from torch.distributed.tensor import DTensor
 
     shape = p.shape if shape is None else shape
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(plain, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)  # type: ignore[attr-defined]
+    placements = p.placements if placements is None else placements
+    return DTensor.from_local(plain, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)  # type: ignore[attr-defined]
 
 
 def aligned_gradients(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:

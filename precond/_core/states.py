@@ -277,6 +277,8 @@ class ParamStates:
             # Of another shape: the step says so.
             if alone and (state[key].shape != p.shape or (not coded and state[key].dtype == dtype)):
                 continue
+            if hasattr(p, "placements") and not hasattr(state[key], "placements"):
+                continue  # whole: whoever holds it converts it
             formats.check(name, p, state, (key,), Layout("fp32", (form,), (0, 0, 0)))
             formats.renew([(p, state)])
             values = formats.values_of(state, key, form, p)
@@ -297,6 +299,12 @@ class ParamStates:
             for i, p in enumerate(group["params"]):
                 self._stream_names[id(p)] = group["param_names"][i] if "param_names" in group else str(position)
                 position += 1
+
+    def name_as(self, tensor: Tensor, p: Tensor) -> None:
+        """Name the random bits of a tensor that stands for a parameter as the parameter's own."""
+        if id(p) not in self._stream_names:
+            self.name_streams()
+        self._stream_names[id(tensor)] = self._stream_names[id(p)]
 
     def keep(self, groups: list[Group]) -> None:
         """Forget parameters that are neither in these groups nor have a state."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -92,54 +92,74 @@ class Member(NamedTuple):
     p: Tensor
     group: dict[str, Any]
     of: Matrices
+    #: How its dimensions are seen, as in :func:`.units.seen`.
+    flatten: bool | None
     #: What units of one batch must have in common besides their shape.
     kind: int
+    #: What its matrices are mapped in.
+    dtype: torch.dtype
     #: As an entry's: the same on all ranks.
     weight: float = 1.0
 
 
+def by_ranks(members: Iterable[Member]) -> list[tuple[list[Member], Any]]:
+    """The members of each set of ranks, by their keys, and its process group; in the same order on all ranks."""
+    alike: dict[tuple[int, ...], list[Member]] = {}
+    for member in members:
+        alike.setdefault(ranks_of(member.p), []).append(member)
+    return [
+        (sorted(own, key=lambda member: member.key), group_of(ranks, [m.p.device_mesh for m in own]))  # type: ignore[attr-defined]
+        for ranks, own in sorted(alike.items(), key=lambda item: (len(item[0]), item[0]))
+    ]
+
+
 class Agreements:
-    """What ranks have agreed on about their sharded parameters: an exchange for each set of ranks. Parameters, their placements
-    and their matrices decide, so that all ranks ask each other again at the same step. No parameter is kept alive.
+    """What ranks have agreed on about their sharded parameters: an exchange for each set of ranks and dtype. Parameters, their
+    placements and their matrices decide, so that all ranks ask each other again at the same step. No parameter is kept alive.
     """
 
     def __init__(self, what: str) -> None:
         """``what``: the class that errors name."""
         self._what = what
-        self._held: dict[tuple[int, ...], tuple[tuple[Any, ...], Exchange]] = {}
+        self._held: dict[tuple[tuple[int, ...], torch.dtype], tuple[tuple[Any, ...], Exchange]] = {}
 
     def exchanges(self, members: Iterable[Member]) -> list[tuple[list[Member], Exchange]]:
         """The exchanges of a step, in the same order on all ranks, each with its parameters by their numbers. What is wrong on
         some ranks is told to the larger sets that these belong to: they would wait for them.
         """
-        by_ranks: dict[tuple[int, ...], list[Member]] = {}
+        alike: dict[tuple[tuple[int, ...], torch.dtype], list[Member]] = {}
         for member in members:
-            by_ranks.setdefault(ranks_of(member.p), []).append(member)
-        self._held = {ranks: held for ranks, held in self._held.items() if ranks in by_ranks}
+            alike.setdefault((ranks_of(member.p), member.dtype), []).append(member)
+        self._held = {key: held for key, held in self._held.items() if key in alike}
         found, failure = [], None
-        for ranks, own in sorted(by_ranks.items(), key=lambda item: (len(item[0]), item[0])):
+        for key, own in sorted(alike.items(), key=lambda item: (len(item[0][0]), item[0][0], str(item[0][1]))):
             own.sort(key=lambda member: member.key)
-            seen = tuple((m.key, m.p.shape, m.p.placements, m.p.device_mesh, m.of, m.kind) for m in own)  # type: ignore[attr-defined]
-            if ranks not in self._held or self._held[ranks][0] != seen:
+            seen = tuple(
+                (m.key, m.p.shape, m.p.placements, m.p.device_mesh, m.of, m.kind, m.weight)  # type: ignore[attr-defined]
+                for m in own
+            )
+            if key not in self._held or self._held[key][0] != seen:
                 try:
-                    self._held[ranks] = seen, self._agree(ranks, own, failure)
+                    self._held[key] = seen, self._agree(*key, own, failure)
                 except RuntimeError as error:
                     failure = failure or error
                     continue
-            found.append((own, self._held[ranks][1]))
+            found.append((own, self._held[key][1]))
         if failure is not None:
             raise failure
         return found
 
-    def _agree(self, ranks: tuple[int, ...], own: list[Member], failure: RuntimeError | None) -> Exchange:
+    def _agree(
+        self, ranks: tuple[int, ...], dtype: torch.dtype, own: list[Member], failure: RuntimeError | None
+    ) -> Exchange:
         group = group_of(ranks, [m.p.device_mesh for m in own])  # type: ignore[attr-defined]
         entries, error = [], None if failure is None else str(failure)
         try:
-            entries = [entry_of(m.key, m.name, m.p, m.of, m.group.get("flatten"), m.weight) for m in own]
+            entries = [entry_of(m.key, m.name, m.p, m.of, m.flatten, m.weight) for m in own]
         except Exception as wrong:  # whatever it is, the other ranks wait for ours
             error = str(wrong)
         agree(entries, error, group, self._what)
-        return Exchange(Plan(entries, len(ranks)), group, {number: m.kind for number, m in enumerate(own)})
+        return Exchange(Plan(entries, len(ranks), dtype.itemsize), group, {n: m.kind for n, m in enumerate(own)})
 
 
 # A step.
@@ -197,9 +217,10 @@ class Exchange:
     def __init__(self, plan: Plan, group: Any, kinds: Mapping[int, object]) -> None:
         """``kinds``: of each parameter what units of one batch must have in common besides their shape."""
         self.plan, self.group, self.bytes_sent = plan, group, 0
-        self._me = torch.distributed.get_rank(group)
+        #: This rank's number in the group.
+        self.me = torch.distributed.get_rank(group)
         self._kinds = kinds
-        me = self._me
+        me = self.me
         self._resting = self._alike([a for a in plan.assigned if a.batch is None and a.owner == me])
         self._batches: list[list[Assigned]] = [[] for _ in range(plan.batches)]
         for a in plan.assigned:
@@ -209,18 +230,18 @@ class Exchange:
         self._owned = [self._alike([a for a in batch if a.owner == me]) for batch in self._batches]
         # In the order of ranks, and of units for each: what goes to an owner, comes from a source, and the same of results.
         self._to = [
-            by_rank((a, a.owner) for a in batch if a.owner != me and me in a.sources) for batch in self._batches
+            _by_rank((a, a.owner) for a in batch if a.owner != me and me in a.sources) for batch in self._batches
         ]
         self._from = [
-            by_rank((a, rank) for a in batch if a.owner == me for rank in a.others(a.sources))
+            _by_rank((a, rank) for a in batch if a.owner == me for rank in a.others(a.sources))
             for batch in self._batches
         ]
         self._back_to = [
-            by_rank((a, rank) for a in batch if a.owner == me for rank in a.others(tuple(a.holders)))
+            _by_rank((a, rank) for a in batch if a.owner == me for rank in a.others(tuple(a.holders)))
             for batch in self._batches
         ]
         self._back_from = [
-            by_rank((a, a.owner) for a in batch if a.owner != me and me in a.holders) for batch in self._batches
+            _by_rank((a, a.owner) for a in batch if a.owner != me and me in a.holders) for batch in self._batches
         ]
         self._gathers, self._returns = [], []
         for b, batch in enumerate(self._batches):
@@ -230,6 +251,20 @@ class Exchange:
             sends = self._elements(self._back_to[b], lambda a, rank: a.holders[rank].numel)
             receives = self._elements(self._back_from[b], lambda a, rank: a.holders[me].numel)
             self._returns.append(Buffer(sends, receives, any(a.others(tuple(a.holders)) for a in batch)))
+
+    def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+        """Which flags a rank has raised. The host waits for all ranks."""
+        raised = torch.tensor(flags, dtype=torch.uint8, device=device)
+        torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in raised.tolist()]
+
+    def fail(self, error: Exception | None) -> NoReturn:
+        """Raise what some ranks have found wrong, on all of them: each its own error, else another's."""
+        said: list[Any] = [None] * self.plan.ranks
+        torch.distributed.all_gather_object(said, None if error is None else str(error), group=self.group)
+        if error is not None:
+            raise error
+        raise RuntimeError(next(f"{what} (on rank {rank})" for rank, what in enumerate(said) if what is not None))
 
     def _elements(self, parts: list[tuple[Assigned, int]], of: Callable[[Assigned, int], int]) -> list[int]:
         counts = [0] * self.plan.ranks
@@ -250,13 +285,17 @@ class Exchange:
         put: Put,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        result: torch.dtype | None = None,
         meanwhile: Callable[[], None] | None = None,
+        later: Callable[[], None] | None = None,
     ) -> None:
         """One step. ``piece_of``: what this rank has of a parameter, as a batch of matrices; None counts as zeros. Every rank
-        takes part with all of its parameters at every step, so none waits for another. ``meanwhile``: other work of the step,
-        done while the first batch is on its way.
+        takes part with all of its parameters at every step, so none waits for another. ``dtype``: that of pieces; results have
+        ``result``, else the same. ``meanwhile``: other work of the step, done while the first batch is on its way; ``later``: of
+        each batch, done when its results are on theirs.
         """
-        pieces = _Pieces(piece_of, dtype, device)
+        pieces, result = _Pieces(piece_of, dtype, device), dtype if result is None else result
         gathers: dict[int, Arrival | None] = {}
         returns: dict[int, Arrival | None] = {}
         for b in range(min(1, self.plan.batches)):
@@ -266,6 +305,8 @@ class Exchange:
         for alike in self._resting:
             # Without a gradient here nobody has one.
             self._map([a for a in alike if pieces.whole(a.unit.param) is not None], pieces, {}, work, put)
+        if later is not None and self._resting:
+            later()
         for b in range(self.plan.batches):
             if b + 1 < self.plan.batches:
                 gathers[b + 1] = self._gather(b + 1, pieces)
@@ -274,6 +315,43 @@ class Exchange:
             for alike in self._owned[b]:
                 results.update(self._map(alike, pieces, arrived, work, put))
             parts = [taken(results[id(a)], a.holders[rank]) for a, rank in self._back_to[b]]
+            returns[b] = self._start(self._returns[b], parts, result, device)
+            if later is not None:
+                later()
+            if b > 0:
+                self._finish(b - 1, returns.pop(b - 1), put)
+        for b, arrival in returns.items():
+            self._finish(b, arrival, put)
+
+    def collect(
+        self,
+        piece_of: Callable[[int], Tensor | None],
+        take: Callable[[Unit, Tensor], None],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """The way there alone: each owner takes what ranks have of its units."""
+        pieces, arrivals = _Pieces(piece_of, dtype, device), {}
+        for a in (a for alike in self._resting for a in alike):
+            take(a.unit, self._whole([a], pieces, {}))
+        for b in range(self.plan.batches + 1):
+            if b < self.plan.batches:
+                arrivals[b] = self._gather(b, pieces)
+            if b > 0:
+                arrived = self._parts(arrivals.pop(b - 1), self._from[b - 1], lambda a, rank: a.holders[rank])
+                for a in (a for alike in self._owned[b - 1] for a in alike):
+                    take(a.unit, self._whole([a], pieces, arrived))
+
+    def hand_out(self, whole_of: Callable[[Unit], Tensor], put: Put, dtype: torch.dtype, device: torch.device) -> None:
+        """The way back alone: each rank gets its parts of what owners have."""
+        returns: dict[int, Arrival | None] = {}
+        for a in (a for alike in self._resting for a in alike):
+            self._put_own(a, whole_of(a.unit), put)
+        for b in range(self.plan.batches):
+            results = {id(a): whole_of(a.unit) for alike in self._owned[b] for a in alike}
+            for a in (a for alike in self._owned[b] for a in alike):
+                self._put_own(a, results[id(a)], put)
+            parts = [taken(results[id(a)], a.holders[rank]) for a, rank in self._back_to[b]]
             returns[b] = self._start(self._returns[b], parts, dtype, device)
             if b > 0:
                 self._finish(b - 1, returns.pop(b - 1), put)
@@ -281,12 +359,12 @@ class Exchange:
             self._finish(b, arrival, put)
 
     def _finish(self, b: int, arrival: Arrival | None, put: Put) -> None:
-        back = self._parts(arrival, self._back_from[b], lambda a, rank: a.holders[self._me])
+        back = self._parts(arrival, self._back_from[b], lambda a, rank: a.holders[self.me])
         for a, rank in self._back_from[b]:
-            put(a.unit, a.holders[self._me].here, back[id(a), rank])
+            put(a.unit, a.holders[self.me].here, back[id(a), rank])
 
     def _gather(self, b: int, pieces: _Pieces) -> Arrival | None:
-        parts = [pieces.of(a.unit.param, a.holders[self._me]).reshape(-1) for a, _ in self._to[b]]
+        parts = [pieces.of(a.unit.param, a.holders[self.me]).reshape(-1) for a, _ in self._to[b]]
         return self._start(self._gathers[b], parts, pieces.dtype, pieces.device)
 
     def _start(self, buffer: Buffer, parts: list[Tensor], dtype: torch.dtype, device: torch.device) -> Arrival | None:
@@ -318,10 +396,13 @@ class Exchange:
         mapped = torch.split(work(units, stack), [unit.number for unit in units])
         results = {id(a): each for a, each in zip(alike, mapped, strict=True)}
         for a in alike:
-            if self._me in a.holders:
-                part = a.holders[self._me]
-                put(a.unit, part.here, taken(results[id(a)], part).view(part.shape))
+            self._put_own(a, results[id(a)], put)
         return results
+
+    def _put_own(self, a: Assigned, whole: Tensor, put: Put) -> None:
+        if self.me in a.holders:
+            part = a.holders[self.me]
+            put(a.unit, part.here, taken(whole, part).view(part.shape))
 
     def _whole(self, alike: list[Assigned], pieces: _Pieces, arrived: dict[tuple[int, int], Tensor]) -> Tensor:
         parts = [[(a.holders[rank], arrived.get((id(a), rank))) for rank in a.sources] for a in alike]
@@ -339,7 +420,7 @@ class Exchange:
         return stack
 
 
-def by_rank(parts: Iterable[tuple[Assigned, int]]) -> list[tuple[Assigned, int]]:
+def _by_rank(parts: Iterable[tuple[Assigned, int]]) -> list[tuple[Assigned, int]]:
     """Units and ranks, by ranks; of each in the order of its batch."""
     return sorted(parts, key=lambda part: part[1])
 

@@ -36,17 +36,9 @@ def is_matrix(p: Tensor) -> bool:
 
 
 def check_matrix(name: str, p: Tensor) -> None:
-    """Raise for a parameter that cannot have a basis: complex, or sharded."""
+    """Raise for a parameter that cannot have a basis."""
     if p.is_complex():
         raise RuntimeError(f"{name} must be real to have a basis, got {p.dtype}")
-    check_whole(name, p)
-
-
-def check_whole(name: str, p: Tensor) -> None:
-    """Raise for a sharded parameter."""
-    for placement in getattr(p, "placements", ()):
-        if not placement.is_replicate():
-            raise RuntimeError(f"{name} must be whole or replicated to have a basis, got placement {placement}")
 
 
 class Side(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,8 @@ from .._core.passes import Beginning, Job, Pass
 from .._core.plan import first_differs
 from .._core.rows import Control, Row, Step, name_among, name_of
 from .._core.sharding import aligned_gradients, local
+from .exchange import Agreements, Member
+from .placed import is_sharded
 
 
 class OfParameters:
@@ -38,6 +41,10 @@ class OfParameters:
         """Hold it for a parameter."""
         self._held[id(p)] = tensor
 
+    def of(self, params: list[Tensor]) -> list[Tensor]:
+        """Those of parameters that have one."""
+        return [self._held[id(p)] for p in params if id(p) in self._held] if self._held else []
+
     def keep(self, params: list[Tensor]) -> None:
         """Forget the tensors of other parameters."""
         if len(self._held) > len(params):
@@ -53,7 +60,7 @@ class MultiPass(FusedOptimizer, abstract=True):
     #: Why what needs one pass is refused.
     _why_not_one_pass: ClassVar[str]
     _must_declare = (*FusedOptimizer._must_declare, "_why_not_one_pass")
-    _passes: dict[tuple[str, int], Pass]
+    _passes: dict[tuple[str, Hashable], Pass]
     #: Tensors that a pass writes and the next one reads, by parameter: memory that no checkpoint has.
     _buffers: OfParameters
     #: Copies of the counters of parameters with a rule that counts their steps and with random bits: for a pass that draws after
@@ -66,6 +73,8 @@ class MultiPass(FusedOptimizer, abstract=True):
     def _rebuild(self) -> None:
         super()._rebuild()
         self._passes, self._buffers, self._counters = {}, OfParameters(), OfParameters()
+        # It depends on parameters and options alone, and asking the other ranks again takes all of them.
+        self._agreements: Agreements = self.__dict__.get("_agreements") or Agreements(type(self).__name__)
         self._beginning = Beginning(self.engine)
 
     @property
@@ -82,6 +91,18 @@ class MultiPass(FusedOptimizer, abstract=True):
 
     def _check_whole(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
         """Raise for a sharded parameter of such a group that must be whole, or have whole rows."""
+
+    def _maps(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """True where a step maps whole matrices of a parameter: of a sharded one, an owner's work."""
+        return False
+
+    def _held_by_owner(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """True where the states of a parameter belong to whole matrices, and their owner has them and checks them."""
+        return False
+
+    def _member(self, key: str, name: str, p: Tensor, group: dict[str, Any], kind: int) -> Member:
+        """A sharded parameter whose matrices are mapped, as an exchange has it."""
+        raise NotImplementedError
 
     def _check_ready(self) -> None:
         """Raise where something must be called before a step."""
@@ -178,6 +199,33 @@ class MultiPass(FusedOptimizer, abstract=True):
         )
         return self._beginning.find(groups, control, host_must_know=host_must_know)
 
+    def _members(self, groups: list[dict[str, Any]], *, frozen: bool = False) -> list[Member]:
+        """The parameters whose matrices ranks share: whether they have a gradient or not, since no rank knows of the others'.
+        Those that require none take no part, unless ``frozen``.
+        """
+        members = []
+        names = [name for group in groups for name in group.get("param_names", ())]
+        named = all("param_names" in group for group in groups) and len(set(names)) == len(names)
+        for group in groups:
+            index = self._number_of(group)
+            for position, p in enumerate(group["params"]):
+                if not self._is_shared(p, group) or p.device_mesh.get_coordinate() is None:
+                    continue
+                name = name_of(group, index, position)
+                if not p.requires_grad and not frozen:
+                    if p.grad is not None:
+                        raise RuntimeError(
+                            f"{name} is sharded and has a gradient: it must require gradients, on all ranks"
+                        )
+                    continue
+                key = group["param_names"][position] if named else f"parameter {position} of group {index}"
+                members.append(self._member(key, name, p, group, index))
+        return members
+
+    def _is_shared(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """True for a parameter of which this rank has a shard, of matrices that are mapped."""
+        return is_sharded(p) and p.numel() > 0 and self._maps(p, group)
+
     def _number_of(self, group: dict[str, Any]) -> int:
         """The number of a group that errors give."""
         return next(i for i, other in enumerate(self._all_groups) if other is group)
@@ -190,7 +238,11 @@ class MultiPass(FusedOptimizer, abstract=True):
         """Make what a parameter's rule needs and has not."""
         states = self.states
         states.ensure(self._name(p) if name is None else name, p, group, row)
-        if "key" in self.state[p] and states.keeps_step(row.rule):
+        self._keep_counter(p, row)
+
+    def _keep_counter(self, p: Tensor, row: Row) -> None:
+        """Have a copy of the counter of a parameter with random bits and a rule that counts its steps."""
+        if "key" in self.state[p] and self.states.keeps_step(row.rule):
             counter = self.state[p]["step"]
             copy = self._counters.get(p)
             if copy is None or _kind(copy) != _kind(counter):
@@ -236,8 +288,8 @@ class MultiPass(FusedOptimizer, abstract=True):
             given["step"] = state["step"] if copy is None else copy.copy_(state["step"])
         return Job(target, g, given, hyper, sign, weight_format, state_format, name)
 
-    def _pass(self, rule: str, names: tuple[str, ...] = (), *, of: int = 0) -> Pass:
-        """The pass of a rule, for those who call it once per group: of a group."""
+    def _pass(self, rule: str, names: tuple[str, ...] = (), *, of: Hashable = 0) -> Pass:
+        """The pass of a rule, for those who call it once per group or batch: of that one."""
         if (rule, of) not in self._passes:
             self._passes[rule, of] = Pass(
                 rule,
@@ -260,7 +312,7 @@ class MultiPass(FusedOptimizer, abstract=True):
                 continue
             name = name_of(group, index, position)
             self.engine.checks.backend_of(name, p, step, plain, states)
-            held = self.state.get(p, {})
+            held = {} if self._held_by_owner(p, group) else self.state.get(p, {})
             if any(
                 (t := held.get(key)) is not None
                 and (t.shape != p.shape or t.device != p.device or t.is_complex() or not t.is_floating_point())

@@ -121,12 +121,17 @@ class Assigned:
 class Plan:
     """Who maps what, and when it travels. A function of what all ranks have, so all ranks make the same."""
 
-    def __init__(self, entries: Sequence[Entry], ranks: int, itemsize: int = 2) -> None:
-        """``entries``: in the same order on all ranks. ``itemsize``: bytes of an element on its way."""
+    def __init__(
+        self, entries: Sequence[Entry], ranks: int, itemsize: int = 2, owners: Sequence[int] | None = None
+    ) -> None:
+        """``entries``: in the same order on all ranks. ``itemsize``: bytes of an element on its way. ``owners``: of each entry,
+        where they are known already.
+        """
         self.entries, self.ranks, self.itemsize = entries, ranks, itemsize
         holders = functools.cache(_holders)  # the layers of a model are alike
         self.assigned = [found for number, entry in enumerate(entries) for found in _units(number, entry, holders)]
-        self.costs = self._choose_owners()
+        #: What each rank has to do.
+        self.costs = self._choose_owners() if owners is None else self._take_owners(owners)
         self._choose_sources()
         self.batches = self._choose_batches()
 
@@ -144,6 +149,13 @@ class Plan:
             among = whole[id(a)] or range(self.ranks)
             has = {rank: part.numel for rank, part in a.holders.items()}
             a.owner = min(among, key=lambda rank: (loads[rank], -has.get(rank, 0), rank))
+            loads[a.owner] += a.cost
+        return loads
+
+    def _take_owners(self, owners: Sequence[int]) -> list[float]:
+        loads = [0.0] * self.ranks
+        for a in self.assigned:
+            a.owner = owners[a.unit.param]
             loads[a.owner] += a.cost
         return loads
 

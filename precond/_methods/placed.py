@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .owners import Entry, Piece, Runs
-from .units import Matrices
+from .units import Matrices, matrices_of
 
 
 def is_sharded(p: Tensor) -> bool:
@@ -52,14 +52,31 @@ def entry_of(key: str, name: str, p: Tensor, of: Matrices, flatten: bool | None,
     """A DTensor parameter, which errors call ``name``, as its mesh has it; raise where this rank has another piece."""
     check_placements(name, p)
     mesh, placements, shape = p.device_mesh, tuple(p.placements), tuple(p.shape)  # type: ignore[attr-defined]
-    here = tuple(mesh.get_coordinate())
-    found = tuple(len(each) for each in indices_of(shape, placements, tuple(mesh.shape), here))
-    local_shape = tuple(p._local_tensor.shape)  # type: ignore[attr-defined]
-    if found != local_shape:
-        raise RuntimeError(f"{name} must have a local shape of {found}, placed by {placements}, got {local_shape}")
+    expected, found = local_shape(shape, placements, mesh), tuple(p._local_tensor.shape)  # type: ignore[attr-defined]
+    if found != expected:
+        raise RuntimeError(f"{name} must have a local shape of {expected}, placed by {placements}, got {found}")
     pieces, replicas = spread_of(shape, placements, tuple(mesh.shape), _coordinates(mesh), flatten)
     placed = f"{placements} on a mesh of {tuple(mesh.shape)}"
     return Entry(key, shape, placed, of, pieces, replicas, weight)
+
+
+def entry_at(key: str, shape: tuple[int, ...], placements: tuple[Any, ...], mesh: Any) -> Entry:
+    """A tensor, as one matrix, as a mesh has it."""
+    pieces, replicas = spread_of(shape, placements, tuple(mesh.shape), _coordinates(mesh), True)
+    return Entry(key, shape, str(placements), matrices_of(shape, True, None, key), pieces, replicas)
+
+
+def entry_with(key: str, shape: tuple[int, ...], rank: int, ranks: int) -> Entry:
+    """A tensor, as one matrix, that one of the ranks has."""
+    everything = piece_of(shape, [torch.arange(n) for n in shape], True)
+    pieces = tuple(everything if other == rank else Piece((), (), ()) for other in range(ranks))
+    return Entry(key, shape, f"on rank {rank}", matrices_of(shape, True, None, key), pieces, ((),) * ranks)
+
+
+def local_shape(shape: tuple[int, ...], placements: tuple[Any, ...], mesh: Any) -> tuple[int, ...]:
+    """What this rank has of such a tensor."""
+    here = tuple(mesh.get_coordinate())
+    return tuple(len(each) for each in indices_of(shape, placements, tuple(mesh.shape), here))
 
 
 @functools.lru_cache(maxsize=256)

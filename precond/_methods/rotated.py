@@ -4,7 +4,8 @@ and let a plain step take it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,19 +14,24 @@ from torch import Tensor
 from .._core.arguments import check_betas, check_lr, check_nonnegative
 from .._core.clipping import Begun
 from .._core.formats import is_coded
-from .._core.passes import plain_step
+from .._core.passes import Job, plain_step
 from .._core.rows import Row
-from .kronecker import Rotation, check_whole, is_matrix, learn, rotation_of, turned
-from .multipass import MultiPass
+from .._core.sharding import like, local
+from ..bases import blocks
+from .exchange import Member, by_ranks
+from .held import hand_out
+from .kronecker import Rotation, check_matrix, is_matrix, learn, rotation_of, turned
+from .multipass import MultiPass, OfParameters
+from .placed import check_placements
+from .share import Share, Work
+from .units import matrices_of
 
 
-class Work(NamedTuple):
-    """A parameter, its gradient and its basis."""
+class Prepared(NamedTuple):
+    """What a step updates: of each group what this rank has whole, and the gradients of its shards of the rest."""
 
-    name: str
-    p: Tensor
-    g: Tensor
-    basis: Rotation
+    work: list[list[Work]]
+    shards: dict[Tensor, Tensor]
 
 
 class Rotated(MultiPass, abstract=True):
@@ -61,14 +67,36 @@ class Rotated(MultiPass, abstract=True):
         return self.rotates(group)
 
     def _check_whole(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
-        if not isinstance(group.get("basis", "kronecker"), str) or is_matrix(p):
-            check_whole(name, p)
+        if self._maps(p, group):
+            check_placements(name, p)
+
+    def _maps(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return self.rotates(group) and (not isinstance(group.get("basis", "kronecker"), str) or is_matrix(p))
+
+    def _held_by_owner(self, p: Tensor, group: dict[str, Any]) -> bool:
+        return self._is_shared(p, group)
+
+    def _member(self, key: str, name: str, p: Tensor, group: dict[str, Any], kind: int) -> Member:
+        check_matrix(name, p)
+        of = matrices_of(tuple(p.shape), True, None, name)
+        _, frequency, longest = (group[option] for option in self._basis_options)
+        given = not isinstance(group.get("basis", "kronecker"), str)
+        weight = 1.0 if given else _weight(of.rows[0], of.columns[0], frequency, longest, group.get("one_sided", False))
+        return Member(key, name, p, group, of, True, kind, _wide(p), weight)
+
+    def _rebuild(self) -> None:
+        super()._rebuild()
+        self._stand_ins = OfParameters()
+
+    def keep_memory(self, params: list[Tensor]) -> None:
+        """Forget the memory of other parameters, and of what stood for them."""
+        super().keep_memory([*params, *self._stand_ins.of(params)])
+        self._stand_ins.keep(params)
 
     def _basis(self, name: str, p: Tensor, group: dict[str, Any]) -> Rotation:
         """The basis that a group gives a parameter; the identity for a vector without one."""
         state = self.state.get(p, {})
-        given, max_size = group.get("basis", "kronecker"), group[self._basis_options[2]]
-        basis = rotation_of(name, p, given, state, max_size, group.get("one_sided", False))
+        basis = self.basis_of(name, p, state, group)
         self.state[p] = state  # not before a parameter that can have no basis was refused
         return basis
 
@@ -81,7 +109,7 @@ class Rotated(MultiPass, abstract=True):
         """Fold gradients into the factors of Kronecker bases, and refresh the bases where that is due."""
         beta, frequency, _ = (group[name] for name in self._basis_options)
         kept = float(group["betas"][1] if beta in (None, -1) else beta)
-        gradients = [(b.kronecker, b.matrix(g, _wide(p))) for _, p, g, b in work if b.kronecker is not None]
+        gradients = [(b.kronecker, b.matrix(g, _wide(p))) for _, p, g, b, _ in work if b.kronecker is not None]
         learn(gradients, kept, frequency, *self._in_basis)
 
     # What a subclass adds to the step.
@@ -90,7 +118,7 @@ class Rotated(MultiPass, abstract=True):
         """Called before states are made and gradients are rotated; returns the parameters that move."""
         return work
 
-    def _after(self, work: list[Work], group: dict[str, Any]) -> None:
+    def after(self, work: list[Work], group: dict[str, Any]) -> None:
         """Called when the parameters of a group have moved."""
 
     def _hyper_in_basis(self, p: Tensor, basis: Rotation, group: dict[str, Any], row: Row) -> dict[str, float | Tensor]:
@@ -105,63 +133,210 @@ class Rotated(MultiPass, abstract=True):
         """Those of the plain step by what the rule found."""
         return plain_step(row.hyper["lr"], row.hyper["weight_decay"])
 
+    def moves(self, basis: Rotation) -> bool:
+        """True where a parameter with such a basis moves in this step."""
+        return True
+
+    def is_ready(self, group: dict[str, Any], state: dict[str, Any], basis: Rotation | None = None) -> bool:
+        """False where something must be called before a step on such states."""
+        return True
+
+    def not_ready(self, name: str, group: dict[str, Any]) -> RuntimeError:
+        """What is said of a parameter then."""
+        raise NotImplementedError
+
     # The step.
 
-    def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> list[list[Work]]:
-        return [
-            [Work(name, p, g, self._basis(name, p, group)) for name, p, g in self._gradients(group, row)]
-            for group, row in zip(groups, rows, strict=True)
-        ]
+    def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> Prepared:
+        found: list[list[Work]] = []
+        shards: dict[Tensor, Tensor] = {}
+        for group, row in zip(groups, rows, strict=True):
+            found.append([])
+            for name, p, g in self._gradients(group, row):
+                if self._is_shared(p, group):
+                    shards[p] = g
+                else:
+                    found[-1].append(Work(name, p, g, self._basis(name, p, group)))
+        return Prepared(found, shards)
 
-    def _step_in_passes(
-        self, groups: list[dict[str, Any]], rows: list[Row], work: list[list[Work]], begun: Begun
+    def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: Prepared, begun: Begun) -> None:
+        gradients = {item.p: item.g for items in work.work for item in items} | work.shards
+        only_states = self._only_makes_states(rows, gradients)
+        shares = self._shares(groups, rows, work.shards)
+        for share in shares:
+            share.agree(not only_states, self.is_ready, self.not_ready)
+        whole = functools.partial(self._step_whole, groups, rows, work.work, begun, only_states)
+        own: Callable[[], None] | None = whole
+        for share in shares:
+            if share.busy:
+                share.run(begun, own)
+                own = None
+            else:
+                share.make_states()
+        if own is not None:
+            own()
+        for share in shares:
+            if share.busy:
+                self._step_shards(share, {self._number_of(group): row for group, row in zip(groups, rows, strict=True)})
+
+    def _step_whole(
+        self, groups: list[dict[str, Any]], rows: list[Row], work: list[list[Work]], begun: Begun, only_states: bool
     ) -> None:
-        only_states = self._only_makes_states(rows, {item.p: item.g for items in work for item in items})
+        """The step of what this rank has whole."""
         for index, (group, row) in enumerate(zip(groups, rows, strict=True)):
             if only_states:
-                self._make_states(group, row, work[index])
+                self.make_states(group, row, work[index])
             else:
                 applied = [item._replace(g=begun.applied(item.g)) for item in work[index]]
                 self._step_group(index, group, row, applied)
 
-    def _make_states(self, group: dict[str, Any], row: Row, work: list[Work]) -> None:
-        for name, p, g, basis in work:
+    def make_states(self, group: dict[str, Any], row: Row, work: list[Work]) -> None:
+        """Make what a checkpoint can be loaded into."""
+        for name, p, _, basis, _ in work:
             self._init_state(p, group, row, name)
             if basis.kronecker is not None:
-                basis.kronecker.make_states(basis.matrix(g, _wide(p)))
+                basis.kronecker.make_states(torch.zeros(basis.kronecker.shape, dtype=_wide(p), device=p.device))
 
     def _step_group(self, index: int, group: dict[str, Any], row: Row, work: list[Work]) -> None:
         """One pass of the rule over buffers in the basis, then one plain pass over the parameters."""
-        has_l1 = float(group.get("l1_decay", 0.0)) != 0.0
+        moving, directions = self.directed(index, group, row, work)
+        step = self._last_hyper(group, row)
+        last = [
+            self._job(item.name, item.p, item.p, direction, ("remainder",), step, 1.0, group.get("weight_format"))
+            for item, direction in zip(moving, directions, strict=True)
+        ]
+        self._pass("sgdw", of=index).run(last)
+        self.after(moving, group)
+
+    def directed(
+        self, of: Hashable, group: dict[str, Any], row: Row, work: list[Work]
+    ) -> tuple[list[Work], list[Tensor]]:
+        """The parameters that move, and what along: one pass of the rule over buffers in the basis. ``of`` names the pass."""
         moving = self._before(work, group, row)
-        for name, p, _, _ in moving:
-            self._init_state(p, group, row, name)
-        buffers = [self._buffer(p, _wide(p)) for _, p, _, _ in moving]
-        rotated = turned([(b, g.detach().to(_wide(p))) for _, p, g, b in moving], back=False)
+        for item in moving:
+            self._init_state(item.p, group, row, item.name)
+        buffers = [self._buffer(item.p, _wide(item.p)) for item in moving]
+        rotated = turned([(item.basis, item.g.detach().to(_wide(item.p))) for item in moving], back=False)
         # L1 decays the coordinates of the parameter itself; else the buffer holds the direction alone.
-        before = turned([(b, p.detach().to(_wide(p))) for _, p, _, b in moving], back=False) if has_l1 else None
+        has_l1 = self.decays_coordinates(group)
+        before = None
+        if has_l1:
+            weights = [item.p if item.weights is None else item.weights for item in moving]
+            before = turned(
+                [(item.basis, w.detach().to(_wide(item.p))) for item, w in zip(moving, weights, strict=True)],
+                back=False,
+            )
         jobs = []
-        for i, (name, p, _, basis) in enumerate(moving):
+        for i, (name, p, _, basis, _) in enumerate(moving):
             buffers[i].zero_() if before is None else buffers[i].copy_(before[i])
             hyper = self._hyper_in_basis(p, basis, group, row)
             hyper = hyper if has_l1 else {**hyper, "lr": 1.0, "weight_decay": 0.0}
             names, asked = (*self._in_basis, "step"), group.get("state_format")
             jobs.append(self._job(name, p, buffers[i], rotated[i], names, hyper, row.sign, state_format=asked))
-        self._pass(row.rule, self._in_basis, of=index).run(jobs)
-        step = plain_step(1.0, 0.0) if has_l1 else self._plain_hyper(row)
+        self._pass(row.rule, self._in_basis, of=of).run(jobs)
         moves = (
             [-buffer for buffer in buffers] if before is None else [a - b for a, b in zip(before, buffers, strict=True)]
         )
         directions = turned([(item.basis, move) for item, move in zip(moving, moves, strict=True)], back=True)
-        directions = self._directions(moving, directions, group)
-        last = [
-            self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format"))
-            for (name, p, _, _), direction in zip(moving, directions, strict=True)
+        return moving, self._directions(moving, directions, group)
+
+    def decays_coordinates(self, group: dict[str, Any]) -> bool:
+        """True where a decay takes the parameter's coordinates in the basis."""
+        return float(group.get("l1_decay", 0.0)) != 0.0
+
+    def _last_hyper(self, group: dict[str, Any], row: Row) -> dict[str, float | Tensor]:
+        return plain_step(1.0, 0.0) if self.decays_coordinates(group) else self._plain_hyper(row)
+
+    # On shards.
+
+    def _shares(self, groups: list[dict[str, Any]], rows: list[Row], given: dict[Tensor, Tensor]) -> list[Share]:
+        """What this rank steps, or averages, together with others."""
+        by_number = {self._number_of(group): row for group, row in zip(groups, rows, strict=True)}
+        return [
+            Share(self, members, exchange, by_number, given)
+            for members, exchange in self._agreements.exchanges(self._members(groups))
         ]
-        self._pass("sgdw", of=index).run(last)
-        self._after(moving, group)
+
+    def _step_shards(self, share: Share, rows: dict[int, Row]) -> None:
+        """One plain pass over the shards of each group, along what owners have found."""
+        share.count()
+        jobs: dict[int, list[Job]] = {}
+        for (_, name, p, group, _, _, kind, *_), direction in share.moving():
+            self._keep_counter(p, rows[kind])
+            step = self._last_hyper(group, rows[kind])
+            job = self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format"))
+            jobs.setdefault(kind, []).append(job)
+        for kind, own in jobs.items():
+            self._pass("sgdw", of=("shards", share.dtype, kind)).run(own)
+
+    def stand_in(self, p: Tensor) -> Tensor:
+        """What stands for a parameter where its whole states are made and stepped: its shape and dtype, without memory."""
+        made = self._stand_ins.get(p)
+        if made is None or (made.shape, made.dtype, made.device) != (p.shape, p.dtype, p.device):
+            made = torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)
+            self._stand_ins.put(p, made)
+        return made
+
+    def basis_of(self, name: str, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Rotation:
+        """The basis that a group gives a parameter with these states; the identity for a vector without one."""
+        given, max_size = group.get("basis", "kronecker"), group[self._basis_options[2]]
+        return rotation_of(name, p, given, state, max_size, group.get("one_sided", False))
+
+    def lacks_states(self, basis: Rotation, state: dict[str, Any]) -> bool:
+        """True where a step may make states."""
+        sides = () if basis.kronecker is None else basis.kronecker.sides
+        return any(name not in state for name in (*self._in_basis, *(f"basis_{side.name}" for side in sides)))
+
+    def check_held(self, name: str, whole: Tensor, state: dict[str, Any]) -> None:
+        """Raise where an owner has states that do not fit."""
+        for key in self._in_basis:
+            t = state.get(key)
+            if t is not None and (t.shape, t.device) != (whole.shape, whole.device):
+                raise RuntimeError(
+                    f"{key} of {name} must have shape {tuple(whole.shape)} on {whole.device}, "
+                    f"got {tuple(t.shape)} on {t.device}"
+                )
+            if t is not None and not t.is_floating_point():
+                raise RuntimeError(f"{key} of {name} must be floating point as the parameter is, got {t.dtype}")
+
+    def direction_of(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        """Where this rank's shard of a direction goes: contiguous, whatever the parameter's strides."""
+        made = self._buffers.get(p)
+        shape = local(p).shape
+        if made is None or (made.dtype, made.shape, local(made).shape, made.device) != (
+            dtype,
+            p.shape,
+            shape,
+            p.device,
+        ):
+            made = like(p, torch.zeros(shape, dtype=dtype, device=p.device))
+            self._buffers.put(p, made)
+        return made
+
+    def _states_to_save(self) -> dict[Tensor, dict[str, Any]]:
+        found = {}
+        for members, group in by_ranks(self._members(self.param_groups, frozen=True)):
+            states = [self.state.get(member.p, {}) for member in members]
+            for member, state in zip(members, hand_out(members, states, group), strict=True):
+                if state is not None:
+                    found[member.p] = state
+        return found
 
 
 def _wide(p: Tensor) -> torch.dtype:
     """What a parameter's gradients are rotated and multiplied in, whatever their own dtype."""
     return torch.promote_types(p.dtype, torch.float32)
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight(rows: int, columns: int, frequency: int, longest: int, one_sided: bool) -> float:
+    """The operations of a step, as a multiple of m^2 (2 n + m): a factor's update and two rotations for each side of a block, and
+    its share of a refresh.
+    """
+    total = 0.0
+    for block in blocks((rows, columns), longest):
+        m, n = (part.stop - part.start for part in block)
+        sides = [(m, n)] * (not one_sided or m <= n) + [(n, m)] * (not one_sided or n < m)
+        total += sum(6.0 * size * size * other + 16.0 * size**3 / frequency for size, other in sides)
+    short, long = sorted((rows, columns))
+    return total / (short * short * (2.0 * long + short))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import multipass
 from support.cases import BACKEND, bits_equal
-from support.multipass import BF16, F32, F64, assert_close, give, params_of
+from support.multipass import BF16, F32, F64, assert_close, eigenvectors, give, params_of
 
 import precond
 from precond import bases, curvature
@@ -28,7 +28,7 @@ class Text:
     """One parameter in float64, as a flat vector in an orthogonal basis U that may change."""
 
     def __init__(self, p, lr, b1=0.9, b2=0.99, eps=1e-8, power=-1.0, clip=math.inf, decay=0.0, own=False, l1=0.0):
-        self.p = p.detach().double().reshape(-1)
+        self.p = p.detach().double().clone().reshape(-1)
         self.u = torch.eye(len(self.p), dtype=F64)
         self.m, self.h = torch.zeros_like(self.p), torch.zeros_like(self.p)
         self.t = self.updates = 0
@@ -184,14 +184,17 @@ class KroneckerText(Text):
         self.q = [torch.eye(n, dtype=F64) for n in self.shape]
         self.fed, self.frequency, self.beta = 0, frequency, beta
 
-    def feed(self, g):
+    def feed(self, g, state):
+        """After the optimizer's, with what that has for the parameter."""
         g = g.double().reshape(self.shape)
         for a, square in zip(self.a, (g @ g.T, g.T @ g), strict=True):
             a.lerp_(square, 1 - self.beta)
         if self.fed % self.frequency == 0:
             old, h = torch.kron(*self.q), self.h.view(self.shape)
             if self.fed == 0:
-                self.q = [bases.eigenbasis(a) for a in self.a]
+                self.q = [
+                    eigenvectors(a, state[f"basis_{side}_0"]) for a, side in zip(self.a, ("left", "right"), strict=True)
+                ]
             else:
                 (self.q[0], rows), (self.q[1], columns) = (
                     bases.refreshed(q, a) for q, a in zip(self.q, self.a, strict=True)
@@ -209,7 +212,8 @@ class KroneckerText(Text):
 @pytest.mark.parametrize("curvature", ["gradient", "gnb", "hutchinson"])
 @pytest.mark.parametrize("frequency", [1, 3])
 def test_a_kronecker_basis_is_the_product_with_its_factors(power, curvature, frequency):
-    params = params_of(((4, 6), (3, 2, 2, 2)), F64)
+    # Two gradients have full rank on both sides: rounding decides nothing from the first refresh on.
+    params = params_of(((4, 6), (4, 2, 2, 2)), F64)
     options = dict(lr=0.01, eps=1e-3, power=power, clip=2.0)
     optimizer = precond.GaussNewton(
         params, **options, basis="kronecker", basis_frequency=frequency, basis_beta=0.8, curvature=curvature
@@ -222,7 +226,7 @@ def test_a_kronecker_basis_is_the_product_with_its_factors(power, curvature, fre
             if curvature == "gnb":
                 optimizer.update_curvature(batch_size=2.0)
                 for text, p in zip(texts, params, strict=True):
-                    text.feed(p.grad)
+                    text.feed(p.grad, optimizer.state[p])
                     text.bartlett(p.grad, 2.0)
             else:
                 estimates = [p.grad.abs() for p in params]
@@ -230,11 +234,11 @@ def test_a_kronecker_basis_is_the_product_with_its_factors(power, curvature, fre
                 for text, estimate in zip(texts, estimates, strict=True):
                     text.update(estimate.reshape(-1))
         give(params, i)
+        optimizer.step()
         for text, p in zip(texts, params, strict=True):
             if curvature != "gnb":
-                text.feed(p.grad)
+                text.feed(p.grad, optimizer.state[p])
             text.step(p.grad)
-        optimizer.step()
         assert_close(params, [text.p.view(p.shape) for text, p in zip(texts, params, strict=True)], 1e-8, 1e-9)
     for name in ("basis_left_0", "basis_right_0"):
         q = optimizer.state[params[0]][name]

@@ -6,35 +6,22 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from support.builds import ROOT
 from support.cases import BACKEND
-from support.muon_training import SCENARIOS
-from support.ranks import call_on_ranks
+from support.muon_training import scenario
+from support.ranks import Results, call_on_ranks
 
 pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="gloo ranks are CPU processes")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What each rank says of each scenario, by the number of ranks; all of one number share their processes."""
-    folder, results = tmp_path_factory.mktemp("muon"), {}
-
-    def of(ranks):
-        if ranks not in results:
-            call_on_ranks(ranks, "support.muon_training", "run", folder)
-            results[ranks] = [torch.load(folder / f"{ranks}-{rank}.pt") for rank in range(ranks)]
-        return results[ranks]
-
-    return of
+def results(tmp_path_factory):
+    return Results("support.muon_training", tmp_path_factory.mktemp("muon"))
 
 
-@pytest.mark.parametrize(
-    ("name", "ranks"), [(name, number) for name, (ranks, _) in SCENARIOS.items() for number in ranks]
-)
-def test_muon_on_shards(name, ranks, found):
-    for rank, result in enumerate(found(ranks)):
-        assert not result[name], f"rank {rank}: {result[name]}"
+@pytest.mark.parametrize(("name", "ranks"), scenario.cases)
+def test_muon_on_shards(name, ranks, results):
+    results.check(name, ranks)
 
 
 @pytest.mark.source

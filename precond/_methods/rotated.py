@@ -37,6 +37,8 @@ class Prepared(NamedTuple):
 class Rotated(MultiPass, abstract=True):
     """A method whose rule runs in a basis, in all groups or in some. A subclass says what feeds the basis, and when."""
 
+    #: What was wrong with an owner's work in the last step, for all ranks to raise in the next one.
+    failed: Exception | None = None
     #: The states that are kept in the basis: a mean of gradients, and one of squares or of curvature.
     _in_basis: ClassVar[tuple[str, str]]
     #: The options that say how much of the factors a step keeps, after how many steps a basis is refreshed, and how long the

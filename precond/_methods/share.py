@@ -82,12 +82,12 @@ class Share:
         or from others. What is wrong on a rank raises on all, and nothing has changed. ``busy``: this rank's step does more than
         make states. A matrix that has a gradient and is not ready is an error.
         """
-        count, exchange = len(self.members), self._exchange
+        exchange = self._exchange
         while True:
             away = any(out_of_place(state, mine) for state, mine in zip(self._states, self._mine, strict=True))
-            error: Exception | None = None
-            found = [(m.p in self._given, False, False, False) for m in self.members]
-            if not away:
+            error, self._optimizer.failed = self._optimizer.failed, None
+            found = [(self._has(m.p), False, False, False) for m in self.members]
+            if not away and error is None:
                 try:
                     found = [self._found(i, is_ready) if mine else found[i] for i, mine in enumerate(self._mine)]
                 except Exception as wrong:  # whatever it is, the other ranks wait for ours
@@ -95,6 +95,10 @@ class Share:
             flags = exchange.any([away, error is not None, busy, *(f for each in found for f in each)], self._device)
             if flags[0]:
                 take(self.members, self._states, exchange)
+                self._optimizer.state.update(
+                    {m.p: state for m, state in zip(self.members, self._states, strict=True) if state}
+                )
+                self._optimizer.failed = error
                 continue
             if flags[1]:
                 exchange.fail(error)
@@ -102,9 +106,13 @@ class Share:
         self.busy = flags[2]
         self.present, self._moves, new, unready = (flags[3 + k :: 4] for k in range(4))
         self._makes_states = any(a and b for a, b in zip(self.present, new, strict=True))
-        for i in range(count):
-            if self.present[i] and unready[i]:
-                raise not_ready(self.members[i].name, self.members[i].group)
+        for member, has_gradient, is_unready in zip(self.members, self.present, unready, strict=True):
+            if has_gradient and is_unready:
+                raise not_ready(member.name, member.group)
+
+    def _has(self, p: Tensor) -> bool:
+        """True where this rank has a gradient, of more than nothing."""
+        return p in self._given and local(p).numel() > 0
 
     def _found(
         self, i: int, is_ready: Callable[[dict[str, Any], State, Rotation], bool]
@@ -117,7 +125,7 @@ class Share:
         optimizer.check_held(m.name, whole, held)
         self._work[i] = Work(m.name, whole, whole, basis)
         unready = not is_ready(m.group, held, basis)
-        return m.p in self._given, optimizer.moves(basis), optimizer.lacks_states(basis, held), unready
+        return self._has(m.p), optimizer.moves(basis), optimizer.lacks_states(basis, held), unready
 
     # A step.
 
@@ -261,8 +269,12 @@ class Share:
         group, row = self._of_whole(member), self._rows[member.kind]
         work = [self._work[i]._replace(g=gradients[i], weights=self._weights.get(i)) for i in numbers]
         of = (member.kind, tuple(numbers))
-        with self._standing_in(numbers):
-            moving, directions = self._optimizer.directed(of, group, row, work)
+        try:
+            with self._standing_in(numbers):
+                moving, directions = self._optimizer.directed(of, group, row, work)
+        except Exception as error:
+            self._fail(error)
+            return result
         number_of = {id(self._work[i].p): i for i in numbers}
         for item, direction in zip(moving, directions, strict=True):
             result[place[number_of[id(item.p)]]] = direction.view(result.shape[1:])
@@ -270,8 +282,15 @@ class Share:
         return result
 
     def _fed(self, numbers: list[int], moving: list[Work], group: dict[str, Any]) -> None:
-        with self._standing_in(numbers):
-            self._optimizer.after(moving, group)
+        try:
+            with self._standing_in(numbers):
+                self._optimizer.after(moving, group)
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Keep an error of the owner's work until all ranks can raise it, at the next step: they wait for its results."""
+        self._optimizer.failed = self._optimizer.failed or error
 
     def _catch_up(self) -> None:
         """Do what nobody waits for."""

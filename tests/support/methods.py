@@ -71,12 +71,12 @@ METHODS = [
     Method("dual_unit", of_class(precond.DualDescent, lr=0.01, granularity="unit", momentum=0.9)),
     # Shards add their squares up in another order.
     Method("dual_global", of_class(precond.DualDescent, lr=0.01, momentum=0.9), exact=False),
-    Method("dual_spectral", of_class(precond.DualDescent, lr=0.01, granularity="spectral", momentum=0.9), whole=True),
+    Method("dual_spectral", of_class(precond.DualDescent, lr=0.01, granularity="spectral", momentum=0.9)),
     Method("muon", muon, matrices=True),
-    Method("soap", of_class(precond.SOAP, lr=0.01, precondition_frequency=2), whole=True),
+    Method("soap", of_class(precond.SOAP, lr=0.01, precondition_frequency=2)),
     Method("sophia", of_class(precond.Sophia, lr=0.01)),
     Method("gauss_newton", of_class(precond.GaussNewton, lr=0.01, clip=1.0, curvature="gradient")),
-    Method("gauss_newton_kronecker", of_class(precond.GaussNewton, **KRONECKER), whole=True),
+    Method("gauss_newton_kronecker", of_class(precond.GaussNewton, **KRONECKER)),
 ]
 #: Methods in groups of one optimizer. Shards add their squares up in another order.
 GROUPED = [

@@ -41,6 +41,19 @@ def assert_close(found, expected, rtol=1e-12, atol=1e-13):
         torch.testing.assert_close(p.detach().to(q.dtype), q.detach(), rtol=rtol, atol=atol)
 
 
+def eigenvectors(a, found):
+    """Those that an optimizer has found of a factor, largest first: rounding decides which span the space of an eigenvalue of 0,
+    as that of the first gradient's longer side.
+    """
+    u = found.detach().double()
+    diagonal = u.T @ a @ u
+    close = torch.finfo(found.dtype).eps * 64
+    torch.testing.assert_close(u.T @ u, torch.eye(len(u), dtype=F64), rtol=0, atol=close)
+    torch.testing.assert_close(diagonal, diagonal.diag().diag(), rtol=0, atol=close * float(a.trace()))
+    assert (diagonal.diag().diff() <= close * a.trace()).all()
+    return u
+
+
 def same(a, b):
     return bits_equal(a, b) if a.is_floating_point() else torch.equal(a, b)
 

@@ -6,7 +6,6 @@ Over 400 lines: a function per scenario, which ranks of one number run in the sa
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,37 +20,29 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import precond
 from precond import muon
 from precond._methods import owners
+from support.shards import (
+    BF16,
+    F32,
+    STEPS,
+    CountedBytes,
+    Scenarios,
+    check_against_whole,
+    everywhere,
+    exchanges,
+    line,
+    raises,
+    square,
+    train,
+    values,
+    whole,
+)
 
-LR, STEPS = 0.02, 3
+LR = 0.02
 #: Shards are uneven, or empty.
 SHAPES = ((12, 10), (5, 3), (2, 6), (1, 4), (7, 16), (12, 10))
-F32, BF16 = torch.float32, torch.bfloat16
 
-#: Name, numbers of ranks, function.
-SCENARIOS: dict[str, tuple[tuple[int, ...], Callable[[], None]]] = {}
-
-
-def scenario(*ranks: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    def add(function: Callable[[], None]) -> Callable[[], None]:
-        SCENARIOS[function.__name__] = ranks, function
-        return function
-
-    return add
-
-
-def run(folder: str) -> None:
-    """All scenarios of this number of ranks; the errors of each rank are the results."""
-    ranks = dist.get_world_size()
-    torch.set_num_threads(1)
-    found = {}
-    for name, (among, function) in SCENARIOS.items():
-        if ranks in among:
-            try:
-                function()
-                found[name] = ""
-            except BaseException:
-                found[name] = traceback.format_exc()
-    torch.save(found, f"{folder}/{ranks}-{dist.get_rank()}.pt")
+scenario = Scenarios()
+run = scenario.run
 
 
 def simulated(folder: str) -> None:
@@ -78,93 +69,33 @@ def simulated(folder: str) -> None:
         ]
 
 
-def line() -> DeviceMesh:
-    return init_device_mesh("cpu", (dist.get_world_size(),))
-
-
-def square(*names: str) -> DeviceMesh:
-    return init_device_mesh("cpu", (2, 2), mesh_dim_names=names or ("replicate", "shard"))
-
-
-def values(shapes, seed: int, dtype=F32) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def train(make, shapes, place, dtype=F32, steps=STEPS) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
-    """``place(i, t)`` puts the i-th parameter, and its gradients, on a mesh."""
-    params = [nn.Parameter(place(i, t)) for i, t in enumerate(values(shapes, 5, dtype))]
-    optimizer = make(params)
-    for step in range(steps):
-        for i, (p, g) in enumerate(zip(params, values(shapes, 100 + step, dtype), strict=True)):
-            p.grad = place(i, g)
-        optimizer.step()
-    return [whole(p.detach()) for p in params], optimizer
-
-
 def muon_of(**options: Any) -> Callable[[list[nn.Parameter]], precond.Muon]:
     return lambda params: precond.Muon(params, lr=LR, **options)
 
 
 def check(mesh, placements, shapes=SHAPES, dtype=F32, **options) -> precond.Muon:
-    """The unsharded run, bit for bit; ``placements`` of all parameters, or one list each."""
-    each = placements if isinstance(placements[0], list) else [placements] * len(shapes)
-    expected, _ = train(muon_of(**options), shapes, lambda i, t: t, dtype)
-    found, optimizer = train(
-        muon_of(**options), shapes, lambda i, t: distribute_tensor(t, mesh, each[i], src_data_rank=None), dtype
-    )
-    for shape, p, q in zip(shapes, found, expected, strict=True):
-        assert torch.equal(p, q), (placements, shape, options, (p - q).abs().max())
-    return optimizer
+    return check_against_whole(muon_of(**options), mesh, placements, shapes, dtype=dtype)
 
 
-def exchanges(optimizer: precond.Muon) -> list[Any]:
-    return [exchange for _, exchange in optimizer._agreements.exchanges(optimizer._members(optimizer.param_groups))]
-
-
-def everywhere(value: float) -> list[float]:
-    """The numbers of all ranks."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
-
-
-def raises(function: Callable[[], object], *said: str) -> None:
-    """An error on all ranks, with these words."""
-    try:
-        function()
-        message = "nothing"
-    except RuntimeError as error:
-        message = str(error)
-    messages = everywhere(message)
-    assert all(word in each for each in messages for word in said), messages
-
-
-class Counted:
-    """While it lasts all-to-alls and products are noted in ``log``: what has begun, and what was waited for."""
+class Counted(CountedBytes):
+    """All-to-alls and products are noted in ``log`` too: what has begun, and what was waited for."""
 
     def __enter__(self) -> Counted:
+        super().__enter__()
         self.log: list[tuple[str, int]] = []
-        #: Matrices that were multiplied; bytes that went to other ranks.
-        self.matrices = self.bytes = 0
-        self._all_to_all, self._orthogonalized = dist.all_to_all_single, muon.orthogonalized
-        torch.distributed.all_to_all_single, muon.orthogonalized = self.all_to_all, self.orthogonalized
+        #: Matrices that were multiplied.
+        self.matrices, self._orthogonalized = 0, muon.orthogonalized
+        muon.orthogonalized = self.orthogonalized
         return self
 
     def __exit__(self, *_: object) -> None:
-        torch.distributed.all_to_all_single, muon.orthogonalized = self._all_to_all, self._orthogonalized
+        super().__exit__()
+        muon.orthogonalized = self._orthogonalized
 
-    def all_to_all(self, out, sent, out_sizes, sizes, group=None, async_op=False):
+    def all_to_all(self, *args, **options):
         number = sum(what == "start" for what, _ in self.log)
         self.log.append(("start", number))
-        self.bytes += sent.numel() * sent.element_size()
-        assert sizes[dist.get_rank(group)] == 0
-        assert async_op
-        handle, log = self._all_to_all(out, sent, out_sizes, sizes, group=group, async_op=True), self.log
+        handle, log = super().all_to_all(*args, **options), self.log
 
         class Handle:
             def wait(self) -> None:

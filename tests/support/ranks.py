@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 START = """
 import copy, math, os, sys, torch, precond, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -75,3 +77,23 @@ def call_on_ranks(ranks: int, module: str, function: str, folder: Path) -> None:
             for rank in range(ranks)
         ]
     )
+
+
+class Results:
+    """What each rank says of each scenario of a module (support.shards), by the number of ranks: all of one number share their
+    processes.
+    """
+
+    def __init__(self, module: str, folder: Path) -> None:
+        self._module, self._folder, self._found = module, folder, {}
+
+    def __call__(self, ranks: int) -> list[dict[str, str]]:
+        if ranks not in self._found:
+            call_on_ranks(ranks, self._module, "run", self._folder)
+            self._found[ranks] = [torch.load(self._folder / f"{ranks}-{rank}.pt") for rank in range(ranks)]
+        return self._found[ranks]
+
+    def check(self, name: str, ranks: int) -> None:
+        """No rank has an error."""
+        for rank, result in enumerate(self(ranks)):
+            assert not result[name], f"rank {rank}: {result[name]}"

@@ -21,7 +21,7 @@ from ._core.passes import Job, plain_step
 from ._core.rows import Row
 from ._core.settings import Settings
 from ._core.sharding import like, local
-from ._methods.exchange import Exchange, Member
+from ._methods.exchange import Exchanges, Member
 from ._methods.multipass import MultiPass
 from ._methods.owners import Unit
 from ._methods.placed import check_placements
@@ -186,26 +186,29 @@ class DualDescent(MultiPass):
         suffix = "" if group["momentum"] == 0.0 else "_momentum"
         return Row(f"dual_{name}{suffix}", -1.0 if group["maximize"] else 1.0, hyper)
 
-    def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> list[_Work]:
-        return [
+    def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> tuple[list[_Work], Exchanges]:
+        work = [
             (group, row, *item) for group, row in zip(groups, rows, strict=True) for item in self._gradients(group, row)
         ]
+        return work, self.agreements.exchanges(self._members(groups))
 
-    def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: list[_Work], begun: Begun) -> None:
-        for group, row, name, p, _ in work:
+    def _step_in_passes(
+        self, groups: list[dict[str, Any]], rows: list[Row], work: tuple[list[_Work], Exchanges], begun: Begun
+    ) -> None:
+        found, exchanges = work
+        for group, row, name, p, _ in found:
             self._init_state(p, group, row, name)
-        exchanges = self._agreements.exchanges(self._members(groups))
-        directions = self._averaged([(row, name, p, begun.applied(g)) for _, row, name, p, g in work])
-        of_shards = self._mapped_by_owners(exchanges, {p: u for (*_, p, _), u in zip(work, directions, strict=True)})
+        directions = self._averaged([(row, name, p, begun.applied(g)) for _, row, name, p, g in found])
+        of_shards = self._mapped_by_owners(exchanges, {p: u for (*_, p, _), u in zip(found, directions, strict=True)})
         jobs = []
-        for (group, row, name, p, _), u in zip(work, directions, strict=True):
+        for (group, row, name, p, _), u in zip(found, directions, strict=True):
             if p in of_shards:
                 u = of_shards[p]
             elif group["granularity"] in ("unit", "spectral"):
                 u = mapped(name, u, group)
             step = plain_step(row.hyper["lr"], row.hyper["weight_decay"])
             jobs.append(self._job(name, p, p, u, ("remainder",), step, row.sign, group.get("weight_format")))
-        self._scale_by_norms([group for group, *_ in work], jobs)
+        self._scale_by_norms([group for group, *_ in found], jobs)
         self._pass("sgdw").run(jobs)
 
     def _averaged(self, found: list[tuple[Row, str, Tensor, Tensor]]) -> list[Tensor]:
@@ -219,9 +222,7 @@ class DualDescent(MultiPass):
         means = iter(jobs)
         return [next(means).p if row.rule.endswith("_momentum") else g for row, _, _, g in found]
 
-    def _mapped_by_owners(
-        self, exchanges: list[tuple[list[Member], Exchange]], directions: dict[Tensor, Tensor]
-    ) -> dict[Tensor, Tensor]:
+    def _mapped_by_owners(self, exchanges: Exchanges, directions: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """The shards of what owners make of matrices. A missing gradient counts as zeros; who misses one moves nothing."""
         found = {}
         for members, exchange in exchanges:

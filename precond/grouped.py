@@ -19,6 +19,7 @@ from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.rows import Row
 from ._core.settings import DEFAULTS, Settings
 from ._core.states import Recipe
+from ._methods.exchange import Agreements
 from ._methods.multipass import MultiPass
 from ._wrappers.wrapper import Wrapper
 from .adagrad import Adagrad
@@ -131,14 +132,14 @@ class Grouped(MultiPass):
         for name, given in (("matrices", of_matrices), ("rest", of_rest)):
             if "params" in given:
                 raise ValueError(f"{name} must be options of a group without 'params', got 'params' among them")
-        of_matrices = {"optimizer": options.get("optimizer"), **of_matrices}
+        decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+        of_matrices = {"optimizer": options.get("optimizer"), **decay, **of_matrices}
         groups = []
-        for group in param_groups(model, weight_decay, no_decay, matrices=of_matrices, head=head):
+        for group in param_groups(model, None, no_decay, matrices=of_matrices, head=head):
             if "optimizer" in group:
                 groups.extend(_by_dimensions(group, model))
-            else:
-                decayed = group.get("weight_decay") != 0.0 or weight_decay == 0.0
-                groups.append({**group, **of_rest} if decayed else {**of_rest, **group})
+            else:  # what is not decayed says so
+                groups.append({**decay, **of_rest, **group})
         return cls(groups, **options)
 
     # Groups and their classes.
@@ -178,6 +179,8 @@ class Grouped(MultiPass):
             make: Any = cls
             part = self._parts[cls] = make([{"params": []}], backend=self._own["backend"])
             part._owner, part.engine.captured = weakref.ref(self), self.engine.captured
+            if isinstance(part, MultiPass):
+                part.agreements = self._agreed.setdefault(cls, part.agreements)
         return part
 
     def _up_to_date(self, part: FusedOptimizer) -> FusedOptimizer:
@@ -295,6 +298,8 @@ class Grouped(MultiPass):
 
     def _rebuild(self) -> None:
         self._parts = {}
+        # New parts go on with what ranks have agreed on: the others do not ask again where one alone loads a checkpoint.
+        self._agreed: dict[type[FusedOptimizer], Agreements] = self.__dict__.get("_agreed") or {}
         super()._rebuild()
 
     def _prepare_to_save(self) -> None:

@@ -19,7 +19,7 @@ from ._core.passes import plain_step
 from ._core.rows import Row, name_of
 from ._core.settings import Settings
 from ._core.sharding import like, local
-from ._methods.exchange import Exchange, Member
+from ._methods.exchange import Exchanges, Member
 from ._methods.multipass import MultiPass
 from ._methods.newton_schulz import METHODS, NS_COEFFICIENTS, orthogonalized, scale_of
 from ._methods.owners import Unit
@@ -190,7 +190,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         super()._rebuild()
         self._stacks: dict[tuple[Any, ...], Stack] = {}
 
-    def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> list[Found]:
+    def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> Prepared:
         found = []
         for group, row in zip(groups, rows, strict=True):
             for name, p, g in self._gradients(group, row):
@@ -201,20 +201,20 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
                 if not is_matrices(p.ndim, group.get("flatten")):
                     self._init_state(p, group, row, name)  # what is replaced by something else has states that say so
                 found.append(Found(group, row, name, p, g, self._matrices(name, p, group)))
-        return found
+        return Prepared(found, self.agreements.exchanges(self._members(groups)))
 
-    def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: list[Found], begun: Begun) -> None:
-        exchanges = self._agreements.exchanges(self._members(groups))
-        buffers = self._buffers_of(work)
+    def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: Prepared, begun: Begun) -> None:
+        found, exchanges = work
+        buffers = self._buffers_of(found)
         means = []
-        for (group, row, name, p, g, _), buffer in zip(work, buffers, strict=True):
+        for (group, row, name, p, g, _), buffer in zip(found, buffers, strict=True):
             self._init_state(p, group, row, name)
             names = ("momentum_buffer", "momentum_buffer_scale")
             means.append(self._job(name, p, buffer, g, names, row.hyper, row.sign))
         self._pass("average", ("momentum_buffer",)).run(means, begun)
-        directions = self._directions(work, buffers, exchanges)
+        directions = self._directions(found, buffers, exchanges)
         steps = []
-        for (group, row, name, p, _, of), direction in zip(work, directions, strict=True):
+        for (group, row, name, p, _, of), direction in zip(found, directions, strict=True):
             scale = _one_scale(of, group["adjust_lr_fn"]) or 1.0
             step = plain_step(row.hyper["lr"] * scale, row.hyper["weight_decay"] / scale)
             steps.append(self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
@@ -248,9 +248,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
             self._buffers.put(p, made)
         return made
 
-    def _directions(
-        self, found: list[Found], buffers: list[Tensor], exchanges: list[tuple[list[Member], Exchange]]
-    ) -> list[Tensor]:
+    def _directions(self, found: list[Found], buffers: list[Tensor], exchanges: Exchanges) -> list[Tensor]:
         """The orthogonal factors of the averages in the buffers, scaled where the blocks of a parameter have several scales."""
         stacked = {i for stack in self._stacks.values() for i in stack.indices}
         directions = {i: each.target(buffers[i]) for i, each in enumerate(found) if i not in stacked}
@@ -311,6 +309,13 @@ class Found(NamedTuple):
         if _one_scale(self.of, self.group["adjust_lr_fn"]) is not None:
             return buffer
         return like(self.p, torch.empty(local(self.p).shape, dtype=torch.float32, device=self.p.device))
+
+
+class Prepared(NamedTuple):
+    """What a step updates, and what the ranks have agreed on."""
+
+    found: list[Found]
+    exchanges: Exchanges
 
 
 class Stack:

@@ -161,6 +161,14 @@ class SOAP(Rotated):
     def _row(self, group: dict[str, Any]) -> Row:
         hyper = self._hyper(group, "eps")
         hyper["beta1"], hyper["beta2"] = map(number, group["betas"])
+        lr, decay = hyper["lr"], hyper["weight_decay"]
+        if (
+            isinstance(lr, float)
+            and isinstance(decay, float)
+            and lr * decay == 1.0
+            and not self.decays_coordinates(group)
+        ):
+            raise ValueError(f"lr * weight_decay must not be 1, which leaves nothing of weights, got {lr} * {decay}")
         return Row(self._decayed("adamw", group), -1.0 if group["maximize"] else 1.0, hyper)
 
     def _before(self, work: list[Work], group: dict[str, Any], row: Row) -> list[Work]:
@@ -213,7 +221,7 @@ class SOAP(Rotated):
     def _plain_hyper(self, row: Row) -> dict[str, float | Tensor]:
         """The published order: the decay takes the new weight."""
         lr, decay = row.hyper["lr"], row.hyper["weight_decay"]
-        kept = 1.0 - lr * decay
+        kept = 1.0 - lr * decay  # not 0: _row says so
         return plain_step(lr * kept, decay / kept)
 
 

@@ -405,6 +405,29 @@ def test_for_a_model_it_separates_hidden_matrices():
     }
 
 
+@pytest.mark.parametrize("weight_decay", [None, 0.0, 0.1])
+def test_for_a_model_norms_and_biases_never_decay(weight_decay):
+    net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 2))
+    rest = dict(optimizer=precond.AdamW, weight_decay=0.3)
+    optimizer = precond.Grouped.for_model(net, matrices=precond.Muon, rest=rest, weight_decay=weight_decay)
+    muons = 0.1 if weight_decay is None else weight_decay
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0, muons]
+
+
+@pytest.mark.parametrize("methods", [(precond.Muon, precond.AdamW), (precond.SOAP, precond.Muon), (precond.SOAP,) * 2])
+def test_parameters_of_any_methods_must_not_share_memory(methods):
+    memory = torch.zeros(6, 4)
+    params = [nn.Parameter(memory[begin : begin + 4]) for begin in (0, 2)]
+    groups = [dict(params=[p], optimizer=method) for p, method in zip(params, methods, strict=True)]
+    optimizer = precond.Grouped(groups)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 and parameter 0 of group 1 must not share memory"):
+        optimizer.step()
+    assert not optimizer.state
+    assert not memory.any()
+
+
 def test_for_a_model_it_tells_convolutions_from_experts():
     class Experts(nn.Module):
         def __init__(self):

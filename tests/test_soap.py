@@ -196,19 +196,41 @@ def test_one_side_is_the_shorter_one(shape):
 
 
 def test_a_run_may_become_one_sided_and_two_sided_again():
-    """States of a side without a basis are not used; a new side begins with the eigenvectors at its next refresh."""
+    """Moments are turned out of a side that has no basis any more; a new one begins with the eigenvectors at its next refresh."""
     (p,) = params_of(((4, 6),), F64)
     optimizer = precond.SOAP([p], lr=0.01, precondition_frequency=2)
     train([p], optimizer, 0, 4)
-    del optimizer.state[p]["factor_right_0"], optimizer.state[p]["basis_right_0"]
-    saved = optimizer.state_dict()
-    other = precond.SOAP([p], lr=0.01, precondition_frequency=2)
-    other.load_state_dict(saved)
-    train([p], other, 4, 10)
+    before = optimizer.state[p]
+    left, right = before["basis_left_0"], before["basis_right_0"]
+    other = precond.SOAP([p], lr=0.0, precondition_frequency=2, one_sided=True)
+    other.load_state_dict(optimizer.state_dict())
+    # Nothing is refreshed, and what is averaged stays.
+    other.param_groups[0].update(lr=0.0, betas=(1 - 1e-15, 1 - 1e-15), shampoo_beta=0.99, precondition_frequency=100)
+    assert other.param_groups[0]["one_sided"]
+    train([p], other, 4, 5)
     state = other.state[p]
-    u = state["basis_right_0"]
+    assert not any(name in state for name in ("factor_right_0", "basis_right_0"))
+    torch.testing.assert_close(left @ state["exp_avg"], left @ before["exp_avg"] @ right.T, rtol=1e-9, atol=1e-9)
+    # Of a diagonal in the basis the diagonal outside of it.
+    torch.testing.assert_close(state["exp_avg_sq"], before["exp_avg_sq"] @ (right.T**2), rtol=1e-9, atol=1e-9)
+    again = precond.SOAP([p], lr=0.01, precondition_frequency=2)
+    saved = other.state_dict()
+    saved["param_groups"][0].pop("one_sided")
+    again.load_state_dict(saved)
+    again.param_groups[0].update(lr=0.01, betas=(0.95, 0.95), precondition_frequency=2)
+    train([p], again, 5, 10)
+    u = again.state[p]["basis_right_0"]
     torch.testing.assert_close(u.T @ u, torch.eye(6, dtype=F64), rtol=0, atol=1e-12)
     assert torch.isfinite(p).all()
+
+
+def test_a_decay_that_leaves_nothing_raises_before_anything_changes():
+    (p,) = params_of(((4, 6),))
+    optimizer = precond.SOAP([p], lr=1.0, weight_decay=1.0)
+    give([p], 0)
+    with pytest.raises(ValueError, match=r"lr \* weight_decay must not be 1, .* got 1.0 \* 1.0"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 MANY = ((64, 64), (64, 64), (16, 32), (32, 16), (16, 32), (64, 64), (6, 4), (6, 4), (16, 4, 2, 2), (8,))

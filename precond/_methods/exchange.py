@@ -114,25 +114,26 @@ def by_ranks(members: Iterable[Member]) -> list[tuple[list[Member], Any]]:
 
 
 class Agreements:
-    """What ranks have agreed on about their sharded parameters: an exchange for each set of ranks and dtype. Parameters, their
-    placements and their matrices decide, so that all ranks ask each other again at the same step. No parameter is kept alive.
+    """What ranks have agreed on about their sharded parameters: an exchange for each set of ranks, dtype and kind of device.
+    Parameters, their placements and their matrices decide, so that all ranks ask each other again at the same step. No parameter
+    is kept alive.
     """
 
     def __init__(self, what: str) -> None:
         """``what``: the class that errors name."""
         self._what = what
-        self._held: dict[tuple[tuple[int, ...], torch.dtype], tuple[tuple[Any, ...], Exchange]] = {}
+        self._held: dict[tuple[tuple[int, ...], str], tuple[tuple[Any, ...], Exchange]] = {}
 
     def exchanges(self, members: Iterable[Member]) -> list[tuple[list[Member], Exchange]]:
         """The exchanges of a step, in the same order on all ranks, each with its parameters by their numbers. What is wrong on
-        some ranks is told to the larger sets that these belong to: they would wait for them.
+        some ranks is told to the larger sets that agree at the same step: they would wait for them.
         """
-        alike: dict[tuple[tuple[int, ...], torch.dtype], list[Member]] = {}
+        alike: dict[tuple[tuple[int, ...], str], list[Member]] = {}
         for member in members:
-            alike.setdefault((ranks_of(member.p), member.dtype), []).append(member)
+            alike.setdefault((ranks_of(member.p), f"{member.dtype} {member.p.device.type}"), []).append(member)
         self._held = {key: held for key, held in self._held.items() if key in alike}
         found, failure = [], None
-        for key, own in sorted(alike.items(), key=lambda item: (len(item[0][0]), item[0][0], str(item[0][1]))):
+        for key, own in sorted(alike.items(), key=lambda item: (len(item[0][0]), *item[0])):
             own.sort(key=lambda member: member.key)
             seen = tuple(
                 (m.key, m.p.shape, m.p.placements, m.p.device_mesh, m.of, m.kind, m.weight)  # type: ignore[attr-defined]
@@ -140,7 +141,7 @@ class Agreements:
             )
             if key not in self._held or self._held[key][0] != seen:
                 try:
-                    self._held[key] = seen, self._agree(*key, own, failure)
+                    self._held[key] = seen, self._agree(key[0], own, failure)
                 except RuntimeError as error:
                     failure = failure or error
                     continue
@@ -149,9 +150,7 @@ class Agreements:
             raise failure
         return found
 
-    def _agree(
-        self, ranks: tuple[int, ...], dtype: torch.dtype, own: list[Member], failure: RuntimeError | None
-    ) -> Exchange:
+    def _agree(self, ranks: tuple[int, ...], own: list[Member], failure: RuntimeError | None) -> Exchange:
         group = group_of(ranks, [m.p.device_mesh for m in own])  # type: ignore[attr-defined]
         entries, error = [], None if failure is None else str(failure)
         try:
@@ -159,7 +158,7 @@ class Agreements:
         except Exception as wrong:  # whatever it is, the other ranks wait for ours
             error = str(wrong)
         agree(entries, error, group, self._what)
-        return Exchange(Plan(entries, len(ranks), dtype.itemsize), group, {n: m.kind for n, m in enumerate(own)})
+        return Exchange(Plan(entries, len(ranks), own[0].dtype.itemsize), group, {n: m.kind for n, m in enumerate(own)})
 
 
 # A step.
@@ -455,3 +454,7 @@ def taken(whole: Tensor, part: Part) -> Tensor:
     for here, there in regions:
         values[here] = whole[there]
     return values.reshape(-1)
+
+
+#: What ranks have agreed on for a step.
+Exchanges = list[tuple[list[Member], Exchange]]

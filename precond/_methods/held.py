@@ -62,12 +62,21 @@ def name_alone(p: Tensor) -> Tensor:
 
 
 def tell_names(members: Sequence[Member], states: Sequence[State], group: Any) -> None:
-    """Let all ranks know the names of states, where owners have new ones: checkpoints are loaded by the names that are there."""
-    told = _gathered({m.key: list(state) for m, state in zip(members, states, strict=True)}, group)
+    """Let all ranks know the names of states that owners have now: checkpoints are loaded by the names that are there."""
+    own = {
+        m.key: [name for name, value in state.items() if name not in OF_EVERYONE and not _is_name_alone(value)]
+        for m, state in zip(members, states, strict=True)
+    }
+    told = _gathered(own, group)
     for member, state in zip(members, states, strict=True):
-        for name in dict.fromkeys(name for names in told for name in names.get(member.key, ())):
-            if name not in OF_EVERYONE and name not in state:
-                state[name] = name_alone(member.p)
+        names = dict.fromkeys(name for said in told for name in said.get(member.key, ()))
+        for name in [name for name, value in state.items() if _is_name_alone(value) and name not in names]:
+            del state[name]
+        state.update({name: name_alone(member.p) for name in names if name not in state})
+
+
+def _is_name_alone(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 0 and not hasattr(value, "placements")
 
 
 def take(members: Sequence[Member], states: Sequence[State], exchange: Exchange) -> None:
@@ -200,7 +209,7 @@ class _Move:
     @property
     def piece(self) -> Tensor | None:
         """What this rank has of it, as one matrix."""
-        if not isinstance(self.value, Tensor) or (self.value.numel() == 0 and not hasattr(self.value, "placements")):
+        if not isinstance(self.value, Tensor) or _is_name_alone(self.value):
             return None
         return view(local(self.value), True)
 

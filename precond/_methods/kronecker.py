@@ -78,6 +78,34 @@ class Kronecker:
                 yield Side(f"right_{k}", block, False)
 
     @property
+    def complete(self) -> bool:
+        """True where each side has a basis."""
+        return all(f"basis_{side.name}" in self.state for side in self.sides)
+
+    @property
+    def stale(self) -> list[Side]:
+        """Sides whose basis the state has, and which have none any more."""
+        kept = {side.name for side in self.sides}
+        return [side for side in self._sides(False) if side.name not in kept and f"basis_{side.name}" in self.state]
+
+    def leave(self, mean: str, square: str) -> None:
+        """Turn states out of the bases of such sides, and drop these. Squares become the diagonal of what they are the diagonal
+        of in the basis, where coordinates are taken for uncorrelated.
+        """
+        for side in self.stale:
+            self.state.pop(f"factor_{side.name}", None)
+            u = self.state.pop(f"basis_{side.name}")
+            if not self.ready:
+                continue
+            for name, turn in ((mean, u), (square, u * u)):
+                if name in self.state:
+                    state = local(self.state[name])
+                    t = as_matrix(state).clone()
+                    part = t[side.block].to(u.dtype)
+                    t[side.block] = (turn @ part if side.left else part @ turn.mT).to(t.dtype)
+                    state.copy_(t.view(state.shape))
+
+    @property
     def ready(self) -> bool:
         """True once a gradient has made the bases."""
         return bool(self.state.get("basis_step", 0) > 0)

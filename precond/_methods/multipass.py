@@ -12,6 +12,7 @@ from torch import Tensor
 from .._core.amp import control_of
 from .._core.clipping import Begun
 from .._core.formats import StateFormat
+from .._core.memory import Memory
 from .._core.optimizer import FusedOptimizer
 from .._core.passes import Beginning, Job, Pass
 from .._core.plan import first_differs
@@ -74,8 +75,10 @@ class MultiPass(FusedOptimizer, abstract=True):
         super()._rebuild()
         self._passes, self._buffers, self._counters = {}, OfParameters(), OfParameters()
         # It depends on parameters and options alone, and asking the other ranks again takes all of them.
-        self._agreements: Agreements = self.__dict__.get("_agreements") or Agreements(type(self).__name__)
+        self.agreements: Agreements = self.__dict__.get("agreements") or Agreements(type(self).__name__)
         self._beginning = Beginning(self.engine)
+        #: The ids of the parameters that were found apart.
+        self._apart: list[int] = []
 
     @property
     def _all_groups(self) -> list[dict[str, Any]]:
@@ -108,7 +111,9 @@ class MultiPass(FusedOptimizer, abstract=True):
         """Raise where something must be called before a step."""
 
     def _prepare(self, groups: list[dict[str, Any]], rows: list[Row]) -> Any:
-        """Check what such groups update, before anything changes. Returns what ``_step_in_passes`` must know."""
+        """Check what such groups update, and agree with other ranks, before anything changes. Returns what ``_step_in_passes``
+        must know.
+        """
         raise NotImplementedError
 
     def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: Any, begun: Begun) -> None:
@@ -165,6 +170,7 @@ class MultiPass(FusedOptimizer, abstract=True):
             self.skipped_steps.add_(1)
             return
         rows = [self._checked_row(group) for group in groups]
+        self._check_apart()
         of_several = list(itertools.compress(rows, in_passes))
         work = self._prepare(several, of_several)
         begun = self._begin(control, rows)
@@ -183,6 +189,15 @@ class MultiPass(FusedOptimizer, abstract=True):
             self.engine.run(Step(straight, self.state, {}, of_straight, *begun, numbers))
         if not still:
             self._step_in_passes(several, of_several, work, begun)
+
+    def _check_apart(self) -> None:
+        """Raise where two parameters share memory, of whatever methods, before a pass writes one of them."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        ids = [id(p) for p in params]
+        if ids != self._apart:
+            owners = [(i, "") for i in range(len(params))]
+            Memory().check([local(p) for p in params], owners, lambda i: (self._name(params[i]), True))
+            self._apart = ids
 
     def _begin(self, control: Control, rows: list[Row]) -> Begun | None:
         """What the step does with gradients; None where it is skipped."""

@@ -28,10 +28,12 @@ from .units import matrices_of
 
 
 class Prepared(NamedTuple):
-    """What a step updates: of each group what this rank has whole, and the gradients of its shards of the rest."""
+    """What a step updates: of each group what this rank has whole, and what it steps together with others."""
 
     work: list[list[Work]]
-    shards: dict[Tensor, Tensor]
+    shares: list[Share]
+    #: True for a first step that only makes states, as far as this rank knows.
+    only_states: bool
 
 
 class Rotated(MultiPass, abstract=True):
@@ -104,8 +106,16 @@ class Rotated(MultiPass, abstract=True):
 
     def _basis_of_metric(self, p: Tensor, group: dict[str, Any]) -> Rotation | None:
         """The basis of a parameter that has one by now."""
-        basis = self._basis(self._name(p), p, group) if self.rotates(group) and p in self.state else None
-        return None if basis is None or basis.is_identity else basis
+        if not self.rotates(group) or p not in self.state:
+            return None
+        basis = self._basis(self._name(p), p, group)
+        self._leave_sides(basis)
+        return None if basis.is_identity else basis
+
+    def _leave_sides(self, basis: Rotation) -> None:
+        """Bring states out of a side that has no basis any more, as after another ``one_sided``."""
+        if basis.kronecker is not None:
+            basis.kronecker.leave(*self._in_basis)
 
     def _feed(self, work: Sequence[Work], group: dict[str, Any]) -> None:
         """Fold gradients into the factors of Kronecker bases, and refresh the bases where that is due."""
@@ -159,17 +169,17 @@ class Rotated(MultiPass, abstract=True):
                     shards[p] = g
                 else:
                     found[-1].append(Work(name, p, g, self._basis(name, p, group)))
-        return Prepared(found, shards)
-
-    def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: Prepared, begun: Begun) -> None:
-        gradients = {item.p: item.g for items in work.work for item in items} | work.shards
+        gradients = {item.p: item.g for items in found for item in items} | shards
         only_states = self._only_makes_states(rows, gradients)
-        shares = self._shares(groups, rows, work.shards)
+        shares = self._shares(groups, rows, shards)
         for share in shares:
             share.agree(not only_states, self.is_ready, self.not_ready)
-        whole = functools.partial(self._step_whole, groups, rows, work.work, begun, only_states)
+        return Prepared(found, shares, only_states)
+
+    def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: Prepared, begun: Begun) -> None:
+        whole = functools.partial(self._step_whole, groups, rows, work.work, begun, work.only_states)
         own: Callable[[], None] | None = whole
-        for share in shares:
+        for share in work.shares:
             if share.busy:
                 share.run(begun, own)
                 own = None
@@ -177,7 +187,7 @@ class Rotated(MultiPass, abstract=True):
                 share.make_states()
         if own is not None:
             own()
-        for share in shares:
+        for share in work.shares:
             if share.busy:
                 self._step_shards(share, {self._number_of(group): row for group, row in zip(groups, rows, strict=True)})
 
@@ -214,6 +224,8 @@ class Rotated(MultiPass, abstract=True):
         self, of: Hashable, group: dict[str, Any], row: Row, work: list[Work]
     ) -> tuple[list[Work], list[Tensor]]:
         """The parameters that move, and what along: one pass of the rule over buffers in the basis. ``of`` names the pass."""
+        for item in work:
+            self._leave_sides(item.basis)
         moving = self._before(work, group, row)
         for item in moving:
             self._init_state(item.p, group, row, item.name)
@@ -256,7 +268,7 @@ class Rotated(MultiPass, abstract=True):
         by_number = {self._number_of(group): row for group, row in zip(groups, rows, strict=True)}
         return [
             Share(self, members, exchange, by_number, given)
-            for members, exchange in self._agreements.exchanges(self._members(groups))
+            for members, exchange in self.agreements.exchanges(self._members(groups))
         ]
 
     def _step_shards(self, share: Share, rows: dict[int, Row]) -> None:
@@ -284,10 +296,12 @@ class Rotated(MultiPass, abstract=True):
         given, max_size = group.get("basis", "kronecker"), group[self._basis_options[2]]
         return rotation_of(name, p, given, state, max_size, group.get("one_sided", False))
 
-    def lacks_states(self, basis: Rotation, state: dict[str, Any]) -> bool:
-        """True where a step may make states."""
-        sides = () if basis.kronecker is None else basis.kronecker.sides
-        return any(name not in state for name in (*self._in_basis, *(f"basis_{side.name}" for side in sides)))
+    def changes_states(self, basis: Rotation, state: dict[str, Any]) -> bool:
+        """True where a step may make states, or drop some."""
+        kronecker = basis.kronecker
+        if any(name not in state for name in self._in_basis):
+            return True
+        return kronecker is not None and (not kronecker.complete or bool(kronecker.stale))
 
     def check_held(self, name: str, whole: Tensor, state: dict[str, Any]) -> None:
         """Raise where an owner has states that do not fit."""

@@ -105,7 +105,7 @@ class Share:
             break
         self.busy = flags[2]
         self.present, self._moves, new, unready = (flags[3 + k :: 4] for k in range(4))
-        self._makes_states = any(a and b for a, b in zip(self.present, new, strict=True))
+        self._changes_states = any(a and b for a, b in zip(self.present, new, strict=True))
         for member, has_gradient, is_unready in zip(self.members, self.present, unready, strict=True):
             if has_gradient and is_unready:
                 raise not_ready(member.name, member.group)
@@ -117,7 +117,7 @@ class Share:
     def _found(
         self, i: int, is_ready: Callable[[dict[str, Any], State, Rotation], bool]
     ) -> tuple[bool, bool, bool, bool]:
-        """What an owner knows of a matrix: whether it has a gradient here, moves, gets new states, or is not ready."""
+        """What an owner knows of a matrix: whether it has a gradient here, moves, gets or loses states, or is not ready."""
         optimizer, m = self._optimizer, self.members[i]
         held = self._held[i] = held_of(self._states[i])
         whole = optimizer.stand_in(m.p)
@@ -125,7 +125,7 @@ class Share:
         optimizer.check_held(m.name, whole, held)
         self._work[i] = Work(m.name, whole, whole, basis)
         unready = not is_ready(m.group, held, basis)
-        return self._has(m.p), optimizer.moves(basis), optimizer.lacks_states(basis, held), unready
+        return self._has(m.p), optimizer.moves(basis), optimizer.changes_states(basis, held), unready
 
     # A step.
 
@@ -226,7 +226,10 @@ class Share:
             yield
         finally:
             for i, whole in stand_ins.items():
-                self._states[i].update(optimizer.state.pop(whole))
+                state, held = self._states[i], optimizer.state.pop(whole)
+                for name in state.keys() - held.keys() - {"remainder"}:
+                    del state[name]
+                state.update(held)
 
     def _of_whole(self, member: Member) -> dict[str, Any]:
         """A group as whole matrices are stepped by: weights are with their shards."""
@@ -309,7 +312,7 @@ class Share:
         for i, member in enumerate(self.members):
             if self.present[i] and self._states[i]:
                 self._optimizer.state[member.p] = self._states[i]
-        if self._makes_states:
+        if self._changes_states:
             tell_names(self.members, self._states, self._exchange.group)
 
     def count(self) -> None:

@@ -473,3 +473,26 @@ def what_is_wrong_on_one_mesh_is_said_on_those_around_it():
         for p in (dense, experts):
             p.grad = torch.ones_like(p)
         raises(optimizer.step, "the same sharded matrices on all ranks")
+
+
+@scenario(2, 3)
+def beside_other_methods():
+    """What is wrong raises before any group has moved, and one rank alone may load its own states."""
+    mesh, me = line(), dist.get_rank()
+    shapes = SHAPES[:1] * 2
+    matrices = [nn.Parameter(distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None)) for t in values(shapes, 5)]
+    bias = nn.Parameter(torch.zeros(3))
+    groups = [dict(params=[bias], optimizer=precond.AdamW), dict(params=matrices, optimizer=precond.Muon)]
+    optimizer = precond.Grouped(groups, lr=LR)
+    for p in (bias, *matrices):
+        p.grad = torch.ones_like(p)
+    optimizer.param_groups[1]["split"] = 2 if me == 1 else 3
+    raises(optimizer.step, "the same sharded matrices on all ranks")
+    assert not bias.any()
+    assert not optimizer.state
+    optimizer.param_groups[1]["split"] = None
+    optimizer.step()
+    if me == 0:
+        optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert optimizer.state[bias]["step"] == 2

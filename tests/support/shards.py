@@ -95,7 +95,7 @@ def check_against_whole(make, mesh, placements, shapes, **options: Any) -> torch
 
 def exchanges(optimizer) -> list[Any]:
     """What its ranks have agreed on."""
-    return [exchange for _, exchange in optimizer._agreements.exchanges(optimizer._members(optimizer.param_groups))]
+    return [exchange for _, exchange in optimizer.agreements.exchanges(optimizer._members(optimizer.param_groups))]
 
 
 class CountedBytes:

@@ -214,9 +214,13 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         self._pass("average", ("momentum_buffer",)).run(means, begun)
         directions = self._directions(found, buffers, exchanges)
         steps = []
+        hypers: dict[tuple[int, float], dict[str, float | Tensor]] = {}  # one for all that a pass may take together
         for (group, row, name, p, _, of), direction in zip(found, directions, strict=True):
             scale = _one_scale(of, group["adjust_lr_fn"]) or 1.0
-            step = plain_step(row.hyper["lr"] * scale, row.hyper["weight_decay"] / scale)
+            step = hypers.get((id(row), scale))
+            if step is None:
+                step = plain_step(row.hyper["lr"] * scale, row.hyper["weight_decay"] / scale)
+                hypers[id(row), scale] = step
             steps.append(self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format")))
         self._pass("sgdw").run(steps, begun.of_results())
 
@@ -278,8 +282,8 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
         cut = [i for i in directions if not is_sharded(found[i].p)]
         for stack in self._stacks.values():
             turned = _turned(stack.whole, found[stack.indices[0]].group)
-            for i, each in zip(stack.indices, torch.split(turned, stack.counts), strict=True):
-                directions[i] = like(found[i].p, each.reshape(found[i].p.shape))
+            for i, each in zip(stack.indices, stack.parts(turned), strict=True):
+                directions[i] = like(found[i].p, each)
         alike: dict[tuple[Any, ...], list[tuple[int, Block]]] = {}
         for i in cut:
             for block in found[i].of.blocks():
@@ -327,11 +331,17 @@ class Stack:
         self.shapes = [each.p.shape for each in found]
         self.counts = [count for count, _, _ in batches]
         self.whole = torch.zeros(sum(self.counts), *batches[0][1:], dtype=torch.bfloat16, device=found[0].p.device)
-        parts = torch.split(self.whole, self.counts)
+        self._matrices = all(shape == self.whole.shape[1:] for shape in self.shapes)
         # The same tensors at every step: a pass looks at what is new.
-        self.views = [like(each.p, part.view(each.p.shape)) for each, part in zip(found, parts, strict=True)]
+        self.views = [like(each.p, part) for each, part in zip(found, self.parts(self.whole), strict=True)]
         #: Where the parameters stand in this step.
         self.indices: list[int] = []
+
+    def parts(self, whole: Tensor) -> Sequence[Tensor]:
+        """The parameters' views of a batch of this shape."""
+        if self._matrices:
+            return whole.unbind()  # a fourth of the time
+        return [part.view(shape) for part, shape in zip(torch.split(whole, self.counts), self.shapes, strict=True)]
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

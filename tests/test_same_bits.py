@@ -9,6 +9,7 @@ from support.cases import BACKEND, bits_equal, gradient, guarded, nasty_values, 
 
 from precond import _C
 from precond._core import executors
+from precond._core.passes import Job, Pass, plain_step
 
 rows = pytest.mark.parametrize("row", ALL_RULES, ids=str)
 # For what depends on where operands lie and not on what a rule does with them.
@@ -140,6 +141,52 @@ def test_flushing_denormals_outside_does_not_change_the_update(row):
     expected = step(False)
     assert any(((t.abs() < 1.1e-38) & (t != 0)).any() for t in (*expected, values))
     assert_same(step(True), expected)
+
+
+def any_bits(n: int, dtype: torch.dtype) -> torch.Tensor:
+    """Any bits at all, and those around which bfloat16 rounds: ties, the largest, NaNs that would become infinite, denormals."""
+    low = torch.tensor([0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    high = [0x0000, 0x0080, 0x3F80, 0x3F81, 0x7F7F, 0x7F80, 0x7FC0, -0x8000, -0x0081, -0x0080]
+    edges = (torch.tensor(high, dtype=torch.int32)[:, None] << 16 | low).view(-1)
+    bits = torch.randint(-(2**31), 2**31, (n,)).to(torch.int32)
+    bits = torch.where(torch.rand(n) < 0.5, bits, edges[torch.randint(len(edges), (n,))])
+    return bits.view(dtype) if dtype == torch.float32 else (bits >> 16).to(torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("rule", ["average", "sgdw"])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+@torch.no_grad()
+def test_one_bfloat16_operand_in_a_loop_has_the_bits_of_tiles(rule, dtypes, isa):
+    """A strided operand goes through tiles. Lengths around vectors, stretches of a loop, tiles and chunks."""
+
+    def run(layouts, hyper, n):
+        torch.manual_seed(n)
+        operands = zip((*dtypes, torch.float32), layouts, strict=True)
+        p, g, m = (guarded(any_bits(n, dtype), layout) for dtype, layout in operands)
+        if rule == "average" and hyper["momentum"] == 0.0:
+            m.tensor.zero_()  # so that the average is the gradient itself, rounded as it is
+        state = {"momentum_buffer": m.tensor} if rule == "average" else {}
+        for sign in (1.0, -1.0):
+            job = Job(p.tensor, g.tensor, state, hyper, sign)
+            Pass(rule, tuple(state), BACKEND).run([job])
+        for each in (p, g, m):
+            each.check()
+        if p.tensor.dtype == torch.bfloat16:
+            assert (p.tensor[p.tensor.isnan()].view(torch.int16) == 0x7FC0).all(), "every NaN is torch's"
+        return [p.tensor, m.tensor]
+
+    averages = [{"momentum": 0.0, "lookahead": 0.0}, {"momentum": 0.95, "lookahead": 0.05}]
+    steps = [plain_step(0.5, 0.0), plain_step(1e-3, 0.1)]
+    layouts = [("contiguous",) * 3, ("offset",) * 3, ("offset", "contiguous", "offset")]
+    for hyper in averages if rule == "average" else steps:
+        for n in (1, 15, 17, 33, 63, 64, 65, 129, 1000, 5003, 70_001):
+            _C.select_isa("")
+            tiled = run(("strided", "contiguous", "contiguous"), hyper, n)
+            assert n < 1000 or all(t.isnan().any() and t.isfinite().any() for t in tiled)
+            for name in (isa, ""):
+                _C.select_isa(name)
+                for layout in layouts if n < 70_000 else layouts[:1]:
+                    assert_same(run(layout, hyper, n), tiled)
 
 
 if BACKEND != "cpu":

@@ -18,19 +18,23 @@ namespace precond {
 
 inline namespace PRECOND_ISA {
 
+// The formats of p, of g and of all states, known when compiled.
+template <class P, class G, class S>
+struct Formats {};
+
 // Element by element in one loop, straight from and to memory: nothing waits for a divider that works on another tile.
 // 32M bf16 AdamW, 2 threads, AVX-512: 9.7 ms through tiles, 7.8 ms so.
-template <class Rule, class Format, class... States>
-PRECOND_INLINE void apply(Format, const Rule rule, float coef, int64_t n, typename Format::Stored* __restrict p,
-                          const typename Format::Stored* __restrict g, States* __restrict... s) {
+template <class Rule, class P, class G, class S, class... States>
+PRECOND_INLINE void apply(Formats<P, G, S>, const Rule rule, float coef, int64_t n, typename P::Stored* __restrict p,
+                          const typename G::Stored* __restrict g, States* __restrict... s) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    float p_value = Format::value(p[i]);
+    float p_value = P::value(p[i]);
     [&](auto... s_value) __attribute__((always_inline)) {
-      rule(p_value, coef * Format::value(g[i]), s_value...);
-      ((s[i] = Format::stored(s_value)), ...);
-    }(Format::value(s[i])...);
-    p[i] = Format::stored(p_value);
+      rule(p_value, coef * G::value(g[i]), s_value...);
+      ((s[i] = S::stored(s_value)), ...);
+    }(S::value(s[i])...);
+    p[i] = P::stored(p_value);
   }
 }
 
@@ -86,31 +90,50 @@ PRECOND_INLINE void apply_halves(const Rule& rule, float coef, int64_t n, uint16
 }
 
 template <class Rule, class... States>
-PRECOND_INLINE void apply(Fp16, const Rule rule, float coef, int64_t n, uint16_t* __restrict p,
-                          const uint16_t* __restrict g, States* __restrict... s) {
+PRECOND_INLINE void apply(Formats<Fp16, Fp16, Fp16> formats, const Rule rule, float coef, int64_t n,
+                          uint16_t* __restrict p, const uint16_t* __restrict g, States* __restrict... s) {
   uint16_t* const states[sizeof...(s) + 1] = {s...};
   apply_halves(rule, coef, n, p, g, states, std::make_integer_sequence<int, sizeof...(s)>{});
   const int64_t done = n / kHalves * kHalves;
-  apply<Rule, Fp16, States...>(Fp16{}, rule, coef, n - done, p + done, g + done, (s + done)...);
+  apply<Rule, Fp16, Fp16, Fp16, States...>(formats, rule, coef, n - done, p + done, g + done, (s + done)...);
 }
 #endif
 
-// True where every operand of the tensor is dense and in p's format, which is plain.
-template <int kStates>
-PRECOND_INLINE bool is_uniform(const Tensor& t) {
-  bool uniform = t.p.strides == kDense && t.g.strides == kDense && is_plain(t.p.format) && t.g.format == t.p.format;
-  for (int k = 0; k < kStates; ++k)
-    uniform = uniform && t.state[k].strides == kDense && t.state[k].format == t.p.format;
-  return uniform;
+// The same for a rule that writes p without reading it: its lines are fetched ahead, or each store waits for its own.
+// 32M elements, one thread of a Xeon with AVX-512, ns each: all in fp32 2.6 -> 1.0, all in bf16 0.78 -> 0.59.
+template <class Rule, class P, class G, class S, class... States>
+PRECOND_INLINE void overwrite(Formats<P, G, S> formats, const Rule rule, float coef, int64_t n,
+                              typename P::Stored* __restrict p, const typename G::Stored* __restrict g,
+                              States* __restrict... s) {
+  constexpr int64_t kStretch = 64, kLine = 64, kAhead = 512;
+  int64_t i = 0;
+  for (; i + kStretch <= n; i += kStretch) {
+    const char* const ahead = reinterpret_cast<const char*>(p + i) + kAhead;
+    for (int64_t k = 0; k < kStretch * int64_t(sizeof *p); k += kLine) __builtin_prefetch(ahead + k, 1);
+    apply(formats, rule, coef, kStretch, p + i, g + i, (s + i)...);
+  }
+  apply(formats, rule, coef, n - i, p + i, g + i, (s + i)...);
 }
 
-template <class Rule, int... I>
-PRECOND_INLINE void update_uniform(const ChunkArgs& a, const Rule& rule, float coef, std::integer_sequence<int, I...>) {
-  with_plain_format(a.tensor->p.format, [&](auto format) {
-    using Stored = typename decltype(format)::Stored;
-    const auto at = [&](const Operand& operand) { return reinterpret_cast<Stored*>(operand.data) + a.begin; };
-    apply(format, rule, coef, a.count, at(a.tensor->p), at(a.tensor->g), at(a.tensor->state[I])...);
-  });
+// True where every operand of the tensor is dense and in the format given for it.
+template <int kStates>
+PRECOND_INLINE bool is_dense_in(const Tensor& t, Format p, Format g, Format states) {
+  bool in = t.p.strides == kDense && t.g.strides == kDense && t.p.format == p && t.g.format == g;
+  for (int k = 0; k < kStates; ++k) in = in && t.state[k].strides == kDense && t.state[k].format == states;
+  return in;
+}
+
+// A tensor that is dense in these formats.
+template <class P, class G, class S, class Rule, int... K>
+PRECOND_INLINE void update_dense(const ChunkArgs& a, const Rule& rule, float coef, std::integer_sequence<int, K...>) {
+  const Tensor& t = *a.tensor;
+  auto* const p = reinterpret_cast<typename P::Stored*>(t.p.data) + a.begin;
+  const auto* const g = reinterpret_cast<const typename G::Stored*>(t.g.data) + a.begin;
+  const auto state = [&](int k) { return reinterpret_cast<typename S::Stored*>(t.state[k].data) + a.begin; };
+  if constexpr (kOverwrites<Rule>)
+    overwrite(Formats<P, G, S>{}, rule, coef, a.count, p, g, state(K)...);
+  else
+    apply(Formats<P, G, S>{}, rule, coef, a.count, p, g, state(K)...);
 }
 
 // Through tiles of fp32, so that work grows as rules + formats, not as their product.
@@ -155,9 +178,22 @@ void update_chunk(const ChunkArgs& chunk) {
   // Multiplying by 1 changes no bit, so there is no case without a coefficient.
   const Incoming incoming{a.sign * a.control->grad_coef, a.control->clip_value};
   const auto states = std::make_integer_sequence<int, Rule::kStates>{};
-  // Uniform tensors that are clipped by value go through tiles too.
-  if (is_uniform<Rule::kStates>(*a.tensor) && incoming.clip_value == HUGE_VALF)
-    return update_uniform(a, rule, incoming.coef, states);
+  // Tensors that are clipped by value go through tiles.
+  if (incoming.clip_value == HUGE_VALF) {
+    const Format format = a.tensor->p.format;
+    if (is_plain(format) && is_dense_in<Rule::kStates>(*a.tensor, format, format, format))
+      return with_plain_format(format, [&](auto of_all) {
+        using F = decltype(of_all);
+        update_dense<F, F, F>(a, rule, incoming.coef, states);
+      });
+    // As there, ns each, through tiles and so: an average in bf16 1.30 -> 0.90, a step along bf16 0.69 -> 0.56.
+    if constexpr (kOftenMixed<Rule>) {
+      if (is_dense_in<Rule::kStates>(*a.tensor, Format::bf16, Format::fp32, Format::fp32))
+        return update_dense<Bf16, Fp32, Fp32>(a, rule, incoming.coef, states);
+      if (is_dense_in<Rule::kStates>(*a.tensor, Format::fp32, Format::bf16, Format::fp32))
+        return update_dense<Fp32, Bf16, Fp32>(a, rule, incoming.coef, states);
+    }
+  }
   if constexpr (kOften<Rule>) {
     const int64_t done = update_often(a, rule, incoming, states);
     a.begin += done;

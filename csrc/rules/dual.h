@@ -66,6 +66,11 @@ struct Average {
   PRECOND_INLINE void operator()(float& p, float g, float& m) const { p = average(g, m); }
 };
 
+template <>
+constexpr bool kOftenMixed<Average> = true;
+template <>
+constexpr bool kOverwrites<Average> = true;
+
 PRECOND_INLINE void set_map(RatioMap& map, const DualHyper& h) {
   map.offset = float(h.offset);
   map.slope = float(h.slope);

@@ -29,6 +29,13 @@ constexpr bool kOften = false;
 template <class Rule, int K, class Mean, class Square>
 using state_format = std::conditional_t<(Rule::kSquares >> K & 1) != 0, Square, Mean>;
 
+// Whether methods of several passes take it with a bf16 p or g beside fp32 operands: it has loops of its own for those.
+template <class Rule>
+constexpr bool kOftenMixed = false;
+// Whether it writes p and does not read it.
+template <class Rule>
+constexpr bool kOverwrites = false;
+
 // What scalars are made of besides hyper-parameters. A rule gets what it says it needs: one that reads the step without
 // saying so does not compile.
 struct Now {

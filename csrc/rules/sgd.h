@@ -72,6 +72,8 @@ template <>
 constexpr bool kOften<SGDMomentum<Coupled>> = true;
 template <>
 constexpr bool kOften<SGDMomentum<L2>> = true;
+template <>
+constexpr bool kOftenMixed<SGD<L2>> = true;
 
 #define PRECOND_RULES_sgd(RULE)                                             \
   RULE("sgd", SGD<Coupled>)                                                 \

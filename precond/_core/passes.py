@@ -138,8 +138,8 @@ class Beginning:
 
 
 class Pass:
-    """Runs one rule over tensors of its caller: a group for each, so that plans serve. Between runs it keeps none of them alive.
-    Not copied or saved: its owner makes another.
+    """Runs one rule over tensors of its caller, in groups that plans serve. Between runs it keeps none of them alive. Not copied
+    or saved: its owner makes another.
     """
 
     def __init__(
@@ -157,8 +157,8 @@ class Pass:
         checks = Checks(Pass, frozenset(), {**DEFAULTS, "backend": backend})
         self.engine = Engine(self._states, checks, captured=captured)
         self._groups: list[Group] = []
-        #: The ids of the last run's tensors. Their plan compares addresses, so it does not matter if one is another's by now.
-        self._seen: list[int] = []
+        #: The ids of the last run's tensors, by group. Plans compare addresses, so it does not matter if one is another's by now.
+        self._seen: list[list[int]] = []
 
     def run(self, jobs: list[Job], begun: Begun = _AS_THEY_ARE) -> None:
         """Update every job's tensor in one region; ``begun``: what is done with each ``g``."""
@@ -190,19 +190,24 @@ class Pass:
         return [totals[number] for number in classes]
 
     def _step(self, jobs: list[Job]) -> Step:
-        seen = [id(job.p) for job in jobs]
+        # A group for those that ask for the same: the host reads hyper-parameters once for each.
+        alike: dict[tuple[Any, ...], list[Job]] = {}
+        for job in jobs:
+            asked = id(job.hyper), job.sign, job.weight_format, id(job.state_format), "key" in job.state
+            alike.setdefault(asked, []).append(job)
+        seen = [[id(job.p) for job in members] for members in alike.values()]
         if seen != self._seen:
-            self._groups = [{} for _ in jobs]
+            self._groups = [{} for _ in seen]
             self._seen = seen
             self.engine.forget_plans()
-        for group, job in zip(self._groups, jobs, strict=True):
-            group["params"], group["_called"] = [job.p], job.name
-            group["weight_format"], group["state_format"] = job.weight_format, job.state_format
+        for group, members in zip(self._groups, alike.values(), strict=True):
+            group["params"], group["_called"] = [job.p for job in members], [job.name for job in members]
+            group["weight_format"], group["state_format"] = members[0].weight_format, members[0].state_format
         return Step(
             groups=self._groups,
             state={job.p: job.state for job in jobs},
             inputs={job.p: job.g for job in jobs},
-            rows=[Row(self._rule, job.sign, job.hyper) for job in jobs],
+            rows=[Row(self._rule, members[0].sign, members[0].hyper) for members in alike.values()],
             control=Control(),
         )
 

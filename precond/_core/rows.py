@@ -12,8 +12,8 @@ Hyper = dict[str, float | Tensor]
 
 def name_of(group: Group, index: int, position: int) -> str:
     """What errors call a parameter: where it stands, and its name where it has one."""
-    if "_called" in group:  # the group that a pass makes of a tensor; errors are about what its caller knows
-        called: str = group["_called"]
+    if "_called" in group:  # a group that a pass makes of tensors; errors are about what its caller knows
+        called: str = group["_called"][position]
         return called
     place = f"parameter {position} of group {index}"
     names = group.get("param_names")

@@ -18,6 +18,7 @@ constexpr Format kMixes[][3] = {{F, F, F},
                                 {B, B, B},
                                 {H, H, H},
                                 {F, F, B},
+                                {B, F, F},
                                 {F, B, F},
                                 {B, B, F},
                                 {H, H, F},
@@ -28,7 +29,7 @@ constexpr Format kMixes[][3] = {{F, F, F},
                                 {Format::fp16_split32, H, Format::fp16_stochastic},
                                 {Format::fp16_split24, H, Format::int8},
                                 {Format::fp16_stochastic, H, Format::int4}};
-constexpr size_t kSpecialFrom = 8;  // mixes from here on draw
+constexpr size_t kSpecialFrom = 9;  // mixes from here on draw
 
 // As torch.set_flush_denormal does.
 void flush_denormals(bool on) {

@@ -84,8 +84,8 @@ class DualDescent(MultiPass):
 
     Raises:
         ValueError: an argument is out of range or not one of its names.
-        RuntimeError: when built and at the step, for a sharded parameter where a whole matrix or row is needed, or
-            ``differentiable`` without "entry"; at the step, for a sparse gradient.
+        RuntimeError: when built and at the step, for a sharded parameter where a whole row is needed, or ``differentiable``
+            without "entry"; at the step, for a sparse gradient, and on all ranks where sharded matrices differ.
 
     State: ``momentum_buffer`` where there is a momentum.
 

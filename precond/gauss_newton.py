@@ -65,10 +65,11 @@ class GaussNewton(Rotated):
 
     Raises:
         ValueError: an argument is out of range or not one of its names.
-        RuntimeError: with a basis when built and at the step, for a sharded matrix or ``differentiable``; at the step, if the
-            curvature was never updated and no ``clip`` bounds the step, or a basis does not fit.
+        RuntimeError: with a basis when built and at the step, for ``differentiable``; at the step, if the curvature was never
+            updated and no ``clip`` bounds the step, a basis does not fit, or ranks differ in their sharded matrices.
 
-    State: ``step``, ``exp_avg`` and ``curvature`` (in the basis), ``curvature_step``; ``factor_...`` and ``basis_...`` of blocks.
+    State: ``step``, ``exp_avg`` and ``curvature`` (in the basis), ``curvature_step``; ``factor_...`` and ``basis_...`` of blocks;
+    with a basis, of a sharded matrix with its owner (docs/scaling.md).
 
     Source: Liu et al., arXiv 2510.13680, for the idea and the estimators; order, damping and defaults are this project's
     (docs/theory.md, C.2). Vectors have no Kronecker basis here.
@@ -215,8 +216,9 @@ class GaussNewton(Rotated):
             batch_size: B, the number of samples behind the present ``.grad``, which must be the gradient of their mean loss on
                 labels drawn from the model (default 1). :mod:`precond.curvature` draws such labels.
             estimates: used instead of ``.grad``: one estimate of the diagonal per parameter, in the order of the groups and in
-                the coordinates of the basis, or None to leave a parameter as it is. A Kronecker basis exists after the first
-                step, with "gnb" after the first update from gradients.
+                the coordinates of the basis, or None to leave a parameter as it is. With a basis, a sharded parameter takes a
+                DTensor on its mesh. A Kronecker basis exists after the first step, with "gnb" after the first update from
+                gradients.
 
         Raises:
             RuntimeError: ``curvature`` is "gradient"; it is "hutchinson" and there are no estimates; an estimate has another

@@ -65,10 +65,11 @@ class SOAP(Rotated):
         **settings: :class:`precond.Settings`.
 
     Raises:
-        ValueError: an argument is out of range, or ``l1_decay`` is used with ``orthogonalize``.
-        RuntimeError: when built and at the step, for a sharded matrix; at the step, for a sparse gradient or a complex matrix.
+        ValueError: an argument is out of range, ``l1_decay`` is used with ``orthogonalize``, or lr * weight_decay is 1.
+        RuntimeError: at the step, for a sparse gradient or a complex matrix, and on all ranks where sharded matrices differ.
 
-    State: ``step``, ``exp_avg``, ``exp_avg_sq`` (in the basis), ``basis_step``; ``factor_...`` and ``basis_...`` of blocks.
+    State: ``step``, ``exp_avg``, ``exp_avg_sq`` (in the basis), ``basis_step``; ``factor_...`` and ``basis_...`` of blocks. Of a
+    sharded matrix its owner has them (docs/scaling.md), and ``state_dict`` is called on all ranks.
 
     Source: Vyas et al., arXiv 2409.11321, in the order of the published code (docs/theory.md, C.6), with its one-sided variant.
     orthogonalize: Vyas, SOAP-Muon (nikhilvyas.github.io/SOAP_Muon.pdf), as modded-nanogpt's pull requests 278 and 321 summarise

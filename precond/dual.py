@@ -225,6 +225,7 @@ class DualDescent(MultiPass):
     def _mapped_by_owners(self, exchanges: Exchanges, directions: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """The shards of what owners make of matrices. A missing gradient counts as zeros; who misses one moves nothing."""
         found = {}
+        failed: list[Exception] = []
         for members, exchange in exchanges:
             own = [directions.get(m.p) for m in members]
             wide, results = members[0].dtype, [None if u is None else _zeros(u, members[0].dtype) for u in own]
@@ -235,7 +236,11 @@ class DualDescent(MultiPass):
 
             def work(units: list[Unit], stack: Tensor, members: list[Member] = members) -> Tensor:
                 of = [members[unit.param] for unit in units]
-                return torch.stack([mapped(m.name, u, m.group) for m, u in zip(of, stack, strict=True)])
+                try:
+                    return torch.stack([mapped(m.name, u, m.group) for m, u in zip(of, stack, strict=True)])
+                except Exception as wrong:  # whatever it is, the other ranks wait for a result
+                    failed.append(wrong)
+                    return stack
 
             def put(
                 unit: Unit, where: tuple[slice, ...], values: Tensor, results: list[Tensor | None] = results
@@ -245,6 +250,11 @@ class DualDescent(MultiPass):
 
             exchange.run(piece_of, work, put, wide, local(members[0].p).device)
             found.update({m.p: like(m.p, u) for m, u in zip(members, results, strict=True) if u is not None})
+        error = failed[0] if failed else None
+        for members, exchange in exchanges:
+            error = exchange.together(error, local(members[0].p).device) or error
+        if error is not None:
+            raise error
         return found
 
     def _scale_by_norms(self, groups: list[dict[str, Any]], jobs: list[Job]) -> None:

@@ -205,8 +205,6 @@ class GaussNewton(Rotated):
             self._feed(work, group)
         return work
 
-    @torch.no_grad()
-    @at_stated_precision
     def update_curvature(self, batch_size: float = 1.0, estimates: Sequence[Tensor | None] | None = None) -> None:
         r"""Averages a new estimate of the Gauss-Newton diagonal into the curvature.
 
@@ -237,18 +235,25 @@ class GaussNewton(Rotated):
             >>> opt.state[w]["curvature"].tolist()
             [8.0, 32.0]
         """
-        position, total = 0, sum(len(group["params"]) for group in self.param_groups)
+        self.update_groups(self.param_groups, batch_size, estimates)
+
+    @torch.no_grad()
+    @at_stated_precision
+    def update_groups(
+        self, groups: list[dict[str, Any]], batch_size: float, estimates: Sequence[Tensor | None] | None
+    ) -> None:
+        """:meth:`update_curvature` of some groups: owners are those of all of them."""
+        position, total = 0, sum(len(group["params"]) for group in groups)
         if estimates is not None and len(estimates) != total:
             raise ValueError(f"estimates must be one per parameter, {total}, got {len(estimates)}")
-        rows: list[Row] = []
+        whole: list[tuple[dict[str, Any], Row, list[Work]]] = []
         shards: dict[Tensor, Tensor] = {}
         given = estimates is not None
-        for group in self.param_groups:
+        for group in groups:
             if group["curvature"] == "gradient":
                 raise RuntimeError("curvature must be 'gnb' or 'hutchinson' for update_curvature, got 'gradient'")
             if group["curvature"] == "hutchinson" and not given:
                 raise RuntimeError("estimates must be given with curvature='hutchinson', got None")
-            rows.append(self._checked_row(group))
             found: list[Work] = []
             for index, p in enumerate(group["params"]):
                 name = name_of(group, self._number_of(group), index)
@@ -267,10 +272,23 @@ class GaussNewton(Rotated):
                 if given and not _is_made(basis):
                     raise _no_basis(name, group)
                 found.append(Work(name, p, g, basis))
-            self._average(group, rows[-1], found, batch_size, given)
-        for share in self._shares(self.param_groups, rows, shards):
-            share.agree(True, lambda group, state, basis: not given or _is_made(basis), _no_basis)
+            whole.append((group, self._checked_row(group), found))
+        rotating = [group for group in self.param_groups if self.rotates(group)]
+        shares = self._shares(rotating, [self._checked_row(group) for group in rotating], shards)
+        error: Exception | None = None
+        for share in shares:
+            ready = lambda group, state, basis: not given or _is_made(basis)  # noqa: E731
+            error = share.agree(True, error, ready, _no_basis) or error
+        if error is not None:
+            raise error
+        for group, row, found in whole:
+            self._average(group, row, found, batch_size, given)
+        for share in shares:
             share.update(lambda group, row, work: self._average(group, row, work, batch_size, given))
+        for share in shares:
+            error = share.settle(error) or error
+        if error is not None:
+            raise error
 
     def _average(self, group: dict[str, Any], row: Row, found: list[Work], batch_size: float, given: bool) -> None:
         """Average estimates that are ``given`` in the coordinates of the basis, or gradients that are squared in them."""

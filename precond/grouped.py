@@ -290,9 +290,9 @@ class Grouped(MultiPass):
         left = iter(estimates or ())
         of = {} if estimates is None else {id(group): [next(left) for _ in group["params"]] for group in groups}
         for part in parts:
-            part.param_groups = [group for group in groups if self._part(group) is part]
-            own = None if estimates is None else [e for group in part.param_groups for e in of[id(group)]]
-            part.update_curvature(batch_size, own)
+            of_part = [group for group in groups if self._part(group) is part]
+            own = None if estimates is None else [e for group in of_part for e in of[id(group)]]
+            part.update_groups(of_part, batch_size, own)
 
     # Copies and checkpoints.
 

@@ -224,6 +224,17 @@ def test_a_run_may_become_one_sided_and_two_sided_again():
     assert torch.isfinite(p).all()
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_a_side_may_come_later(shape):
+    (p,) = params_of((shape,))
+    optimizer = precond.SOAP([p], lr=0.01, precondition_frequency=2, one_sided=True)
+    train([p], optimizer, 0, 3)
+    optimizer.param_groups[0]["one_sided"] = False
+    train([p], optimizer, 3, 7)
+    assert all(f"{what}_{side}_0" in optimizer.state[p] for what in ("factor", "basis") for side in ("left", "right"))
+    assert torch.isfinite(p).all()
+
+
 def test_a_decay_that_leaves_nothing_raises_before_anything_changes():
     (p,) = params_of(((4, 6),))
     optimizer = precond.SOAP([p], lr=1.0, weight_decay=1.0)

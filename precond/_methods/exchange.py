@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -204,6 +204,12 @@ class Arrival(NamedTuple):
         return self.received
 
 
+#: Errors that have their kind on all ranks.
+_KINDS: Final[dict[str, type[Exception]]] = {
+    cls.__name__: cls
+    for cls in (TypeError, ValueError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+}
+
 #: Maps matrices: units and a batch of their matrices, which it may overwrite.
 Work = Callable[[list[Unit], Tensor], Tensor]
 #: Takes what a rank gets of a result: a unit, the slices of the local tensor, the values.
@@ -257,13 +263,21 @@ class Exchange:
         torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX, group=self.group)
         return [bool(flag) for flag in raised.tolist()]
 
-    def fail(self, error: Exception | None) -> NoReturn:
-        """Raise what some ranks have found wrong, on all of them: each its own error, else another's."""
+    def together(self, error: Exception | None, device: torch.device) -> Exception | None:
+        """What all ranks raise where some have found something wrong: each its own error, else another's, of its kind. The host
+        waits for all ranks.
+        """
+        return self.told(error) if self.any([error is not None], device)[0] else None
+
+    def told(self, error: Exception | None) -> Exception:
+        """The same, where all ranks know that one has an error."""
         said: list[Any] = [None] * self.plan.ranks
-        torch.distributed.all_gather_object(said, None if error is None else str(error), group=self.group)
+        own = None if error is None else (type(error).__name__, str(error))
+        torch.distributed.all_gather_object(said, own, group=self.group)
         if error is not None:
-            raise error
-        raise RuntimeError(next(f"{what} (on rank {rank})" for rank, what in enumerate(said) if what is not None))
+            return error
+        rank, (kind, what) = next((rank, what) for rank, what in enumerate(said) if what is not None)
+        return _KINDS.get(kind, RuntimeError)(f"{what} (on rank {rank})")
 
     def _elements(self, parts: list[tuple[Assigned, int]], of: Callable[[Assigned, int], int]) -> list[int]:
         counts = [0] * self.plan.ranks

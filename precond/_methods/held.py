@@ -6,7 +6,7 @@ name. A checkpoint has it as a DTensor on the parameter's mesh, so that ``torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +20,9 @@ from .units import view
 
 State = dict[str, Any]
 
-#: What every rank has itself of a parameter: of its own shard, or the same everywhere.
-OF_EVERYONE = ("step", "key", "remainder")
+#: True for the name of a state that the owner of a matrix holds. What else a parameter has, every rank has itself: of its own
+#: shard, or the same everywhere.
+IsHeld = Callable[[str], bool]
 
 
 #: How a rank has a state.
@@ -38,15 +39,15 @@ class Said(NamedTuple):
     placed: str = ""
 
 
-def held_of(state: State) -> State:
-    """What the owner works with: all but what belongs to its shard."""
-    return {name: value for name, value in state.items() if name != "remainder"}
+def held_of(state: State, is_held: IsHeld) -> State:
+    """What the owner works with: the states that it holds, and what counts its steps and names its random bits."""
+    return {name: value for name, value in state.items() if is_held(name) or name in ("step", "key")}
 
 
-def out_of_place(state: State, mine: bool) -> bool:
+def out_of_place(state: State, mine: bool, is_held: IsHeld) -> bool:
     """True where a rank has what it should not have, as after a checkpoint was loaded, or lacks what it should."""
     for name, value in state.items():
-        if name in OF_EVERYONE:
+        if not is_held(name):
             continue
         if not isinstance(value, Tensor):
             if not mine:
@@ -61,16 +62,17 @@ def name_alone(p: Tensor) -> Tensor:
     return torch.empty(0, device=local(p).device)
 
 
-def tell_names(members: Sequence[Member], states: Sequence[State], group: Any) -> None:
+def tell_names(members: Sequence[Member], states: Sequence[State], group: Any, is_held: IsHeld) -> None:
     """Let all ranks know the names of states that owners have now: checkpoints are loaded by the names that are there."""
     own = {
-        m.key: [name for name, value in state.items() if name not in OF_EVERYONE and not _is_name_alone(value)]
+        m.key: [name for name, value in state.items() if is_held(name) and not _is_name_alone(value)]
         for m, state in zip(members, states, strict=True)
     }
     told = _gathered(own, group)
     for member, state in zip(members, states, strict=True):
         names = dict.fromkeys(name for said in told for name in said.get(member.key, ()))
-        for name in [name for name, value in state.items() if _is_name_alone(value) and name not in names]:
+        gone = [name for name, value in state.items() if is_held(name) and _is_name_alone(value) and name not in names]
+        for name in gone:
             del state[name]
         state.update({name: name_alone(member.p) for name in names if name not in state})
 
@@ -79,18 +81,18 @@ def _is_name_alone(value: Any) -> bool:
     return isinstance(value, Tensor) and value.numel() == 0 and not hasattr(value, "placements")
 
 
-def take(members: Sequence[Member], states: Sequence[State], exchange: Exchange) -> None:
+def take(members: Sequence[Member], states: Sequence[State], exchange: Exchange, is_held: IsHeld) -> None:
     """Bring states to the owners, from wherever they are: shards of a checkpoint, another owner, or everywhere. All ranks of the
     exchange call it; what is wrong raises on all, and nothing has changed.
     """
-    told, me = _told(members, states, exchange.group), exchange.me
+    told, me = _told(members, states, exchange.group, is_held), exchange.me
     owners = {a.unit.param: a.owner for a in exchange.plan.assigned}
     finally_there: list[State] = []
     moves: list[_Move] = []
     for number, (member, state) in enumerate(zip(members, states, strict=True)):
-        new = {name: state[name] for name in OF_EVERYONE if name in state}
+        new = {name: value for name, value in state.items() if not is_held(name)}
         finally_there.append(new)
-        for name in dict.fromkeys(name for table in told for name in table[member.key] if name not in OF_EVERYONE):
+        for name in dict.fromkeys(name for table in told for name in table[member.key] if is_held(name)):
             says = {rank: table[member.key][name] for rank, table in enumerate(told) if name in table[member.key]}
             move = _Move(number, name, says, owners[number], member, state.get(name))
             if move.entry is not None:
@@ -111,11 +113,11 @@ def take(members: Sequence[Member], states: Sequence[State], exchange: Exchange)
         state.update(new)
 
 
-def hand_out(members: Sequence[Member], states: Sequence[State], group: Any) -> list[State | None]:
+def hand_out(members: Sequence[Member], states: Sequence[State], group: Any, is_held: IsHeld) -> list[State | None]:
     """The states of parameters as checkpoints have them; None for a parameter whose states are nowhere whole. All ranks of the
     group call it.
     """
-    told = _told(members, states, group)
+    told = _told(members, states, group, is_held)
     found: list[State | None] = []
     moves: list[_Move] = []
     for number, (member, state) in enumerate(zip(members, states, strict=True)):
@@ -125,7 +127,7 @@ def hand_out(members: Sequence[Member], states: Sequence[State], group: Any) -> 
         if owner is None:
             found.append(None)
             continue
-        made: State = {name: state[name] for name in ("step", "remainder") if name in state}
+        made: State = {name: value for name, value in state.items() if not is_held(name)}
         found.append(made)
         for name, said in told[owner][member.key].items():
             if said.how == NUMBER:
@@ -232,18 +234,22 @@ def _carriers(moves: Sequence[_Move], group: Any) -> Iterator[tuple[list[_Move],
         yield own, Exchange(plan, group, dict(enumerate(range(len(own)))))
 
 
-def _told(members: Sequence[Member], states: Sequence[State], group: Any) -> list[dict[str, dict[str, Said]]]:
-    """What each rank says of each state of each parameter."""
+def _told(
+    members: Sequence[Member], states: Sequence[State], group: Any, is_held: IsHeld
+) -> list[dict[str, dict[str, Said]]]:
+    """What each rank says of each state of each parameter that owners hold, and of what names its random bits."""
     own = {
-        m.key: {name: said for name, value in state.items() if (said := _said(name, value)) is not None}
+        m.key: {
+            name: said
+            for name, value in state.items()
+            if (is_held(name) or name == "key") and (said := _said(value)) is not None
+        }
         for m, state in zip(members, states, strict=True)
     }
     return _gathered(own, group)
 
 
-def _said(name: str, value: Any) -> Said | None:
-    if name in ("step", "remainder"):
-        return None
+def _said(value: Any) -> Said | None:
     if not isinstance(value, Tensor):
         return Said(NUMBER, value)
     if hasattr(value, "placements"):

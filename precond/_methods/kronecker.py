@@ -130,7 +130,8 @@ class Kronecker:
         """The running mean of the gradient's squared Frobenius norm, from the traces of a factor of each block; None without."""
         names: dict[tuple[int, int], str] = {}
         for side in self.sides:
-            names.setdefault((side.block[0].start, side.block[1].start), side.name)
+            if f"factor_{side.name}" in self.state:  # a side that came later has none before its first gradient
+                names.setdefault((side.block[0].start, side.block[1].start), side.name)
         traces = [self.state[f"factor_{name}"].diagonal().sum() for name in names.values()]
         return torch.stack(traces).sum() if traces else None
 
@@ -186,7 +187,7 @@ def _refresh(kroneckers: Sequence[Kronecker], mean: str, square: str) -> None:
         if item.basis is not None:
             again.append(item)
             continue
-        new = bases.eigenbasis(item.factor)
+        new = bases.eigenbasis(item.factor).contiguous()  # as a checkpoint brings it back: products depend on it
         item.kronecker.state[f"basis_{item.side.name}"] = new
         moves[id(item.kronecker)].add(item.side, new, None)  # as from the identity
     keys = [((item.factor.dtype, *_kind(item.basis)), item.basis.numel()) for item in again if item.basis is not None]

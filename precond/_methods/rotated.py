@@ -39,8 +39,6 @@ class Prepared(NamedTuple):
 class Rotated(MultiPass, abstract=True):
     """A method whose rule runs in a basis, in all groups or in some. A subclass says what feeds the basis, and when."""
 
-    #: What was wrong with an owner's work in the last step, for all ranks to raise in the next one.
-    failed: Exception | None = None
     #: The states that are kept in the basis: a mean of gradients, and one of squares or of curvature.
     _in_basis: ClassVar[tuple[str, str]]
     #: The options that say how much of the factors a step keeps, after how many steps a basis is refreshed, and how long the
@@ -81,7 +79,6 @@ class Rotated(MultiPass, abstract=True):
         return self._is_shared(p, group)
 
     def _member(self, key: str, name: str, p: Tensor, group: dict[str, Any], kind: int) -> Member:
-        check_matrix(name, p)
         of = matrices_of(tuple(p.shape), True, None, name)
         _, frequency, longest = (group[option] for option in self._basis_options)
         given = not isinstance(group.get("basis", "kronecker"), str)
@@ -166,14 +163,18 @@ class Rotated(MultiPass, abstract=True):
             found.append([])
             for name, p, g in self._gradients(group, row):
                 if self._is_shared(p, group):
+                    check_matrix(name, p)
                     shards[p] = g
                 else:
                     found[-1].append(Work(name, p, g, self._basis(name, p, group)))
         gradients = {item.p: item.g for items in found for item in items} | shards
         only_states = self._only_makes_states(rows, gradients)
         shares = self._shares(groups, rows, shards)
-        for share in shares:
-            share.agree(not only_states, self.is_ready, self.not_ready)
+        error: Exception | None = None
+        for share in shares:  # small sets of ranks first: larger ones hear of their errors
+            error = share.agree(not only_states, error, self.is_ready, self.not_ready) or error
+        if error is not None:
+            raise error
         return Prepared(found, shares, only_states)
 
     def _step_in_passes(self, groups: list[dict[str, Any]], rows: list[Row], work: Prepared, begun: Begun) -> None:
@@ -187,6 +188,11 @@ class Rotated(MultiPass, abstract=True):
                 share.make_states()
         if own is not None:
             own()
+        error: Exception | None = None
+        for share in work.shares:
+            error = share.settle(error) or error
+        if error is not None:
+            raise error
         for share in work.shares:
             if share.busy:
                 self._step_shards(share, {self._number_of(group): row for group, row in zip(groups, rows, strict=True)})
@@ -283,6 +289,10 @@ class Rotated(MultiPass, abstract=True):
         for kind, own in jobs.items():
             self._pass("sgdw", of=("shards", share.dtype, kind)).run(own)
 
+    def is_held(self, name: str) -> bool:
+        """True for the name of a state that belongs to a whole matrix."""
+        return name in self._in_basis or name == "curvature_step" or name.startswith(("factor_", "basis_"))
+
     def stand_in(self, p: Tensor) -> Tensor:
         """What stands for a parameter where its whole states are made and stepped: its shape and dtype, without memory."""
         made = self._stand_ins.get(p)
@@ -312,7 +322,8 @@ class Rotated(MultiPass, abstract=True):
                     f"{key} of {name} must have shape {tuple(whole.shape)} on {whole.device}, "
                     f"got {tuple(t.shape)} on {t.device}"
                 )
-            if t is not None and not t.is_floating_point():
+        for key, t in state.items():
+            if self.is_held(key) and isinstance(t, Tensor) and not t.is_floating_point():
                 raise RuntimeError(f"{key} of {name} must be floating point as the parameter is, got {t.dtype}")
 
     def direction_of(self, p: Tensor, dtype: torch.dtype) -> Tensor:
@@ -333,7 +344,7 @@ class Rotated(MultiPass, abstract=True):
         found = {}
         for members, group in by_ranks(self._members(self.param_groups, frozen=True)):
             states = [self.state.get(member.p, {}) for member in members]
-            for member, state in zip(members, hand_out(members, states, group), strict=True):
+            for member, state in zip(members, hand_out(members, states, group, self.is_held), strict=True):
                 if state is not None:
                     found[member.p] = state
         return found

@@ -69,46 +69,53 @@ class Share:
         self._held: dict[int, State] = {}
         self._weights: dict[int, Tensor] = {}
         self._later: list[Callable[[], None]] = []
+        #: What was wrong with this owner's work: the others wait for its results, so they come all the same.
+        self._error: Exception | None = None
 
     # What all ranks must know.
 
     def agree(
         self,
         busy: bool,
+        error: Exception | None,
         is_ready: Callable[[dict[str, Any], State, Rotation], bool],
         not_ready: Callable[[str, dict[str, Any]], Exception],
-    ) -> None:
+    ) -> Exception | None:
         """Find which matrices have a gradient somewhere, and which of them move; bring states to their owners from a checkpoint
-        or from others. What is wrong on a rank raises on all, and nothing has changed. ``busy``: this rank's step does more than
-        make states. A matrix that has a gradient and is not ready is an error.
+        or from others. Returns what all ranks raise, before anything has changed: ``error``, of a smaller set of ranks, what does
+        not fit, or a matrix that has a gradient and is not ready. ``busy``: this rank's step does more than make states.
         """
-        exchange = self._exchange
+        exchange, is_held = self._exchange, self._optimizer.is_held
         while True:
-            away = any(out_of_place(state, mine) for state, mine in zip(self._states, self._mine, strict=True))
-            error, self._optimizer.failed = self._optimizer.failed, None
+            away = any(out_of_place(state, mine, is_held) for state, mine in zip(self._states, self._mine, strict=True))
             found = [(self._has(m.p), False, False, False) for m in self.members]
             if not away and error is None:
                 try:
+                    for member, state in zip(self.members, self._states, strict=True):
+                        _check_counter(member, state)
                     found = [self._found(i, is_ready) if mine else found[i] for i, mine in enumerate(self._mine)]
                 except Exception as wrong:  # whatever it is, the other ranks wait for ours
                     error = wrong
             flags = exchange.any([away, error is not None, busy, *(f for each in found for f in each)], self._device)
-            if flags[0]:
-                take(self.members, self._states, exchange)
-                self._optimizer.state.update(
-                    {m.p: state for m, state in zip(self.members, self._states, strict=True) if state}
-                )
-                self._optimizer.failed = error
-                continue
             if flags[1]:
-                exchange.fail(error)
-            break
+                return exchange.told(error)
+            if not flags[0]:
+                break
+            take(self.members, self._states, exchange, is_held)
+            self._optimizer.state.update(
+                {m.p: state for m, state in zip(self.members, self._states, strict=True) if state}
+            )
         self.busy = flags[2]
-        self.present, self._moves, new, unready = (flags[3 + k :: 4] for k in range(4))
-        self._changes_states = any(a and b for a, b in zip(self.present, new, strict=True))
+        self.present, self._moves, changes, unready = (flags[3 + k :: 4] for k in range(4))
+        self._changes_states = any(a and b for a, b in zip(self.present, changes, strict=True))
         for member, has_gradient, is_unready in zip(self.members, self.present, unready, strict=True):
             if has_gradient and is_unready:
-                raise not_ready(member.name, member.group)
+                return not_ready(member.name, member.group)
+        return None
+
+    def settle(self, error: Exception | None) -> Exception | None:
+        """What all ranks raise after their work: ``error``, of a smaller set of ranks, or that of an owner here."""
+        return self._exchange.together(error or self._error, self._device)
 
     def _has(self, p: Tensor) -> bool:
         """True where this rank has a gradient, of more than nothing."""
@@ -119,7 +126,7 @@ class Share:
     ) -> tuple[bool, bool, bool, bool]:
         """What an owner knows of a matrix: whether it has a gradient here, moves, gets or loses states, or is not ready."""
         optimizer, m = self._optimizer, self.members[i]
-        held = self._held[i] = held_of(self._states[i])
+        held = self._held[i] = held_of(self._states[i], optimizer.is_held)
         whole = optimizer.stand_in(m.p)
         basis = optimizer.basis_of(m.name, whole, held, m.group)
         optimizer.check_held(m.name, whole, held)
@@ -189,9 +196,12 @@ class Share:
         for i in sorted(whole):
             alike.setdefault(self.members[i].kind, []).append(i)
         for numbers in alike.values():
-            with self._standing_in(numbers):
-                member, work = self.members[numbers[0]], [self._work[i]._replace(g=whole[i]) for i in numbers]
-                work_on(self._of_whole(member), self._rows[member.kind], work)
+            member, work = self.members[numbers[0]], [self._work[i]._replace(g=whole[i]) for i in numbers]
+            try:
+                with self._standing_in(numbers):
+                    work_on(self._of_whole(member), self._rows[member.kind], work)
+            except Exception as error:
+                self._error = self._error or error
         self._finish()
 
     # The parts of a step.
@@ -210,6 +220,8 @@ class Share:
         if optimizer.states.keeps_step(self._rows[member.kind].rule):
             make_counter(member.name, member.p, state, member.group)
         if member.p in self._given:
+            if member.group.get("weight_format") is None:
+                state.pop("remainder", None)  # of another format before
             optimizer.states.ensure(member.name, member.p, member.group, Row("sgdw", 1.0, {}))
         if self._mine[i]:
             self._held[i].update({name: state[name] for name in ("step", "key") if name in state})
@@ -227,7 +239,7 @@ class Share:
         finally:
             for i, whole in stand_ins.items():
                 state, held = self._states[i], optimizer.state.pop(whole)
-                for name in state.keys() - held.keys() - {"remainder"}:
+                for name in [name for name in state if optimizer.is_held(name) and name not in held]:
                     del state[name]
                 state.update(held)
 
@@ -271,12 +283,12 @@ class Share:
         gradients = {i: _aligned(stack[place[i]].view(self.members[i].p.shape)) for i in numbers}
         group, row = self._of_whole(member), self._rows[member.kind]
         work = [self._work[i]._replace(g=gradients[i], weights=self._weights.get(i)) for i in numbers]
-        of = (member.kind, tuple(numbers))
+        of = (member.kind, units[0].param)  # the batch, whichever of it has gradients
         try:
             with self._standing_in(numbers):
                 moving, directions = self._optimizer.directed(of, group, row, work)
         except Exception as error:
-            self._fail(error)
+            self._error = self._error or error
             return result
         number_of = {id(self._work[i].p): i for i in numbers}
         for item, direction in zip(moving, directions, strict=True):
@@ -289,11 +301,7 @@ class Share:
             with self._standing_in(numbers):
                 self._optimizer.after(moving, group)
         except Exception as error:
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        """Keep an error of the owner's work until all ranks can raise it, at the next step: they wait for its results."""
-        self._optimizer.failed = self._optimizer.failed or error
+            self._error = self._error or error
 
     def _catch_up(self) -> None:
         """Do what nobody waits for."""
@@ -313,7 +321,7 @@ class Share:
             if self.present[i] and self._states[i]:
                 self._optimizer.state[member.p] = self._states[i]
         if self._changes_states:
-            tell_names(self.members, self._states, self._exchange.group)
+            tell_names(self.members, self._states, self._exchange.group, self._optimizer.is_held)
 
     def count(self) -> None:
         """Count the step where its owner has not."""
@@ -328,3 +336,9 @@ class Share:
 
 def _aligned(t: Tensor) -> Tensor:
     return t if t.device.type != "cpu" or t.data_ptr() % _ALIGNMENT == 0 else t.clone()
+
+
+def _check_counter(member: Member, state: State) -> None:
+    step = state.get("step")
+    if isinstance(step, Tensor) and step.numel() != 1:
+        raise RuntimeError(f"step of {member.name} must have one element, got shape {tuple(step.shape)}")

@@ -360,7 +360,6 @@ def checkpoints():
 
 @scenario(2, 3)
 def what_is_wrong_is_said_on_all_ranks():
-    me = dist.get_rank()
     p = nn.Parameter(DTensor.from_local(torch.ones(4, 4), line(), [Partial()]))
     for make in (soap(), gauss_newton(), CASES[11][0]):
         raises(functools.partial(make, [p]), "parameter 0 of group 0 must be placed by Shard or Replicate, got P")
@@ -380,13 +379,6 @@ def what_is_wrong_is_said_on_all_ranks():
         optimizer.state[owned[0]][name] = torch.eye(3)[:2]
     raises(optimizer.step, f"{name} of parameter", "must have shape")
     raises(optimizer.step, f"{name} of parameter", "must have shape")  # again, and not a hang
-    # A basis of NaN is found by its owner; all ranks hear of it at the next step.
-    params, optimizer = started(soap(precondition_frequency=1))
-    optimizer.step()
-    if me == 0:
-        params[1].grad.to_local().fill_(float("nan"))
-    optimizer.step()
-    raises(optimizer.step, "of parameter 1 of group 0: a must be finite")
     params, optimizer = started(gauss_newton(clip=None))
     raises(optimizer.step, "update_curvature must be called before the first step", "parameter 0 of group 0")
     params, optimizer = started(gauss_newton(curvature="hutchinson"))
@@ -398,3 +390,103 @@ def what_is_wrong_is_said_on_all_ranks():
     plain = functools.partial(optimizer.update_curvature, estimates=[whole(g) for g in estimates])
     raises(plain, "an estimate must be a DTensor on the mesh of parameter 0 of group 0")
     raises(lambda: preconditioner_of(optimizer), "its basis is with the rank that owns its matrix")
+
+
+def with_a_nan(p: nn.Parameter) -> None:
+    """In the gradient of one rank."""
+    if dist.get_rank() == 0:
+        p.grad.to_local().view(-1)[:1] = float("nan")
+
+
+@scenario(2, 3)
+def what_fails_in_an_owners_work_is_said_on_all_ranks():
+    """In the same step, and no weight has moved; a run goes on from its last checkpoint."""
+    shapes = ((12, 10), (30, 20), (5, 3))
+    for make, update, said in (
+        (soap(precondition_frequency=1), None, "of parameter 1 of group 0: a must be finite"),
+        (gauss_newton(curvature="gradient", basis_frequency=1), None, "of parameter 1 of group 0: a must be finite"),
+        (gauss_newton(basis_frequency=1), update_curvature, "of parameter 1 of group 0: a must be finite"),
+        (CASES[11][0], None, "the direction of parameter 1 of group 0 has no singular values"),
+    ):
+        pair = Pair(make, shapes)
+        for optimizer in (pair.optimizer, pair.expected):
+            for p, q, g in zip(pair.params, pair.plain, values(shapes, 6), strict=True):
+                p.grad, q.grad = placed(g), g
+            if update is not None:
+                update(optimizer)
+        pair.step()
+        saved, before = copy.deepcopy(pair.optimizer.state_dict()), [p.full_tensor() for p in pair.params]
+        for p, g in zip(pair.params, values(shapes, 7), strict=True):
+            p.grad = placed(g)
+        with_a_nan(pair.params[1])
+        raises(functools.partial(update, pair.optimizer) if update else pair.optimizer.step, said)
+        assert all(torch.equal(p.full_tensor(), q) for p, q in zip(pair.params, before, strict=True))
+        pair.optimizer.load_state_dict(saved)
+        pair.step()
+        pair.check()
+
+
+@scenario(4)
+def what_fails_in_a_small_set_of_ranks_is_said_in_larger_ones():
+    everyone, own = line(), square("replicate", "experts")["experts"]
+    for wrong in (0, 1):
+        params = [
+            nn.Parameter(distribute_tensor(torch.ones(12, 10), mesh, [Shard(0)], src_data_rank=None))
+            for mesh in (everyone, own)
+        ]
+        optimizer = soap(precondition_frequency=1)(params)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        with_a_nan(params[wrong])
+        raises(optimizer.step, "a must be finite")  # also where experts are others
+
+
+@scenario(2, 3)
+def what_else_is_kept_of_a_parameter():
+    """A wrapper's states stay where they are, formats' go when they are not asked for, and passes do not pile up."""
+    pair = Pair(lambda params: precond.FOP(soap()(params), 0.05, mode="diagonal"), ((12, 10), (7, 16)))
+    for _ in range(3):
+        pair.step()
+    saved = pair.optimizer.state_dict()
+    pair.check()
+    pair.optimizer = pair.make(pair.params)
+    pair.optimizer.load_state_dict(saved)
+    pair.step()
+    pair.check()
+    shapes = ((12, 10),) * 6
+    pair = Pair(soap(), shapes)
+    for i in range(12):
+        pair.step(without=[k for k in range(6) if (i >> (k % 3)) & 1])
+    pair.check()
+    assert len(pair.optimizer._passes) <= 2 * len(shapes)
+    params = [nn.Parameter(placed(t)) for t in values([(12, 10)], 5, BF16)]
+    optimizer = soap(weight_format="split24")(params)
+    for weight_format in ("split24", None):
+        optimizer.param_groups[0]["weight_format"] = weight_format
+        params[0].grad = placed(torch.ones(12, 10, dtype=BF16))
+        optimizer.step()
+        assert ("remainder" in optimizer.state[params[0]]) == (weight_format is not None)
+    frozen = nn.Parameter(placed(torch.ones(4, 4, dtype=torch.complex64)), requires_grad=False)
+    soap()([frozen, *sharded()]).state_dict()
+
+
+@scenario(2, 3)
+def owners_stay_where_only_some_groups_are_updated():
+    def make(params):
+        options = dict(optimizer=precond.GaussNewton, lr=0.1, **KRONECKER)
+        return precond.Grouped(
+            [dict(params=params[:3], **options), dict(params=params[3:], curvature="gradient", **options)]
+        )
+
+    pair = Pair(make, ((12, 10), (7, 16), (5, 3), (12, 10), (9, 4)))
+    agreed = []
+    for _ in range(3):
+        for optimizer in (pair.optimizer, pair.expected):
+            for p, q, g in zip(pair.params, pair.plain, values(pair.shapes, 6), strict=True):
+                p.grad, q.grad = placed(g), g
+            optimizer.update_curvature()
+        pair.step()
+        agreed += [exchange for _, exchange in pair.optimizer._agreed[precond.GaussNewton]._held.values()]
+    pair.check()
+    assert len(set(map(id, agreed))) == 1

@@ -128,8 +128,9 @@ def orthogonalized(u: Tensor, group: dict[str, Any]) -> Tensor:
     """Matrices (k, m, n) with singular values taken to about 1: the nearest orthogonal factors, roughly. Computed in u's dtype.
 
     group: ``ns_coefficients``, ``ns_steps``, ``eps``, and ``method``, which may be missing. On the CPU the result of a matrix has
-    the same bits in every batch (see ``padded``). A matrix of zeros stays one, and a NaN spreads over its matrix. Besides the result there are one
-    or two copies of the matrices in work (one on the CPU, up to CHUNK elements elsewhere), and up to six squares m x m.
+    the same bits in every batch (see ``padded``). A matrix of zeros stays one, and a NaN spreads over its matrix. Besides the
+    result there are one or two copies of the matrices in work (one large or all small ones on the CPU, up to CHUNK elements
+    elsewhere), and up to six squares m x m for each.
     """
     k, rows, columns = u.shape
     m, n = min(rows, columns), max(rows, columns)

@@ -69,14 +69,12 @@ def share(m: int, rows: int) -> float:
     return sum(min(rows, m - i) * min(i + rows, m) for i in range(0, m, rows)) / (m * m)
 
 
-def operations(m: int, n: int, blocks: Sequence[int], part: float = 1.0, joined: bool = False) -> float:
+def operations(m: int, n: int, blocks: Sequence[int], part: float = 1.0) -> float:
     """Floating-point operations for m x n, m <= n, if a symmetric product takes ``part`` of a whole one.
 
-    A block of k steps takes X X^T once, k products with X and 3 k - 2 symmetric ones m x m; ``joined``: one with X, 4 k - 3.
+    A block of k steps multiplies X twice, and takes 4 k - 3 symmetric products m x m.
     """
-    squares = [4 * k - 3 if joined else 3 * k - 2 for k in blocks]
-    with_x = len(blocks) if joined else sum(blocks)
-    return 2 * m * m * n * (with_x + part * len(blocks)) + 2 * m**3 * part * sum(squares)
+    return sum(2 * m * m * n * (1 + part) + 2 * m**3 * part * (4 * k - 3) for k in blocks)
 
 
 @functools.cache
@@ -98,14 +96,18 @@ def blocks_of(
 ) -> list[int]:
     """Steps of each block: between blocks X is there, within one only its Gram matrix.
 
-    The rule: as many steps as noise allows, or one each, whichever takes fewer operations. A small singular value grows by a
-    every step, and the error of its square by a^2. float16 is cut as bfloat16.
+    The default takes one each in types of two bytes, as torch does. Else the rule: as many steps as noise allows, or one each,
+    whichever takes fewer operations. A small singular value grows by a every step, and the error of its square by a^2. float16
+    is cut as bfloat16.
 
-    Joined polynomials P cancel: P X = q0 X + q X, where q0 is up to the product of all a and P is about 1. Half an ulp of q may
-    move a singular value by that much of q0 times the largest one. ``"gram"`` ends a block before this exceeds the room between
-    the largest singular value and those that the polynomial takes to infinity: 0.061 with torch's coefficients, of which
-    two steps in bfloat16 take 0.056 and three 0.19.
+    The product P of polynomials cancels: P X = q0 X + q X, where q0 is up to the product of all a and P is about 1. Half an ulp
+    of q may move a singular value by that much of q0 times the largest one. ``"gram"`` ends a block before this exceeds the room
+    between the largest singular value and those that the polynomial takes to infinity: 0.062 with torch's coefficients, of
+    which two steps in bfloat16 take 0.056 and three 0.19.
     """
+    single = [1] * len(coefs)
+    if method is None and dtype.itemsize == 2:
+        return single
     # Half an ulp. Types of two bytes are added up in float32, the others in their own precision: equal numbers lose one each.
     unit = torch.finfo(torch.bfloat16).eps / 2 if dtype.itemsize == 2 else torch.finfo(dtype).eps / 2 * n
     long: list[int] = []
@@ -119,9 +121,7 @@ def blocks_of(
             long.append(1)
             growth, lost = unit, unit * max(abs(a), 1.0)
         growth *= max(a * a, 1.0)
-    single = [1] * len(coefs)
-    joined = method is not None
-    return min(long, single, key=lambda blocks: (operations(m, n, blocks, part, joined), len(blocks)))
+    return min(long, single, key=lambda blocks: (operations(m, n, blocks, part), len(blocks)))
 
 
 def orthogonalized(u: Tensor, group: dict[str, Any]) -> Tensor:
@@ -137,13 +137,13 @@ def orthogonalized(u: Tensor, group: dict[str, Any]) -> Tensor:
     result = torch.empty_like(u, memory_format=torch.contiguous_format)
     if u.numel() == 0:
         return result
-    coefs, method = coefficients(group), group.get("method")
+    coefs = coefficients(group)
     by_itself = alone(u)
     blocks = [1] * len(coefs)
     small = u.device.type == "cpu" and not by_itself
     if not small:
         part = share(m, strip(m) if by_itself else tile(u, m))
-        blocks = blocks_of(m, n, coefs, u.dtype, method, part)
+        blocks = blocks_of(m, n, coefs, u.dtype, group.get("method"), part)
     chunk = 1 if by_itself else max(1, CHUNK // (m * n))
     for begin in range(0, k, chunk):
         x, out = u[begin : begin + chunk], result[begin : begin + chunk]
@@ -157,7 +157,7 @@ def orthogonalized(u: Tensor, group: dict[str, Any]) -> Tensor:
         done = 0
         for i, steps in enumerate(blocks):
             last = i + 1 == len(blocks)
-            x = block(x, coefs[done : done + steps], into if last else None, joined=method is not None)
+            x = block(x, coefs[done : done + steps], into if last else None)
             done += steps
         if not blocks or into is None:
             out.copy_(x[: len(out), :m, :n])
@@ -190,11 +190,8 @@ def normalized(x: Tensor, eps: float) -> Tensor:
     return (wide / norm.clamp(min=eps)).to(x.dtype)
 
 
-def block(x: Tensor, coefs: Sequence[Coefficients], out: Tensor | None, joined: bool) -> Tensor:
+def block(x: Tensor, coefs: Sequence[Coefficients], out: Tensor | None) -> Tensor:
     """Some steps in which X X^T is computed once: into ``out``, or a new tensor.
-
-    Each step multiplies X, as torch does, or ``joined`` their product does at the end. The latter saves products with X and
-    loses digits where the polynomials cancel (``blocks_of``).
 
     More than one step is computed around the mean eigenvalue: R = mu I + r, and likewise Z = a I + b R + c R^2 = z0 I + z, the
     product of all Z = q0 I + q, and R Z = t0 I + t. Rounding is relative to r, z, q and t, which are small where singular
@@ -210,21 +207,18 @@ def block(x: Tensor, coefs: Sequence[Coefficients], out: Tensor | None, joined: 
     for i, (a, b, c) in enumerate(coefs):
         z0 = a + (b + c * mu) * mu
         z = product(r, r, alpha=c, y=r, beta=b + 2 * c * mu)
-        last = i + 1 == len(coefs)
-        if i == 0 or not joined:
+        if i == 0:
             q, q0 = z, z0
         else:
             q, q0 = product(z, q, y=q, beta=z0, w=z, gamma=q0), q0 * z0
-        if not joined or last:
-            x = multiplied(x, q, q0, out if last else None)
-        if not last:
+        if i + 1 < len(coefs):
             t, t0 = product(r, z, y=z, beta=mu, w=r, gamma=z0), mu * z0
             r, mu = product(t, z, y=t, beta=z0, w=z, gamma=t0), t0 * z0
             diagonal = r.diagonal(dim1=-2, dim2=-1)
             mean = diagonal.mean(-1, keepdim=True, dtype=_wide(r.dtype))
             diagonal.sub_(mean)
             mu = mu + scalar(mean[:, 0], r)
-    return x
+    return multiplied(x, q, q0, out)
 
 
 def multiplied(x: Tensor, q: Tensor, q0: Scalar, out: Tensor | None) -> Tensor:

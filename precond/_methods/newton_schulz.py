@@ -96,7 +96,7 @@ def blocks_of(
 ) -> list[int]:
     """Steps of each block: between blocks X is there, within one only its Gram matrix.
 
-    The default takes one each in types of two bytes, as torch does. Else the rule: as many steps as noise allows, or one each,
+    All methods but ``"gram"`` take one each in types of two bytes. Else the rule: as many steps as noise allows, or one each,
     whichever takes fewer operations. A small singular value grows by a every step, and the error of its square by a^2. float16
     is cut as bfloat16.
 
@@ -106,7 +106,7 @@ def blocks_of(
     which two steps in bfloat16 take 0.056 and three 0.19.
     """
     single = [1] * len(coefs)
-    if method is None and dtype.itemsize == 2:
+    if method != "gram" and dtype.itemsize == 2:
         return single
     # Half an ulp. Types of two bytes are added up in float32, the others in their own precision: equal numbers lose one each.
     unit = torch.finfo(torch.bfloat16).eps / 2 if dtype.itemsize == 2 else torch.finfo(dtype).eps / 2 * n

@@ -20,9 +20,18 @@ from precond._methods.newton_schulz import (
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SPECTRA = ("normal", "1e1", "1e3", "1e6", "half the rank", "16 loud rows")
-#: How much further from exact arithmetic than torch's a result in bfloat16 may be, whatever the matrix: a part of its norm.
-MORE = {None: 0.02, "gram": 0.07}
+FLAT = (
+    "one entry",
+    "one row",
+    "all ones",
+    "4 equal entries",
+    "12 equal entries",
+    "12 orthonormal rows",
+    "2 equal rows",
+)
+SPECTRA = ("normal", "1e1", "1e3", "1e6", "half the rank", "16 loud rows", *FLAT)
+#: How much further from exact arithmetic than 1.5 times torch's a result in bfloat16 may be: a part of its norm.
+MORE = {None: 0.02, "gram": 0.4}
 NAMES = {None: "default", "gram": "gram", "polar_express": "polar_express"}
 
 
@@ -39,6 +48,20 @@ def matrix(m: int, n: int, spectrum: str, seed: int = 0) -> Tensor:
 
     if spectrum == "normal":
         return normal(m, n)
+    if spectrum in FLAT:
+        result = torch.zeros(m, n, dtype=torch.float64)
+        count = int(spectrum.split()[0]) if spectrum[0].isdigit() else 1
+        if spectrum == "all ones":
+            result += 1
+        elif spectrum == "2 equal rows":
+            result[:2] = normal(n)
+        elif spectrum.endswith("orthonormal rows"):
+            result[:count] = torch.linalg.qr(normal(n, count))[0].mT
+        elif spectrum == "one row":
+            result[0] = normal(n)
+        else:
+            result[:count, :count] = torch.eye(count)
+        return result
     left, right = torch.linalg.qr(normal(m, m))[0], torch.linalg.qr(normal(n, m))[0]
     decades = {"half the rank": 1, "16 loud rows": 3}.get(spectrum) or len(f"{float(spectrum):.0f}") - 1
     values = torch.logspace(0, -decades, m, dtype=torch.float64)

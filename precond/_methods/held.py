@@ -24,7 +24,6 @@ State = dict[str, Any]
 #: shard, or the same everywhere.
 IsHeld = Callable[[str], bool]
 
-
 #: How a rank has a state.
 WHOLE, SHARDED, NUMBER = "whole", "in shards", "as a number"
 

@@ -101,7 +101,11 @@ class Share:
                 return exchange.told(error)
             if not flags[0]:
                 break
-            take(self.members, self._states, exchange, is_held)
+            try:
+                take(self.members, self._states, exchange, is_held)
+            except RuntimeError as wrong:  # on all ranks here; larger sets hear of it
+                error = wrong
+                continue
             self._optimizer.state.update(
                 {m.p: state for m, state in zip(self.members, self._states, strict=True) if state}
             )
@@ -147,7 +151,7 @@ class Share:
         self._finish()
 
     def run(self, begun: Begun, meanwhile: Callable[[], None] | None) -> None:
-        """Step the matrices that this rank owns, and find what its shards move along."""
+        """Step the matrices that this rank owns, and find what its shards move along; ``meanwhile``: what it steps alone."""
         for i in range(len(self.members)):
             if self.present[i]:
                 self._prepare_own(i)
@@ -157,6 +161,13 @@ class Share:
             g = self._given.get(self.members[i].p)
             return None if g is None else view(local(begun.applied(g)).detach().to(there), True)
 
+        def while_it_travels() -> None:
+            try:
+                if meanwhile is not None:
+                    meanwhile()
+            except Exception as error:  # the other ranks wait for what is on its way
+                self._error = self._error or error
+
         self._weights = self._whole_weights()
         self._exchange.run(
             piece_of,
@@ -165,7 +176,7 @@ class Share:
             there,
             self._device,
             result=self.dtype,
-            meanwhile=meanwhile,
+            meanwhile=while_it_travels,
             later=self._catch_up,
         )
         self._finish()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +17,13 @@ from torch import Tensor
 from .._core.clipping import Begun
 from .._core.rows import Row
 from .._core.sharding import local
-from .._core.states import make_counter, next_step
+from .._core.states import ParamStates, make_counter, next_step
 from .exchange import Exchange, Member
 from .held import State, held_of, out_of_place, take, tell_names
 from .kronecker import Rotation
 from .owners import Plan, Unit
 from .placed import entry_of
 from .units import view
-
-if TYPE_CHECKING:
-    from .rotated import Rotated
 
 #: Where a CPU's matrices begin: the bits of its products depend on that.
 _ALIGNMENT = 64
@@ -45,12 +42,57 @@ class Work(NamedTuple):
     weights: Tensor | None = None
 
 
+class Method(Protocol):
+    """What a rotated method does with whole matrices, under the tensors that stand for their parameters."""
+
+    state: Any
+
+    @property
+    def states(self) -> ParamStates:
+        """What makes states."""
+
+    def is_held(self, name: str) -> bool:
+        """True for the name of a state that belongs to a whole matrix."""
+
+    def stand_in(self, p: Tensor) -> Tensor:
+        """What stands for a parameter."""
+
+    def basis_of(self, name: str, p: Tensor, state: State, group: dict[str, Any]) -> Rotation:
+        """The basis that a group gives a parameter with these states."""
+
+    def check_held(self, name: str, whole: Tensor, state: State) -> None:
+        """Raise where an owner has states that do not fit."""
+
+    def moves(self, basis: Rotation) -> bool:
+        """True where a parameter with such a basis moves in this step."""
+
+    def changes_states(self, basis: Rotation, state: State) -> bool:
+        """True where a step may make states, or drop some."""
+
+    def make_states(self, group: dict[str, Any], row: Row, work: list[Work]) -> None:
+        """Make what a checkpoint can be loaded into."""
+
+    def directed(
+        self, of: Hashable, group: dict[str, Any], row: Row, work: list[Work]
+    ) -> tuple[list[Work], list[Tensor]]:
+        """The parameters that move, and what along."""
+
+    def after(self, work: list[Work], group: dict[str, Any]) -> None:
+        """What is done when they have moved."""
+
+    def decays_coordinates(self, group: dict[str, Any]) -> bool:
+        """True where a decay takes the parameter's coordinates in the basis."""
+
+    def direction_of(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        """Where this rank's shard of a direction goes."""
+
+
 class Share:
     """The matrices that the ranks of one exchange have shards of, in one step, or in one update of what a step reads."""
 
     def __init__(
         self,
-        optimizer: Rotated,
+        optimizer: Method,
         members: list[Member],
         exchange: Exchange,
         rows: dict[int, Row],

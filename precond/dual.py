@@ -25,7 +25,7 @@ from ._methods.exchange import Exchanges, Member
 from ._methods.multipass import MultiPass
 from ._methods.owners import Unit
 from ._methods.placed import check_placements
-from ._methods.units import matrices_of, view
+from ._methods.units import matrices_of, view, wide_of
 
 #: A group, its row, and of a parameter what errors call it, itself and its gradient.
 _Work = tuple[dict[str, Any], Row, str, Tensor, Tensor]
@@ -160,7 +160,7 @@ class DualDescent(MultiPass):
         return bool(group["granularity"] == "spectral")
 
     def _member(self, key: str, name: str, p: Tensor, group: dict[str, Any], kind: int) -> Member:
-        return Member(key, name, p, group, matrices_of(tuple(p.shape), True, None, name), True, kind, _wide(p))
+        return Member(key, name, p, group, matrices_of(tuple(p.shape), True, None, name), True, kind, wide_of(p))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does."""
@@ -292,7 +292,7 @@ def mapped(name: str, u: Tensor, group: dict[str, Any]) -> Tensor:
         return like(u, mapped(name, local(u), group).contiguous())
     if u.numel() == 0:
         return u
-    rows = u.reshape(u.shape[0] if u.dim() > 0 else 1, -1).to(_wide(u))
+    rows = u.reshape(u.shape[0] if u.dim() > 0 else 1, -1).to(wide_of(u))
     if group["granularity"] != "spectral":
         # In float64 no square overflows or underflows.
         wide = torch.promote_types(rows.dtype, torch.float64)
@@ -306,11 +306,6 @@ def mapped(name: str, u: Tensor, group: dict[str, Any]) -> Tensor:
     s = torch.where(s > s.amax() * max(rows.shape) * torch.finfo(s.dtype).eps, s, 0.0)
     found: Tensor = (left * reference.KERNELS[group["kernel"]](s, group)) @ right
     return found.view(u.shape)
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    """What singular values and norms are found in, at least."""
-    return torch.promote_types(t.dtype, torch.float32)
 
 
 def _zeros(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,14 +15,12 @@ from torch import Tensor
 from .. import bases
 from .._core import iteration
 from .._core.sharding import like, local
+from .newton_schulz import ALIGNED
 
 #: Elements of the largest operand of a batch. A batch copies its operands; a GPU wants many matrices at once, while a CPU gains
 #: nothing from 256 x 256 on, and holds a batch of smaller ones in its cache.
 _BATCH = {"cpu": 1 << 16}
 _BATCH_ELSEWHERE = 1 << 24
-#: A CPU's products depend on where an operand begins. Matrices of other sizes than multiples of this many bytes are not batched,
-#: so that a matrix has the same bits alone and beside others.
-_ALIGNMENT = 64
 
 
 def as_matrix(t: Tensor) -> Tensor:
@@ -283,8 +281,10 @@ def _batches(items: Sequence[Any], keys: Sequence[tuple[tuple[Any, ...], int]]) 
     for group in _grouped(zip(items, keys, strict=True), (key for key, _ in keys)):
         (_, ((*_, shape, dtype, device), elements)) = group[0]
         limit = _BATCH.get(device.type, _BATCH_ELSEWHERE)
+        # A CPU's products depend on where an operand begins: other sizes are not batched, so that a matrix has the same bits
+        # alone and beside others.
         whole = device.type != "cpu" or all(
-            n * dtype.itemsize % _ALIGNMENT == 0 for n in (shape[0] ** 2, shape[1] ** 2, shape[0] * shape[1])
+            n * dtype.itemsize % ALIGNED == 0 for n in (shape[0] ** 2, shape[1] ** 2, shape[0] * shape[1])
         )
         count = max(1, limit // max(elements, 1)) if whole else 1
         for i in range(0, len(group), count):

@@ -24,7 +24,7 @@ from .kronecker import Rotation, check_matrix, is_matrix, learn, rotation_of, tu
 from .multipass import MultiPass, OfParameters
 from .placed import check_placements
 from .share import Share, Work
-from .units import matrices_of
+from .units import matrices_of, wide_of
 
 
 class Prepared(NamedTuple):
@@ -83,7 +83,7 @@ class Rotated(MultiPass, abstract=True):
         _, frequency, longest = (group[option] for option in self._basis_options)
         given = not isinstance(group.get("basis", "kronecker"), str)
         weight = 1.0 if given else _weight(of.rows[0], of.columns[0], frequency, longest, group.get("one_sided", False))
-        return Member(key, name, p, group, of, True, kind, _wide(p), weight)
+        return Member(key, name, p, group, of, True, kind, wide_of(p), weight)
 
     def _rebuild(self) -> None:
         super()._rebuild()
@@ -118,7 +118,7 @@ class Rotated(MultiPass, abstract=True):
         """Fold gradients into the factors of Kronecker bases, and refresh the bases where that is due."""
         beta, frequency, _ = (group[name] for name in self._basis_options)
         kept = float(group["betas"][1] if beta in (None, -1) else beta)
-        gradients = [(b.kronecker, b.matrix(g, _wide(p))) for _, p, g, b, _ in work if b.kronecker is not None]
+        gradients = [(b.kronecker, b.matrix(g, wide_of(p))) for _, p, g, b, _ in work if b.kronecker is not None]
         learn(gradients, kept, frequency, *self._in_basis)
 
     # What a subclass adds to the step.
@@ -213,7 +213,7 @@ class Rotated(MultiPass, abstract=True):
         for name, p, _, basis, _ in work:
             self._init_state(p, group, row, name)
             if basis.kronecker is not None:
-                basis.kronecker.make_states(torch.zeros(basis.kronecker.shape, dtype=_wide(p), device=p.device))
+                basis.kronecker.make_states(torch.zeros(basis.kronecker.shape, dtype=wide_of(p), device=p.device))
 
     def _step_group(self, index: int, group: dict[str, Any], row: Row, work: list[Work]) -> None:
         """One pass of the rule over buffers in the basis, then one plain pass over the parameters."""
@@ -235,15 +235,15 @@ class Rotated(MultiPass, abstract=True):
         moving = self._before(work, group, row)
         for item in moving:
             self._init_state(item.p, group, row, item.name)
-        buffers = [self._buffer(item.p, _wide(item.p)) for item in moving]
-        rotated = turned([(item.basis, item.g.detach().to(_wide(item.p))) for item in moving], back=False)
+        buffers = [self._buffer(item.p, wide_of(item.p)) for item in moving]
+        rotated = turned([(item.basis, item.g.detach().to(wide_of(item.p))) for item in moving], back=False)
         # L1 decays the coordinates of the parameter itself; else the buffer holds the direction alone.
         has_l1 = self.decays_coordinates(group)
         before = None
         if has_l1:
             weights = [item.p if item.weights is None else item.weights for item in moving]
             before = turned(
-                [(item.basis, w.detach().to(_wide(item.p))) for item, w in zip(moving, weights, strict=True)],
+                [(item.basis, w.detach().to(wide_of(item.p))) for item, w in zip(moving, weights, strict=True)],
                 back=False,
             )
         jobs = []
@@ -348,11 +348,6 @@ class Rotated(MultiPass, abstract=True):
                 if state is not None:
                     found[member.p] = state
         return found
-
-
-def _wide(p: Tensor) -> torch.dtype:
-    """What a parameter's gradients are rotated and multiplied in, whatever their own dtype."""
-    return torch.promote_types(p.dtype, torch.float32)
 
 
 @functools.lru_cache(maxsize=4096)

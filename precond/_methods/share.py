@@ -21,12 +21,11 @@ from .._core.states import ParamStates, make_counter, next_step
 from .exchange import Exchange, Member
 from .held import State, held_of, out_of_place, take, tell_names
 from .kronecker import Rotation
+from .newton_schulz import ALIGNED
 from .owners import Plan, Unit
 from .placed import entry_of
 from .units import view
 
-#: Where a CPU's matrices begin: the bits of its products depend on that.
-_ALIGNMENT = 64
 #: Why a rank cannot say what a parameter on shards is multiplied with.
 HELD = "its basis is with the rank that owns its matrix"
 
@@ -388,7 +387,7 @@ class Share:
 
 
 def _aligned(t: Tensor) -> Tensor:
-    return t if t.device.type != "cpu" or t.data_ptr() % _ALIGNMENT == 0 else t.clone()
+    return t if t.device.type != "cpu" or t.data_ptr() % ALIGNED == 0 else t.clone()
 
 
 def _check_counter(member: Member, state: State) -> None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 #: What ``split=`` is kept as: pairs of a dimension (0: rows, 1: columns) and a number of equal blocks or their sizes. Tuples of
@@ -150,3 +151,8 @@ def _sizes(size: int, cut: int | tuple[int, ...], dim: int, name: str) -> tuple[
             f"split must cut dimension {dim} of {name} into blocks of equal size, got {cut} blocks of {size} {what}"
         )
     return (size // cut,) * cut
+
+
+def wide_of(t: Tensor) -> torch.dtype:
+    """What matrices of such a parameter are mapped in, whatever its own dtype: float32 at least."""
+    return torch.promote_types(t.dtype, torch.float32)

@@ -1,5 +1,7 @@
 """SOAP, GaussNewton with a basis and spectral DualDescent on shards against whole matrices, as a rank of a gloo group: for
 tests/test_rotated_sharded.py.
+
+Over 400 lines: a function per scenario, which ranks of one number run in the same processes.
 """
 
 from __future__ import annotations

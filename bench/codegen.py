@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -83,29 +84,67 @@ def sections(text: str, pattern: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-class MachineCode:
-    """The kernels of a compiled file: by their mangled names, what they are called, their SASS, their PTX and registers."""
+# What is counted in a kernel's text, by a name that its PTX and its SASS share.
+COUNTED = {
+    "loads_128": {"PTX": r"ld\.global\.v4\.\w32", "SASS": r"LDG\.E\.128"},
+    "stores_128": {"PTX": r"st\.global\.v4\.\w32", "SASS": r"STG\.E\.128"},
+    "loads_64": {"PTX": r"ld\.global\.v2\.\w32", "SASS": r"LDG\.E\.64"},
+    "stores_64": {"PTX": r"st\.global\.v2\.\w32", "SASS": r"STG\.E\.64"},
+    "local": {"PTX": r"(?:ld|st)\.local\S*", "SASS": r"LDL\S*|STL\S*"},
+    "double": {
+        "PTX": r"(?:add|sub|mul|fma|div|sqrt|setp|cvt)\.\S*f64\S*",
+        "SASS": r"(?:DADD|DMUL|DFMA|DSETP|F2F\.F64|F2F\.F32\.F64)\S*",
+    },
+}
+OPCODE = {
+    "PTX": re.compile(r"^(?:\{\.reg .*; )?(?:@!?%?\w+ )?([a-z]\w*\.\S+)", re.MULTILINE),
+    "SASS": re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE),
+}
 
-    def __init__(self, path: str | Path, arch: str) -> None:
-        self.sass = sections(cuobjdump("-sass", "-arch", arch, str(path)), r"Function : (\S+)")
-        self.names = demangled(list(self.sass))
-        self._ptx = sections(cuobjdump("-ptx", str(path)), r"\.entry (\w+)\(")
+
+class MachineCode:
+    """The kernels of a compiled file: by their mangled names, what they are called, their registers, their instructions.
+
+    To disassemble all SASS takes a minute. If ``quick``, instructions are those of the PTX, of which SASS has the same accesses.
+    """
+
+    def __init__(self, path: str | Path, arch: str, quick: bool) -> None:
+        ptx = opcodes(sections(cuobjdump("-ptx", str(path)), r"\.entry (\w+)\("), "PTX")
+        self.kind = "PTX" if quick else "SASS"
+        if quick:
+            self.code = ptx
+        else:
+            self.code = opcodes(sections(cuobjdump("-sass", "-arch", arch, str(path)), r"Function : (\S+)"), "SASS")
+        self.names = demangled(list(self.code))
+        self._ptx = ptx
         usage = cuobjdump("-res-usage", "-arch", arch, str(path))
         self._usage = dict(re.findall(r"Function (\S+):\s*\n\s*(.*)", usage))
 
+    def special(self, mangled: str) -> int | None:
+        """Instructions of the special-function unit; None if quick: SASS alone has those of divisions and roots."""
+        return (
+            None if self.kind == "PTX" else sum(n for name, n in self.code[mangled].items() if name.startswith("MUFU"))
+        )
+
     def counts(self, mangled: str) -> dict[str, object]:
         """What every kernel is held to."""
-        code = self.sass[mangled]
+        code, ptx = self.code[mangled], self._ptx.get(mangled, {})
+        counted = {
+            name: sum(n for opcode, n in code.items() if re.fullmatch(texts[self.kind], opcode))
+            for name, texts in COUNTED.items()
+        }
         return {
             "registers": int(re.search(r"REG:(\d+)", self._usage[mangled])[1]),  # type: ignore[index]
             "stack": int(re.search(r"STACK:(\d+)", self._usage[mangled])[1]),  # type: ignore[index]
-            "loads_128": len(re.findall(r"LDG\.E\.128", code)),
-            "stores_128": len(re.findall(r"STG\.E\.128", code)),
-            "local": len(re.findall(r"\b(LDL|STL)\b", code)),
-            "double": len(re.findall(r"\b(DADD|DMUL|DFMA|DSETP|F2F\.F64|F2F\.F32\.F64)", code)),
-            "inexact_ptx": sorted(set(INEXACT_PTX.findall(self._ptx.get(mangled, "")))),
+            **counted,
+            "inexact_ptx": sorted(opcode for opcode in ptx if INEXACT_PTX.fullmatch(opcode)),
             "has_ptx": mangled in self._ptx,
         }
+
+
+def opcodes(texts: dict[str, str], kind: str) -> dict[str, Counter[str]]:
+    """How often each instruction stands in each text."""
+    return {name: Counter(OPCODE[kind].findall(text)) for name, text in texts.items()}
 
 
 def rule_named(type_: str) -> str:
@@ -117,7 +156,7 @@ def rule_named(type_: str) -> str:
 def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
     """One row per kernel of formats that stand alone."""
     rows = []
-    for mangled, code in machine.sass.items():
+    for mangled in machine.code:
         found = re.search(
             r"update_kernel<(.*), precond::\w+::(\w+), precond::\w+::(\w+), precond::\w+::(\w+)>\(",
             machine.names[mangled],
@@ -137,21 +176,21 @@ def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
         per_thread = packs * pack * (BYTES[p] + BYTES[g] + states * BYTES[s])
         # Bytes of an access to each operand. All are asked for by the packs in flight, and by the single one.
         loaded, stored = ([pack * BYTES[f] for f in (p, *others, *[s] * states)] for others in ([g], []))
-        special = len(re.findall(r"\bMUFU", code)) / copies
+        all_special = machine.special(mangled)
+        special = None if all_special is None else all_special / copies
         moved = traffic(states, p, g, s)
         rows.append(
             {
                 "rule": rule,
                 "formats": f"{p}/{g}/{s}",
                 **counts,
-                "stores_64": len(re.findall(r"STG\.E\.64", code)),
                 "wanted_loads_128": loaded.count(16) * (packs + (packs > 1)),
                 "wanted_stores_128": stored.count(16) * (packs + (packs > 1)),
                 "wanted_stores_64": stored.count(8) * (packs + (packs > 1)),
                 "special_per_element": special,
                 "bytes_in_flight_per_sm": threads * per_thread,
                 "memory_ps": GPU.memory_ps(moved),
-                "special_ps": GPU.special_ps(special),
+                "special_ps": None if special is None else GPU.special_ps(special),
             }
         )
     return rows
@@ -160,28 +199,24 @@ def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
 def mixed_kernels(machine: MachineCode) -> list[dict[str, object]]:
     """One row per kernel of the other formats, all of whose branches are in one piece of code."""
     rows = []
-    for mangled, code in machine.sass.items():
-        found = re.search(r"update_mixed_kernel<(.*)>\(", machine.names[mangled])
-        if found is None:
-            continue
-        row: dict[str, object] = {"rule": rule_named(found[1]), **machine.counts(mangled)}
-        row["loads_64"] = len(re.findall(r"LDG\.E\.64", code))
-        row["stores_64"] = len(re.findall(r"STG\.E\.64", code))
-        rows.append(row)
+    for mangled, name in machine.names.items():
+        found = re.search(r"update_mixed_kernel<(.*)>\(", name)
+        if found is not None:
+            rows.append({"rule": rule_named(found[1]), **machine.counts(mangled)})
     return rows
 
 
 def fixed_kernels(machine: MachineCode) -> list[dict[str, object]]:
     """One row per kernel of formats that are known when compiled, for whole chunks."""
     rows = []
-    for mangled, code in machine.sass.items():
+    for mangled, code in machine.code.items():
         name = re.sub(r"precond::(\w+::)?", "", machine.names[mangled])
         found = re.search(r"update_fixed_kernel<(\w+<.*?>), (.*)>\(", name)
         if found is None:
             continue
         counts = machine.counts(mangled)
         rows.append({"rule": rule_named(found[1]), "formats": found[2], **counts, "codes": "Codes<" in found[2]})
-        rows[-1]["bytes_of_code"] = 16 * len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
+        rows[-1]["instructions"] = code.total()
     return rows
 
 
@@ -237,7 +272,7 @@ def report(arch: str, targets: list[str], quick: bool) -> dict[str, object]:
         for target in targets
         if not quick or row in BY_STATES or (formats == PLAIN and target == "sm_90")
     ]
-    machine = MachineCode(_C.__file__, arch) if _C.cuda and not _C.cuda_on_host else None
+    machine = MachineCode(_C.__file__, arch, quick) if _C.cuda and not _C.cuda_on_host else None
     cases += [
         (row.rule, formats, target)
         for row in (BY_STATES[2:3] if quick else BY_STATES)
@@ -250,7 +285,7 @@ def report(arch: str, targets: list[str], quick: bool) -> dict[str, object]:
         "cuda": cuda_kernels(machine) if machine else [],
         "cuda_mixed": mixed_kernels(machine) if machine else [],
         "cuda_fixed": fixed_kernels(machine) if machine else [],
-        "executed": executed_kernels(quick),
+        "executed": [] if quick else executed_kernels(),
         "triton": [triton_kernel(*case) for case in tqdm(cases, desc="triton", leave=False)],
     }
 
@@ -264,7 +299,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="Triton: every rule once, every format and target for one rule of each shape; execute a handful of kernels",
+        help="Triton: every rule once, every format and target for one rule of each shape; CUDA: from PTX; nothing is executed",
     )
 
 
@@ -278,11 +313,12 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|")
     for row in sorted(result["cuda"], key=lambda row: (row["rule"], row["formats"])):
-        memory, special = row["memory_ps"], row["special_ps"]
+        memory, special = row["memory_ps"], row["special_ps"] or 0.0
         bound = f"memory {memory:.2f}" if memory >= special else f"special functions {special:.2f}"
+        number = "" if row["special_per_element"] is None else f"{row['special_per_element']:.1f}"
         print(
             f"| {row['rule']} | {row['formats']} | {row['registers']} | {row['bytes_in_flight_per_sm'] / 1024:.0f} | "
-            f"{row['special_per_element']:.1f} | {bound} |"
+            f"{number} | {bound} |"
         )
     print(
         "\n| rule, formats that do not stand alone | registers | bytes of stack | accesses to it |\n|---|---|---|---|"
@@ -291,7 +327,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"| {row['rule']} | {row['registers']} | {row['stack']} | {row['local']} |")
     print("\n| rule, whole chunks | formats | registers | bytes of stack | KB of code |\n|---|---|---|---|---|")
     for row in sorted(result["cuda_fixed"], key=lambda row: (row["rule"], row["formats"])):
-        size = row["bytes_of_code"] / 1024
+        size = 16 * row["instructions"] / 1024
         print(f"| {row['rule']} | {row['formats']} | {row['registers']} | {row['stack']} | {size:.0f} |")
     print(
         "\n| Triton rule | p/g/state | target | 128-bit loads | 128-bit stores | local memory |\n|---|---|---|---|---|---|"
@@ -300,5 +336,6 @@ def run(arguments: argparse.Namespace) -> None:
         print(
             f"| {row['rule']} | {row['formats']} | {row['target']} | {row['loads_128']} | {row['stores_128']} | {row['local']} |"
         )
-    print_executed(result["executed"])
+    if result["executed"]:
+        print_executed(result["executed"])
     print(f"\nwritten to {path}")

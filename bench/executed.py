@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from machine_code import build
-from machine_code.harness import Harness
+from machine_code.harness import Harness, Result
 from machine_code.launch import threads_of
-from machine_code.listed import CASES, HANDFUL
+from machine_code.listed import CASES, Case
 from tqdm import tqdm
 
 LANES = 32
@@ -58,23 +58,25 @@ class Gpu(NamedTuple):
 GPUS = {"H100": Gpu(clock=1.755e9, copy=3.0e12), "H200": Gpu(clock=1.98e9, copy=4.3e12)}
 
 
-def executed_kernels(quick: bool) -> list[dict[str, object]]:
-    """One row per kernel of listed.py, of the handful if quick. CUDA's are left out where nvcc is missing."""
-    titles = HANDFUL if quick else list(CASES)
-    cases = [CASES[title] for title in titles if CASES[title].triton or shutil.which("nvcc")]
+def executed_kernels() -> list[dict[str, object]]:
+    """One row per kernel of listed.py. CUDA's are left out where nvcc is missing."""
+    cases = [case for case in CASES.values() if case.triton or shutil.which("nvcc")]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         kernels = build.kernels(cases, folder)
-        cpu_text = build.cpu_text(folder)
-        harness = Harness(cpu_text, build.fp(folder))
+        harness = Harness(build.cpu_text(folder), build.fp(folder))
         return [executed(case, kernels[case.title], harness) for case in tqdm(cases, desc="executed", leave=False)]
 
 
-def executed(case, built, harness) -> dict[str, object]:
+def executed(case: Case, built: build.Built, harness: Harness) -> dict[str, object]:
     result = harness.run(case, built, harness.inputs(case, built)[0])
     if result.differences:
         raise RuntimeError(f"{case.title} has other bits than the CPU: {result.differences[0]}")
-    read, written = harness.cpu_text.traffic(case.formats)
+    return predicted(case, built, result, *harness.cpu_text.traffic(case.formats))
+
+
+def predicted(case: Case, built: build.Built, result: Result, read: float, written: float) -> dict[str, object]:
+    """What a kernel executed, and the speed that follows. ``read``, ``written``: bytes per element."""
     registers = built.kernel.registers
     row = {
         "kernel": case.title,
@@ -102,10 +104,10 @@ def print_executed(rows: list[dict]) -> None:
     print("\n| kernel, executed | instructions per element | registers | bytes spilled | KB in flight per SM |" + head)
     print("|---|---|---|---|---|" + "---|" * len(GPUS))
     for row in rows:
-        predicted = "".join(f" {x['percent_of_copy']:.0f}, {x['bound']} |" for x in row["predicted"].values())
+        speed = "".join(f" {x['percent_of_copy']:.0f}, {x['bound']} |" for x in row["predicted"].values())
         print(
             f"| {row['kernel']} | {row['instructions_per_element']:.1f} | {row['registers']} | {row['spilled']} | "
-            f"{row['bytes_in_flight_per_sm'] / 1024:.0f} |{predicted}"
+            f"{row['bytes_in_flight_per_sm'] / 1024:.0f} |{speed}"
         )
     if all(CASES[row["kernel"]].triton for row in rows):
         print("CUDA kernels are not executed: no nvcc on PATH")

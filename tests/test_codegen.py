@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from families import OVERWRITING
-from machine_code.listed import CASES, HANDFUL
 
 from precond import _C
 from precond._core.formats import CODED
@@ -35,6 +34,23 @@ MOST_REGISTERS_WITH_CODES = 128
 MOST_SPECIAL_WITH_CODES = 5
 
 
+# Rules that have a kernel for every mix of fp32 and one kind of 16 bits: steps that are taken often, and Muon's two passes.
+OFTEN = {"adam", "adamw", "sgd_momentum", "sgdw_momentum", "lion", "average", "sgdw"}
+
+
+def with_a_kernel():
+    """The rules and formats of csrc/cuda/plain.cu."""
+    found = []
+    for name, rule in _C.rules.items():
+        for p, g, s in itertools.product(("fp32", "bf16", "fp16"), repeat=3):
+            if len({p, g, s} - {"fp32"}) > 1 or (rule.states == 0 and s != p):
+                continue
+            wide = g == "fp32" and (s == "fp32" or rule.states == 0)
+            if name in OFTEN or p == g or wide:
+                found.append((name, f"{p}/{g}/{s}"))
+    return found
+
+
 def has_codes(row) -> bool:
     return row["formats"].endswith(CODED)
 
@@ -52,8 +68,8 @@ def report(request, tmp_path_factory):
 @pytest.mark.skipif(not _C.cuda, reason="the extension was built without CUDA: no nvcc")
 def test_cuda_kernels_are_wide_exact_and_stay_in_registers(report):
     rows = report["cuda"]
-    # Of 27 triples of formats the 15 with one kind of 16 bits; without states, of 9 pairs 7.
-    assert len(rows) == sum(15 if rule.states else 7 for rule in _C.rules.values())
+    assert {(row["rule"], row["formats"]) for row in rows} == set(with_a_kernel())
+    assert len(rows) == len(with_a_kernel())
     for row in rows:
         name = f"{row['rule']} {row['formats']}"
         assert row["registers"] <= MOST_REGISTERS, name
@@ -64,7 +80,8 @@ def test_cuda_kernels_are_wide_exact_and_stay_in_registers(report):
         assert row["stores_64"] == row["wanted_stores_64"], name
         assert row["has_ptx"], name
         assert row["inexact_ptx"] == [], name
-        assert row["special_per_element"] <= 8, name
+        if row["special_per_element"] is not None:
+            assert row["special_per_element"] <= 8, name
         assert row["bytes_in_flight_per_sm"] >= 23 * 1024, name
 
 
@@ -100,23 +117,6 @@ def test_cuda_kernels_of_known_formats_stay_in_registers_and_approximate_only_wh
         assert row["has_ptx"], name
         # The first guess of a quotient and of a root. test_machine_code.py has their bits.
         assert set(row["inexact_ptx"]) <= {"rcp.approx.ftz.f32", "rsqrt.approx.ftz.f32"}, name
-
-
-def test_executed_kernels_are_listed_with_what_to_expect_of_them(report):
-    rows = {row["kernel"]: row for row in report["executed"]}
-    assert rows.keys() >= {title for title in HANDFUL if shutil.which("nvcc") or CASES[title].triton}
-    for title, row in rows.items():
-        assert row["spilled"] <= (MOST_STACK if len(CASES[title].formats) == 5 else 0), title
-        # Kernels made for formats that stand alone wait for memory, and for nothing else, on either GPU.
-        case = CASES[title]
-        if case.kernel.startswith("update_kernel<") or (case.triton and not case.groups):
-            assert {predicted["bound"] for predicted in row["predicted"].values()} == {"memory"}, title
-            assert row["bytes_in_flight_per_sm"] >= 23 * 1024, title
-        for predicted in row["predicted"].values():
-            assert 0 < predicted["percent_of_copy"] <= 100.01, title
-        if case.whole:
-            assert row["predicted"]["H100"]["percent_of_copy"] >= 95, title
-            assert row["predicted"]["H200"]["percent_of_copy"] >= 85, title
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,8 @@ pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="gloo ranks are CPU pro
 
 
 def launch(ranks: int, folder: Path, *arguments: str) -> None:
-    run(
-        [
-            [sys.executable, sharded_training.__file__, str(rank), str(ranks), str(folder), *arguments]
-            for rank in range(ranks)
-        ]
-    )
+    program = Path(sharded_training.__file__).read_text()
+    run(program, [[str(rank), str(ranks), str(folder), *arguments] for rank in range(ranks)])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from machine_code import build
 from machine_code.harness import Harness
 from machine_code.listed import CASES, HANDFUL
 
+from bench.executed import predicted
+
 pytestmark = [
     pytest.mark.source,
     pytest.mark.skipif(find_spec("triton") is None, reason="cuobjdump comes with the triton package: not installed"),
@@ -130,6 +132,16 @@ def test_a_kernel_has_the_bits_of_the_cpu_and_stays_within_its_bounds(title, har
             assert result.instructions <= bounds.instructions, given.name
     assert results[0].in_flight >= bounds.in_flight
     assert built.kernel.spills <= bounds.spills
+
+    row = predicted(case, built, results[0], *harness.cpu_text.traffic(case.formats))
+    assert all(0 < gpu["percent_of_copy"] <= 100.01 for gpu in row["predicted"].values())
+    # Kernels made for formats that stand alone wait for memory, and for nothing else, on either GPU.
+    if case.kernel.startswith("update_kernel<") or (case.triton and not case.groups):
+        assert {gpu["bound"] for gpu in row["predicted"].values()} == {"memory"}
+        assert row["bytes_in_flight_per_sm"] >= 23 * 1024
+    if case.whole:
+        assert row["predicted"]["H100"]["percent_of_copy"] >= 95
+        assert row["predicted"]["H200"]["percent_of_copy"] >= 85
 
 
 @pytest.mark.large

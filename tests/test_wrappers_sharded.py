@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from families import CLASSES
@@ -46,9 +44,7 @@ def test_an_elementwise_m_is_resharded_with_its_parameter(tmp_path, flat, base):
     for ranks, load, save in ((2, "-", "half"), (3, "half", "three"), (2, "half", "two")):
         store = f"{tmp_path}/store-{save}"
         arguments = [str(ranks), store, str(tmp_path), flat, load, save, base]
-        launch(
-            [[sys.executable, "-W", "ignore", "-c", START + RESHARD + END, str(r), *arguments] for r in range(ranks)]
-        )
+        launch(START + RESHARD + END, [[str(rank), *arguments] for rank in range(ranks)])
     three, two = (torch.load(tmp_path / f"{save}.pt") for save in ("three", "two"))
     torch.testing.assert_close(three, two, rtol=1e-12, atol=1e-14)
 

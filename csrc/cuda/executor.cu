@@ -59,7 +59,7 @@ struct FixedOf {
 constexpr FixedOf kFixedOf[] = {PRECOND_FIXED(PRECOND_FORMATS_OF)};
 #undef PRECOND_FORMATS_OF
 
-// Which kernel of a rule takes a chunk: one of plain.cuh by formats, or that for any layout, or that of mixed.cuh, or
+// Which kernel of a rule takes a chunk: one of plain.cuh by formats, or that for strides, or that of mixed.cuh, or
 // one of fixed.cuh by formats.
 constexpr int kMixed = kAny + 1, kFixed = kMixed + 1, kKernels = kFixed + kFixedFormats;
 struct RuleKernels {
@@ -88,12 +88,15 @@ int kernel_for(const Tensor& t) {
   bool plain = is_plain(t.p.format);
   for (int k = 0; k < states; ++k) plain = plain && is_plain(t.state[k].format);
   if (!plain) return kMixed;
-  bool any = t.p.strides != kDense || t.g.strides != kDense;
-  for (int k = 0; k < states; ++k) any = any || t.state[k].strides != kDense || t.state[k].format != t.state[0].format;
-  if (any) return kAny;
+  // For strides the kernel of mixed.cuh executes 1.6 times the instructions of this one, for dense tensors 0.75.
+  bool strided = t.p.strides != kDense || t.g.strides != kDense;
+  for (int k = 0; k < states; ++k) strided = strided || t.state[k].strides != kDense;
+  if (strided) return kAny;
   const Format state = states == 0 ? t.p.format : t.state[0].format;
+  for (int k = 0; k < states; ++k)
+    if (t.state[k].format != state) return kMixed;
   const int fast = (int(t.p.format) * kPlainFormats + int(t.g.format)) * kPlainFormats + int(state);
-  return kernels()[size_t(t.rule)].launch[fast] != nullptr ? fast : kAny;
+  return kernels()[size_t(t.rule)].launch[fast] != nullptr ? fast : kMixed;
 }
 
 // The kernel for its whole chunks; `other`, which takes the rest, where fixed.cuh has none.

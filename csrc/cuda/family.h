@@ -18,7 +18,7 @@ struct UpdateArgs {
 using LaunchUpdate = void (*)(const UpdateArgs&);
 
 // A kernel for each formats of p, g and states, where all stand alone and are dense; null where there is none. The last
-// one takes any layout and mix of these formats.
+// one takes any strides.
 constexpr int kAny = kPlainFormats * kPlainFormats * kPlainFormats;
 struct PlainKernels {
   LaunchUpdate launch[kAny + 1];

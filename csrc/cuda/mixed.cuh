@@ -1,6 +1,6 @@
-// The CUDA update of tensors with formats that do not stand alone: codes, remainders, stochastic rounding, in any mix
-// and layout. One kernel per rule; formats are chosen per tensor at run time, so that work grows as rules + formats,
-// not as their product. Load, rule, store, as update_tiled in cpu/kernel.h.
+// The CUDA update of tensors whose formats have no kernel of their own: codes, remainders, stochastic rounding, rare
+// mixes, in any layout. One kernel per rule; formats are chosen per tensor at run time, so that work grows as rules +
+// formats, not as their product. Load, rule, store, as update_tiled in cpu/kernel.h.
 #pragma once
 
 #include <utility>

@@ -185,7 +185,7 @@ __device__ __forceinline__ void store_at(const Operand& operand, int64_t offset,
                     [&](auto format) { element<decltype(format)>(operand, offset) = format.stored(x); });
 }
 
-// Any strides and any mix of formats, one element at a time: correct but slow.
+// Any strides and any mix of plain formats, one element at a time: correct but slow.
 template <class Rule, int... K>
 __device__ __forceinline__ void update_any(const Rule& rule, const DeviceTensor& t, const Strides* strides,
                                            Incoming incoming, int64_t i, std::integer_sequence<int, K...>) {

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
-import subprocess
 import sys
+import tempfile
+import time
+import warnings
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -28,21 +34,68 @@ os._exit(0)
 """
 
 
-def launch(commands: list[list[str]]) -> None:
-    """Run commands beside each other; fail with what they printed unless all return 0."""
-    env = {
-        name: value for name, value in os.environ.items() if name not in ("PRECOND_BACKEND", "PRECOND_TEST_EXTENSION")
+# Imported once for all ranks of a worker of pytest: on two cores it takes two ranks 4 s, and longer beside another worker.
+PRELOADED = (
+    "torch",
+    "torch._dynamo",  # by fully_shard
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.device_mesh",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.nn.parallel",
+    "precond",
+)
+
+
+@functools.cache
+def server() -> BaseContext:
+    """Forks a process for each rank from one that has imported PRELOADED, without this one's backend."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    hidden = {
+        name: os.environ.pop(name) for name in ("PRECOND_BACKEND", "PRECOND_TEST_EXTENSION") if name in os.environ
     }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
-    processes = [subprocess.Popen(command, **pipes) for command in commands]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        forkserver.ensure_running()
     finally:
+        os.environ.update(hidden)
+    return context
+
+
+def _run(program: str, arguments: list[str], output: str) -> None:
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    warnings.simplefilter("ignore")
+    sys.argv = ["-c", *arguments]
+    exec(compile(program, "<rank>", "exec"), {"__name__": "__main__"})
+
+
+def launch(program: str, arguments: list[list[str]]) -> None:
+    """Run a program in processes beside each other, one for each list of arguments, which it sees in ``sys.argv`` from 1 on;
+    fail with what they printed unless all end with 0.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [f"{folder}/{k}" for k in range(len(arguments))]
+        processes = [
+            server().Process(target=_run, args=(program, own, output))
+            for own, output in zip(arguments, outputs, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + 240
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
-            process.communicate()
-    failed = [(p.returncode, output[-2000:]) for p, output in zip(processes, outputs, strict=True) if p.returncode]
-    assert not failed, "\n".join(f"exit code {code}\n{output}" for code, output in failed)
+            process.join()
+        failed = [
+            f"exit code {code}\n{Path(output).read_text()[-2000:]}"
+            for code, output in zip(codes, outputs, strict=True)
+            if code != 0
+        ]
+    assert not failed, "\n".join(failed)
 
 
 def on_two_ranks(code: str, folder: Path) -> None:
@@ -52,16 +105,15 @@ def on_two_ranks(code: str, folder: Path) -> None:
 
 def on_ranks(ranks: int, code: str, folder: Path) -> None:
     """Run code on so many ranks."""
-    command = [sys.executable, "-W", "ignore", "-c", START + code + END]
-    launch([[*command, str(r), str(ranks), f"{folder}/store-{ranks}"] for r in range(ranks)])
+    launch(START + code + END, [[str(rank), str(ranks), f"{folder}/store-{ranks}"] for rank in range(ranks)])
 
 
 # Ranks are more than cores: threads that wait would spin on the core of another rank.
 CALL = """
-import importlib, os, sys, warnings
-rank, ranks, module, function, folder, *sys.path[:0] = sys.argv[1:]
+import importlib, os, sys, torch
+rank, ranks, module, function, folder = sys.argv[1:]
 os.environ.update(OMP_NUM_THREADS="1", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks)
-warnings.simplefilter("ignore")
+torch.set_num_threads(1)
 import torch.distributed as dist
 dist.init_process_group("gloo", init_method=f"file://{folder}/store-{ranks}", rank=int(rank), world_size=int(ranks))
 getattr(importlib.import_module(module), function)(folder)
@@ -70,13 +122,7 @@ getattr(importlib.import_module(module), function)(folder)
 
 def call_on_ranks(ranks: int, module: str, function: str, folder: Path) -> None:
     """Call a function of a module of tests on every rank with the folder, where it leaves what it found."""
-    tests = str(Path(__file__).parent.parent)
-    launch(
-        [
-            [sys.executable, "-c", CALL + END, str(rank), str(ranks), module, function, str(folder), tests]
-            for rank in range(ranks)
-        ]
-    )
+    launch(CALL + END, [[str(rank), str(ranks), module, function, str(folder)] for rank in range(ranks)])
 
 
 class Results:

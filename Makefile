@@ -27,7 +27,7 @@ $(VENV)/.installed: $(VENV)/.ready setup.py pyproject.toml
 	$(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-# The push tier: 12 minutes on 2 cores, a worker on each.
+# The push tier, a worker on each core.
 test: build
 	python -m precond
 	python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not large"

@@ -1,7 +1,8 @@
 """Machine code of the GPU kernels, without a GPU: registers, widths, spills, special functions, predicted bounds.
 
 CUDA: disassembles the extension that is installed. Triton: compiles every rule offline for the targets named. cuobjdump comes
-from the triton package. The kernels listed in tests/machine_code are also executed (executed.py).
+from the triton package. The kernels listed in tests/machine_code are also executed (executed.py). With ``--quick`` nothing is
+disassembled or executed.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ COUNTED = {
     },
 }
 OPCODE = {
-    "PTX": re.compile(r"^(?:\{\.reg .*; )?(?:@!?%?\w+ )?([a-z]\w*\.\S+)", re.MULTILINE),
+    "PTX": re.compile(r"(?:^|[;{}])[ \t]*(?:@!?%?\w+[ \t]+)?([a-z]\w*\.[^\s;]+)", re.MULTILINE),
     "SASS": re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE),
 }
 

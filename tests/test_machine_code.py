@@ -49,6 +49,7 @@ BOUNDS = {
     "DualDescent, power, momentum, fp32": Bounds(91.4, 96),
     "GaussNewton, own, root, fp32": Bounds(44.4, 128),
     # One load at a time: those of 16 and of 8 bytes, of which one is executed, have the same registers.
+    "AdamW bf16, fp32 gradients, mixed states": Bounds(109.1, 16),
     "AdamW fp32 + bf16 states, v drawn": Bounds(119.7, 16),
     "AdamW split24 + int8": Bounds(168.8, 16),
     "AdamW stochastic + int8": Bounds(159.5, 16),

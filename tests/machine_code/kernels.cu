@@ -57,6 +57,7 @@ CASE("DualDescent, power, momentum, fp32", "dual_power_momentum", "fp32 fp32 fp3
 CASE("GaussNewton, own, root, fp32", "gauss_newton_own_root", "fp32 fp32 fp32 fp32", update_kernel<GaussNewtonOwnRoot<L2>, Fp32, Fp32, Fp32>)
 
 // All others: a kernel for each rule, formats known at run time.
+CASE("AdamW bf16, fp32 gradients, mixed states", "adamw", "bf16 fp32 fp32 bf16", update_mixed_kernel<Adam<L2>>)
 CASE("AdamW fp32 + bf16 states, v drawn", "adamw", "fp32 fp32 bf16 bf16_stochastic", update_mixed_kernel<Adam<L2>>)
 CASE("AdamW split24 + int8", "adamw", "bf16_split24 bf16 int8 uint8", update_mixed_kernel<Adam<L2>>)
 CASE("AdamW stochastic + int8", "adamw", "bf16_stochastic bf16 int8 uint8", update_mixed_kernel<Adam<L2>>)
@@ -75,7 +76,7 @@ CASE("AdamW bf16 + bf16 states, whole", "adamw", "bf16 bf16 bf16 bf16_stochastic
 CASE("SGD momentum split24 + int8, whole", "sgd_momentum", "bf16_split24 bf16 int8", update_fixed_kernel<SGDMomentum<Coupled>, Bf16Split24, Bf16, Codes<true, 8>>)
 CASE("Lion split24 + int8, whole", "lion", "bf16_split24 bf16 int8", update_fixed_kernel<Lion<L2>, Bf16Split24, Bf16, Codes<true, 8>>)
 
-// Any strides and any formats that stand alone, element by element.
+// Any strides of formats that stand alone, element by element.
 CASE("AdamW any layout", "adamw", "bf16 fp32 fp32 bf16", update_any_kernel<Adam<L2>>)
 // clang-format on
 

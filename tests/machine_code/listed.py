@@ -54,13 +54,13 @@ TRITON = [
     Case("Triton AdamW stochastic + int4", "adamw", ("bf16_stochastic", "bf16", "int4", "uint4")),
 ]
 CASES = {case.title: case for case in [*cuda_cases(), *TRITON]}
-# Executed on every push and by `python -m bench codegen --quick`; the others by `make test-all`.
+# Executed on every push; the others by `make test-all` and `python -m bench codegen`.
 HANDFUL = (
     "AdamW fp32",
     "AdamW bf16",
     "SGD momentum fp32",
     "Lion fp32",
-    "AdamW split24 + int8",
+    "AdamW bf16, fp32 gradients, mixed states",
     "AdamW split24 + int8, whole",
     "AdamW stochastic + int4, whole",
     "Triton AdamW fp32",

@@ -73,25 +73,29 @@ def _run(program: str, arguments: list[str], output: str) -> None:
 
 def launch(program: str, arguments: list[list[str]]) -> None:
     """Run a program in processes beside each other, one for each list of arguments, which it sees in ``sys.argv`` from 1 on;
-    fail with what they printed unless all end with 0.
+    fail with what they printed unless all end with 0. Their environment is that of the first launch of this process.
     """
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [f"{folder}/{k}" for k in range(len(arguments))]
+        outputs = [Path(folder) / str(k) for k in range(len(arguments))]
         processes = [
-            server().Process(target=_run, args=(program, own, output))
+            server().Process(target=_run, args=(program, own, str(output)))
             for own, output in zip(arguments, outputs, strict=True)
         ]
-        for process in processes:
-            process.start()
-        end = time.monotonic() + 240
-        for process in processes:
-            process.join(max(0.0, end - time.monotonic()))
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-            process.join()
+        started = []
+        try:
+            for process in processes:
+                process.start()
+                started.append(process)
+            end = time.monotonic() + 240
+            for process in processes:
+                process.join(max(0.0, end - time.monotonic()))
+            codes = [process.exitcode for process in processes]
+        finally:
+            for process in started:
+                process.kill()
+                process.join()
         failed = [
-            f"exit code {code}\n{Path(output).read_text()[-2000:]}"
+            f"exit code {code}\n{output.read_text(errors='replace')[-2000:] if output.exists() else ''}"
             for code, output in zip(codes, outputs, strict=True)
             if code != 0
         ]

@@ -96,6 +96,8 @@ COUNTED = {
         "PTX": r"(?:add|sub|mul|fma|div|sqrt|setp|cvt)\.\S*f64\S*",
         "SASS": r"(?:DADD|DMUL|DFMA|DSETP|F2F\.F64|F2F\.F32\.F64)\S*",
     },
+    # An exact division or root takes one, beside a slow way.
+    "special": {"PTX": r"(?:div|sqrt|rcp|rsqrt|ex2|lg2|sin|cos|tanh)\.\S*f32", "SASS": r"MUFU\S*"},
 }
 OPCODE = {
     "PTX": re.compile(r"(?:^|[;{}])[ \t]*(?:@!?%?\w+[ \t]+)?([a-z]\w*\.[^\s;]+)", re.MULTILINE),
@@ -112,20 +114,12 @@ class MachineCode:
     def __init__(self, path: str | Path, arch: str, quick: bool) -> None:
         ptx = opcodes(sections(cuobjdump("-ptx", str(path)), r"\.entry (\w+)\("), "PTX")
         self.kind = "PTX" if quick else "SASS"
-        if quick:
-            self.code = ptx
-        else:
+        self.code = self._ptx = ptx
+        if not quick:
             self.code = opcodes(sections(cuobjdump("-sass", "-arch", arch, str(path)), r"Function : (\S+)"), "SASS")
         self.names = demangled(list(self.code))
-        self._ptx = ptx
         usage = cuobjdump("-res-usage", "-arch", arch, str(path))
         self._usage = dict(re.findall(r"Function (\S+):\s*\n\s*(.*)", usage))
-
-    def special(self, mangled: str) -> int | None:
-        """Instructions of the special-function unit; None if quick: SASS alone has those of divisions and roots."""
-        return (
-            None if self.kind == "PTX" else sum(n for name, n in self.code[mangled].items() if name.startswith("MUFU"))
-        )
 
     def counts(self, mangled: str) -> dict[str, object]:
         """What every kernel is held to."""
@@ -177,8 +171,7 @@ def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
         per_thread = packs * pack * (BYTES[p] + BYTES[g] + states * BYTES[s])
         # Bytes of an access to each operand. All are asked for by the packs in flight, and by the single one.
         loaded, stored = ([pack * BYTES[f] for f in (p, *others, *[s] * states)] for others in ([g], []))
-        all_special = machine.special(mangled)
-        special = None if all_special is None else all_special / copies
+        special = counts["special"] / copies  # type: ignore[operator]
         moved = traffic(states, p, g, s)
         rows.append(
             {
@@ -191,7 +184,7 @@ def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
                 "special_per_element": special,
                 "bytes_in_flight_per_sm": threads * per_thread,
                 "memory_ps": GPU.memory_ps(moved),
-                "special_ps": None if special is None else GPU.special_ps(special),
+                "special_ps": GPU.special_ps(special),
             }
         )
     return rows
@@ -314,12 +307,11 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|")
     for row in sorted(result["cuda"], key=lambda row: (row["rule"], row["formats"])):
-        memory, special = row["memory_ps"], row["special_ps"] or 0.0
+        memory, special = row["memory_ps"], row["special_ps"]
         bound = f"memory {memory:.2f}" if memory >= special else f"special functions {special:.2f}"
-        number = "" if row["special_per_element"] is None else f"{row['special_per_element']:.1f}"
         print(
             f"| {row['rule']} | {row['formats']} | {row['registers']} | {row['bytes_in_flight_per_sm'] / 1024:.0f} | "
-            f"{number} | {bound} |"
+            f"{row['special_per_element']:.1f} | {bound} |"
         )
     print(
         "\n| rule, formats that do not stand alone | registers | bytes of stack | accesses to it |\n|---|---|---|---|"

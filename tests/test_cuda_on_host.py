@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import sys
 import xml.etree.ElementTree
-from collections import Counter
 
 import pytest
 from support import builds
@@ -54,17 +53,10 @@ def test_the_python_suites_pass_on_the_cuda_backend(extension):
     """In one process: to start one takes 5 s."""
     chosen = [f"({suite} and ({select}))" if select else f"({suite})" for suite, select in SUITES.items()]
     env = {**os.environ, "PRECOND_TEST_EXTENSION": str(extension), "PRECOND_BACKEND": "cuda"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--junitxml",
-        f"{extension.parent}/suites.xml",
-    ]
+    results = extension.parent / "suites.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml", results]
     run(*command, *(ROOT / "tests" / suite for suite in SUITES), "-k", " or ".join(chosen), env=env, cwd=ROOT)
-    cases = xml.etree.ElementTree.parse(extension.parent / "suites.xml").iter("testcase")
-    ran = Counter(f"{case.get('classname').split('.')[-1]}.py" for case in cases if case.find("skipped") is None)
-    assert ran.keys() == SUITES.keys()
+    cases = xml.etree.ElementTree.parse(results).iter("testcase")
+    assert {f"{case.get('classname').split('.')[-1]}.py" for case in cases if case.find("skipped") is None} == set(
+        SUITES
+    )

@@ -34,7 +34,7 @@ os._exit(0)
 """
 
 
-# Imported once for all ranks of a worker of pytest: on two cores it takes two ranks 4 s, and longer beside another worker.
+# Imported once for all ranks of a worker of pytest: torch alone takes 3 s, and a launch that forks 0.07.
 PRELOADED = (
     "torch",
     "torch._dynamo",  # by fully_shard

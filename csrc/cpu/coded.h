@@ -226,7 +226,7 @@ template <class Rule>
 PRECOND_INLINE void step_tile(const Rule rule, int64_t n, float* __restrict p, const float* __restrict m,
                               const float* __restrict v) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) p[i] = rule.stepped(p[i], m[i], v[i]);
+  for (int64_t i = 0; i < n; ++i) p[i] = stepped(rule, p[i], rule.step(m[i], v[i]));
 }
 
 // Whole groups of a dense tensor. Returns how many elements it has done. A tile's states come first, since their codes

@@ -31,7 +31,7 @@ PRECOND_INLINE void apply(Formats<P, G, S>, const Rule rule, float coef, int64_t
   for (int64_t i = 0; i < n; ++i) {
     float p_value = P::value(p[i]);
     [&](auto... s_value) __attribute__((always_inline)) {
-      rule(p_value, coef * G::value(g[i]), s_value...);
+      update(rule, p_value, coef * G::value(g[i]), s_value...);
       ((s[i] = S::stored(s_value)), ...);
     }(S::value(s[i])...);
     p[i] = P::stored(p_value);
@@ -79,7 +79,7 @@ PRECOND_INLINE void apply_halves(const Rule& rule, float coef, int64_t n, uint16
     for (int j = 0; j < kHalves; ++j) {
       float p_value = p_block.value[j];
       [&](auto... s_value) __attribute__((always_inline)) {
-        rule(p_value, coef * g_block.value[j], s_value...);
+        update(rule, p_value, coef * g_block.value[j], s_value...);
         ((s_block[K].value[j] = one_nan(s_value)), ...);
       }(float(s_block[K].value[j])...);
       p_block.value[j] = one_nan(p_value);

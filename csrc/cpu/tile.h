@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "plan/plan.h"
+#include "rules/rule.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {
@@ -58,7 +59,7 @@ PRECOND_INLINE void apply_tile(const Rule rule, float coef, int64_t n, float* __
   for (int64_t i = 0; i < n; ++i) {
     float p_value = p[i];
     [&](auto... s_value) __attribute__((always_inline)) {
-      rule(p_value, coef * g[i], s_value...);
+      update(rule, p_value, coef * g[i], s_value...);
       ((s[i] = s_value), ...);
     }(float(s[i])...);
     p[i] = p_value;

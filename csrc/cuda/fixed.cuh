@@ -9,6 +9,7 @@
 
 #include "cuda/formats.cuh"
 #include "cuda/quick.cuh"
+#include "rules/rule.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {
@@ -337,16 +338,16 @@ __device__ __forceinline__ void update_fixed(const DeviceTensor& t, const float*
 #pragma unroll
         for (int k = 0; k < kRun; ++k) {
           assume_finite(p[k]);
-          p[k] = rule.template stepped<Quick>(p[k], s[0][k], s[1][k]);
+          p[k] = stepped(rule, p[k], rule.template step<Quick>(s[0][k], s[1][k]));
         }
       } else {
 #pragma unroll
-        for (int k = 0; k < kRun; ++k) p[k] = with_one_nan(rule.stepped(p[k], s[0][k], s[1][k]));
+        for (int k = 0; k < kRun; ++k) p[k] = with_one_nan(stepped(rule, p[k], rule.step(s[0][k], s[1][k])));
       }
     } else {
 #pragma unroll
       for (int k = 0; k < kRun; ++k) {
-        rule(p[k], g[k], s[K][k]...);
+        update(rule, p[k], g[k], s[K][k]...);
         p[k] = with_one_nan(p[k]);
       }
       ((top[K] = top_of_run<(Rule::kSquares >> K & 1) == 0>(s[K])), ...);

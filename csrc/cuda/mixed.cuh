@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "cuda/formats.cuh"
+#include "rules/rule.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {
@@ -57,7 +58,7 @@ __device__ __forceinline__ void update_mixed(const DeviceTensor& t, const Stride
 
     const Rule rule = rule_of<Rule>(t, scalars);
 #pragma unroll
-    for (int k = 0; k < kRun; ++k) rule(p[k], incoming(g[k]), s[K][k]...);
+    for (int k = 0; k < kRun; ++k) update(rule, p[k], incoming(g[k]), s[K][k]...);
 
     read_again();
     uint32_t random[kRun] = {};

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cuda/tensors.cuh"
+#include "rules/rule.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {
@@ -95,7 +96,7 @@ __device__ __forceinline__ void update_element(const Rule& rule, const Part<Rule
                                                int i, std::integer_sequence<int, K...>) {
   float p = P::value(element<P>(part.data[0], i));
   float s[Rule::kStates + 1] = {S::value(element<S>(part.data[2 + K], i))...};
-  rule(p, incoming(G::value(element<G>(part.data[1], i))), s[K]...);
+  update(rule, p, incoming(G::value(element<G>(part.data[1], i))), s[K]...);
   element<P>(part.data[0], i) = P::stored(p);
   ((element<S>(part.data[2 + K], i) = S::stored(s[K])), ...);
 }
@@ -126,7 +127,7 @@ __device__ __forceinline__ void update_packs(const Rule& rule, const Part<Rule::
       for (int j = 0; j < 2; ++j) {
         p_value[j] = p[n].value(k + j);
         ((s_value[j][K] = s[n][K].value(k + j)), ...);
-        rule(p_value[j], incoming(g[n].value(k + j)), s_value[j][K]...);
+        update(rule, p_value[j], incoming(g[n].value(k + j)), s_value[j][K]...);
       }
       p[n].set_both(k, p_value[0], p_value[1]);
       (s[n][K].set_both(k, s_value[0][K], s_value[1][K]), ...);
@@ -193,7 +194,7 @@ __device__ __forceinline__ void update_any(const Rule& rule, const DeviceTensor&
                                       offset_of(t.operand[2 + K], strides, i)...};
   float p = value_at(t.operand[0], at[0]);
   float s[Rule::kStates + 1] = {value_at(t.operand[2 + K], at[2 + K])...};
-  rule(p, incoming(value_at(t.operand[1], at[1])), s[K]...);
+  update(rule, p, incoming(value_at(t.operand[1], at[1])), s[K]...);
   store_at(t.operand[0], at[0], p);
   (store_at(t.operand[2 + K], at[2 + K], s[K]), ...);
 }

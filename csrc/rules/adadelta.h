@@ -21,7 +21,7 @@ struct Adadelta {
   float lr, rho, one_minus_rho, eps;
   Decay decay;
 
-  PRECOND_INLINE void operator()(float& p, float g, float& v, float& acc) const {
+  PRECOND_INLINE Step operator()(float p, float g, float& v, float& acc) const {
     const float d = decay.gradient(p, g);
     v = fma(one_minus_rho * d, d, rho * v);
     // One root, not one above and one below. The quotient is a normal number for |d| below 1e16.
@@ -29,7 +29,7 @@ struct Adadelta {
     const float u = inv_den * d;
     acc = fma(one_minus_rho * u, u, rho * acc);
     // Only a threshold asks for den: the other decays compile without this division.
-    p = decay(p, lr, u, 1.0f / inv_den, v);
+    return {lr, u, 1.0f / inv_den, v};
   }
 };
 

@@ -21,11 +21,11 @@ struct Adagrad {
   float lr, eps;
   Decay decay;
 
-  PRECOND_INLINE void operator()(float& p, float g, float& s) const {
+  PRECOND_INLINE Step operator()(float p, float g, float& s) const {
     const float d = decay.gradient(p, g);
     s = fma(d, d, s);
     const float den = sqrt(s) + eps;
-    p = decay(p, lr, d / den, den, s);
+    return {lr, d / den, den, s};
   }
 };
 

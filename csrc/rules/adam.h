@@ -29,13 +29,13 @@ struct Adam {
     v = fma(one_minus_beta2 * d, d, beta2 * v);
   }
   template <class Arithmetic = Ieee>
-  PRECOND_INLINE float stepped(float p, float m, float v) const {
+  PRECOND_INLINE Step step(float m, float v) const {
     const float den = fma(Arithmetic::root(v), inv_sqrt_bias2, eps);
-    return decay(p, step_size, Arithmetic::quotient(m, den), den, v);
+    return {step_size, Arithmetic::quotient(m, den), den, v};
   }
-  PRECOND_INLINE void operator()(float& p, float g, float& m, float& v) const {
+  PRECOND_INLINE Step operator()(float p, float g, float& m, float& v) const {
     update_moments(p, g, m, v);
-    p = stepped(p, m, v);
+    return step(m, v);
   }
 };
 
@@ -44,10 +44,10 @@ template <class Decay>
 struct AdamAmsgrad : Adam<Decay> {
   static constexpr int kStates = 3, kSquares = 0b110;
 
-  PRECOND_INLINE void operator()(float& p, float g, float& m, float& v, float& v_max) const {
+  PRECOND_INLINE Step operator()(float p, float g, float& m, float& v, float& v_max) const {
     this->update_moments(p, g, m, v);
     v_max = maximum(v_max, v);
-    p = this->stepped(p, m, v_max);
+    return this->step(m, v_max);
   }
 };
 

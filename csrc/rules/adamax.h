@@ -27,12 +27,12 @@ struct Adamax {
   float one_minus_beta1, beta2, eps, step_size;
   Decay decay;
 
-  PRECOND_INLINE void operator()(float& p, float g, float& m, float& u) const {
+  PRECOND_INLINE Step operator()(float p, float g, float& m, float& u) const {
     const float d = decay.gradient(p, g);
     m = fma(one_minus_beta1, d - m, m);
     u = maximum(beta2 * u, kEpsInside ? magnitude_of(d) + eps : magnitude_of(d));
     const float den = kEpsInside ? u : u + eps;
-    p = decay(p, step_size, m / den, den, u);
+    return {step_size, m / den, den, u};
   }
 };
 

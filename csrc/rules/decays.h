@@ -1,6 +1,5 @@
-// Decays: a penalty on p or on z in p = P z, brought back to p (Ye, arXiv 2410.00232). A decay has two
-// parts: `gradient` returns what the statistics see, and the call takes the old p, the step as rate times direction,
-// den = 1 / P^2 and the statistic v behind it, and returns the new p.
+// Decays: a penalty on p or on z in p = P z, brought back to p (Ye, arXiv 2410.00232). A decay has two parts:
+// `gradient` returns what the statistics see, and the call takes the old p and a rule's step and returns the new p.
 #pragma once
 
 #include "base/arithmetic.h"
@@ -8,14 +7,18 @@
 namespace precond {
 inline namespace PRECOND_ISA {
 
+// What a rule takes from p, which is rate times direction; and for a threshold den = 1 / P^2 and the statistic v behind
+// it.
+struct Step {
+  float rate, direction, den = 1.0f, v = 1.0f;
+};
+
 // A penalty |p|^2 / 2 on p itself, added to the gradient: torch's weight_decay of Adam, SGD, Adagrad and RMSprop.
 // Without one the gradient has nothing of p, not 0 times an infinite p.
 struct Coupled {
   float weight_decay;
   PRECOND_INLINE float gradient(float p, float g) const { return weight_decay != 0.0f ? fma(weight_decay, p, g) : g; }
-  PRECOND_INLINE float operator()(float p, float rate, float direction, float, float) const {
-    return fma(-rate, direction, p);
-  }
+  PRECOND_INLINE float operator()(float p, Step step) const { return fma(-step.rate, step.direction, p); }
 };
 
 // Penalties on z leave the gradient alone.
@@ -29,9 +32,7 @@ struct Intrinsic {
 // R(z) = |z|^2 / 2: p - lr wd p - step, which is AdamW's decay. Subtracted, not multiplied: 1 - lr wd rounded to fp32
 // is 19 % too strong at lr wd = 1e-7 and absent at 2e-8.
 struct L2 : Intrinsic {
-  PRECOND_INLINE float operator()(float p, float rate, float direction, float, float) const {
-    return p - taken(p, rate * direction);
-  }
+  PRECOND_INLINE float operator()(float p, Step step) const { return p - taken(p, step.rate * step.direction); }
 };
 
 // lr min(l1 / sqrt(den), cap). A coordinate that never saw a gradient (v == 0) has no threshold: den = eps would
@@ -55,8 +56,8 @@ struct PlainThreshold {
 template <class Threshold>
 struct L1Proximal : Intrinsic {
   Threshold threshold;
-  PRECOND_INLINE float operator()(float p, float rate, float direction, float den, float v) const {
-    return soft_threshold(p - taken(p, rate * direction), threshold(den, v));
+  PRECOND_INLINE float operator()(float p, Step step) const {
+    return soft_threshold(p - taken(p, step.rate * step.direction), threshold(step.den, step.v));
   }
 };
 
@@ -64,10 +65,10 @@ struct L1Proximal : Intrinsic {
 template <class Threshold>
 struct L1Subgradient : Intrinsic {
   Threshold threshold;
-  PRECOND_INLINE float operator()(float p, float rate, float direction, float den, float v) const {
-    float t = threshold(den, v);
+  PRECOND_INLINE float operator()(float p, Step step) const {
+    float t = threshold(step.den, step.v);
     t = p > 0.0f ? t : (p < 0.0f ? -t : 0.0f);
-    return p - taken(p, rate * direction + t);
+    return p - taken(p, step.rate * step.direction + t);
   }
 };
 

@@ -38,7 +38,7 @@ struct Dual {
   Map map;
   Decay decay;
 
-  PRECOND_INLINE void operator()(float& p, float g) const { p = decay(p, lr, map(g), 1.0f, 1.0f); }
+  PRECOND_INLINE Step operator()(float, float g) const { return {lr, map(g)}; }
 };
 
 template <class Map, class Decay>
@@ -51,9 +51,7 @@ struct DualMomentum {
   Map map;
   Decay decay;
 
-  PRECOND_INLINE void operator()(float& p, float g, float& m) const {
-    p = decay(p, lr, map(average(g, m)), 1.0f, 1.0f);
-  }
+  PRECOND_INLINE Step operator()(float, float g, float& m) const { return {lr, map(average(g, m))}; }
 };
 
 // What a later pass maps as a whole: p is overwritten with it.
@@ -63,7 +61,7 @@ struct Average {
   static constexpr bool kReadsStep = false;
   Averaging average;
 
-  PRECOND_INLINE void operator()(float& p, float g, float& m) const { p = average(g, m); }
+  PRECOND_INLINE float operator()(float, float g, float& m) const { return average(g, m); }
 };
 
 template <>

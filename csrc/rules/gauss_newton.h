@@ -24,12 +24,12 @@ struct GaussNewton {
   float one_minus_beta1, beta2, one_minus_beta2, scale, eps, clip, step_size;
   Decay decay;
 
-  PRECOND_INLINE void operator()(float& p, float g, float& m, float& h) const {
+  PRECOND_INLINE Step operator()(float, float g, float& m, float& h) const {
     m = fma(one_minus_beta1, g - m, m);
     if (kOwn) h = fma(one_minus_beta2 * g, g, beta2 * h);
     const float damped = fma(scale, h < 0.0f ? 0.0f : h, eps);
     const float den = kRoot ? sqrt(damped) : damped;
-    p = decay(p, step_size, clamped(m / den, clip), den, h);
+    return {step_size, clamped(m / den, clip), den, h};
   }
 };
 template <class Decay>

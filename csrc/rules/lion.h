@@ -21,11 +21,11 @@ struct Lion {
   float lr, one_minus_beta1, one_minus_beta2;
   Decay decay;
 
-  PRECOND_INLINE void operator()(float& p, float g, float& m) const {
+  PRECOND_INLINE Step operator()(float p, float g, float& m) const {
     const float d = decay.gradient(p, g);
     const float c = fma(one_minus_beta1, d - m, m);
     m = fma(one_minus_beta2, d - m, m);
-    p = decay(p, lr, sign(c), 1.0f, 1.0f);
+    return {lr, sign(c)};
   }
 };
 

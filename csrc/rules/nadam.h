@@ -28,12 +28,12 @@ struct NAdam {
   PRECOND_INLINE static double advance(const NAdamHyper& h, double step, double product) {
     return product * double(float(h.momentum(uint64_t(step))));
   }
-  PRECOND_INLINE void operator()(float& p, float g, float& m, float& v) const {
+  PRECOND_INLINE Step operator()(float p, float g, float& m, float& v) const {
     const float d = decay.gradient(p, g);
     m = fma(one_minus_beta1, d - m, m);
     v = fma(one_minus_beta2 * d, d, beta2 * v);
     const float den = fma(sqrt(v), inv_sqrt_bias2, eps);
-    p = decay(p, lr, fma(of_moment, m, of_gradient * d) / den, den, v);
+    return {lr, fma(of_moment, m, of_gradient * d) / den, den, v};
   }
 };
 

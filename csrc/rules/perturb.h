@@ -18,9 +18,9 @@ struct Perturb {
   static constexpr bool kReadsStep = false;
   float radius;
 
-  PRECOND_INLINE void operator()(float& p, float g, float& backup) const {
+  PRECOND_INLINE float operator()(float p, float g, float& backup) const {
     backup = p;
-    p = fma(radius, g, p);
+    return fma(radius, g, p);
   }
 };
 
@@ -32,10 +32,10 @@ struct PerturbAdaptive {
   static constexpr bool kReadsStep = false;
   float radius, root_scale, eps;
 
-  PRECOND_INLINE void operator()(float& p, float g, float& backup, float& v) const {
+  PRECOND_INLINE float operator()(float p, float g, float& backup, float& v) const {
     backup = p;
     const float moved = fma(radius, g / fma(sqrt(v), root_scale, eps), p);
-    p = v > 0.0f ? moved : p;
+    return v > 0.0f ? moved : p;
   }
 };
 

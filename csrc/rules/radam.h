@@ -23,13 +23,13 @@ struct RAdam {
   float one_minus_beta1, beta2, one_minus_beta2, of_root, of_one, step_size;
   Decay decay;
 
-  PRECOND_INLINE void operator()(float& p, float g, float& m, float& v) const {
+  PRECOND_INLINE Step operator()(float p, float g, float& m, float& v) const {
     const float d = decay.gradient(p, g);
     m = fma(one_minus_beta1, d - m, m);
     v = fma(one_minus_beta2 * d, d, beta2 * v);
     // Not by a factor 0 of the root: v may be infinite.
     const float den = of_root > 0.0f ? fma(sqrt(v), of_root, of_one) : 1.0f;
-    p = decay(p, step_size, m / den, den, v);
+    return {step_size, m / den, den, v};
   }
 };
 

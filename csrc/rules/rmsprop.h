@@ -30,46 +30,46 @@ struct RMSprop {
     const float variance = fma(-mean, mean, v);
     return den(variance < 0.0f ? 0.0f : variance);
   }
-  PRECOND_INLINE void operator()(float& p, float g, float& v) const {
+  PRECOND_INLINE Step operator()(float p, float g, float& v) const {
     const float d = decay.gradient(p, g);
     update_square(d, v);
     const float den_v = den(v);
-    p = decay(p, lr, d / den_v, den_v, v);
+    return {lr, d / den_v, den_v, v};
   }
 };
 
 template <class Decay>
 struct RMSpropCentered : RMSprop<Decay> {
   static constexpr int kStates = 2;
-  PRECOND_INLINE void operator()(float& p, float g, float& v, float& mean) const {
+  PRECOND_INLINE Step operator()(float p, float g, float& v, float& mean) const {
     const float d = this->decay.gradient(p, g);
     this->update_square(d, v);
     const float den = this->centered_den(d, v, mean);
-    p = this->decay(p, this->lr, d / den, den, v);
+    return {this->lr, d / den, den, v};
   }
 };
 
 template <class Decay>
 struct RMSpropMomentum : RMSprop<Decay> {
   static constexpr int kStates = 2;
-  PRECOND_INLINE void operator()(float& p, float g, float& v, float& buf) const {
+  PRECOND_INLINE Step operator()(float p, float g, float& v, float& buf) const {
     const float d = this->decay.gradient(p, g);
     this->update_square(d, v);
     const float den = this->den(v);
     buf = fma(this->momentum, buf, d / den);
-    p = this->decay(p, this->lr, buf, den, v);
+    return {this->lr, buf, den, v};
   }
 };
 
 template <class Decay>
 struct RMSpropCenteredMomentum : RMSprop<Decay> {
   static constexpr int kStates = 3;
-  PRECOND_INLINE void operator()(float& p, float g, float& v, float& buf, float& mean) const {
+  PRECOND_INLINE Step operator()(float p, float g, float& v, float& buf, float& mean) const {
     const float d = this->decay.gradient(p, g);
     this->update_square(d, v);
     const float den = this->centered_den(d, v, mean);
     buf = fma(this->momentum, buf, d / den);
-    p = this->decay(p, this->lr, buf, den, v);
+    return {this->lr, buf, den, v};
   }
 };
 

@@ -1,6 +1,8 @@
-// What a rule is, and how its scalars are made. A rule is a functor that updates one element, called by the CPU loop
-// and by the CUDA kernels. It knows no addresses and not how a value is stored; its fields are the scalars of one step.
-// It says beside its formula what it needs:
+// What a rule is, and how its scalars are made. A rule is a functor of one element. It updates the states and returns a
+// Step (decays.h), what it takes from p. It leaves p alone: `update` below applies the step and the rule's field
+// `decay`, for the CPU loop and the CUDA kernels. A rule without a decay returns the new p itself, a float. No rule
+// knows an address or how a value is stored; its fields are the scalars of one step. It says beside its formula what it
+// needs:
 //
 //   Hyper          the hyper-parameters that its scalars are made of: doubles, in the order of Hyper::names
 //   kStates        how many states an element has
@@ -18,6 +20,7 @@
 
 #include "base/arithmetic.h"
 #include "base/limits.h"
+#include "rules/decays.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {
@@ -35,6 +38,21 @@ constexpr bool kOftenMixed = false;
 // Whether it writes p and does not read it.
 template <class Rule>
 constexpr bool kOverwrites = false;
+
+// The new p, from the old one and what a rule returns: the one place where a decay is applied.
+template <class Rule>
+PRECOND_INLINE float stepped(const Rule& rule, float p, Step step) {
+  return rule.decay(p, step);
+}
+template <class Rule>
+PRECOND_INLINE float stepped(const Rule&, float, float new_p) {
+  return new_p;
+}
+// What a rule makes of one element: every loop calls this.
+template <class Rule, class... S>
+PRECOND_INLINE void update(const Rule& rule, float& p, float g, S&... s) {
+  p = stepped(rule, p, rule(p, g, s...));
+}
 
 // What scalars are made of besides hyper-parameters. A rule gets what it says it needs: one that reads the step without
 // saying so does not compile.

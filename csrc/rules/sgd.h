@@ -21,7 +21,7 @@ struct SGD {
   float lr;
   Decay decay;
 
-  PRECOND_INLINE void operator()(float& p, float g) const { p = decay(p, lr, decay.gradient(p, g), 1.0f, 1.0f); }
+  PRECOND_INLINE Step operator()(float p, float g) const { return {lr, decay.gradient(p, g)}; }
 };
 
 // Polyak 1964, momentum as torch.optim.SGD defines it. The buffer starts at zero; one_minus_dampening is 1 on a
@@ -40,18 +40,18 @@ struct SGDMomentum {
     buf = fma(momentum, buf, one_minus_dampening * d);
     return d;
   }
-  PRECOND_INLINE void operator()(float& p, float g, float& buf) const {
+  PRECOND_INLINE Step operator()(float p, float g, float& buf) const {
     update_buffer(p, g, buf);
-    p = decay(p, lr, buf, 1.0f, 1.0f);
+    return {lr, buf};
   }
 };
 
 // Nesterov momentum (Sutskever et al. 2013) as torch.optim.SGD defines it.
 template <class Decay>
 struct SGDNesterov : SGDMomentum<Decay> {
-  PRECOND_INLINE void operator()(float& p, float g, float& buf) const {
+  PRECOND_INLINE Step operator()(float p, float g, float& buf) const {
     const float d = this->update_buffer(p, g, buf);
-    p = this->decay(p, this->lr, fma(this->momentum, buf, d), 1.0f, 1.0f);
+    return {this->lr, fma(this->momentum, buf, d)};
   }
 };
 

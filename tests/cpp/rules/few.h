@@ -28,9 +28,9 @@ struct Carrying {
   PRECOND_INLINE static double advance(const CarryingHyper& h, double step, double product) {
     return product * weight(h, step);
   }
-  PRECOND_INLINE void operator()(float& p, float g, float& m) const {
+  PRECOND_INLINE Step operator()(float, float g, float& m) const {
     m = fma(one_minus_weight, g - m, m);
-    p = decay(p, lr, m * inverse, 1.0f, 1.0f);
+    return {lr, m * inverse};
   }
 };
 PRECOND_INLINE void set_scalars(Carrying& rule, const CarryingHyper& h, Carried now) {

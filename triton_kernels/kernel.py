@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import clamped
+from .families.decays import stepped
 from .formats import BESIDE, block_at, draws, is_plain, load, operand, store
 from .prologue import SCALAR_FLOATS, seed_in
 from .random import draw_of, words_at
@@ -50,20 +51,17 @@ def update_block(
     if draws(P, S0, S1, S2):
         word = words_at(*seed_in(scalars), slots + PLACE, block[0], g, BLOCK, FULL)
     if STATES == 0:
-        p = UPDATE(p, g, scalars, DECAY, OPTION)
+        step = UPDATE(p, g, scalars, DECAY, OPTION)
     elif STATES == 1:
         s0_at = operand(slots + 2, S0, FULL)
         s0 = load(s0_at, block, S0, BLOCK, FULL)
-        p, s0 = UPDATE(p, g, s0, scalars, DECAY, OPTION)
-        store(s0_at, block, s0, draw_of(word, 1), S0, BLOCK, FULL)
+        step, s0 = UPDATE(p, g, s0, scalars, DECAY, OPTION)
     elif STATES == 2:
         s0_at = operand(slots + 2, S0, FULL)
         s1_at = operand(slots + 3, S1, FULL)
         s0 = load(s0_at, block, S0, BLOCK, FULL)
         s1 = load(s1_at, block, S1, BLOCK, FULL)
-        p, s0, s1 = UPDATE(p, g, s0, s1, scalars, DECAY, OPTION)
-        store(s0_at, block, s0, draw_of(word, 1), S0, BLOCK, FULL)
-        store(s1_at, block, s1, draw_of(word, 2), S1, BLOCK, FULL)
+        step, s0, s1 = UPDATE(p, g, s0, s1, scalars, DECAY, OPTION)
     else:
         s0_at = operand(slots + 2, S0, FULL)
         s1_at = operand(slots + 3, S1, FULL)
@@ -71,9 +69,13 @@ def update_block(
         s0 = load(s0_at, block, S0, BLOCK, FULL)
         s1 = load(s1_at, block, S1, BLOCK, FULL)
         s2 = load(s2_at, block, S2, BLOCK, FULL)
-        p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, scalars, DECAY, OPTION)
+        step, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, scalars, DECAY, OPTION)
+    p = stepped(p, step, DECAY)
+    if STATES >= 1:
         store(s0_at, block, s0, draw_of(word, 1), S0, BLOCK, FULL)
+    if STATES >= 2:
         store(s1_at, block, s1, draw_of(word, 2), S1, BLOCK, FULL)
+    if STATES >= 3:
         store(s2_at, block, s2, draw_of(word, 3), S2, BLOCK, FULL)
     store(p_at, block, p, draw_of(word, 0), P, BLOCK, FULL)
 

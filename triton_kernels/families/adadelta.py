@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .decays import decayed, gradient, set_decay
+from .decays import gradient, set_decay
 from .rule import Rule, given, positions, put, with_decays
 
 HYPER = tl.constexpr(("lr", "weight_decay", "l1_decay", "l1_cap", "rho", "eps"))
@@ -23,7 +23,7 @@ def adadelta(p, g, v, acc, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     inv_den = tl.sqrt_rn(tl.div_rn(acc + eps, v + eps))
     u = inv_den * d
     acc = tl.fma(one_minus_rho * u, u, rho * acc)
-    return decayed(p, lr, u, tl.div_rn(1.0, inv_den), v, decay, DECAY), v, acc
+    return (lr, u, tl.div_rn(1.0, inv_den), v, decay), v, acc
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .decays import decayed, gradient, set_decay
+from .decays import gradient, set_decay
 from .rule import Rule, given, positions, put, with_decays
 
 HYPER = tl.constexpr(("lr", "weight_decay", "l1_decay", "l1_cap", "lr_decay", "eps"))
@@ -19,7 +19,7 @@ def adagrad(p, g, s, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     d = gradient(p, g, decay, DECAY)
     s = tl.fma(d, d, s)
     den = tl.sqrt_rn(s) + eps
-    return decayed(p, lr, tl.div_rn(d, den), den, s, decay, DECAY), s
+    return (lr, tl.div_rn(d, den), den, s, decay), s
 
 
 @triton.jit

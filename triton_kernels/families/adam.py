@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..arithmetic import maximum
 from ..series import integer_power
-from .decays import decayed, gradient, set_decay
+from .decays import gradient, set_decay
 from .rule import Rule, given, positions, put, with_decays
 
 HYPER = tl.constexpr(("lr", "weight_decay", "l1_decay", "l1_cap", "beta1", "beta2", "eps"))
@@ -25,25 +25,25 @@ def update_moments(p, g, m, v, scalars, DECAY: tl.constexpr):
 
 
 @triton.jit
-def stepped(p, m, v, scalars, DECAY: tl.constexpr):
+def step_of(m, v, scalars):
     inv_sqrt_bias2 = tl.load(scalars + INV_SQRT_BIAS2)
     eps = tl.load(scalars + EPS)
     step_size = tl.load(scalars + STEP_SIZE)
     den = tl.fma(tl.sqrt_rn(v), inv_sqrt_bias2, eps)
-    return decayed(p, step_size, tl.div_rn(m, den), den, v, scalars + DECAY_AT, DECAY)
+    return step_size, tl.div_rn(m, den), den, v, scalars + DECAY_AT
 
 
 @triton.jit
 def adam(p, g, m, v, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     m, v = update_moments(p, g, m, v, scalars, DECAY)
-    return stepped(p, m, v, scalars, DECAY), m, v
+    return step_of(m, v, scalars), m, v
 
 
 @triton.jit
 def adam_amsgrad(p, g, m, v, v_max, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     m, v = update_moments(p, g, m, v, scalars, DECAY)
     v_max = maximum(v_max, v)
-    return stepped(p, m, v_max, scalars, DECAY), m, v, v_max
+    return step_of(m, v_max, scalars), m, v, v_max
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..arithmetic import magnitude_of, maximum
 from ..series import integer_power
-from .decays import decayed, gradient, set_decay
+from .decays import gradient, set_decay
 from .rule import Rule, given, positions, put, with_decays
 
 HYPER = tl.constexpr(("lr", "weight_decay", "l1_decay", "l1_cap", "beta1", "beta2", "eps"))
@@ -28,7 +28,7 @@ def adamax(p, g, m, u, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     else:
         u = maximum(beta2 * u, magnitude_of(d))
         den = u + eps
-    return decayed(p, step_size, tl.div_rn(m, den), den, u, decay, DECAY), m, u
+    return (step_size, tl.div_rn(m, den), den, u, decay), m, u
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The decays of csrc/rules/decays.h, line for line, and their scalars. No rule is here.
 
-DECAY is "coupled", "l2", "l1_proximal" or "l1_subgradient", for the structs there. ``at`` points at a decay's scalars, which a
-rule has behind its own. A rule where den = 1 passes None for den and v.
+DECAY is "coupled", "l2", "l1_proximal" or "l1_subgradient", for the structs there, or "" for a rule without a decay. ``at``
+points at a decay's scalars, which a rule has behind its own. The Step of decays.h is a tuple here: (rate, direction, den, v, at),
+with None for den and v where den = 1.
 """
 
 import triton
@@ -54,20 +55,24 @@ def gradient(p, g, at, DECAY: tl.constexpr):
 
 
 @triton.jit
-def decayed(p, rate, direction, den, v, at, DECAY: tl.constexpr):
-    """The new p."""
-    if DECAY == "coupled":
+def stepped(p, step, DECAY: tl.constexpr):
+    """The new p, from the old one and the first thing that a rule returns: the one place where a decay is applied."""
+    if DECAY == "":
+        new_p = step
+    elif DECAY == "coupled":
+        rate, direction, _, _, _ = step
         new_p = tl.fma(-rate, direction, p)
     else:
+        rate, direction, den, v, at = step
         lr_wd = tl.load(at + LR_WD)
-        step = rate * direction
+        taken = rate * direction
         finite = tl.where(tl.abs(p) < float("inf"), p, 0.0)
         if DECAY == "l2":
-            new_p = p - tl.fma(lr_wd, finite, step)
+            new_p = p - tl.fma(lr_wd, finite, taken)
         elif DECAY == "l1_proximal":
-            new_p = soft_threshold(p - tl.fma(lr_wd, finite, step), threshold(den, v, at))
+            new_p = soft_threshold(p - tl.fma(lr_wd, finite, taken), threshold(den, v, at))
         else:
             t = threshold(den, v, at)
             t = tl.where(p > 0.0, t, tl.where(p < 0.0, -t, 0.0))
-            new_p = p - tl.fma(lr_wd, finite, step + t)
+            new_p = p - tl.fma(lr_wd, finite, taken + t)
     return new_p

@@ -6,7 +6,7 @@ OPTION is a map of dual_maps.py.
 import triton
 import triton.language as tl
 
-from .decays import decayed, set_decay
+from .decays import set_decay
 from .dual_maps import map_floats, mapped, set_map
 from .rule import Rule, given, positions, put
 
@@ -34,7 +34,7 @@ def dual(p, g, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(scalars + LR)
     at = scalars + MAP_AT
     decay = at + map_floats(OPTION)
-    return decayed(p, lr, mapped(g, at, OPTION), None, None, decay, DECAY)
+    return lr, mapped(g, at, OPTION), None, None, decay
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def dual_momentum(p, g, m, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     at = scalars + MOMENTUM_MAP_AT
     decay = at + map_floats(OPTION)
     u, m = averaged(g, m, scalars + AVERAGE_AT)
-    return decayed(p, lr, mapped(u, at, OPTION), None, None, decay, DECAY), m
+    return (lr, mapped(u, at, OPTION), None, None, decay), m
 
 
 @triton.jit

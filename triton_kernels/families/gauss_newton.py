@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..arithmetic import clamped
 from ..series import integer_power
-from .decays import decayed, set_decay
+from .decays import set_decay
 from .rule import Rule, given, positions, put, with_decays
 
 HYPER = tl.constexpr(
@@ -44,7 +44,7 @@ def gauss_newton(p, g, m, h, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr)
     if is_root(OPTION):
         den = tl.sqrt_rn(den)
     u = clamped(tl.div_rn(m, den), clip)
-    return decayed(p, step_size, u, den, h, scalars + DECAY_AT, DECAY), m, h
+    return (step_size, u, den, h, scalars + DECAY_AT), m, h
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..arithmetic import sign
-from .decays import decayed, gradient, set_decay
+from .decays import gradient, set_decay
 from .rule import Rule, given, positions, put, with_decays
 
 HYPER = tl.constexpr(("lr", "weight_decay", "l1_decay", "beta1", "beta2"))
@@ -21,7 +21,7 @@ def lion(p, g, m, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     d = gradient(p, g, decay, DECAY)
     c = tl.fma(one_minus_beta1, d - m, m)
     m = tl.fma(one_minus_beta2, d - m, m)
-    return decayed(p, lr, sign(c), None, None, decay, DECAY), m
+    return (lr, sign(c), None, None, decay), m
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..series import integer_power
-from .decays import decayed, gradient, set_decay
+from .decays import gradient, set_decay
 from .rule import Rule, given, positions, put, with_decays
 
 HYPER = tl.constexpr(("lr", "weight_decay", "l1_decay", "l1_cap", "beta1", "beta2", "eps", "q"))
@@ -38,7 +38,7 @@ def nadam(p, g, m, v, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     v = tl.fma(one_minus_beta2 * d, d, beta2 * v)
     den = tl.fma(tl.sqrt_rn(v), inv_sqrt_bias2, eps)
     direction = tl.div_rn(tl.fma(of_moment, m, of_gradient * d), den)
-    return decayed(p, lr, direction, den, v, scalars + DECAY_AT, DECAY), m, v
+    return (lr, direction, den, v, scalars + DECAY_AT), m, v
 
 
 @triton.jit

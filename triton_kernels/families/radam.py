@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..series import integer_power
-from .decays import decayed, gradient, set_decay
+from .decays import gradient, set_decay
 from .rule import Rule, given, positions, put, with_decays
 
 HYPER = tl.constexpr(("lr", "weight_decay", "l1_decay", "l1_cap", "beta1", "beta2", "eps"))
@@ -24,7 +24,7 @@ def radam(p, g, m, v, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     m = tl.fma(one_minus_beta1, d - m, m)
     v = tl.fma(one_minus_beta2 * d, d, beta2 * v)
     den = tl.where(of_root > 0.0, tl.fma(tl.sqrt_rn(v), of_root, of_one), 1.0)
-    return decayed(p, step_size, tl.div_rn(m, den), den, v, scalars + DECAY_AT, DECAY), m, v
+    return (step_size, tl.div_rn(m, den), den, v, scalars + DECAY_AT), m, v
 
 
 @triton.jit

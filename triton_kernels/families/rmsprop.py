@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .decays import decayed, gradient, set_decay
+from .decays import gradient, set_decay
 from .rule import Rule, given, positions, put, with_decays
 
 HYPER = tl.constexpr(("lr", "weight_decay", "l1_decay", "l1_cap", "alpha", "eps", "momentum"))
@@ -39,7 +39,7 @@ def rmsprop(p, g, v, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     d = gradient(p, g, decay, DECAY)
     v = update_square(d, v, scalars)
     den = den_of(v, scalars)
-    return decayed(p, lr, tl.div_rn(d, den), den, v, decay, DECAY), v
+    return (lr, tl.div_rn(d, den), den, v, decay), v
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def rmsprop_centered(p, g, v, mean, scalars, DECAY: tl.constexpr, OPTION: tl.con
     d = gradient(p, g, decay, DECAY)
     v = update_square(d, v, scalars)
     den, mean = centered_den(d, v, mean, scalars)
-    return decayed(p, lr, tl.div_rn(d, den), den, v, decay, DECAY), v, mean
+    return (lr, tl.div_rn(d, den), den, v, decay), v, mean
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def rmsprop_momentum(p, g, v, buf, scalars, DECAY: tl.constexpr, OPTION: tl.cons
     v = update_square(d, v, scalars)
     den = den_of(v, scalars)
     buf = tl.fma(momentum, buf, tl.div_rn(d, den))
-    return decayed(p, lr, buf, den, v, decay, DECAY), v, buf
+    return (lr, buf, den, v, decay), v, buf
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def rmsprop_centered_momentum(p, g, v, buf, mean, scalars, DECAY: tl.constexpr, 
     v = update_square(d, v, scalars)
     den, mean = centered_den(d, v, mean, scalars)
     buf = tl.fma(momentum, buf, tl.div_rn(d, den))
-    return decayed(p, lr, buf, den, v, decay, DECAY), v, buf, mean
+    return (lr, buf, den, v, decay), v, buf, mean
 
 
 @triton.jit

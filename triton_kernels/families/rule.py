@@ -1,7 +1,9 @@
 """What the files of families share: the facts of a rule, and how its scalars come from hyper-parameters.
 
-``update(p, g, *states, scalars, DECAY, OPTION)`` returns the new p and states of a block of elements, in fp32. ``scalars`` points
-at the floats that depend on the step but not on the element.
+``update(p, g, *states, scalars, DECAY, OPTION)`` returns a step and the new states of a block of elements, in fp32. ``scalars``
+points at the floats that depend on the step but not on the element. The step is what the rule takes from p: the tuple (rate,
+direction, den, v, at) of decays.py. The rule leaves p alone: ``update_block`` of kernel.py applies the step and the decay. A rule
+without a decay returns the new p itself in place of a step. A rule without states returns its step alone.
 
 ``set_scalars(hyper, step, fresh, scalar_state, scalars, mask, DECAY, OPTION)`` writes those floats for a block of tensors: from
 the hyper-parameters of each, in fp64, the number of its step, and whether the step made its states. ``advance(hyper, step,

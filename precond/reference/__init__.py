@@ -1,8 +1,8 @@
 """Every rule in plain PyTorch, in the papers' own algebra: the text that tests hold the kernels against, and the backend
 that runs anywhere. Slow, and says so: several temporaries and passes per step.
 
-A rule is a function ``(p, g, states, hyper, step, fresh) -> (p, states)`` of tensors in one compute dtype; the names in
-``RULES`` are those of the compiled rules. A file has a family, as in csrc/rules and triton_kernels/families.
+``RULES[name].update`` is a function ``(p, g, states, hyper, step, fresh) -> (p, states)`` of tensors in one compute dtype; the
+names are those of the compiled rules. A file has a family, as in csrc/rules and triton_kernels/families.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .decays import clamped, soft_threshold
 from .dual import KERNELS
-from .rule import Hyper, Rule
+from .rule import Rule
+from .step import Hyper
 
 __all__ = ["FAMILIES", "KERNELS", "RULES", "Hyper", "Rule", "clamped", "soft_threshold", "update", "update_sparse"]
 

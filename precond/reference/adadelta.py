@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .decays import decayed, decayed_gradient
-from .rule import Hyper, Needs, Rule, States, with_decays
+from .decays import decayed_gradient
+from .rule import Needs, Rule, with_decays
+from .step import Hyper, States, Step
 
 
 def adadelta(
     p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool, *, decay: str
-) -> tuple[Tensor, States]:
+) -> tuple[Step, States]:
     """Zeiler, algorithm 1: u = rms(acc) / rms(v) d, rms(x) = sqrt(x + eps); p -= lr u; acc is the mean of u^2 before it."""
     v, acc = states
     rho, eps = hyper["rho"], hyper["eps"]
@@ -19,7 +20,7 @@ def adadelta(
     rms_v, rms_acc = (v + eps).sqrt(), (acc + eps).sqrt()
     u = rms_acc / rms_v * d
     acc = rho * acc + (1 - rho) * u * u
-    return decayed(p, hyper["lr"] * u, hyper["lr"], hyper, decay, rms_v / rms_acc, v), (v, acc)
+    return Step(hyper["lr"] * u, hyper["lr"], rms_v / rms_acc, v), (v, acc)
 
 
 _ADADELTA: Needs = dict(

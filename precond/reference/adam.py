@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .decays import decayed, decayed_gradient
-from .rule import Hyper, Needs, Rule, States, with_decays
+from .decays import decayed_gradient
+from .rule import Needs, Rule, with_decays
+from .step import Hyper, States, Step
 
 
 def adam(
@@ -19,7 +20,7 @@ def adam(
     *,
     decay: str,
     amsgrad: bool = False,
-) -> tuple[Tensor, States]:
+) -> tuple[Step, States]:
     """Kingma and Ba, algorithm 1; with decay="l2" Loshchilov and Hutter, algorithm 2: p -= lr (m_hat / den + wd p)."""
     m, v = states[:2]
     d = decayed_gradient(p, g, hyper, decay)
@@ -29,8 +30,7 @@ def adam(
     m_hat = m / (1 - hyper["beta1"] ** step)
     v_hat = largest / (1 - hyper["beta2"] ** step)
     den = v_hat.sqrt() + hyper["eps"]
-    p = decayed(p, hyper["lr"] * m_hat / den, hyper["lr"], hyper, decay, den, largest)
-    return p, (m, v, largest) if amsgrad else (m, v)
+    return Step(hyper["lr"] * m_hat / den, hyper["lr"], den, largest), (m, v, largest) if amsgrad else (m, v)
 
 
 _ADAM: Needs = dict(states=("exp_avg", "exp_avg_sq"), second_moments=("exp_avg_sq",), keeps="beta2", reads_step=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .decays import decayed, decayed_gradient
-from .rule import Hyper, Needs, Rule, States, with_decays
+from .decays import decayed_gradient
+from .rule import Needs, Rule, with_decays
+from .step import Hyper, States, Step
 
 
 def adamax(
     p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool, *, decay: str
-) -> tuple[Tensor, States]:
+) -> tuple[Step, States]:
     """Kingma and Ba, algorithm 2: u = max(b2 u, |d|); p -= lr m_hat / den. torch adds eps to |d|; den = u + eps otherwise."""
     m, u = states
     d = decayed_gradient(p, g, hyper, decay)
@@ -22,7 +23,7 @@ def adamax(
         u = torch.maximum(hyper["beta2"] * u, d.abs())
         den = u + hyper["eps"]
     m_hat = m / (1 - hyper["beta1"] ** step)
-    return decayed(p, hyper["lr"] * m_hat / den, hyper["lr"], hyper, decay, den, u), (m, u)
+    return Step(hyper["lr"] * m_hat / den, hyper["lr"], den, u), (m, u)
 
 
 _ADAMAX: Needs = dict(

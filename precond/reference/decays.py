@@ -1,4 +1,4 @@
-"""Decays. ``decay`` is "coupled", "l2", "proximal" or "subgradient"."""
+"""Decays. ``decay`` is "coupled", "l2", "proximal" or "subgradient"; "" for a rule without one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .rule import Hyper, Number
+from .step import Hyper, Number, Step
 
 
 def sign(x: Tensor) -> Tensor:
@@ -34,15 +34,14 @@ def decayed_gradient(p: Tensor, g: Tensor, hyper: Hyper, decay: str) -> Tensor:
     return g + p * weight_decay
 
 
-def decayed(
-    p: Tensor, step: Tensor, lr: Number, hyper: Hyper, decay: str, den: Tensor | None = None, v: Tensor | None = None
-) -> Tensor:
+def stepped(p: Tensor, step: Step, hyper: Hyper, decay: str) -> Tensor:
     """p - step, and the decay that a penalty on z = den^(1/2) p brings; den = 1 where there is none."""
+    taken, lr, den, v = step
     if decay == "coupled":
-        return p - step
+        return p - taken
     # An infinite p stays what it is: inf - inf is NaN.
     finite = torch.where(p.isinf(), 0.0, p)
-    q = p - lr * hyper["weight_decay"] * finite - step
+    q = p - lr * hyper["weight_decay"] * finite - taken
     if decay == "l2":
         return q
     if den is None or v is None:

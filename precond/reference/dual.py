@@ -4,14 +4,13 @@ the average of gradients that later passes map as a whole.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .decays import decayed
-from .rule import MOMENTUM, NO_STATES, Hyper, Rule, States
+from .rule import MOMENTUM, NO_STATES, Rule, with_decay
+from .step import Hyper, States, Step
 
 #: Of each kernel what it makes of a magnitude r >= 0: h'(r) for K = h(|g|), of an entry, a norm or a singular value.
 KERNELS: dict[str, Callable[[Tensor, Hyper], Tensor]] = {
@@ -42,11 +41,11 @@ def dual(
     *,
     decay: str,
     kernel: Callable[[Tensor, Hyper], Tensor],
-) -> tuple[Tensor, States]:
+) -> tuple[Step, States]:
     """m = mu m + (1 - mu) g; u = m + lookahead (g - m), or g without a momentum; p -= lr (h'(|u|) sign(u) + wd p)."""
     lr = hyper["lr"]
     (new_states, u) = ((), g) if not states else averaged(g, states, hyper)
-    return decayed(p, lr * torch.sign(u) * kernel(u.abs(), hyper), lr, hyper, decay), new_states
+    return Step(lr * torch.sign(u) * kernel(u.abs(), hyper), lr), new_states
 
 
 def averaged(g: Tensor, states: States, hyper: Hyper) -> tuple[States, Tensor]:
@@ -65,7 +64,7 @@ def average(p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh
 _ENTRYWISE = ("smoothed", "clip", "asinh", "log", "power")
 RULES: dict[str, Rule] = {
     **{
-        f"dual_{name}{suffix}": Rule(functools.partial(dual, decay="l2", kernel=kernel), **needs)
+        f"dual_{name}{suffix}": with_decay(dual, "l2", needs, kernel=kernel)
         for name, kernel in (("ratio", ratio), *((name, KERNELS[name]) for name in _ENTRYWISE))
         for suffix, needs in (("", NO_STATES), ("_momentum", MOMENTUM))
     },

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .decays import clamped, decayed
-from .rule import Hyper, Needs, Rule, States, with_decays
+from .decays import clamped
+from .rule import Needs, Rule, with_decays
+from .step import Hyper, States, Step
 
 
 def gauss_newton(
@@ -20,7 +21,7 @@ def gauss_newton(
     decay: str,
     root: bool,
     own: bool = False,
-) -> tuple[Tensor, States]:
+) -> tuple[Step, States]:
     """den = scale h + eps, or its root; p -= lr (clamp(m_hat / den, -clip, clip) + wd p). own: h is a mean of g^2."""
     m, h = states
     lr, scale = hyper["lr"], hyper["scale"]
@@ -33,7 +34,7 @@ def gauss_newton(
     den = den.sqrt() if root else den
     m_hat = m / (1 - hyper["beta1"] ** step) if hyper["corrected"] else m
     u = clamped(m_hat / den, float(hyper["clip"]))
-    return decayed(p, lr * u, lr, hyper, decay, den, seen), (m, h)
+    return Step(lr * u, lr, den, seen), (m, h)
 
 
 _CURVATURE: Needs = dict(states=("exp_avg", "curvature"), second_moments=("curvature",), keeps="beta2", reads_step=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .decays import decayed, decayed_gradient
-from .rule import Hyper, Needs, Number, Rule, States, with_decays
+from .decays import decayed_gradient
+from .rule import Needs, Rule, with_decays
+from .step import Hyper, Number, States, Step
 
 
 def momentum_of(hyper: Hyper, step: int) -> Number:
@@ -21,7 +22,7 @@ def product_after(hyper: Hyper, step: int, product: float) -> float:
 
 def nadam(
     p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool, *, decay: str
-) -> tuple[Tensor, States]:
+) -> tuple[Step, States]:
     """torch.optim.NAdam: p -= lr ((1 - mu_t) d / (1 - mu_1 ... mu_t) + mu_t+1 m / (1 - mu_1 ... mu_t+1)) / den."""
     m, v = states
     d = decayed_gradient(p, g, hyper, decay)
@@ -30,7 +31,7 @@ def nadam(
     den = (v / (1 - hyper["beta2"] ** step)).sqrt() + hyper["eps"]
     product, mu, mu_next = hyper["mu_product"], momentum_of(hyper, step), momentum_of(hyper, step + 1)
     direction = ((1 - mu) / (1 - product) * d + mu_next / (1 - product * mu_next) * m) / den
-    return decayed(p, hyper["lr"] * direction, hyper["lr"], hyper, decay, den, v), (m, v)
+    return Step(hyper["lr"] * direction, hyper["lr"], den, v), (m, v)
 
 
 _NADAM: Needs = dict(

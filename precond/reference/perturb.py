@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .rule import Hyper, Rule, States
+from .rule import Rule
+from .step import Hyper, States
 
 
 def perturb(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .decays import decayed, decayed_gradient
-from .rule import Hyper, Needs, Number, Rule, States, with_decays
+from .decays import decayed_gradient
+from .rule import Needs, Rule, with_decays
+from .step import Hyper, Number, States, Step
 
 
 def rectification(beta2: Number, step: float) -> Number:
@@ -21,7 +22,7 @@ def rectification(beta2: Number, step: float) -> Number:
 
 def radam(
     p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool, *, decay: str
-) -> tuple[Tensor, States]:
+) -> tuple[Step, States]:
     """Liu et al., algorithm 2: p -= lr r m_hat / (sqrt(v_hat) + eps') where v is a mean of enough squares, else lr m_hat.
 
     As torch.optim.RAdam has it: enough is more than 5, and sqrt(v_hat) + eps' = (sqrt(v) + eps) / sqrt(1 - beta2^t).
@@ -33,7 +34,7 @@ def radam(
     m_hat = m / (1 - hyper["beta1"] ** step)
     square = rectification(hyper["beta2"], step)
     den = (v.sqrt() + hyper["eps"]) / square**0.5 if square else torch.ones_like(v)
-    return decayed(p, hyper["lr"] * m_hat / den, hyper["lr"], hyper, decay, den, v), (m, v)
+    return Step(hyper["lr"] * m_hat / den, hyper["lr"], den, v), (m, v)
 
 
 _RADAM: Needs = dict(states=("exp_avg", "exp_avg_sq"), second_moments=("exp_avg_sq",), keeps="beta2", reads_step=True)

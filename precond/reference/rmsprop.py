@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .decays import decayed, decayed_gradient
-from .rule import Hyper, Needs, Rule, States, with_decays
+from .decays import decayed_gradient
+from .rule import Needs, Rule, with_decays
+from .step import Hyper, States, Step
 
 
 def rmsprop(
@@ -20,7 +21,7 @@ def rmsprop(
     decay: str,
     centered: bool = False,
     momentum: bool = False,
-) -> tuple[Tensor, States]:
+) -> tuple[Step, States]:
     """torch.optim.RMSprop: v = a v + (1 - a) d^2; b = mu b + d / den; p -= lr b. Centered: den from v - mean^2 >= 0."""
     lr, alpha = hyper["lr"], hyper["alpha"]
     d = decayed_gradient(p, g, hyper, decay)
@@ -37,7 +38,7 @@ def rmsprop(
         new_states.append(u)
     if centered:
         new_states.append(mean)
-    return decayed(p, lr * u, lr, hyper, decay, den, v), tuple(new_states)
+    return Step(lr * u, lr, den, v), tuple(new_states)
 
 
 def _with(*beside: str) -> Needs:

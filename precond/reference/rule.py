@@ -1,4 +1,9 @@
-"""What the families share: what a rule is and needs, and a rule with each decay."""
+"""What the families share: what a rule is and needs, and a rule with each decay.
+
+A formula ``(p, g, states, hyper, step, fresh) -> (step, states)`` returns a Step, what it takes from p, and the new states. It
+leaves p alone: ``Rule.update`` applies the step and the rule's decay, for all rules. A formula with a decay is given its name as
+the keyword ``decay``. One without a decay returns the new p itself in place of a step.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-States = tuple[Tensor, ...]
-Number = float | Tensor
-Hyper = Mapping[str, Number]
-Update = Callable[[Tensor, Tensor, States, Hyper, int, bool], tuple[Tensor, States]]
+from .decays import stepped
+from .step import Hyper, States, Step
+
+Formula = Callable[[Tensor, Tensor, States, Hyper, int, bool], tuple[Step | Tensor, States]]
 
 
 class Rule(NamedTuple):
     """A formula, and what it needs."""
 
-    update: Update
+    formula: Formula
     #: torch's names of the states that it updates, in the order of its arguments.
     states: tuple[str, ...]
     #: Those of them that are a mean or a sum of squares, or else divide and are never negative: the ones that a short format
@@ -37,6 +42,15 @@ class Rule(NamedTuple):
     advance: Callable[[Hyper, int, float], float] | None = None
     #: A hyper-parameter that, unless it is 0, gives the first step a formula of its own.
     first_differs: str | None = None
+    #: Which of decays.py.
+    decay: str = ""
+
+    def update(
+        self, p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool
+    ) -> tuple[Tensor, States]:
+        """The new p and states: the one place where a decay is applied."""
+        made, new_states = self.formula(p, g, states, hyper, step, fresh)
+        return stepped(p, made, hyper, self.decay) if isinstance(made, Step) else made, new_states
 
 
 #: What a rule needs, without its formula: the fields of Rule after the first.
@@ -47,14 +61,22 @@ NO_STATES: Needs = dict(states=())
 MOMENTUM: Needs = dict(states=("momentum_buffer",))
 
 
+def with_decay(formula: Callable[..., Any], decay: str, needs: Needs, **options: Any) -> Rule:
+    """A rule with one decay."""
+    return Rule(functools.partial(formula, decay=decay, **options), decay=decay, **needs)
+
+
 def with_decays(
-    name: str, update: Callable[..., Any], needs: Needs, suffix: str = "", *, coupled: str | None = None, **options: Any
+    name: str,
+    formula: Callable[..., Any],
+    needs: Needs,
+    suffix: str = "",
+    *,
+    coupled: str | None = None,
+    **options: Any,
 ) -> dict[str, Rule]:
     """A rule with each intrinsic decay and, under the name ``coupled``, with the penalty in the gradient."""
     names = {name: "l2", f"{name}_l1": "proximal", f"{name}_l1_subgradient": "subgradient"}
     if coupled is not None:
         names[coupled] = "coupled"
-    return {
-        f"{each}{suffix}": Rule(functools.partial(update, decay=decay, **options), **needs)
-        for each, decay in names.items()
-    }
+    return {f"{each}{suffix}": with_decay(formula, decay, needs, **options) for each, decay in names.items()}

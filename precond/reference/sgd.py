@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .decays import decayed, decayed_gradient
-from .rule import MOMENTUM, NO_STATES, Hyper, Rule, States, with_decays
+from .decays import decayed_gradient
+from .rule import MOMENTUM, NO_STATES, Rule, with_decays
+from .step import Hyper, States, Step
 
 
 def sgd(
@@ -18,16 +19,16 @@ def sgd(
     *,
     decay: str,
     nesterov: bool = False,
-) -> tuple[Tensor, States]:
+) -> tuple[Step, States]:
     """torch.optim.SGD: b = mu b + (1 - dampening) d, b = d at first; p -= lr (b, or d + mu b)."""
     lr = hyper["lr"]
     d = decayed_gradient(p, g, hyper, decay)
     if not states:
-        return decayed(p, lr * d, lr, hyper, decay), ()
+        return Step(lr * d, lr), ()
     (b,) = states
     b = d if fresh else hyper["momentum"] * b + (1 - hyper["dampening"]) * d
     u = d + hyper["momentum"] * b if nesterov else b
-    return decayed(p, lr * u, lr, hyper, decay), (b,)
+    return Step(lr * u, lr), (b,)
 
 
 _MOMENTUM = {**MOMENTUM, "first_differs": "dampening"}

@@ -88,8 +88,7 @@ class Snapshot:
         plain = {**hyper, "l1_decay": 0.0}
         q, _ = rule(self.p, g, self.states, plain, step, fresh)
         zero = torch.zeros_like(self.p)
-        decay = getattr(rule, "keywords", {}).get("decay")
-        coupled = hyper["weight_decay"] if decay == "coupled" else 0.0
+        coupled = hyper["weight_decay"] if reference.RULES[row.rule].decay == "coupled" else 0.0
         scale_g = g.abs() + coupled * self.p.abs()
         # A negative second moment, an estimate of a curvature, counts as none.
         names = reference.RULES[row.rule].states

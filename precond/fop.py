@@ -28,7 +28,7 @@ class FOP(Wrapper):
     .. math::
         A_t = G_t G_{t-1}^\top, \quad M_t = M_{t-1} + \rho\gamma\, (A_t + A_t^\top) M_{t-1}, \quad U_t = M_t M_t^\top G_t
 
-    G is the gradient as a matrix of r rows, gamma the group's current lr, and M_1 = I. Where ``base`` is plain SGD,
+    G is the gradient as a matrix of r rows, gamma the lr of the group's present step, and M_1 = I. Where ``base`` is plain SGD,
     :math:`-\gamma (A_t + A_t^\top) M_{t-1}` is the derivative of the loss at p_t by the M that led there, its hypergradient;
     with momentum or an adaptive ``base`` it approximates that. The first step is a plain step of ``base``, and with
     ``hyper_lr=0`` every step is.
@@ -140,8 +140,8 @@ class FOP(Wrapper):
             return loss
         aligned = aligned_gradients(self.param_groups)
         gradients = {
-            p: (aligned.get(p, p.grad), group["lr"])
-            for group in self.param_groups
+            p: (aligned.get(p, p.grad), lr)
+            for group, lr in zip(self.param_groups, map(self._lr_of, self.param_groups), strict=True)
             for p in group["params"]
             if p.grad is not None
         }

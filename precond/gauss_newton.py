@@ -16,6 +16,7 @@ from ._core.metric import Metric, of_parts
 from ._core.optimizer import FusedOptimizer, ParamsT
 from ._core.precision import at_stated_precision
 from ._core.rows import Row, name_of
+from ._core.scales import lr_of
 from ._core.settings import Settings
 from ._methods.kronecker import Rotation, turned
 from ._methods.rotated import Rotated
@@ -189,7 +190,8 @@ class GaussNewton(Rotated):
 
     def is_ready(self, group: dict[str, Any], state: dict[str, Any], basis: Rotation | None = None) -> bool:
         """True unless a step would be divided by a curvature that nobody has given."""
-        moves = isinstance(group["lr"], Tensor) or group["lr"] != 0.0
+        lr = lr_of(group)
+        moves = isinstance(lr, Tensor) or lr != 0.0
         needs = group["curvature"] != "gradient" and group["clip"] is None and moves
         return not needs or bool(state.get("curvature_step"))
 

@@ -14,6 +14,7 @@ from . import backend as _backend
 from .arguments import check_nonnegative
 from .formats import STATE_FORMATS, WEIGHT_FORMATS
 from .rows import Group, Row, Step
+from .scales import check_scales
 from .sharding import local
 from .states import States
 
@@ -119,6 +120,7 @@ def check_options(group: Group, options: Mapping[str, Any], owner: type[object])
         raise ValueError(f"{owner.__name__} must have no l1_decay in a group, got {group['l1_decay']}")
     if not group.get("l1_cap", 10.0) > 0.0:
         raise ValueError(f"l1_cap must be > 0, got {group['l1_cap']}")
+    check_scales(group, owner)
 
 
 def check_capturable(group: Group, *, fused: bool) -> None:

@@ -22,6 +22,7 @@ from .metric import Metric
 from .norm import group_of_sharder, sharder_among_callers
 from .precision import at_stated_precision
 from .rows import Row, Step, name_of
+from .scales import SCALES, l1_decay_of, remember_lr, scale, scaled_already
 from .settings import DEFAULTS, LOST, Settings, own_settings
 from .states import ParamStates, Recipe
 from .states import PrecisionWarning as PrecisionWarning
@@ -47,7 +48,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     #: Rules that take sparse gradients: those that torch gives them to.
     _sparse_rules: ClassVar[frozenset[str]] = frozenset()
     #: Group options that torch does not have, with their defaults.
-    _group_options: ClassVar[dict[str, Any]] = {"state_format": None, "weight_format": None}
+    _group_options: ClassVar[dict[str, Any]] = {"state_format": None, "weight_format": None, **SCALES}
     #: Options that groups of older checkpoints may lack, with what they were then. A drop-in's are in torch's ``__setstate__``.
     _older_options: ClassVar[dict[str, Any]] = {
         "foreach": None,
@@ -64,6 +65,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _engine: Engine
     #: The optimizer that this one is a part of: it has the states and all of the groups, and steps this one's.
     _owner: weakref.ref[FusedOptimizer] | None = None
+    #: False until it is known that nothing else multiplies lr by ``lr_scale``.
+    _scaled_once: bool
     #: How many groups are before this one's where it only checks and completes some.
     _groups_before: int = 0
 
@@ -147,14 +150,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _decayed(self, rule: str, group: dict[str, Any], suffix: str = "") -> str:
         """The name of a rule with the intrinsic decay that a group asks for."""
-        if float(group.get("l1_decay", 0.0)) == 0.0:
+        if l1_decay_of(group) == 0.0:
             return rule + suffix
         return rule + ("_l1" if group.get("l1_form", "proximal") == "proximal" else "_l1_subgradient") + suffix
 
     def _hyper(self, group: dict[str, Any], *names: str) -> dict[str, float | Tensor]:
-        """The hyper-parameters that every rule has, and those of ``names``, as the rules take them."""
+        """The hyper-parameters that every rule has, and those of ``names``, as the rules take them: lr and decays are scaled."""
         hyper = {name: number(group[name]) for name in ("lr", "weight_decay", *names)}
-        return hyper | {"l1_decay": float(group.get("l1_decay", 0.0)), "l1_cap": float(group.get("l1_cap", 10.0))}
+        hyper |= {"l1_decay": float(group.get("l1_decay", 0.0)), "l1_cap": float(group.get("l1_cap", 10.0))}
+        scale(hyper, group)
+        return hyper
 
     def _steps(self, p: Tensor) -> float:
         """How many steps a parameter has taken."""
@@ -183,8 +188,25 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @at_stated_precision
     def _update_at_stated_precision(self) -> None:
+        if not self._scaled_once:
+            self._check_scaled_once()
         self._update()
         self._forget_strangers()
+
+    def _check_scaled_once(self) -> None:
+        """Raise where groups have an ``lr_scale`` that their lr has already. Only the first step that can tell counts: later
+        on a schedule may come to such numbers by chance.
+        """
+        groups = self.param_groups
+        found = scaled_already(groups) if any("lr_scale" in group for group in groups) else False
+        if found:
+            moving = [group for group in groups if group["lr"] > 0.0]
+            raise ValueError(
+                "lr_scale must not be in lr already, or it is applied twice, got lr "
+                f"{[group['lr'] for group in moving]} with lr_scale {[group.get('lr_scale', 1.0) for group in moving]}: "
+                "see docs/param_groups.md for schedulers that multiply by lr_scale, such as timm's"
+            )
+        self._scaled_once = found is False
 
     def _forget_strangers(self) -> None:
         """Drop what is kept about parameters that this optimizer no longer has."""
@@ -284,6 +306,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, default in self._options_of(group).items():
             if name in group and group[name] == default:
                 del group[name]  # as in torch's groups, or a flat checkpoint does not go both ways
+        remember_lr(group)
+        self._scaled_once = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep: torch's dictionaries, our own settings, and the split weights that others write."""
@@ -337,6 +361,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _rebuild(self) -> None:
         """Everything private that follows from the public state."""
+        self._scaled_once = False
         before: Engine | None = self.__dict__.get("_engine")
         written = self.__dict__.pop("_written", None)
         if written is None and "_states" in self.__dict__:

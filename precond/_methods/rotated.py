@@ -16,6 +16,7 @@ from .._core.clipping import Begun
 from .._core.formats import is_coded
 from .._core.passes import Job, plain_step
 from .._core.rows import Row
+from .._core.scales import l1_decay_of
 from .._core.sharding import like, local
 from ..bases import blocks
 from .exchange import Member, by_ranks
@@ -262,7 +263,7 @@ class Rotated(MultiPass, abstract=True):
 
     def decays_coordinates(self, group: dict[str, Any]) -> bool:
         """True where a decay takes the parameter's coordinates in the basis."""
-        return float(group.get("l1_decay", 0.0)) != 0.0
+        return l1_decay_of(group) != 0.0
 
     def _last_hyper(self, group: dict[str, Any], row: Row) -> dict[str, float | Tensor]:
         return plain_step(1.0, 0.0) if self.decays_coordinates(group) else self._plain_hyper(row)

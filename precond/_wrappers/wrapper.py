@@ -13,6 +13,7 @@ from .._core.backend import on_device
 from .._core.checkpoint import states_as_saved
 from .._core.optimizer import FusedOptimizer
 from .._core.rows import name_among
+from .._core.scales import lr_of
 from .._core.sharding import local
 from .entries import Own, add_prefix, is_entry
 
@@ -111,6 +112,17 @@ class Wrapper(torch.optim.Optimizer):
     def _name_of(self, p: Tensor) -> str:
         """What errors call a parameter."""
         return name_among(self.param_groups, p)
+
+    def _lr_of(self, group: dict[str, Any]) -> Any:
+        """The learning rate of a group's steps; None where it has none. torch's optimizers do not know ``lr_scale``."""
+        return lr_of(group) if isinstance(self._innermost(), FusedOptimizer) else group.get("lr")
+
+    def _innermost(self) -> torch.optim.Optimizer:
+        """The optimizer inside all wrappers."""
+        base = self.base
+        while isinstance(base, Wrapper):
+            base = base.base
+        return base
 
     def _make_entries(self) -> None:
         """Make the entries that a first step makes."""
@@ -212,7 +224,7 @@ class Wrapper(torch.optim.Optimizer):
         """True for a first step at lr 0 on gradients of zeros, which is how torch.distributed.checkpoint has states made."""
         if any(self.state.values()):
             return False
-        rates = [group.get("lr") for group in self.param_groups]
+        rates = [self._lr_of(group) for group in self.param_groups]
         if any(lr is None or on_device(lr) or float(lr) != 0.0 for lr in rates):
             return False
         gradients = [p.grad for p in self._params() if p.grad is not None]

@@ -166,6 +166,7 @@ class Grouped(MultiPass):
         (group,) = made.param_groups
         group["optimizer"] = cls.__name__
         torch.optim.Optimizer.add_param_group(self, group)
+        self._scaled_once = False
         self._methods.known[cls.__name__] = cls
 
     def part_of(self, group: dict[str, Any]) -> FusedOptimizer:

@@ -28,6 +28,7 @@ from .muon import Muon
 from .nadam import NAdam, NAdamW
 from .radam import RAdam, RAdamW
 from .rmsprop import RMSprop, RMSpropW
+from .schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from .sgd import SGD, SGDW
 from .soap import SOAP
 from .sophia import Sophia
@@ -71,6 +72,8 @@ __all__ = [
     "RAdamW",
     "RMSprop",
     "RMSpropW",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "Settings",
     "Sophia",
     "__version__",

@@ -295,6 +295,22 @@ class Grouped(MultiPass):
             own = None if estimates is None else [e for group in of_part for e in of[id(group)]]
             part.update_groups(of_part, batch_size, own)
 
+    # Methods whose parameters are other values in evaluation.
+
+    def eval(self) -> None:
+        """Call ``eval`` of the methods that have it, such as :class:`precond.ScheduleFreeAdamW`."""
+        self._call("eval")
+
+    def train(self) -> None:
+        """Call ``train`` of the methods that have it."""
+        self._call("train")
+
+    def _call(self, mode: str) -> None:
+        for part in dict.fromkeys(self._part(group) for group in self.param_groups):
+            if (switch := getattr(part, mode, None)) is not None:
+                self._up_to_date(part)
+                switch()
+
     # Copies and checkpoints.
 
     def _rebuild(self) -> None:

@@ -19,7 +19,7 @@ rules = pytest.mark.parametrize("name", reference.RULES)
 HYPER = dict(
     lr=0.1, rho=0.9, weight_decay=0.1, l1_decay=0.1, l1_cap=10.0, momentum=0.9, dampening=0.1, beta1=0.9, beta2=0.99, eps=1e-3,
     lr_decay=0.1, alpha=0.9, lookahead=0.1, scale=0.7, exponent=0.5, offset=0.3, slope=0.4, clip=100.0, corrected=1.0,
-    radius=0.1, q=0.9, mu_product=0.5,
+    radius=0.1, q=0.9, mu_product=0.5, warmup_steps=10.0, r=0.5, weight_lr_power=2.0, lr_max=0.2, weight_sum=0.7,
 )  # fmt: skip
 
 

@@ -73,6 +73,8 @@ def test_an_element_keeps_its_remainder_unless_its_bits_change(cls, kwargs, weig
     after = master(layer, optimizer)
     assert bits_equal(after[~changed], before[~changed])
     assert bits_equal(after[changed], layer.weight.detach()[changed].float())
+    if "z" in optimizer.state[layer.weight]:
+        return  # a step at lr 0 moves the weight towards z all the same
     # A step goes on from there.
     optimizer.param_groups[0]["lr"] = 0.0
     step(layer, optimizer)

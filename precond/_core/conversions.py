@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import formats
 from .optimizer import FusedOptimizer
 from .rows import Group
-from .sharding import like, local
+from .sharding import like
 from .states import ParamStates
 
 _BESIDE = ("key", "remainder")
@@ -104,14 +104,8 @@ def master_weights(optimizer: FusedOptimizer, model: nn.Module) -> dict[str, Ten
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     masters = {}
     for name, p in model.named_parameters():
-        plain = local(p.detach())
-        group = group_of.get(p)
-        remainder = optimizer.state[p].get("remainder") if p in optimizer.state else None
-        if group is not None and remainder is not None and group.get("weight_format") in ("split24", "split32"):
-            form = formats.layout_of(p, group, {}, ()).param
-            masters[name] = like(p, formats.decode(plain, local(remainder), form, plain.shape))
-        else:
-            masters[name] = like(p, plain.float().clone() if formats.is_half(p) else plain.clone())
+        master = optimizer.states.master(p, group_of.get(p, {}))
+        masters[name] = like(p, master.clone() if master.dtype == p.dtype else master)
     return masters
 
 

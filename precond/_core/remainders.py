@@ -70,7 +70,7 @@ class Remainders:
         """Forget the remainders of elements that somebody else has written since the last step."""
         for p in split:
             noted = self._of(p)
-            if noted is None or noted.versions is None or noted.versions == _versions_of(p):
+            if noted is None or noted.versions is None or noted.versions == versions_of(p):
                 continue
             remainder = state[p].get("remainder") if p in state else None
             if remainder is None:  # its group asks for another format by now
@@ -80,7 +80,7 @@ class Remainders:
                 now = local(p.detach())
                 noted.drop_changed(now, local(remainder))
                 noted.store(now)
-            noted.versions, noted.written = _versions_of(p), True
+            noted.versions, noted.written = versions_of(p), True
 
     def note(self, split: Iterable[Tensor]) -> None:
         """These weights are as their remainders have them."""
@@ -89,7 +89,7 @@ class Remainders:
             if noted.written:
                 with torch.no_grad():
                     noted.store(local(p.detach()))
-            noted.versions = _versions_of(p)
+            noted.versions = versions_of(p)
 
     def watched(self, params: Iterable[Tensor]) -> list[Tensor]:
         """Those of some parameters that are weights of past steps."""
@@ -114,5 +114,6 @@ class Remainders:
         return noted
 
 
-def _versions_of(p: Tensor) -> tuple[int, int]:
+def versions_of(p: Tensor) -> tuple[int, int]:
+    """The version counters of a parameter: every write in place advances one."""
     return p._version, local(p)._version

@@ -114,25 +114,32 @@ def counts_beside(group: Group, backend: str) -> bool:
 
 
 def make_counter(
-    param: str, p: Tensor, state: dict[str, Any], group: Group, scalars: Mapping[str, float] = _NO_SCALARS
+    param: str,
+    p: Tensor,
+    state: dict[str, Any],
+    group: Group,
+    scalars: Mapping[str, float] = _NO_SCALARS,
+    wide: bool = False,
 ) -> None:
-    """Make a parameter's step counter and a rule's scalar states. What is there stays the same tensor, which others may share,
-    unless it is on another device, is a number of Python's or cannot count; then one that can takes its place.
+    """Make a parameter's step counter and a rule's scalar states, which are float64 where they are ``wide``. What is there stays
+    the same tensor, which others may share, unless it is on another device, is a number of Python's or cannot count; then one
+    that can takes its place.
     """
     device = p.device if p.device.type != "cpu" and counts_beside(group, "cuda") else torch.device("cpu")
     for name, initial in (("step", 0.0), *scalars.items()):
         value = state.get(name, initial)
         if is_counter(name, value, device):
             continue
+        dtype = torch.float64 if wide and name != "step" else counter_dtype(p)
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise RuntimeError(f"{name} of {param} must have one element, got shape {tuple(value.shape)}")
             kept = value.dtype in COUNTER_DTYPES and (name == "step" or value.dtype.is_floating_point)
-            state[name] = value.detach().to(device, value.dtype if kept else counter_dtype(p), copy=True)
+            state[name] = value.detach().to(device, value.dtype if kept else dtype, copy=True)
         else:
             # torch.tensor() would wait for a device, once per parameter; on the host a fake one knows its value.
             make = torch.tensor if device.type == "cpu" else functools.partial(torch.full, ())
-            state[name] = make(float(value), dtype=counter_dtype(p), device=device)
+            state[name] = make(float(value), dtype=dtype, device=device)
 
 
 # Those of an optimizer.
@@ -233,6 +240,27 @@ class ParamStates:
         form = self.layout(p, group, rule).states[self.names(rule).index(name)]
         return like(p, formats.values_of(state, name, form, p))
 
+    def master(self, p: Tensor, group: Group) -> Tensor:
+        """The values of a parameter, of the local shape: in float32 or wider, for a split weight with what its remainder adds."""
+        plain = local(p.detach())
+        remainder = self.state[p].get("remainder") if p in self.state else None
+        if remainder is not None and group.get("weight_format") in ("split24", "split32"):
+            return formats.decode(plain, local(remainder), formats.layout_of(p, group, {}, ()).param, plain.shape)
+        return plain.float() if formats.is_half(p) else plain
+
+    def write(self, p: Tensor, group: Group, values: Tensor) -> None:
+        """Give a parameter values of the local shape, rounded to nearest, and a split weight its remainder."""
+        plain = local(p.detach())
+        remainder = self.state[p].get("remainder") if p in self.state else None
+        if remainder is None or group.get("weight_format") not in ("split24", "split32"):
+            plain.copy_(values)
+            return
+        stored, beside = formats.encode(values, formats.layout_of(p, group, {}, ()).param, None, 0)
+        assert beside is not None
+        plain.copy_(stored)
+        local(remainder).copy_(beside)
+        self.remainders.note([p])
+
     def ensure(self, name: str, p: Tensor, group: Group, row: Row) -> bool:
         """Make what is missing, convert what is stored otherwise than asked. True if none of the rule's states was there."""
         names = self.names(row.rule)
@@ -244,7 +272,7 @@ class ParamStates:
         state = self.state[p]
         fresh = all(state.get(key) is None for key in names)
         if counts:  # before the states, as in torch
-            make_counter(name, p, state, group, self.scalars(row.rule))
+            make_counter(name, p, state, group, self.scalars(row.rule), reference.RULES[row.rule].wide_scalars)
         for key in names:
             if state.get(key) is None:
                 state.update(self._new_state(name, p, key, group, row))
@@ -256,7 +284,7 @@ class ParamStates:
         if formats.layout_of(p, group, state, names, name).draws and not isinstance(state.get("key"), int):
             state["key"] = self._key(p)
         if not counts and "key" in state:
-            make_counter(name, p, state, group, self.scalars(row.rule))
+            make_counter(name, p, state, group, self.scalars(row.rule), reference.RULES[row.rule].wide_scalars)
         for key, number in self.recipe.numbers(group).items():
             state.setdefault(key, number)
         return fresh

@@ -101,6 +101,16 @@ class Wrapper(torch.optim.Optimizer):
         """Drop or zero all gradients."""
         self.base.zero_grad(set_to_none)
 
+    def eval(self) -> None:
+        """Call ``eval`` of ``base`` where it has that, as :class:`precond.ScheduleFreeAdamW`."""
+        if (switch := getattr(self.base, "eval", None)) is not None:
+            switch()
+
+    def train(self) -> None:
+        """Call ``train`` of ``base`` where it has that."""
+        if (switch := getattr(self.base, "train", None)) is not None:
+            switch()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to ``base``."""
         self.base.add_param_group(param_group)

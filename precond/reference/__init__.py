@@ -23,7 +23,8 @@ __all__ = ["FAMILIES", "KERNELS", "RULES", "Hyper", "Rule", "clamped", "soft_thr
 #: The families of rules: a file of that name here, in triton_kernels/families, in tests/families and, by CMakeLists.txt's own
 #: list, in csrc/rules.
 FAMILIES = (
-    "sgd", "adam", "nadam", "radam", "adamax", "adagrad", "rmsprop", "adadelta", "lion", "dual", "gauss_newton", "perturb",
+    "sgd", "adam", "nadam", "radam", "adamax", "adagrad", "rmsprop", "adadelta", "lion", "schedule_free", "dual", "gauss_newton",
+    "perturb",
 )  # fmt: skip
 
 RULES: dict[str, Rule] = {}

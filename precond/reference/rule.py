@@ -38,6 +38,8 @@ class Rule(NamedTuple):
     counts_steps: bool = False
     #: States of one number, at most one, with their initial value. ``hyper`` has the one after this step under its name.
     scalars: Mapping[str, float] = {}
+    #: True where these are float64: sums, which float32 stops to add to.
+    wide_scalars: bool = False
     #: From the hyper-parameters, the number of the step and the scalar state before it: that state after it.
     advance: Callable[[Hyper, int, float], float] | None = None
     #: A hyper-parameter that, unless it is 0, gives the first step a formula of its own.

@@ -7,6 +7,8 @@ import torch
 from support.methods import ALL, ELEMENTWISE
 from support.training import model
 
+import precond
+
 METHODS = [method for method in ALL if method.dtype == torch.float32]
 
 
@@ -68,3 +70,38 @@ def test_a_resumed_run_is_the_uninterrupted_one(accelerate, tmp_path, method):
     resumed = train(accelerate, method, method.make, start=1, load=tmp_path / "state")
     assert all(value.isfinite().all() for value in straight.values())
     assert not [name for name, value in straight.items() if not torch.equal(value, resumed[name])]
+
+
+@pytest.mark.parametrize("cls", [precond.ScheduleFreeAdamW, precond.ScheduleFreeSGD])
+def test_the_modes_of_a_schedule_free_optimizer_go_through_the_wrapper_and_its_checkpoints(accelerate, tmp_path, cls):
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True)
+
+    def prepared(seed):
+        net = model(seed)
+        return accelerator.prepare(net, cls(net.parameters(), lr=0.01))
+
+    def step(net, optimizer, seed):
+        optimizer.train()
+        accelerator.backward(net(torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def weights(net):
+        return [p.detach().clone() for p in net.parameters()]
+
+    net, optimizer = prepared(0)
+    for seed in range(3):
+        step(net, optimizer, seed)
+    y = weights(net)
+    optimizer.eval()
+    assert not any(torch.equal(a, b) for a, b in zip(weights(net), y, strict=True))
+    accelerator.save_state(str(tmp_path))
+    optimizer.train()
+    assert all(torch.equal(a, b) for a, b in zip(weights(net), y, strict=True))
+    step(net, optimizer, 3)
+    accelerator.free_memory()
+    other, resumed = prepared(99)
+    accelerator.load_state(str(tmp_path))
+    step(other, resumed, 3)
+    assert all(torch.equal(a, b) for a, b in zip(weights(net), weights(other), strict=True))

@@ -7,6 +7,8 @@ import torch
 from support.methods import ALL, ELEMENTWISE
 from support.training import model
 
+import precond
+
 METHODS = [method for method in ALL if method.dtype == torch.float32]
 
 
@@ -110,3 +112,58 @@ def test_a_resumed_run_is_the_uninterrupted_one(lightning, tmp_path, loop, metho
     resumed = loop(lightning, tmp_path, method, method.make, resume=tmp_path / "1.ckpt")
     assert all(value.isfinite().all() for value in straight.values())
     assert not [name for name, value in straight.items() if not torch.equal(value, resumed[name])]
+
+
+@pytest.mark.parametrize("cls", [precond.ScheduleFreeAdamW, precond.ScheduleFreeSGD])
+def test_hooks_of_a_module_switch_the_modes_of_a_schedule_free_optimizer(lightning, tmp_path, cls):
+    """Lightning itself calls neither ``train`` nor ``eval``. Validation changes no bit of a training, resumed or not."""
+    validated = []
+
+    class Module(lightning.LightningModule):
+        def __init__(self, seed=0):
+            super().__init__()
+            self.net = model(seed)
+
+        def training_step(self, batch):
+            x, y = batch
+            return (self.net(x) - y).square().mean()
+
+        def validation_step(self, batch):
+            (group,) = self.optimizers().param_groups
+            validated.append(not group["train_mode"])
+
+        def configure_optimizers(self):
+            return cls(self.net.parameters(), lr=0.01)
+
+        def on_train_batch_start(self, *_):
+            self.optimizers().train()
+
+        def on_validation_start(self):
+            self.optimizers().eval()
+
+    def fit(module, validate, epochs=2, resume=None):
+        trainer = lightning.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, batches(), batches() if validate else None, ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        trainer.optimizers[0].train()
+        return [p.detach().clone() for p in module.net.parameters()]
+
+    fit(Module(), True, epochs=1)
+    assert torch.load(tmp_path / "1.ckpt")["optimizer_states"][0]["param_groups"][0]["train_mode"] is False
+    resumed = fit(Module(99), True, resume=tmp_path / "1.ckpt")
+    straight, without = fit(Module(), True), fit(Module(), False)
+    assert validated
+    assert all(validated)
+    for a, b, c in zip(resumed, straight, without, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(b, c)

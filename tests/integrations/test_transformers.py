@@ -18,7 +18,9 @@ def transformers(library):
     return module
 
 
-def train(transformers, folder, optimizer, *, dtype=torch.float32, resume=None, cls_and_kwargs=None, **options):
+def train(
+    transformers, folder, optimizer, *, dtype=torch.float32, resume=None, cls_and_kwargs=None, callbacks=None, **options
+):
     """The weights after six steps, half of them of a checkpoint where one is named."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -50,8 +52,10 @@ def train(transformers, folder, optimizer, *, dtype=torch.float32, resume=None, 
         model,
         arguments,
         train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
+        eval_dataset=[{"input_ids": row, "labels": row} for row in tokens[:4]],
         optimizers=(None if optimizer is None else optimizer(model), None),
         optimizer_cls_and_kwargs=cls_and_kwargs,
+        callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=resume)
     return {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -86,3 +90,53 @@ def test_a_resumed_run_is_the_uninterrupted_one(transformers, tmp_path, method):
     resumed = train(transformers, tmp_path, method.make, dtype=method.dtype, resume=f"{tmp_path}/checkpoint-3")
     assert all(value.isfinite().all() for value in straight.values())
     assert not [name for name, value in straight.items() if not torch.equal(value, resumed[name])]
+
+
+SCHEDULE_FREE = [
+    (precond.ScheduleFreeAdamW, dict(lr=LR), torch.float32),
+    (precond.ScheduleFreeSGD, dict(lr=0.1, weight_format="split24", state_format="fp32"), torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("cls", "kwargs", "dtype"), SCHEDULE_FREE, ids=lambda x: getattr(x, "__name__", ""))
+def test_the_trainer_evaluates_the_average_of_a_schedule_free_optimizer_and_trains_on_as_before(
+    transformers, tmp_path, cls, kwargs, dtype
+):
+    """It calls ``eval`` and ``train``, and a checkpoint that it saves after an evaluation resumes bit for bit."""
+    seen = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_evaluate(self, args, state, control, optimizer=None, model=None, **_):
+            optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+            groups = optimizer.param_groups
+            assert not any(group["train_mode"] for group in groups)
+            p = groups[0]["params"][0]
+            y, z = optimizer.state[p]["y"], optimizer.state[p]["z"]
+            x = y + (1 - 1 / 0.9) * (z - y.float())
+            torch.testing.assert_close(p.detach().float(), x, rtol=2.0**-6, atol=1e-5)  # y without its remainder
+            seen.append(state.global_step)
+
+    def run(folder, resume=None, **options):
+        return train(
+            transformers,
+            tmp_path / folder,
+            None,
+            dtype=dtype,
+            resume=resume,
+            cls_and_kwargs=(cls, kwargs),
+            callbacks=[Watch()],
+            lr_scheduler_type="constant",
+            **options,
+        )
+
+    evaluated = dict(eval_strategy="steps", eval_steps=3)
+    without = run("without")
+    assert not seen
+    straight = run("straight", **evaluated)
+    assert seen == [3, 6]
+    resumed = run("straight", resume=f"{tmp_path}/straight/checkpoint-3", **evaluated)
+    assert not [name for name, value in straight.items() if not torch.equal(value, resumed[name])]
+    # The last evaluation leaves the average; without one y is left.
+    assert any(not torch.equal(value, straight[name]) for name, value in without.items())
+    late = run("late", eval_strategy="steps", eval_steps=6)
+    assert not [name for name, value in straight.items() if not torch.equal(value, late[name])]

@@ -97,6 +97,11 @@ class Snapshot:
         ]
         steps, scales = rule(zero, scale_g, tuple(sizes), plain, step, fresh)
         scale_p = self.p.abs() + steps.abs() + (q - exact_p).abs()
+        if "z" in names:  # a weight, which p moves to and which starts as p
+            z, moved = (values[names.index("z")] for values in (self.states, exact_states))
+            z = self.p if fresh else z
+            scale_p = self.p.abs() + z.abs() + (moved - z).abs()
+            scales = [scale_p if name == "z" else scale for name, scale in zip(names, scales, strict=True)]
         slack = [torch.zeros_like(self.p) for _ in row.ulps]
         if row.steep:
             few_ulp = row.ulps[0] * torch.finfo(torch.float32).eps

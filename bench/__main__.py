@@ -8,6 +8,7 @@ import sys
 
 COMMANDS = {
     "cpu": "speed of the CPU backend against torch.optim, with targets",
+    "parts": "what averages and masks in the pass of a step cost on the CPU, with targets",
     "matrices": "speed of the methods with matrix products on the CPU, with targets",
     "gpu": "speed of the GPU backends against torch.optim, with targets",
     "products": "speed of Muon's products on a GPU against torch's, with targets",

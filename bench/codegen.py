@@ -142,10 +142,17 @@ def opcodes(texts: dict[str, str], kind: str) -> dict[str, Counter[str]]:
     return {name: Counter(OPCODE[kind].findall(text)) for name, text in texts.items()}
 
 
+#: Every compiled rule; those with parts as "rule+parts" and "rule+ema".
+COMPILED = {
+    **_C.rules,
+    **{f"{name}+{parts}": rule for parts, of in _C.rules_with_parts.items() for name, rule in of.items()},
+}
+
+
 def rule_named(type_: str) -> str:
     """The rule of a functor's type as it is demangled."""
     plain = re.sub(r"precond::\w+::", "", type_).replace(" ", "")
-    return next(name for name, rule in _C.rules.items() if rule.type.replace(" ", "") == plain)
+    return next(name for name, rule in COMPILED.items() if rule.type.replace(" ", "") == plain)
 
 
 def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
@@ -160,7 +167,7 @@ def cuda_kernels(machine: MachineCode) -> list[dict[str, object]]:
             continue
         rule = rule_named(found[1])
         p, g, s = (CPP_FORMATS[f] for f in found.groups()[1:])
-        states = _C.rules[rule].states
+        states = COMPILED[rule].states
         # 16 bytes of the widest operand; of 16-bit ones beside it, 8 bytes.
         pack = 4 if "fp32" in (p, g, s) else 8
         packs = 2 if pack == 4 else 1

@@ -9,6 +9,8 @@ compiler: str
 cuda: str
 cuda_on_host: bool
 rules: dict[str, Rule]
+#: Those with the parts that ride along with them, "parts" or "ema", by the name of the rule alone.
+rules_with_parts: dict[str, dict[str, Rule]]
 #: name -> number of a format
 formats: dict[str, int]
 #: Elements that share a scale.

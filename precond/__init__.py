@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch as torch  # first: the extension shares its OpenMP runtime
 
-from ._core.conversions import master_weights, to_torch_state_dict
+from ._core.conversions import averaged_state_dict, master_weights, to_torch_state_dict
 from ._core.groups import param_groups
 from ._core.optimizer import PrecisionWarning
 from ._core.settings import Settings
@@ -77,6 +77,7 @@ __all__ = [
     "Settings",
     "Sophia",
     "__version__",
+    "averaged_state_dict",
     "interpolate_basis",
     "master_weights",
     "param_groups",

@@ -16,6 +16,7 @@ from ._core.clipping import Begun
 from ._core.groups import param_groups
 from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
+from ._core.parts import OPTIONS
 from ._core.rows import Row
 from ._core.settings import DEFAULTS, Settings
 from ._core.states import Recipe
@@ -210,7 +211,7 @@ class Grouped(MultiPass):
         of = self._methods.of
         return Recipe(
             lambda p, group: of(group)._initial(p, group),
-            lambda name, group: of(group)._format_of_state(name, group),
+            lambda name, group: of(group)._format_of(name, group),
             lambda group: of(group)._numbers(group),
             lambda group: {**of(group)._options_of(group), "optimizer": None},
         )
@@ -401,4 +402,4 @@ def _by_dimensions(group: dict[str, Any], model: nn.Module) -> list[dict[str, An
 def _arguments(cls: type[FusedOptimizer]) -> set[str]:
     """The arguments of a class that its groups may have."""
     found = inspect.signature(cls.__init__).parameters.values()
-    return {p.name for p in found if p.kind is not p.VAR_KEYWORD} - {"self", "params"}
+    return {p.name for p in found if p.kind is not p.VAR_KEYWORD} - {"self", "params"} | OPTIONS.keys()

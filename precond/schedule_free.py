@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,8 @@ from ._core.arguments import arguments, check_betas, check_lr, check_nonnegative
 from ._core.formats import StateFormat, is_coded
 from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.rows import Row
+from ._core.rows import Row, name_of
+from ._core.scales import lr_of
 from ._core.settings import Settings
 from ._core.sharding import local
 from ._core.swapped import Swapped
@@ -60,18 +61,48 @@ class _ScheduleFree(FusedOptimizer, abstract=True):
             raise RuntimeError(
                 f"{type(self).__name__} must be in train mode for a step, got eval mode: call train() before training goes on"
             )
+        if not 0.0 < float(self._beta1(group)) < 1.0:
+            raise ValueError(f"beta1 or momentum must be in (0, 1), where y and z give x, got {self._beta1(group)}")
         group["lr_max"] = _largest(group)
         return super()._checked_row(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does, in the mode that the others are in."""
         super().add_param_group(param_group)
-        self.param_groups[-1]["train_mode"] = self.param_groups[0]["train_mode"]
+        group = self.param_groups[-1]
+        group["train_mode"] = self.param_groups[0]["train_mode"]
+        group["lr_max"] = self._modes["lr_max"] if group["lr_max"] is None else group["lr_max"]
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name, default in {"cautious": None, "ema_decay": None, "decoupled": "lr"}.items():
+            if group.get(name, default) != default:
+                raise ValueError(f"{name} must be {default!r} for {type(self).__name__}, got {group[name]!r}")
+        super()._check_group(group)
+
+    @classmethod
+    def _options_of(cls, group: dict[str, Any]) -> Mapping[str, Any]:
+        """Without those of a decay that follows lr / lr_max: the key lr_max has the package's meaning here."""
+        options = super()._options_of(group)
+        return {name: value for name, value in options.items() if name not in ("decoupled", "lr_max", "added_lr")}
+
+    def _check_may_step(self) -> None:
+        super()._check_may_step()
+        for group in self.param_groups:
+            if not group["train_mode"] and not self._asked_for_states_only():
+                raise RuntimeError(
+                    f"{type(self).__name__} must be in train mode for a step, got eval mode: call train() before training goes on"
+                )
 
     def _update(self) -> None:
         groups = [group for group in self.param_groups if not group["train_mode"]]
         if not groups or not self._asked_for_states_only():
-            super()._update()
+            before = [group["lr_max"] for group in self.param_groups]
+            try:
+                super()._update()
+            except BaseException:  # a step that fails leaves no trace
+                for group, lr_max in zip(self.param_groups, before, strict=True):
+                    group["lr_max"] = lr_max
+                raise
             return
         for group in groups:
             group["train_mode"] = True
@@ -116,6 +147,7 @@ class _ScheduleFree(FusedOptimizer, abstract=True):
         groups = [group for group in self.param_groups if not group["train_mode"]]
         if groups:
             states = self.states
+            self._check_shapes(groups)
             states.begin(self._all_params())
             kept = {id(p) for p, state in self.state.items() if self._swapped.key in state}
             kept -= {id(p) for p in self._swapped.restore(states)}
@@ -123,6 +155,17 @@ class _ScheduleFree(FusedOptimizer, abstract=True):
                 states.write(p, group, y)
             for group in groups:
                 group["train_mode"] = True
+
+    def _check_shapes(self, groups: list[dict[str, Any]]) -> None:
+        """Raise for a parameter that has another shape by now, before anything changes."""
+        for index, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"] if any(group is g for g in groups) else ()):
+                z = self.state.get(p, {}).get("z")
+                if z is not None and z.shape != p.shape:
+                    name = name_of(group, index, position)
+                    raise RuntimeError(
+                        f"{name} must have the shape of its state z, {tuple(z.shape)}, got {tuple(p.shape)}"
+                    )
 
     def _moved(
         self,
@@ -141,11 +184,13 @@ class _ScheduleFree(FusedOptimizer, abstract=True):
                 started = state.get("step", 0)
                 if not _backend.on_device(started) and not started > 0:  # a state that no step has made
                     continue
-                with torch.no_grad():
+                with torch.no_grad():  # not around the yield: it would hold for whoever takes the value
                     at = states.master(p, group)
                     z = local(self._decoded(p, group, "z"))
                     moved = at + weight * (z - at)
-                    yield p, group, torch.where(started > 0, moved, at) if _backend.on_device(started) else moved
+                    if _backend.on_device(started):
+                        moved = torch.where(started > 0, moved, at)
+                yield p, group, moved
 
     # Checkpoints.
 
@@ -166,7 +211,7 @@ class _ScheduleFree(FusedOptimizer, abstract=True):
 
 def _largest(group: dict[str, Any]) -> float | Tensor:
     """The largest lr so far, this step's among them: a number, or a tensor on the device that a tensor lr is on."""
-    lr, before = group["lr"], group["lr_max"]
+    lr, before = lr_of(group), group["lr_max"]
     if isinstance(lr, Tensor):
         lr = lr.detach().reshape(())
     if not _backend.on_device(lr):
@@ -190,8 +235,9 @@ class ScheduleFreeAdamW(_ScheduleFree):
 
     The gradient is taken at y, which the parameters are in training; z takes AdamW's steps without momentum, and x is the
     average of z, the weights to evaluate and to keep. z and x start as the parameters. Call ``eval()`` before evaluation and
-    before saving a model, and ``train()`` before training goes on: y then has its old bits again. Trainers of transformers and
-    accelerate call both. A new optimizer is in train mode; that of the package ``schedulefree`` is in eval mode.
+    before saving a model, and ``train()`` before training goes on: y then has its old bits again. The Trainer of transformers
+    calls both around evaluations, Accelerate passes them on. A new optimizer is in train mode; that of the package
+    ``schedulefree`` is in eval mode.
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. Any shape; float32, bfloat16, float16 and

@@ -47,7 +47,7 @@ def test_every_rule_gives_the_same_bits_on_x86_and_arm64(arm64):
         for line in run(*command, directory / "tests" / "same_bits").splitlines():
             rule, mix, isa, digest = line.split()
             hashes.setdefault((rule, mix), {})[f"{isa} {machine}"] = digest
-    assert len(hashes) == 14 * len(_C.rules)
+    assert len(hashes) == 14 * 3 * len(_C.rules)  # alone, with masks, with an average
     for case, by_machine in hashes.items():
         assert {"baseline here", "baseline arm64", "baseline+flush arm64"} <= by_machine.keys()
         assert len(set(by_machine.values())) == 1, (case, by_machine)
@@ -91,7 +91,7 @@ def test_every_rule_is_vectorised_with_neon(arm64):
         for name, code in functions(path).items()
         if "update_chunk<" in name
     }
-    assert len(updates) == len(_C.rules)
+    assert len(updates) == 3 * len(_C.rules)
     for name, code in updates.items():
         needed = kinds(code, vector=False)
         assert needed, name
@@ -102,7 +102,7 @@ def test_every_rule_is_vectorised_with_neon(arm64):
         whole = [body for body in bodies if kinds(body, vector=True) >= needed]
         # Dense bf16, which moves 16-bit lanes; dense fp32; and fp32 tiles.
         bf16 = [any(re.search(r"\.[48]h", operands) for _, _, operands in body) for body in whole]
-        assert bf16.count(True) >= 1, name
+        assert bf16.count(True) >= 1 or "WithParts<" in name, name
         assert bf16.count(False) >= 2, name
 
 

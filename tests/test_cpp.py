@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
+import re
 import shutil
 import subprocess
 
 import pytest
 from support import builds
 from support.builds import ROOT, run
+
+from precond import _C
 
 pytestmark = pytest.mark.source
 
@@ -59,3 +63,18 @@ def test_a_build_without_a_working_nvcc_says_so(mode, ok, message, tmp_path):
     result = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True, check=False)
     assert (result.returncode == 0) == ok, result.stdout + result.stderr
     assert message in result.stdout + result.stderr
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="arm64's loops are in test_arm64.py")
+def test_every_rule_is_vectorised():
+    """With its parts too, each in its loops over dense memory and over tiles."""
+    arithmetic = re.compile(r"\tv(?:fn?m(?:add|sub)\d+|mul|add|sub|div|sqrt)ps .*%[yz]mm")
+    found = {}
+    for path in builds.beside_the_extension("core").glob("CMakeFiles/isa_avx2_*.dir/csrc/cpu/family_isa.cpp.o"):
+        listing = run("objdump", "-d", "--demangle", "--no-show-raw-insn", path)
+        for name, code in re.findall(r"^[0-9a-f]+ <(.*)>:\n((?:.+\n)*)", listing, re.MULTILINE):
+            if "update_chunk<" in name and name.endswith("(precond::ChunkArgs const&)"):
+                found[name] = len(arithmetic.findall(code))
+    assert len(found) == 3 * len(_C.rules)
+    # A rule alone has loops for fp32, bf16, fp16 and tiles, one with parts for fp32 and tiles, with more to do.
+    assert [name for name, count in found.items() if count < 4] == []

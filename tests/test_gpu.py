@@ -100,14 +100,23 @@ def warmed_up(step):
 
 
 @pytest.mark.capture
-@pytest.mark.parametrize("cls", [precond.AdamW, precond.NAdam, precond.RAdam])
-def test_a_captured_graph_replays_with_a_changing_lr(cls):
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (precond.AdamW, {}),
+        (precond.NAdam, {}),
+        (precond.RAdam, {}),
+        (precond.AdamW, dict(ema_decay="equal", ema_start=1, cautious="both")),
+        (precond.ScheduleFreeAdamW, dict(warmup_steps=4)),
+    ],
+)
+def test_a_captured_graph_replays_with_a_changing_lr(cls, options):
     values, target = torch.randn(3000), torch.randn(3000)
     lr = torch.tensor(0.01, device=CUDA.name)
     p = torch.nn.Parameter(values.to(CUDA.name, copy=True))
     q = torch.nn.Parameter(values.clone())
-    optimizer = cls([p], lr=lr, capturable=True, backend="cuda")
-    eager = cls([q], lr=0.01, backend="cpu")
+    optimizer = cls([p], lr=lr, capturable=True, backend="cuda", **options)
+    eager = cls([q], lr=0.01, backend="cpu", **options)
     target_there = target.to(CUDA.name)
     p.grad = torch.zeros_like(p)
 

@@ -41,6 +41,8 @@ BOUNDS = {
     "AdamW fp32 + bf16 states, nearest": Bounds(44.2, 96),
     "AdamW bf16, fp32 gradients and states": Bounds(42.1, 112),
     "AdamW fp32, fp16 gradients": Bounds(41.1, 112),
+    "AdamW fp32 + ema": Bounds(60.3, 160),
+    "AdamW fp32, masks": Bounds(55.8, 128),
     "SGD momentum fp32": Bounds(11.8, 96),
     "Lion fp32": Bounds(20, 96),
     "Adagrad fp32": Bounds(32.3, 96),
@@ -55,6 +57,7 @@ BOUNDS = {
     "AdamW stochastic + int8": Bounds(159.5, 16),
     "AdamW stochastic + int4": Bounds(160.3, 16),
     "AdamW split32 + fp32": Bounds(118.8, 16),
+    "AdamW split24 + int8 + bf16 ema": Bounds(255.7, 16, spills=64),
     "AdamW AMSGrad split24 + int8": Bounds(218, 16, spills=24),
     # Whole chunks in formats that are known when compiled; with codes at most 82, with bf16 states 60, whatever a compiler does.
     "AdamW split24 + int8, whole": Bounds(79.9, 60),

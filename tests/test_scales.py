@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -263,15 +264,31 @@ def layered(lrs=(0.1, 0.1, 0.1)):
 
 
 @pytest.mark.parametrize("lrs", [(0.1, 0.1, 0.1), (0.1, 0.2, 0.03)], ids=["one lr", "several"])
-def test_a_scale_that_lr_already_has_is_an_error(lrs):
-    params, optimizer = layered(lrs)
+def test_a_scale_that_lr_already_has_is_warned_of_once(lrs):
+    _, optimizer = layered(lrs)
     as_timm(optimizer, lambda lr: 0.0)  # a warm-up that begins at 0, which tells nothing
     optimizer.step()
     as_timm(optimizer, lambda lr: 0.37 * lr)
-    before = [p.detach().clone() for p in params]
-    with pytest.raises(ValueError, match="lr_scale must not be in lr already, or it is applied twice, got lr"):
+    with pytest.warns(UserWarning, match="lr_scale seems to be in lr already, and would be applied twice: lr is"):
         optimizer.step()
-    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_a_scale_that_a_group_was_given_stays_there():
+    """Loops of others read it from every group, also where it is 1."""
+    group = precond.AdamW([dict(params=[torch.nn.Parameter(torch.ones(2))], lr_scale=1.0)]).param_groups[0]
+    assert group["lr_scale"] == 1.0
+
+
+def test_an_lr_above_lr_max_is_an_error():
+    """The decay would be above what it was said to be at most."""
+    w = torch.nn.Parameter(torch.ones(2))
+    w.grad = torch.ones(2)
+    optimizer = precond.AdamW([dict(params=[w], decoupled="independent", lr_max=0.1)], lr=0.2)
+    with pytest.raises(ValueError, match=r"lr must be at most lr_max with decoupled='independent', got 0\.2 > 0\.1"):
+        optimizer.step()
 
 
 def test_a_schedule_that_comes_to_the_ratio_of_the_scales_later_is_none():
@@ -382,7 +399,7 @@ def test_distributed_checkpoints_have_the_options(flat):
 
 def test_what_is_at_its_default_is_in_no_group():
     w = torch.nn.Parameter(torch.ones(2))
-    plain = {"lr_scale": 1.0, "decay_scale": 1, "decoupled": "lr", "lr_max": None}
+    plain = {"decoupled": "lr", "lr_max": None}
     assert (
         precond.AdamW([dict(params=[w], **plain)]).param_groups[0].keys()
         == torch.optim.AdamW([w]).param_groups[0].keys()

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from .arithmetic import clamped
-from .families.decays import stepped
-from .formats import BESIDE, block_at, draws, is_plain, load, operand, store
+from .families import decays, parts
+from .formats import BESIDE, NO_AVERAGE, block_at, draws, is_plain, load, operand, store
 from .prologue import SCALAR_FLOATS, seed_in
 from .random import draw_of, words_at
 
@@ -14,10 +14,10 @@ WARPS = 4
 # Parts of a block that is not full or not aligned, where formats are not plain. A whole one, with a predicate and an address for
 # each element, takes 188 registers for sm_90 with a split weight and 8-bit states; in four parts the full block's 124 decide.
 PARTS = 4
-# Slots of a tensor in the address table: p, g, up to three states, the number of elements, and again that number if every
-# address is a multiple of 16 bytes and runs of random.py are whole, else 0; then what lies beside p, g and the states, and where
-# the elements are in the unsharded tensor.
-OPERANDS = 5
+# Slots of a tensor in the address table: p, g, up to three states and an average of the weights behind them, the number of
+# elements, and again that number if every address is a multiple of 16 bytes and runs of random.py are whole, else 0; then what
+# lies beside p, g and the states, and where the elements are in the unsharded tensor.
+OPERANDS = 6
 NUMEL = tl.constexpr(OPERANDS)
 ALIGNED = tl.constexpr(OPERANDS + 1)
 PLACE = tl.constexpr(BESIDE.value + OPERANDS)
@@ -40,15 +40,18 @@ def update_block(
     S0: tl.constexpr,
     S1: tl.constexpr,
     S2: tl.constexpr,
+    AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Load, rule, store. FULL: every offset is an element, the addresses are aligned, and runs of random.py whole."""
+    """Load, rule, store. AVERAGE: the format of an average of the weights, "" of a rule with parts that has none, "off" without
+    parts. FULL: every offset is an element, the addresses are aligned, and runs of random.py whole.
+    """
     p_at = operand(slots, P, FULL)
     p = load(p_at, block, P, BLOCK, FULL)
     g = clamped(grad_coef * load(operand(slots + 1, G, FULL), block, G, BLOCK, FULL), clip_value)
     word = 0
-    if draws(P, S0, S1, S2):
+    if draws(P, S0, S1, S2, AVERAGE):
         word = words_at(*seed_in(scalars), slots + PLACE, block[0], g, BLOCK, FULL)
     if STATES == 0:
         step = UPDATE(p, g, scalars, DECAY, OPTION)
@@ -70,7 +73,10 @@ def update_block(
         s1 = load(s1_at, block, S1, BLOCK, FULL)
         s2 = load(s2_at, block, S2, BLOCK, FULL)
         step, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, scalars, DECAY, OPTION)
-    p = stepped(p, step, DECAY)
+    if AVERAGE != "off":
+        p = parts.stepped(p, g, step, scalars, DECAY)
+    else:
+        p = decays.stepped(p, step, DECAY)
     if STATES >= 1:
         store(s0_at, block, s0, draw_of(word, 1), S0, BLOCK, FULL)
     if STATES >= 2:
@@ -78,11 +84,20 @@ def update_block(
     if STATES >= 3:
         store(s2_at, block, s2, draw_of(word, 3), S2, BLOCK, FULL)
     store(p_at, block, p, draw_of(word, 0), P, BLOCK, FULL)
+    if has_average(AVERAGE):
+        ema_at = operand(slots + 2 + STATES, AVERAGE, FULL)
+        ema = parts.averaged(p, load(ema_at, block, AVERAGE, BLOCK, FULL), scalars)
+        store(ema_at, block, ema, draw_of(word, 1 + STATES), AVERAGE, BLOCK, FULL)
+
+
+@triton.constexpr_function
+def has_average(name):
+    return name not in NO_AVERAGE
 
 
 @triton.constexpr_function
 def part_of(block, *names):
-    return block if all(is_plain(name) for name in names) else block // PARTS
+    return block if all(name in NO_AVERAGE or is_plain(name) for name in names) else block // PARTS
 
 
 @triton.jit
@@ -101,6 +116,7 @@ def update_kernel(
     S0: tl.constexpr,
     S1: tl.constexpr,
     S2: tl.constexpr,
+    AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Update one chunk. chunks_ptr: (tensor, first element); tensors_ptr: SLOTS numbers each; scalars_ptr and control_ptr: what
@@ -116,15 +132,47 @@ def update_kernel(
     skip = tl.load(control_ptr) != 0.0
     numel = tl.where(skip, 0, tl.load(slots + NUMEL))
     aligned = tl.where(skip, 0, tl.load(slots + ALIGNED))
-    PART: tl.constexpr = part_of(BLOCK, P, S0, S1, S2)
+    PART: tl.constexpr = part_of(BLOCK, P, S0, S1, S2, AVERAGE)
     block = block_at(begin, numel, BLOCK)
     if begin + BLOCK <= aligned:
         update_block(
-            slots, block, scalars, grad_coef, clip_value, UPDATE, DECAY, OPTION, STATES, P, G, S0, S1, S2, BLOCK, True
+            slots,
+            block,
+            scalars,
+            grad_coef,
+            clip_value,
+            UPDATE,
+            DECAY,
+            OPTION,
+            STATES,
+            P,
+            G,
+            S0,
+            S1,
+            S2,
+            AVERAGE,
+            BLOCK,
+            True,
         )
     elif PART == BLOCK:
         update_block(
-            slots, block, scalars, grad_coef, clip_value, UPDATE, DECAY, OPTION, STATES, P, G, S0, S1, S2, BLOCK, False
+            slots,
+            block,
+            scalars,
+            grad_coef,
+            clip_value,
+            UPDATE,
+            DECAY,
+            OPTION,
+            STATES,
+            P,
+            G,
+            S0,
+            S1,
+            S2,
+            AVERAGE,
+            BLOCK,
+            False,
         )
     else:
         for part in range(BLOCK // PART):
@@ -146,6 +194,7 @@ def update_kernel(
                     S0,
                     S1,
                     S2,
+                    AVERAGE,
                     PART,
                     False,
                 )

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .families.parts import set_parts
 from .random import seed_of
 
 # Floats of a tensor in the table of scalars: a rule's, and a seed behind them; kScalarFloats in csrc.
@@ -153,6 +154,7 @@ def prologue(
     DECAY: tl.constexpr,
     OPTION: tl.constexpr,
     HYPERS: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write the scalars of every tensor and what update_kernel reads at control_ptr; advance what is counted on the device.
@@ -205,4 +207,6 @@ def prologue(
     scalars = scalars_ptr + tensor * SCALAR_FLOATS
     # A rule that reads the step without saying so does not compile.
     SET_SCALARS(hyper, step if READS_STEP else None, fresh, scalar_state, scalars, mask, DECAY, OPTION)
+    if HAS_PARTS:
+        set_parts(hyper, HYPERS, step, scalars, mask)
     put_seed(key, step, scalars, mask)

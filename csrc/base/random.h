@@ -59,7 +59,7 @@ struct Draws {
   PRECOND_INLINE uint32_t operator()(uint32_t word) const { return placed(word) >> 8; }
 };
 PRECOND_INLINE constexpr Draws draws_of(int operand) {
-  return {operand < 2 ? 1u : 0x01000193u, operand == 1 || operand == 2 ? 0 : 8};
+  return {operand < 2 ? 1u : operand < 4 ? 0x01000193u : 0x5bd1e995u, operand == 1 || operand == 2 ? 0 : 8};
 }
 
 }  // namespace PRECOND_ISA

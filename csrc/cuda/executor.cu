@@ -93,10 +93,11 @@ int kernel_for(const Tensor& t) {
     alike = alike && t.state[k].format == state;
   }
   if (!plain) return kMixed;
+  const auto has = [&](int kernel) { return kernels()[size_t(t.rule)].launch[kernel] != nullptr; };
   // For strides the kernel of mixed.cuh executes 1.6 times the instructions of this one, for dense tensors 0.75.
-  if (!dense) return kAny;
+  if (!dense) return has(kAny) ? kAny : kMixed;
   const int fast = (int(t.p.format) * kPlainFormats + int(t.g.format)) * kPlainFormats + int(state);
-  return alike && kernels()[size_t(t.rule)].launch[fast] != nullptr ? fast : kMixed;
+  return alike && has(fast) ? fast : kMixed;
 }
 
 // The kernel for its whole chunks; `other`, which takes the rest, where fixed.cuh has none.

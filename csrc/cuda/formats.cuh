@@ -284,6 +284,32 @@ __device__ __forceinline__ Words encode_state(Format format, const float* values
   return words;
 }
 
+// A run of values, and of what encodes it with its group's scale: to be returned from functions.
+struct Run {
+  float x[kRun];
+};
+struct Encoded {
+  Words words;
+  uint32_t scale;
+};
+#if defined(__CUDACC__)
+#define PRECOND_APART static __device__ __noinline__
+#else
+#define PRECOND_APART static inline
+#endif
+// The same as functions of their own, for kernels with parts: inlined for each state they take the compiler most of its
+// time, and there is such a kernel for every rule.
+PRECOND_APART Run decode_state_apart(Format format, Words words, uint32_t scale) {
+  Run run = {};
+  decode_state(format, words, scale, run.x);
+  return run;
+}
+PRECOND_APART Encoded encode_state_apart(Format format, Run run, int count, Words random, int number, uint32_t scale) {
+  Encoded encoded = {{}, scale};
+  encoded.words = encode_state(format, run.x, count, random.word, number, encoded.scale);
+  return encoded;
+}
+
 // A word of random bits for each element of a run.
 __device__ __forceinline__ void fill_random(Seed seed, const Place& place, int64_t i, uint32_t* word) {
   uint64_t index = uint64_t(place.index(i));

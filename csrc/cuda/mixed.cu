@@ -18,9 +18,12 @@ void launch_mixed(const UpdateArgs& a) {
          a.control);
 }
 #define PRECOND_KERNEL(name, ...) &launch_mixed<__VA_ARGS__>,
+// With parts: one kernel, with an average or without.
+#define PRECOND_PARTS(name, ...) &launch_mixed<WithAverage<__VA_ARGS__>>,
 extern const LaunchUpdate kMixed[];
-const LaunchUpdate kMixed[] = {PRECOND_RULES(PRECOND_KERNEL)};
+const LaunchUpdate kMixed[] = {PRECOND_RULES_AND_PARTS(PRECOND_KERNEL, PRECOND_PARTS, PRECOND_PARTS)};
 #undef PRECOND_KERNEL
+#undef PRECOND_PARTS
 
 template <class Rule, class P, class G, class... S>
 void launch_fixed(const UpdateArgs& a) {
@@ -45,9 +48,11 @@ constexpr FixedKernels fixed_kernels() {
 #undef PRECOND_KERNEL
 }
 #define PRECOND_KERNELS(name, ...) fixed_kernels<__VA_ARGS__>(),
+#define PRECOND_PARTS(name, ...) FixedKernels{},
 extern const FixedKernels kFixed[];
-const FixedKernels kFixed[] = {PRECOND_RULES(PRECOND_KERNELS)};
+const FixedKernels kFixed[] = {PRECOND_RULES_AND_PARTS(PRECOND_KERNELS, PRECOND_PARTS, PRECOND_PARTS)};
 #undef PRECOND_KERNELS
+#undef PRECOND_PARTS
 
 }  // namespace PRECOND_FAMILY
 }  // namespace PRECOND_ISA

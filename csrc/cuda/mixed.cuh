@@ -22,12 +22,41 @@ __device__ __forceinline__ void read_again() {
 #endif
 }
 
+template <class Rule>
+__device__ __forceinline__ void decode_state_for(Format format, const Words& words, uint32_t scale, float* x) {
+  if constexpr (kHasParts<Rule>) {
+    const Run run = decode_state_apart(format, words, scale);
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) x[k] = run.x[k];
+  } else {
+    decode_state(format, words, scale, x);
+  }
+}
+template <class Rule>
+__device__ __forceinline__ Words encode_state_for(Format format, const float* values, int count, const uint32_t* word,
+                                                  int number, uint32_t& scale) {
+  if constexpr (kHasParts<Rule>) {
+    Run run;
+    Words random;
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) run.x[k] = values[k], random.word[k] = word[k];
+    const Encoded encoded = encode_state_apart(format, run, count, random, number, scale);
+    scale = encoded.scale;
+    return encoded.words;
+  } else {
+    return encode_state(format, values, count, word, number, scale);
+  }
+}
+
 template <class Rule, int... K>
 __device__ __forceinline__ void update_mixed(const DeviceTensor& t, const Strides* strides, const float* scalars,
                                              Incoming incoming, Range range, std::integer_sequence<int, K...>) {
   const auto format = [&](int operand) { return t.operand[operand].format; };
   const auto items = [&](int operand) {
-    return items_of(t.operand[operand].data, item_bits(format(operand)), t.operand[operand].strides, strides);
+    // A rule with parts may have no average: an operand of no bits is neither read nor written.
+    const bool there = !kHasParts<Rule> || t.operand[operand].data != nullptr;
+    return items_of(t.operand[operand].data, there ? item_bits(format(operand)) : 0, t.operand[operand].strides,
+                    strides);
   };
   const auto beside = [&](int operand) {
     return items_of(t.operand[operand].beside, remainder_bits(format(operand)), kDense, strides);
@@ -54,7 +83,7 @@ __device__ __forceinline__ void update_mixed(const DeviceTensor& t, const Stride
     [[maybe_unused]] float s[Rule::kStates + 1][kRun] = {};
     decode_weight(format(0), p_words, p_remainder, p);
     decode_gradient(format(1), g_words, g);
-    (decode_state(format(2 + K), s_words[K], scale[K], s[K]), ...);
+    (decode_state_for<Rule>(format(2 + K), s_words[K], scale[K], s[K]), ...);
 
     const Rule rule = rule_of<Rule>(t, scalars);
 #pragma unroll
@@ -66,7 +95,7 @@ __device__ __forceinline__ void update_mixed(const DeviceTensor& t, const Stride
     Words remainder = {};
     put<32>(items(0), i, count, encode_weight(format(0), p, random, remainder));
     put<16>(beside(0), i, count, remainder);
-    (put<32>(items(2 + K), i, count, encode_state(format(2 + K), s[K], count, random, 1 + K, scale[K])), ...);
+    (put<32>(items(2 + K), i, count, encode_state_for<Rule>(format(2 + K), s[K], count, random, 1 + K, scale[K])), ...);
     ((is_coded(format(2 + K)) && first_of_group ? void(scale_of(2 + K, i) = uint16_t(scale[K])) : void()), ...);
   }
 }

@@ -27,8 +27,10 @@ __global__ void scalars_kernel(const ScalarsJob* jobs, int32_t count, const Devi
   int32_t number = first;
 #define PRECOND_PREPARE(name, ...) \
   if (group.rule == number++) prepare<__VA_ARGS__>(job, group.hyper, skip, scalars + j * kScalarFloats);
-  PRECOND_RULES(PRECOND_PREPARE)
+#define PRECOND_PARTS(name, ...) PRECOND_PREPARE(name, WithAverage<__VA_ARGS__>)
+  PRECOND_RULES_AND_PARTS(PRECOND_PREPARE, PRECOND_PARTS, PRECOND_PARTS)
 #undef PRECOND_PREPARE
+#undef PRECOND_PARTS
 }
 
 void launch_scalars(const ScalarsArgs& a) {
@@ -47,10 +49,13 @@ void launch_any(const UpdateArgs& a) {
 
 // The formats of p, g and states that have a kernel. Those that training makes: p and g alike, or gradients and states
 // in fp32 beside weights of 16 bits. Of rules that are taken often, every mix of fp32 and one kind of 16 bits. A kernel
-// more is compiled for each of 86 rules and six architectures; other formats have that of mixed.cuh. States of a rule
+// more is compiled for each of 88 rules and six architectures; other formats have that of mixed.cuh. States of a rule
 // without any are counted as p is.
+// With parts only rules that are taken often have some, of what a training in fp32 or bf16 makes.
 template <class Rule>
 constexpr bool has_kernel(Format p, Format g, Format s) {
+  if constexpr (kHasParts<Rule>)
+    return kOftenWithParts<Rule> && p == g && p != Format::fp16 && (s == Format::fp32 || (s == p && Rule::kMasksOnly));
   const int kinds = (1 << int(p) | 1 << int(g) | 1 << int(s)) & ~(1 << int(Format::fp32));
   if ((kinds & (kinds - 1)) != 0) return false;
   if (Rule::kStates == 0 && s != p) return false;
@@ -66,16 +71,28 @@ constexpr LaunchUpdate fast_kernel() {
   else
     return nullptr;
 }
+// Strides of rules with parts are for the kernel of mixed.cuh.
+template <class Rule>
+constexpr LaunchUpdate any_kernel() {
+  if constexpr (kHasParts<Rule>)
+    return nullptr;
+  else
+    return &launch_any<Rule>;
+}
 template <class Rule, int... I>
 constexpr PlainKernels kernels_of(std::integer_sequence<int, I...>) {
   return {{fast_kernel<Rule, I / (kPlainFormats * kPlainFormats), I / kPlainFormats % kPlainFormats,
                        I % kPlainFormats>()...,
-           &launch_any<Rule>}};
+           any_kernel<Rule>()}};
 }
 #define PRECOND_KERNELS(name, ...) kernels_of<__VA_ARGS__>(std::make_integer_sequence<int, kAny>{}),
+#define PRECOND_MASKS(name, ...) PRECOND_KERNELS(name, WithMasks<__VA_ARGS__>)
+#define PRECOND_AVERAGE(name, ...) PRECOND_KERNELS(name, WithAverage<__VA_ARGS__>)
 extern const PlainKernels kPlain[];
-const PlainKernels kPlain[] = {PRECOND_RULES(PRECOND_KERNELS)};
+const PlainKernels kPlain[] = {PRECOND_RULES_AND_PARTS(PRECOND_KERNELS, PRECOND_MASKS, PRECOND_AVERAGE)};
 #undef PRECOND_KERNELS
+#undef PRECOND_MASKS
+#undef PRECOND_AVERAGE
 
 }  // namespace PRECOND_FAMILY
 }  // namespace PRECOND_ISA

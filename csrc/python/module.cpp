@@ -33,14 +33,17 @@ struct Rule {
   py::tuple second_moments, hyper;  // made once: a step reads them
 };
 
-py::dict rule_table() {
+// By the names of rules: themselves, or each with what its name has after them.
+py::dict rule_table(const std::string& parts) {
   py::dict table;
   for (size_t i = 0; i < rules().size(); ++i) {
     const RuleInfo& info = rules()[i];
+    const std::string name = info.name, base = name.substr(0, name.find('+'));
+    if (base + parts != name) continue;
     py::list squares;
     for (int k = 0; k < info.states; ++k)
       if (info.squares >> k & 1) squares.append(k);
-    table[info.name] = Rule{int(i), &info, py::tuple(squares), py::tuple(py::cast(info.hyper))};
+    table[base.c_str()] = Rule{int(i), &info, py::tuple(squares), py::tuple(py::cast(info.hyper))};
   }
   return table;
 }
@@ -158,7 +161,10 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("reads_step", [](const Rule& r) { return r.info->reads_step; })
       .def_property_readonly("scalar_states", [](const Rule& r) { return r.info->scalar_states; })
       .def_property_readonly("type", [](const Rule& r) { return r.info->type; });
-  m.attr("rules") = rule_table();
+  m.attr("rules") = rule_table("");
+  py::dict with_parts;
+  for (const char* const parts : {"parts", "ema"}) with_parts[parts] = rule_table(std::string("+") + parts);
+  m.attr("rules_with_parts") = with_parts;
 
   py::dict formats;
   for (int i = 0; i < kFormatCount; ++i) formats[kFormats[i].name] = i;

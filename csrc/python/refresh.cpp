@@ -202,7 +202,8 @@ bool TensorPlan::refresh_states(const py::dict& state) {
     const int32_t index = state_items_[item++].second;
     if (item + kAhead < state_items_.size() && state_items_[item + kAhead].second >= 0) {
       const Traces& ahead = traces_[state_items_[item + kAhead].second];
-      for (const Trace* trace : {&ahead.state[0], &ahead.state[1], &ahead.state[2], &ahead.step, &ahead.scalar})
+      for (const Trace* trace :
+           {&ahead.state[0], &ahead.state[1], &ahead.state[2], &ahead.state[3], &ahead.step, &ahead.scalar})
         if (trace->object != nullptr) trace->prefetch();
     }
     if (index < 0 || !plan_.tensor(entries_[index].tensor).active) continue;

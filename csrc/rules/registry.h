@@ -20,7 +20,7 @@ struct RuleInfo {
   double (*advanced)(const double* hyper, double step, double scalar);
 };
 
-// Rules of one family have consecutive numbers.
+// Rules of one family have consecutive numbers; those with parts follow, parts.h.
 struct Family {
   const char* name;
   int first, count;

@@ -39,6 +39,12 @@ constexpr bool kOftenMixed = false;
 template <class Rule>
 constexpr bool kOverwrites = false;
 
+// Whether it is another rule with its parts, parts.h, and of those whether that is taken often.
+template <class Rule>
+constexpr bool kHasParts = false;
+template <class Rule>
+constexpr bool kOftenWithParts = false;
+
 // The new p, from the old one and what a rule returns: the one place where a decay is applied.
 template <class Rule>
 PRECOND_INLINE float stepped(const Rule& rule, float p, Step step) {

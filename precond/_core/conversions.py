@@ -13,7 +13,7 @@ from .rows import Group
 from .sharding import like
 from .states import ParamStates
 
-_BESIDE = ("key", "remainder")
+_BESIDE = ("key", "remainder", formats.EMA, f"{formats.EMA}_scale")
 
 
 def to_torch_state_dict(optimizer: FusedOptimizer) -> dict[str, Any]:
@@ -107,6 +107,45 @@ def master_weights(optimizer: FusedOptimizer, model: nn.Module) -> dict[str, Ten
         master = optimizer.states.master(p, group_of.get(p, {}))
         masters[name] = like(p, master.clone() if master.dtype == p.dtype else master)
     return masters
+
+
+def averaged_state_dict(optimizer: FusedOptimizer, model: nn.Module) -> dict[str, Any]:
+    """``model.state_dict()`` with the average of the weights, to evaluate or to publish.
+
+    Args:
+        optimizer: the optimizer of precond that steps the model's parameters, with ``ema_decay``; a wrapper around it or a
+            trainer's object that has it as ``optimizer`` too.
+        model: a module. It is not changed. Where it is sharded, all ranks call this, and the dictionary has shards.
+
+    Returns:
+        ``model.state_dict()`` with copies of the model's parameters and buffers, in their dtypes. Parameters without an average
+        are as they are.
+
+    Raises:
+        TypeError: for another optimizer.
+        RuntimeError: no parameter has an average.
+
+    Example:
+        >>> import torch, precond
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> opt = precond.SGD(model.parameters(), lr=1.0, ema_decay=0.5)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> for _ in range(3):
+        ...     model.weight.grad = torch.ones(1, 1)
+        ...     opt.step()
+        >>> precond.averaged_state_dict(opt, model)["weight"].item(), model.weight.item()
+        (-2.25, -3.0)
+    """
+    while not isinstance(optimizer, FusedOptimizer) and (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner  # a trainer's
+    if not hasattr(optimizer, "averaged"):
+        _check(optimizer)
+    with optimizer.averaged():
+        found: dict[str, Any] = model.state_dict()
+        for name, value in found.items():
+            if isinstance(value, Tensor):
+                found[name] = value.detach().clone()
+    return found
 
 
 def _check(optimizer: object) -> None:

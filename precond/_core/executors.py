@@ -55,7 +55,8 @@ def table_of(rows: list[Row], device: torch.device | None) -> tuple[list[Any], l
 def _number_and_hyper(rule: str) -> tuple[int, tuple[str, ...]]:
     """Of a rule of the extension, whose properties are made anew each time that they are read."""
     assert _backend._C is not None
-    known = _backend._C.rules[rule]
+    name, _, parts = rule.partition("+")
+    known = (_backend._C.rules_with_parts[parts] if parts else _backend._C.rules)[name]
     return known.number, known.hyper
 
 

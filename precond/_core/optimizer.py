@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, overload
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from . import backend as _backend
-from . import formats
+from . import formats, parts
 from .amp import control_of
 from .arguments import number
 from .checkpoint import KeptOptions, states_as_saved
@@ -22,10 +24,12 @@ from .metric import Metric
 from .norm import group_of_sharder, sharder_among_callers
 from .precision import at_stated_precision
 from .rows import Row, Step, name_of
-from .scales import SCALES, l1_decay_of, remember_lr, scale, scaled_already
+from .scales import KEPT, SCALES, l1_decay_of, remember_lr, scale, scaled_already
 from .settings import DEFAULTS, LOST, Settings, own_settings
+from .sharding import local
 from .states import ParamStates, Recipe
 from .states import PrecisionWarning as PrecisionWarning
+from .swapped import Swapped
 
 #: What an optimizer's class says, in the errors of one that does not.
 _DECLARATIONS = {
@@ -48,7 +52,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     #: Rules that take sparse gradients: those that torch gives them to.
     _sparse_rules: ClassVar[frozenset[str]] = frozenset()
     #: Group options that torch does not have, with their defaults.
-    _group_options: ClassVar[dict[str, Any]] = {"state_format": None, "weight_format": None, **SCALES}
+    _group_options: ClassVar[dict[str, Any]] = {
+        "state_format": None,
+        "weight_format": None,
+        **SCALES,
+        **parts.OPTIONS,
+    }
     #: Options that groups of older checkpoints may lack, with what they were then. A drop-in's are in torch's ``__setstate__``.
     _older_options: ClassVar[dict[str, Any]] = {
         "foreach": None,
@@ -67,6 +76,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _owner: weakref.ref[FusedOptimizer] | None = None
     #: False until it is known that nothing else multiplies lr by ``lr_scale``.
     _scaled_once: bool
+    #: True inside of averaged().
+    _shows_averages: bool = False
     #: How many groups are before this one's where it only checks and completes some.
     _groups_before: int = 0
 
@@ -81,6 +92,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise TypeError(f"{cls.__name__}._group_options must have {', '.join(sorted(missing))}")
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, settings: Settings) -> None:
+        # Options of groups that all classes have come along with the settings.
+        defaults.update({name: value for name, value in settings.items() if name in parts.OPTIONS})
         self._own = own_settings(type(self).__name__, settings)
         self._own["backend"] = _backend.check(self._own["backend"])
         self._join_sharder()
@@ -120,6 +133,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise if an option that torch does not have is out of range."""
         check_options(group, self._group_options, type(self))
+        parts.check(group, type(self))
 
     @classmethod
     def _options_of(cls, group: dict[str, Any]) -> Mapping[str, Any]:
@@ -136,6 +150,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What a group asks for a state to be stored in."""
         asked: StateFormat = group.get("state_format")
         return asked
+
+    @classmethod
+    def _format_of(cls, name: str, group: dict[str, Any]) -> StateFormat:
+        """The same for every state, also those of parts."""
+        if name == formats.EMA:
+            asked: StateFormat = group.get("ema_format")
+            return asked
+        return cls._format_of_state(name, group)
 
     @classmethod
     def _numbers(cls, group: dict[str, Any]) -> dict[str, int]:
@@ -169,6 +191,58 @@ class FusedOptimizer(torch.optim.Optimizer):
         """A state that a parameter has: itself, or decoded where it consists of codes."""
         return self.states.decoded(p, group, self._row(group).rule, name)
 
+    # An average of the weights.
+
+    def averages(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """The average of a parameter's weights that its state has, of the local shape."""
+        state = self.state[p]
+        scale = state.get(f"{formats.EMA}_scale")
+        if scale is None:
+            return local(state[formats.EMA])
+        form = formats.layout_of(p, group, state, (formats.EMA,)).states[0]
+        return formats.values_of(state, formats.EMA, form, p)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Show the average of the weights in the parameters while a ``with`` block runs; afterwards they have their old bits.
+
+        The averages are those that ``ema_decay`` asks for; parameters without one keep their weights. While they are shown, a
+        copy of each parameter is kept in its own dtype, and a step is an error. In a model whose parameters are sharded all
+        ranks enter and leave together.
+
+        Raises:
+            RuntimeError: no parameter has an average, or averages are shown already.
+
+        Example:
+            >>> import torch, precond
+            >>> w = torch.nn.Parameter(torch.tensor([0.0]))
+            >>> opt = precond.SGD([w], lr=1.0, ema_decay=0.5)
+            >>> for _ in range(3):
+            ...     w.grad = torch.ones(1)
+            ...     opt.step()
+            >>> with opt.averaged():
+            ...     print(w.item())
+            -2.25
+            >>> w.item()
+            -3.0
+        """
+        if self._shows_averages:
+            raise RuntimeError("averaged() shows averages already")
+        states = self.states
+        asked = [group for group in self.param_groups if group.get("ema_decay") is not None]
+        found = [(p, group) for group in asked for p in group["params"] if formats.EMA in self.state.get(p, ())]
+        if not found:
+            raise RuntimeError("averaged() needs ema_decay in a group, and a step that has made an average")
+        states.begin([p for p, _ in found])
+        swapped = Swapped("weights")
+        self._shows_averages = True
+        try:
+            swapped.show(states, ((p, group, self.averages(p, group)) for p, group in found))
+            yield
+        finally:
+            self._shows_averages = False
+            swapped.restore(self.states, written_too=True)
+
     # The step.
 
     @overload
@@ -177,6 +251,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one optimization step; with a closure, evaluate it first and return its value."""
+        self._check_may_step()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -184,6 +259,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             self._update_at_stated_precision()
         return loss
+
+    def _check_may_step(self) -> None:
+        """Raise where no step may be taken now, before a closure is evaluated."""
+        if self._shows_averages:
+            raise RuntimeError("step() must not be called while averaged() shows other weights")
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @at_stated_precision
@@ -194,19 +274,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget_strangers()
 
     def _check_scaled_once(self) -> None:
-        """Raise where groups have an ``lr_scale`` that their lr has already. Only the first step that can tell counts: later
-        on a schedule may come to such numbers by chance.
+        """Warn where groups have an ``lr_scale`` that their lr seems to have already. Only the first step that can tell counts:
+        later on a schedule may come to such numbers by chance.
         """
         groups = self.param_groups
         found = scaled_already(groups) if any("lr_scale" in group for group in groups) else False
         if found:
             moving = [group for group in groups if group["lr"] > 0.0]
-            raise ValueError(
-                "lr_scale must not be in lr already, or it is applied twice, got lr "
-                f"{[group['lr'] for group in moving]} with lr_scale {[group.get('lr_scale', 1.0) for group in moving]}: "
-                "see docs/param_groups.md for schedulers that multiply by lr_scale, such as timm's"
+            warnings.warn(
+                "lr_scale seems to be in lr already, and would be applied twice: lr is "
+                f"{[group['lr'] for group in moving]} with lr_scale {[group.get('lr_scale', 1.0) for group in moving]}; "
+                "see docs/param_groups.md for schedulers that multiply by lr_scale, such as timm's",
+                stacklevel=2,
             )
-        self._scaled_once = found is False
+        self._scaled_once = found is not None
 
     def _forget_strangers(self) -> None:
         """Drop what is kept about parameters that this optimizer no longer has."""
@@ -229,7 +310,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._check_group(group)  # a scheduler or a checkpoint may have changed it
         if "capturable" in self.defaults:  # other classes ignore it, as torch's do
             check_capturable(group, fused=bool("fused" in self.defaults and group.get("fused")))
-        row = self._row(group)
+        row = parts.with_parts(self._row(group), group)
         check_numbers(row, group)
         return row
 
@@ -304,7 +385,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         _drop_settings(group, self.defaults)
         for name, default in self._options_of(group).items():
-            if name in group and group[name] == default:
+            if name in group and group[name] == default and name not in KEPT:
                 del group[name]  # as in torch's groups, or a flat checkpoint does not go both ways
         remember_lr(group)
         self._scaled_once = False
@@ -321,8 +402,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _prepare_to_save(self) -> None:
         """Drop stale remainders, since one that is loaded is trusted, and settings that a sharding optimizer left in groups.
-        Renew codes of version 0.1 that no step has seen.
+        Renew codes of version 0.1 that no step has seen. Raise while averages are shown.
         """
+        if self._shows_averages:
+            raise RuntimeError("an optimizer must not be saved or copied while averaged() shows other weights")
         formats.renew(self.state.items())
         self.states.begin(self._all_params())
         for group in self.param_groups:
@@ -380,7 +463,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _recipe(self) -> Recipe:
         """It must not keep this optimizer alive."""
-        return Recipe(self._initial, self._format_of_state, self._numbers, self._options_of)
+        return Recipe(self._initial, self._format_of, self._numbers, self._options_of)
 
     def _is_fused(self) -> bool:
         """True where ``fused=True`` was asked for, of the whole optimizer."""
@@ -393,6 +476,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         tensor and takes the loaded value. Options that torch does not have keep this optimizer's values where the
         checkpoint has none.
         """
+        if self._shows_averages:
+            raise RuntimeError("load_state_dict() must not be called while averaged() shows other weights")
         kept = KeptOptions(self.param_groups, self._states.recipe.options)
         with states_as_saved(self):
             super().load_state_dict(state_dict)
@@ -400,8 +485,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         formats.renew(self.state.items(), thorough=True)
         states = self.states
         for index, group in enumerate(self.param_groups):
-            if group.get("state_format") is not None:
-                rule = self._row(group).rule
+            if group.get("state_format") is not None or group.get("ema_format") is not None:
+                rule = parts.with_parts(self._row(group), group).rule
                 for position, p in enumerate(group["params"]):
                     states.convert(name_of(group, index, position), p, group, rule)
         self._rebuild()

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+_FORMAT_OPTIONS = ("state_format", "weight_format", "ema_format")
+
 Group = dict[str, Any]
 Hyper = dict[str, float | Tensor]
 
@@ -71,9 +73,9 @@ class Step(NamedTuple):
         """What a parameter is updated with; None leaves it alone."""
         return self.inputs.get(p, p.grad) if self.inputs else p.grad
 
-    def formats(self) -> list[tuple[Any, Any]]:
+    def formats(self) -> list[tuple[Any, ...]]:
         """The formats that groups ask for."""
-        return [(group.get("state_format"), group.get("weight_format")) for group in self.groups]
+        return [tuple(group.get(name) for name in _FORMAT_OPTIONS) for group in self.groups]
 
 
 def parameters(step: Step) -> list[Tensor]:

@@ -16,6 +16,9 @@ from .rows import Group, Hyper
 #: with.
 SCALES = {"lr_scale": 1.0, "decay_scale": 1.0, "decoupled": "lr", "lr_max": None, "added_lr": None}
 
+#: Those that stay in a group that was given them, whatever they are: loops of others read them there.
+KEPT = ("lr_scale", "decay_scale")
+
 #: torch's classes whose ``weight_decay`` is added to the gradient; a group's "decoupled_weight_decay" comes first.
 _COUPLED = (
     torch.optim.SGD,
@@ -107,6 +110,11 @@ def scale(hyper: Hyper, group: Group) -> None:
         return
     of_lr, of_decay = float(group.get("lr_scale", 1.0)), float(group.get("decay_scale", 1.0))
     if group.get("decoupled") == "independent":
+        largest, lr = lr_max_of(group), hyper["lr"]
+        if not isinstance(lr, Tensor) and lr > largest * (1.0 + 1e-6):
+            raise ValueError(
+                f"lr must be at most lr_max with decoupled='independent', got {lr} > {largest}: give the group its lr_max"
+            )
         # Of lr_scale = 0 nothing is left to divide: such a group does not move at all.
         of_decay = of_decay / (lr_max_of(group) * of_lr) if of_lr > 0.0 else 0.0
     if of_lr != 1.0:

@@ -10,7 +10,8 @@ from typing_extensions import TypedDict
 
 class Settings(TypedDict, total=False):
     """Keyword arguments of every optimizer of precond. They concern the whole step, so no group and no checkpoint has them;
-    deepcopy and pickle keep them.
+    deepcopy and pickle keep them. Only the last four are options of groups, where they may differ, and of checkpoints: what
+    rides along in the pass of the step (docs/averages.md, docs/cautious.md).
 
     Args:
         backend: None picks the best per parameter, or "cpu", "cuda", "triton", "reference".
@@ -25,6 +26,12 @@ class Settings(TypedDict, total=False):
             neither copied nor pickled: set the attribute ``norm_process_group`` of the copy.
         seed: an integer that, with a parameter's name or position, names the random bits of formats that round stochastically
             (default 0). Optimizers of one parameter each, without names, need a seed each.
+        cautious: "update" leaves out updates against the gradient, "decay" a decay against the update, "both" does both. None
+            (default): neither.
+        ema_decay: in [0, 1), keeps an average of the weights, which ``averaged()`` shows; "equal": the mean of all weights from
+            ``ema_start`` on. None (default): no average.
+        ema_start: >= 0, the steps before averaging begins (default 0).
+        ema_format: of the average, as ``state_format``; None (default) is float32, or wider for wider parameters.
 
     Raises:
         TypeError: another name.
@@ -47,6 +54,10 @@ class Settings(TypedDict, total=False):
     nonfinite: str
     norm_process_group: Any
     seed: int
+    cautious: str | None
+    ema_decay: float | str | None
+    ema_start: int
+    ema_format: Any
 
 
 DEFAULTS: Final = Settings(
@@ -65,9 +76,9 @@ LOST: Final = "lost"
 def own_settings(owner: str, given: Settings) -> dict[str, Any]:
     """All settings, from those that a constructor was given."""
     for name in given:
-        if name not in DEFAULTS:
+        if name not in Settings.__annotations__:
             raise TypeError(f"{owner}.__init__() got an unexpected keyword argument {name!r}")
-    own: dict[str, Any] = {**DEFAULTS, **given}
+    own: dict[str, Any] = {name: given.get(name, default) for name, default in DEFAULTS.items()}
     for name in ("max_grad_norm", "clip_grad_value"):
         if own[name] is not None:
             own[name] = float(own[name])

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import reference
 from . import backend as _backend
 from . import formats
-from .formats import STATE_FORMATS, Layout, StateFormat
+from .formats import EMA, STATE_FORMATS, Layout, StateFormat
 from .remainders import Remainders, State
 from .rows import Group, Row
 from .sharding import like, local
@@ -192,6 +192,7 @@ class ParamStates:
         if (
             group.get("state_format") is not None
             or group.get("weight_format") is not None
+            or group.get("ema_format") not in (None, "fp32", torch.float32)
             or self.recipe.numbers(group)
         ):
             return None
@@ -264,18 +265,22 @@ class ParamStates:
     def ensure(self, name: str, p: Tensor, group: Group, row: Row) -> bool:
         """Make what is missing, convert what is stored otherwise than asked. True if none of the rule's states was there."""
         names = self.names(row.rule)
+        if EMA not in names and p in self.state:  # one that misses steps is no average: it begins anew
+            for key in (EMA, f"{EMA}_scale"):
+                self.state[p].pop(key, None)
         weight_format = group.get("weight_format") if formats.is_half(p) else None
         counts = self.keeps_step(row.rule)
         if not names and not counts and weight_format is None:
             return False
         self.convert(name, p, group, row.rule)
         state = self.state[p]
-        fresh = all(state.get(key) is None for key in names)
+        fresh = all(state.get(key) is None for key in names if key != EMA)
         if counts:  # before the states, as in torch
             make_counter(name, p, state, group, self.scalars(row.rule), reference.RULES[row.rule].wide_scalars)
         for key in names:
             if state.get(key) is None:
-                state.update(self._new_state(name, p, key, group, row))
+                made = self._new_average(name, p, group) if key == EMA else self._new_state(name, p, key, group, row)
+                state.update(made)
         if weight_format in ("split24", "split32"):
             if not formats.has_remainder(state, weight_format, p):
                 state["remainder"] = formats.new_remainder(p, weight_format)
@@ -291,12 +296,15 @@ class ParamStates:
 
     def convert(self, name: str, p: Tensor, group: Group, rule: str) -> None:
         """Bring states that exist, loaded or made under another option, into the format that a group asks for by name."""
-        if group.get("state_format") is None or p not in self.state or p.is_complex():
+        asked = {key: self.recipe.format_of(key, group) for key in self.names(rule)}
+        if p not in self.state or p.is_complex() or not any(form is not None for form in asked.values()):
             return
         state = self.state[p]
         forms = self.layout(p, group, rule, name).states
         for key, form in zip(self.present(p, rule), forms, strict=True):
-            wanted = STATE_FORMATS[self.recipe.format_of(key, group)]
+            if asked[key] is None:
+                continue
+            wanted = STATE_FORMATS[asked[key]]
             coded = isinstance(wanted, str) and formats.takes_codes(p)
             dtype = torch.float32 if isinstance(wanted, str) else wanted
             if coded and form == formats.code_format(key, str(wanted)):
@@ -369,6 +377,31 @@ class ParamStates:
         self._warn_precision(key, dtype, group, row)
         full = torch.full_like(p, initial, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         return {key: full}
+
+    def _new_average(self, name: str, p: Tensor, group: Group) -> dict[str, Tensor]:
+        """The average of a parameter's weights, which errors call so: it begins with what the parameter is now."""
+        state = self.state[p]
+        if group["ema_decay"] == "equal" and float(state["step"]) > group.get("ema_start", 0):
+            raise ValueError(
+                f"ema_start must be at least {int(state['step'])}, the steps that {name} has taken, where an equal average "
+                f"begins, got {group.get('ema_start', 0)}"
+            )
+        asked = self.recipe.format_of(EMA, group)
+        dtype = STATE_FORMATS["fp32" if asked is None else asked]
+        if p.is_complex() or (p.dtype == torch.float64 and asked is None):
+            dtype = p.dtype
+        coded = isinstance(dtype, str) and formats.takes_codes(p)
+        if coded:
+            made = formats.new_codes(p, EMA, str(dtype), name)
+        else:
+            dtype = torch.float32 if isinstance(dtype, str) else dtype
+            made = {EMA: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)}
+        values = self.master(p, group)
+        if coded:
+            formats.fill(made, EMA, values.float(), formats.code_format(EMA, str(STATE_FORMATS[asked])))
+        else:
+            local(made[EMA]).copy_(values)
+        return made
 
     def _warn_precision(self, name: str, dtype: torch.dtype, group: Group, row: Row) -> None:
         """Warn once where a new state's dtype cannot hold what the rule needs."""

@@ -60,8 +60,10 @@ class Swapped:
                 states.write(p, group, value)
             self._left[id(p)] = _seen(p)
 
-    def restore(self, states: ParamStates) -> list[Tensor]:
-        """Put the old bits back. Returns the parameters that somebody else has written meanwhile, which stay as they are."""
+    def restore(self, states: ParamStates, *, written_too: bool = False) -> list[Tensor]:
+        """Put the old bits back. Returns the parameters that somebody else has written meanwhile, which stay as they are unless
+        ``written_too``, and then where they have another shape or device by now.
+        """
         written, back, split = [], [], []
         for p, state in list(states.state.items()):
             if self.key not in state:
@@ -71,7 +73,9 @@ class Swapped:
                 del states.state[p]  # it had none before
             if self._left.get(id(p), _seen(p)) != _seen(p):
                 written.append(p)
-                continue
+                here, of = local(p.detach()), local(kept)
+                if not written_too or (here.shape, here.device) != (of.shape, of.device):
+                    continue
             back.append((local(p.detach()), local(kept)))
             if beside is not None and "remainder" in state:
                 back.append((local(state["remainder"]), local(beside)))

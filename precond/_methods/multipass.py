@@ -60,6 +60,8 @@ class MultiPass(FusedOptimizer, abstract=True):
 
     #: Why what needs one pass is refused.
     _why_not_one_pass: ClassVar[str]
+    #: True where parts ride along in the last pass.
+    _last_pass_has_parts: ClassVar[bool] = False
     _must_declare = (*FusedOptimizer._must_declare, "_why_not_one_pass")
     _passes: dict[tuple[str, Hashable], Pass]
     #: Tensors that a pass writes and the next one reads, by parameter: memory that no checkpoint has.
@@ -144,6 +146,9 @@ class MultiPass(FusedOptimizer, abstract=True):
         for name in refused:
             if self.defaults.get(name):
                 raise RuntimeError(f"{name} must be False {self._why_not_one_pass}")
+        for name in ("ema_decay", "cautious"):
+            if group.get(name) is not None and not self._last_pass_has_parts:
+                raise RuntimeError(f"{name} must be None {self._why_not_one_pass}, got {group[name]!r}")
 
     # The step.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
@@ -110,6 +111,12 @@ class Wrapper(torch.optim.Optimizer):
         """Call ``train`` of ``base`` where it has that."""
         if (switch := getattr(self.base, "train", None)) is not None:
             switch()
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Show the averages of the weights that ``base`` has in the parameters, as its own ``averaged`` does."""
+        if not isinstance(self.base, FusedOptimizer):
+            raise RuntimeError(f"averaged() needs an optimizer of precond inside, got {type(self.base).__name__}")
+        return self.base.averaged()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to ``base``."""

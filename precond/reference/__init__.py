@@ -15,10 +15,22 @@ from torch import Tensor
 
 from .decays import clamped, soft_threshold
 from .dual import KERNELS
+from .parts import Composed, with_average, with_parts
 from .rule import Rule
 from .step import Hyper
 
-__all__ = ["FAMILIES", "KERNELS", "RULES", "Hyper", "Rule", "clamped", "soft_threshold", "update", "update_sparse"]
+__all__ = [
+    "FAMILIES",
+    "KERNELS",
+    "RULES",
+    "Composed",
+    "Hyper",
+    "Rule",
+    "clamped",
+    "soft_threshold",
+    "update",
+    "update_sparse",
+]
 
 #: The families of rules: a file of that name here, in triton_kernels/families, in tests/families and, by CMakeLists.txt's own
 #: list, in csrc/rules.
@@ -27,7 +39,7 @@ FAMILIES = (
     "perturb",
 )  # fmt: skip
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, Rule] = Composed({"parts": with_parts, "ema": with_average})
 for _family in FAMILIES:
     RULES.update(importlib.import_module(f"{__name__}.{_family}").RULES)
 

@@ -74,8 +74,9 @@ struct Problem {
 
 [[maybe_unused]] GroupRow group_of(int rule) {
   const std::map<std::string, double> values = {
-      {"lr", 1e-2},  {"weight_decay", 0.1}, {"l1_decay", 0.3}, {"l1_cap", 10.0},  {"beta1", 0.9},    {"beta2", 0.999},
-      {"eps", 1e-8}, {"lr_decay", 0.1},     {"alpha", 0.9},    {"momentum", 0.9}, {"dampening", 0.2}};
+      {"lr", 1e-2},       {"weight_decay", 0.1}, {"l1_decay", 0.3},  {"l1_cap", 10.0},         {"beta1", 0.9},
+      {"beta2", 0.999},   {"eps", 1e-8},         {"lr_decay", 0.1},  {"alpha", 0.9},           {"momentum", 0.9},
+      {"dampening", 0.2}, {"ema_decay", 0.9},    {"ema_start", 0.0}, {"cautious_update", 1.0}, {"cautious_decay", 1.0}};
   GroupRow row;
   row.rule = rule;
   double* next = row.hyper;

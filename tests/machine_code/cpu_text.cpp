@@ -10,6 +10,7 @@
 #include "rules/dual.h"
 #include "rules/gauss_newton.h"
 #include "rules/lion.h"
+#include "rules/parts.h"
 #include "rules/rmsprop.h"
 #include "rules/sgd.h"
 
@@ -20,19 +21,27 @@ namespace {
 // Hyper-parameters of every rule; those not named are 0.
 double hyper_parameter(const char* name) {
   constexpr std::pair<const char*, double> kValues[] = {
-      {"lr", 1e-3},       {"weight_decay", 0.1}, {"l1_decay", 1e-3}, {"l1_cap", 1e-3},  {"beta1", 0.9},
-      {"beta2", 0.99},    {"alpha", 0.99},       {"eps", 1e-8},      {"momentum", 0.9}, {"dampening", 0.1},
-      {"lookahead", 0.5}, {"scale", 0.5},        {"exponent", 0.3},  {"clip", 1.0},     {"corrected", 1.0}};
+      {"lr", 1e-3},       {"weight_decay", 0.1},    {"l1_decay", 1e-3},     {"l1_cap", 1e-3},  {"beta1", 0.9},
+      {"beta2", 0.99},    {"alpha", 0.99},          {"eps", 1e-8},          {"momentum", 0.9}, {"dampening", 0.1},
+      {"lookahead", 0.5}, {"scale", 0.5},           {"exponent", 0.3},      {"clip", 1.0},     {"corrected", 1.0},
+      {"ema_decay", 0.9}, {"cautious_update", 1.0}, {"cautious_decay", 1.0}};
   for (const auto& [key, value] : kValues)
     if (std::strcmp(key, name) == 0) return value;
   return 0.0;
 }
 
+template <class Hyper>
+double* put(double* at) {
+  for (const char* name : Hyper::names) *at++ = hyper_parameter(name);
+  return at;
+}
 template <class Rule>
 void fill(double step, float* scalars) {
   double hyper[kMaxHyper] = {};
-  int k = 0;
-  for (const char* name : Rule::Hyper::names) hyper[k++] = hyper_parameter(name);
+  if constexpr (kHasParts<Rule>)
+    put<PartsHyper>(put<decltype(Rule::Hyper::rule)>(hyper));
+  else
+    put<typename Rule::Hyper>(hyper);
   fill_scalars<Rule>(hyper, step, step == 1.0, 0.0f, scalars);
 }
 
@@ -46,6 +55,8 @@ struct RuleFunctions {
 constexpr RuleFunctions kRules[] = {RULE("adamw", Adam<L2>)                                              //
                                     RULE("adamw_l1", Adam<L1Proximal<AdaptiveThreshold>>)                //
                                     RULE("adamw_amsgrad", AdamAmsgrad<L2>)                               //
+                                    RULE("adamw+ema", WithParts<Adam<L2>, true>)                         //
+                                    RULE("adamw+parts", WithParts<Adam<L2>, false>)                      //
                                     RULE("sgd_momentum", SGDMomentum<Coupled>)                           //
                                     RULE("lion", Lion<L2>)                                               //
                                     RULE("adagrad", Adagrad<Coupled>)                                    //
@@ -89,7 +100,7 @@ void update(const char* rule, int operands, char* const* data, char* const* besi
             const int32_t* strides, const Strides* layouts, int64_t numel, int64_t begin, int64_t count,
             const int64_t* place, int draws, float sign, const float* control, const float* scalars) {
   Tensor t;
-  Operand* const all[] = {&t.p, &t.g, &t.state[0], &t.state[1], &t.state[2]};
+  Operand* const all[] = {&t.p, &t.g, &t.state[0], &t.state[1], &t.state[2], &t.state[3]};
   for (int k = 0; k < operands; ++k) *all[k] = {data[k], Format(formats[k]), strides[k], beside[k]};
   t.numel = numel;
   t.draws = draws != 0;

@@ -18,6 +18,7 @@
 #include "rules/dual.h"
 #include "rules/gauss_newton.h"
 #include "rules/lion.h"
+#include "rules/parts.h"
 #include "rules/rmsprop.h"
 #include "rules/sgd.h"
 
@@ -31,9 +32,9 @@ namespace precond {
 // launch.py packs these structures as bytes.
 static_assert(sizeof(Operand) == 24 && offsetof(Operand, format) == 8 && offsetof(Operand, strides) == 12 &&
               offsetof(Operand, beside) == 16);
-static_assert(kMaxStates == 3 && offsetof(DeviceTensor, numel) == 120 && offsetof(DeviceTensor, place) == 128 &&
-              offsetof(DeviceTensor, scalars) == 152 && offsetof(DeviceTensor, sign) == 156 &&
-              offsetof(DeviceTensor, draws) == 160 && sizeof(DeviceTensor) == 168);
+static_assert(kMaxStates == 4 && offsetof(DeviceTensor, numel) == 144 && offsetof(DeviceTensor, place) == 152 &&
+              offsetof(DeviceTensor, scalars) == 176 && offsetof(DeviceTensor, sign) == 180 &&
+              offsetof(DeviceTensor, draws) == 184 && sizeof(DeviceTensor) == 192);
 static_assert(offsetof(DeviceChunk, tensor) == 8 && sizeof(DeviceChunk) == 16);
 static_assert(offsetof(Control, skip) == 4 && offsetof(Control, clip_value) == 8 && sizeof(Control) == 12);
 static_assert(kMaxDims == 16 && offsetof(Strides, size) == 8 && offsetof(Strides, stride) == 136 &&
@@ -48,6 +49,8 @@ CASE("AdamW fp16", "adamw", "fp16 fp16 fp16 fp16", update_kernel<Adam<L2>, Fp16,
 CASE("AdamW fp32 + bf16 states, nearest", "adamw", "fp32 fp32 bf16 bf16", update_kernel<Adam<L2>, Fp32, Fp32, Bf16>)
 CASE("AdamW bf16, fp32 gradients and states", "adamw", "bf16 fp32 fp32 fp32", update_kernel<Adam<L2>, Bf16, Fp32, Fp32>)
 CASE("AdamW fp32, fp16 gradients", "adamw", "fp32 fp16 fp32 fp32", update_kernel<Adam<L2>, Fp32, Fp16, Fp32>)
+CASE("AdamW fp32 + ema", "adamw+ema", "fp32 fp32 fp32 fp32 fp32", update_kernel<WithParts<Adam<L2>, true>, Fp32, Fp32, Fp32>)
+CASE("AdamW fp32, masks", "adamw+parts", "fp32 fp32 fp32 fp32", update_kernel<WithParts<Adam<L2>, false>, Fp32, Fp32, Fp32>)
 CASE("SGD momentum fp32", "sgd_momentum", "fp32 fp32 fp32", update_kernel<SGDMomentum<Coupled>, Fp32, Fp32, Fp32>)
 CASE("Lion fp32", "lion", "fp32 fp32 fp32", update_kernel<Lion<L2>, Fp32, Fp32, Fp32>)
 CASE("Adagrad fp32", "adagrad", "fp32 fp32 fp32", update_kernel<Adagrad<Coupled>, Fp32, Fp32, Fp32>)
@@ -63,6 +66,7 @@ CASE("AdamW split24 + int8", "adamw", "bf16_split24 bf16 int8 uint8", update_mix
 CASE("AdamW stochastic + int8", "adamw", "bf16_stochastic bf16 int8 uint8", update_mixed_kernel<Adam<L2>>)
 CASE("AdamW stochastic + int4", "adamw", "bf16_stochastic bf16 int4 uint4", update_mixed_kernel<Adam<L2>>)
 CASE("AdamW split32 + fp32", "adamw", "bf16_split32 bf16 fp32 fp32", update_mixed_kernel<Adam<L2>>)
+CASE("AdamW split24 + int8 + bf16 ema", "adamw+ema", "bf16_split24 bf16 int8 uint8 bf16_stochastic", update_mixed_kernel<WithParts<Adam<L2>, true>>)
 CASE("AdamW AMSGrad split24 + int8", "adamw_amsgrad", "bf16_split24 bf16 int8 uint8 uint8", update_mixed_kernel<AdamAmsgrad<L2>>)
 
 // Whole chunks: a kernel for each rule and formats that training uses most.

@@ -74,7 +74,7 @@ def cuda_tables(built, memory, operands, addresses, given, grad_coef, rows) -> b
     )
     draws = any(operand.draws for operand in operands)
     numel, begin = given.in_tables
-    tensor = packed.ljust(120, b"\0") + struct.pack("<qqqqifi4x", numel, *given.place, 1, given.sign, draws)
+    tensor = packed.ljust(144, b"\0") + struct.pack("<qqqqifi4x", numel, *given.place, 1, given.sign, draws)
     pointers = {
         "DeviceTensor": memory.put(bytes(len(tensor)) + tensor),
         "DeviceChunk": memory.put(struct.pack("<qi4xqi4x", 0, 0, begin, 1)),
@@ -96,7 +96,7 @@ def triton_tables(built, memory, operands, addresses, given, grad_coef, rows) ->
     in_runs = all(number % 8 == 0 for number in given.place) and (row == 0 or row >= layout["block"])
     aligned = in_runs and not (of_second % 16).any()
     numel, begin = given.in_tables
-    of_second[5], of_second[6] = numel, numel if aligned else 0
+    of_second[layout["numel"]], of_second[layout["numel"] + 1] = numel, numel if aligned else 0
     of_second[layout["place"] : layout["place"] + 3] = given.place
     values = [
         memory.put(np.array([0, 0, 1, begin], np.int64)),

@@ -56,6 +56,7 @@ TRITON = [
 CASES = {case.title: case for case in [*cuda_cases(), *TRITON]}
 # Executed on every push; the others by `make test-all` and `python -m bench codegen`.
 HANDFUL = (
+    "AdamW fp32 + ema",
     "AdamW fp32",
     "AdamW bf16",
     "SGD momentum fp32",

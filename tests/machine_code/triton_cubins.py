@@ -47,6 +47,7 @@ def main() -> None:
             "block": kernel.BLOCK,
             "row": SCALAR_FLOATS.value,
             "slots": kernel.SLOTS.value,
+            "numel": kernel.NUMEL.value,
             "beside": BESIDE.value,
             "place": kernel.PLACE.value,
             # Those of the signature, then pointers to scratch memory that these kernels do not use.

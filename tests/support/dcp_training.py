@@ -83,8 +83,19 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, flat:
     )
 
 
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+def weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """And their averages, where there are some: as they are stored, and as they are shown."""
+    found = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        for key in ("ema", "ema_scale"):
+            if key in optimizer.state.get(p, {}):
+                found[f"{name} {key}"] = whole(optimizer.state[p][key]).clone()
+    if len(found) > len(list(model.parameters())):
+        with optimizer.averaged():
+            found |= {f"{name} shown": whole(p.detach()).clone() for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            assert torch.equal(whole(p.detach()), found[name])
+    return found
 
 
 def straight(method: Method) -> dict[str, torch.Tensor]:
@@ -93,7 +104,7 @@ def straight(method: Method) -> dict[str, torch.Tensor]:
     optimizer = method.make(model)
     train(method, model, optimizer, 0)
     train(method, model, optimizer, STEPS)
-    return weights(model)
+    return weights(model, optimizer)
 
 
 def on_mesh(method: Method, mesh, folder: Path, first: bool) -> dict[str, dict[str, torch.Tensor]]:
@@ -113,7 +124,7 @@ def on_mesh(method: Method, mesh, folder: Path, first: bool) -> dict[str, dict[s
             return found
         load(model, optimizer, folder / f"{method}-{form}", form == "flat")
         train(method, model, optimizer, STEPS)
-        found[form] = weights(model)
+        found[form] = weights(model, optimizer)
     return found
 
 

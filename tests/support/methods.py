@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,11 +43,11 @@ def of_class(cls: type[torch.optim.Optimizer], **options: Any) -> Callable[[nn.M
     return lambda model: cls(model.parameters(), **options)
 
 
-def muon(model: nn.Module) -> torch.optim.Optimizer:
+def muon(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     """Of matrices alone; what nobody trains needs no gradients, which nobody would drop."""
     for p in model.parameters():
         p.requires_grad_(p.dim() == 2)
-    return precond.Muon([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    return precond.Muon([p for p in model.parameters() if p.requires_grad], lr=0.01, **options)
 
 
 def grouped(model: nn.Module) -> torch.optim.Optimizer:
@@ -97,6 +98,16 @@ FORMATS = [
         dtype=torch.bfloat16,
     )
 ]
+#: An average of the weights beside a method: in float32, and in codes, of a method that otherwise counts no steps.
+AVERAGES = [
+    Method("adamw_averaged", of_class(precond.AdamW, lr=0.01, ema_decay=0.5)),
+    Method(
+        "sgd_averaged_int8",
+        of_class(precond.SGD, lr=0.1, weight_format="split24", ema_decay="equal", ema_start=1, ema_format="int8"),
+        dtype=torch.bfloat16,
+    ),
+    Method("muon_averaged", functools.partial(muon, ema_decay=0.5), matrices=True),
+]
 WRAPPERS = [
     Method(
         "bnp",
@@ -115,4 +126,4 @@ AROUND_STATES = [
     Method("fop_adagrad", lambda model: precond.FOP(torch.optim.Adagrad(model.parameters()), 0.05, mode="output")),
     Method("bnp_adagradw", lambda model: precond.BNP(model, precond.AdagradW(model.parameters()), stat_momentum=0.5)),
 ]
-ALL = [*ELEMENTWISE, *METHODS, *GROUPED, *FORMATS, *WRAPPERS]
+ALL = [*ELEMENTWISE, *METHODS, *GROUPED, *FORMATS, *AVERAGES, *WRAPPERS]

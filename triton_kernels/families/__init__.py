@@ -2,9 +2,10 @@
 
 import importlib
 
-from ...reference import FAMILIES
+from ...reference import FAMILIES, Composed
+from .parts import with_average, with_parts
 from .rule import Rule
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, Rule] = Composed({"parts": with_parts, "ema": with_average})
 for _family in FAMILIES:
     RULES.update(importlib.import_module(f"{__name__}.{_family}").RULES)

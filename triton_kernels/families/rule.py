@@ -30,6 +30,8 @@ class Rule(NamedTuple):
     advance: triton.JITFunction | None = None  # of the scalar state
     decay: str = ""  # which of decays.py
     option: str = ""  # what tells rules of the same functions apart
+    parts: bool = False  # parts ride along, parts.py
+    averages: bool = False  # the last of the states is the average of the weights
 
 
 def with_decays(rule: Rule, name: str, *, coupled: str | None = None, suffix: str = "") -> dict[str, Rule]:

@@ -12,8 +12,11 @@ from .stochastic import is_stochastic, stochastic_stored
 
 PLAIN_NAMES = tuple(PLAIN.values())
 
+# In place of the format of an average of the weights, where there is none.
+NO_AVERAGE = ("", "off")
+
 # From an operand's slot in the address table to that of what lies beside it: remainders or scales.
-BESIDE = tl.constexpr(7)
+BESIDE = tl.constexpr(8)
 
 
 @triton.constexpr_function
@@ -30,7 +33,7 @@ def is_plain(name):
 @triton.constexpr_function
 def draws(*names):
     """True where something is rounded stochastically."""
-    return not all(is_plain(name) or name == "bf16_split32" for name in names)
+    return not all(name in (*NO_AVERAGE, "bf16_split32") or is_plain(name) for name in names)
 
 
 @triton.constexpr_function

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import sharding
 from ..sharding import like, local
-from .names import GROUP, LAWS, PLAIN, SECOND_MOMENTS, code_format
+from .names import EMA, GROUP, LAWS, PLAIN, SECOND_MOMENTS, code_format
 
 #: Below this many elements of the unsharded tensor, and where rows are no multiple of GROUP, states stay in float32.
 SMALLEST_CODED = 4096
@@ -81,7 +81,8 @@ def layout_of(
             found.append(code_format(key, "int8" if whole else "int4"))
         else:
             short = PLAIN.get(value.dtype, "fp32")
-            drawn = asked is not None and key in SECOND_MOMENTS and short != "fp32" and not value.is_complex()
+            drawn = key == EMA or (asked is not None and key in SECOND_MOMENTS)
+            drawn = drawn and short != "fp32" and not value.is_complex()
             found.append(short + "_stochastic" if drawn else short)
     short = PLAIN.get(p.dtype, "fp32")
     weight_format = group.get("weight_format")

@@ -14,6 +14,9 @@ GROUP = 64
 #: States that are a mean or a sum of squares.
 SECOND_MOMENTS = frozenset(name for rule in reference.RULES.values() for name in rule.second_moments)
 
+#: The state that has an average of the weights. It moves little at a step, so that 16 bits of it are drawn too.
+EMA = "ema"
+
 #: What ``state_format`` may be: a name, the torch dtype that stands for one, or None, the parameter's dtype.
 StateFormat = str | torch.dtype | None
 WEIGHT_FORMATS = ("stochastic", "split24", "split32")

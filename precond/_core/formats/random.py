@@ -49,7 +49,7 @@ def draw_of(words: Tensor | None, operand: int) -> Tensor | int:
     """16 bits of an operand; without words, half."""
     if words is None:
         return 0x8000
-    word = words if operand < 2 else _times(words, 0x01000193)
+    word = words if operand < 2 else _times(words, 0x01000193 if operand < 4 else 0x5BD1E995)
     return (word >> (8 if operand in (1, 2) else 16)) & 0xFFFF
 
 

@@ -1,0 +1,68 @@
+"""Parts that ride along in the pass of a step, as the options of a group ask for them: masks and an average of the weights."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+
+from .formats import STATE_FORMATS
+from .rows import Group, Hyper, Row
+from .scales import is_coupled
+
+#: The options of a group, with their defaults.
+OPTIONS: dict[str, Any] = {"cautious": None, "ema_decay": None, "ema_start": 0, "ema_format": None}
+#: What of ``cautious`` masks the update, and what the decay.
+_CAUTIOUS = {None: (0.0, 0.0), "update": (1.0, 0.0), "decay": (0.0, 1.0), "both": (1.0, 1.0)}
+
+
+def with_parts(row: Row, group: Group) -> Row:
+    """What a group asks for in this step, its parts too."""
+    decay, cautious = group.get("ema_decay"), group.get("cautious")
+    if decay is None and cautious is None:
+        return row
+    return Row(row.rule + suffix(group), row.sign, {**row.hyper, **hyper(group)})
+
+
+def suffix(group: Group) -> str:
+    """What the name of a rule with a group's parts has behind that of the rule alone."""
+    if group.get("ema_decay") is not None:
+        return "+ema"
+    return "" if group.get("cautious") is None else "+parts"
+
+
+def hyper(group: Group) -> Hyper:
+    """The hyper-parameters of a group's parts."""
+    decay = group.get("ema_decay")
+    of_update, of_decay = _CAUTIOUS[group.get("cautious")]
+    return {
+        "ema_decay": 0.0 if decay is None else -1.0 if decay == "equal" else float(decay),
+        "ema_start": float(group.get("ema_start", 0)),
+        "cautious_update": of_update,
+        "cautious_decay": of_decay,
+    }
+
+
+def check(group: Group, owner: type[object]) -> None:
+    """Raise if an option is out of range; ``owner``: the class that errors name."""
+    cautious, decay, start, form = (group.get(name, default) for name, default in OPTIONS.items())
+    if not isinstance(cautious, str | None) or cautious not in _CAUTIOUS:
+        raise ValueError(f"cautious must be None, 'update', 'decay' or 'both', got {cautious!r}")
+    if cautious in ("decay", "both") and is_coupled(owner, group):
+        raise ValueError(
+            f"cautious must be None or 'update' for {owner.__name__}, whose decay is part of the gradient, got {cautious!r}"
+        )
+    if decay is not None and decay != "equal" and not (_is_number(decay) and 0.0 <= decay < 1.0):
+        raise ValueError(f"ema_decay must be None, a number in [0, 1) or 'equal', got {decay!r}")
+    if not (_is_number(start) and 0 <= start < math.inf and start == int(start)):
+        raise ValueError(f"ema_start must be an integer >= 0, got {start!r}")
+    if form is not None and not (isinstance(form, str | torch.dtype) and form in STATE_FORMATS):
+        raise ValueError(
+            f"ema_format must be None, 'fp32', 'bf16', 'fp16', 'int8' or its torch dtype, or 'int4', got {form!r}"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -57,12 +57,10 @@ class _ScheduleFree(FusedOptimizer, abstract=True):
         return Row(rule, -1.0 if group["maximize"] else 1.0, hyper)
 
     def _checked_row(self, group: dict[str, Any]) -> Row:
-        if not group["train_mode"]:
-            raise RuntimeError(
-                f"{type(self).__name__} must be in train mode for a step, got eval mode: call train() before training goes on"
-            )
-        if not 0.0 < float(self._beta1(group)) < 1.0:
-            raise ValueError(f"beta1 or momentum must be in (0, 1), where y and z give x, got {self._beta1(group)}")
+        self._check_mode(group)  # Grouped asks here alone
+        beta1 = self._beta1(group)
+        if not _backend.on_device(beta1) and not 0.0 < float(beta1) < 1.0:
+            raise ValueError(f"beta1 or momentum must be in (0, 1), where y and z give x, got {beta1}")
         group["lr_max"] = _largest(group)
         return super()._checked_row(group)
 
@@ -87,11 +85,16 @@ class _ScheduleFree(FusedOptimizer, abstract=True):
 
     def _check_may_step(self) -> None:
         super()._check_may_step()
-        for group in self.param_groups:
-            if not group["train_mode"] and not self._asked_for_states_only():
-                raise RuntimeError(
-                    f"{type(self).__name__} must be in train mode for a step, got eval mode: call train() before training goes on"
-                )
+        in_eval = [group for group in self.param_groups if not group["train_mode"]]
+        if in_eval and not self._asked_for_states_only():
+            self._check_mode(in_eval[0])
+
+    def _check_mode(self, group: dict[str, Any]) -> None:
+        """Raise for a step in eval mode."""
+        if not group["train_mode"]:
+            raise RuntimeError(
+                f"{type(self).__name__} must be in train mode for a step, got eval mode: call train() before training goes on"
+            )
 
     def _update(self) -> None:
         groups = [group for group in self.param_groups if not group["train_mode"]]

@@ -92,7 +92,9 @@ SCHEDULES = [
 
 @pytest.fixture
 def package():
-    return pytest.importorskip("schedulefree")
+    import schedulefree  # one of the tools that tests need: where it is missing they fail
+
+    return schedulefree
 
 
 def beside_the_package(package, cls, dtype, foreach, options, backend):

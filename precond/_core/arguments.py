@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor
 from . import backend as _backend
 
 L1_OPTIONS = {"l1_decay": 0.0, "l1_form": "proximal"}
+
+
+def is_number(value: object) -> bool:
+    """True for a real number of Python's or NumPy's; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_nonnegative(what: str, name: str, value: Any) -> None:

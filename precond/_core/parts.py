@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 import torch
 
+from .arguments import is_number
 from .formats import STATE_FORMATS
 from .rows import Group, Hyper, Row
 from .scales import is_coupled
@@ -47,6 +47,8 @@ def hyper(group: Group) -> Hyper:
 
 def check(group: Group, owner: type[object]) -> None:
     """Raise if an option is out of range; ``owner``: the class that errors name."""
+    if OPTIONS.keys().isdisjoint(group):  # at every step, for every group
+        return
     cautious, decay, start, form = (group.get(name, default) for name, default in OPTIONS.items())
     if not isinstance(cautious, str | None) or cautious not in _CAUTIOUS:
         raise ValueError(f"cautious must be None, 'update', 'decay' or 'both', got {cautious!r}")
@@ -54,15 +56,11 @@ def check(group: Group, owner: type[object]) -> None:
         raise ValueError(
             f"cautious must be None or 'update' for {owner.__name__}, whose decay is part of the gradient, got {cautious!r}"
         )
-    if decay is not None and decay != "equal" and not (_is_number(decay) and 0.0 <= decay < 1.0):
+    if decay is not None and decay != "equal" and not (is_number(decay) and 0.0 <= decay < 1.0):
         raise ValueError(f"ema_decay must be None, a number in [0, 1) or 'equal', got {decay!r}")
-    if not (_is_number(start) and 0 <= start < math.inf and start == int(start)):
+    if not (is_number(start) and 0 <= start < math.inf and start == int(start)):
         raise ValueError(f"ema_start must be an integer >= 0, got {start!r}")
     if form is not None and not (isinstance(form, str | torch.dtype) and form in STATE_FORMATS):
         raise ValueError(
             f"ema_format must be None, 'fp32', 'bf16', 'fp16', 'int8' or its torch dtype, or 'int4', got {form!r}"
         )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

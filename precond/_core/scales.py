@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backend as _backend
+from .arguments import is_number
 from .rows import Group, Hyper
 
 #: Options of every group, with their defaults. ``added_lr`` is the lr that a group with ``decoupled="independent"`` was added
@@ -53,17 +53,13 @@ def check_scales(group: Group, owner: type[object]) -> None:
         if decoupled not in ("lr", "independent"):
             raise ValueError(f"decoupled must be 'lr' or 'independent', got {decoupled!r}")
         lr_max = group.get("lr_max") if decoupled == "independent" else None
-        if lr_max is not None and not (_is_number(lr_max) and 0.0 < lr_max < math.inf):
+        if lr_max is not None and not (is_number(lr_max) and 0.0 < lr_max < math.inf):
             raise ValueError(f"lr_max must be None or a finite number > 0, got {lr_max!r}")
 
 
 def _check_scale(name: str, value: Any) -> None:
-    if not (_is_number(value) and 0.0 <= value < math.inf):
+    if not (is_number(value) and 0.0 <= value < math.inf):
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real)
 
 
 def remember_lr(group: Group) -> None:
@@ -116,7 +112,7 @@ def scale(hyper: Hyper, group: Group) -> None:
                 f"lr must be at most lr_max with decoupled='independent', got {lr} > {largest}: give the group its lr_max"
             )
         # Of lr_scale = 0 nothing is left to divide: such a group does not move at all.
-        of_decay = of_decay / (lr_max_of(group) * of_lr) if of_lr > 0.0 else 0.0
+        of_decay = of_decay / (largest * of_lr) if of_lr > 0.0 else 0.0
     if of_lr != 1.0:
         hyper["lr"] = _times(hyper["lr"], of_lr)
     if of_decay != 1.0:

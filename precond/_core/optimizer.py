@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, overload
@@ -24,7 +23,7 @@ from .metric import Metric
 from .norm import group_of_sharder, sharder_among_callers
 from .precision import at_stated_precision
 from .rows import Row, Step, name_of
-from .scales import KEPT, SCALES, l1_decay_of, remember_lr, scale, scaled_already
+from .scales import KEPT, SCALES, l1_decay_of, remember_lr, scale, warned_if_scaled
 from .settings import DEFAULTS, LOST, Settings, own_settings
 from .sharding import local
 from .states import ParamStates, Recipe
@@ -195,12 +194,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def averages(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """The average of a parameter's weights that its state has, of the local shape."""
-        state = self.state[p]
-        scale = state.get(f"{formats.EMA}_scale")
-        if scale is None:
-            return local(state[formats.EMA])
-        form = formats.layout_of(p, group, state, (formats.EMA,)).states[0]
-        return formats.values_of(state, formats.EMA, form, p)
+        rule = parts.with_parts(self._row(group), group).rule
+        return local(self.states.decoded(p, group, rule, formats.EMA))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -226,8 +221,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             >>> w.item()
             -3.0
         """
-        if self._shows_averages:
-            raise RuntimeError("averaged() shows averages already")
+        self._check_shows_weights("averaged() must not be called")
         states = self.states
         asked = [group for group in self.param_groups if group.get("ema_decay") is not None]
         found = [(p, group) for group in asked for p in group["params"] if formats.EMA in self.state.get(p, ())]
@@ -262,32 +256,20 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_may_step(self) -> None:
         """Raise where no step may be taken now, before a closure is evaluated."""
+        self._check_shows_weights("step() must not be called")
+
+    def _check_shows_weights(self, what: str) -> None:
+        """Raise where averages are shown."""
         if self._shows_averages:
-            raise RuntimeError("step() must not be called while averaged() shows other weights")
+            raise RuntimeError(f"{what} while averaged() shows other weights")
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @at_stated_precision
     def _update_at_stated_precision(self) -> None:
         if not self._scaled_once:
-            self._check_scaled_once()
+            self._scaled_once = warned_if_scaled(self.param_groups)
         self._update()
         self._forget_strangers()
-
-    def _check_scaled_once(self) -> None:
-        """Warn where groups have an ``lr_scale`` that their lr seems to have already. Only the first step that can tell counts:
-        later on a schedule may come to such numbers by chance.
-        """
-        groups = self.param_groups
-        found = scaled_already(groups) if any("lr_scale" in group for group in groups) else False
-        if found:
-            moving = [group for group in groups if group["lr"] > 0.0]
-            warnings.warn(
-                "lr_scale seems to be in lr already, and would be applied twice: lr is "
-                f"{[group['lr'] for group in moving]} with lr_scale {[group.get('lr_scale', 1.0) for group in moving]}; "
-                "see docs/param_groups.md for schedulers that multiply by lr_scale, such as timm's",
-                stacklevel=2,
-            )
-        self._scaled_once = found is not None
 
     def _forget_strangers(self) -> None:
         """Drop what is kept about parameters that this optimizer no longer has."""
@@ -404,8 +386,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Drop stale remainders, since one that is loaded is trusted, and settings that a sharding optimizer left in groups.
         Renew codes of version 0.1 that no step has seen. Raise while averages are shown.
         """
-        if self._shows_averages:
-            raise RuntimeError("an optimizer must not be saved or copied while averaged() shows other weights")
+        self._check_shows_weights("an optimizer must not be saved or copied")
         formats.renew(self.state.items())
         self.states.begin(self._all_params())
         for group in self.param_groups:
@@ -476,8 +457,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         tensor and takes the loaded value. Options that torch does not have keep this optimizer's values where the
         checkpoint has none.
         """
-        if self._shows_averages:
-            raise RuntimeError("load_state_dict() must not be called while averaged() shows other weights")
+        self._check_shows_weights("load_state_dict() must not be called")
         kept = KeptOptions(self.param_groups, self._states.recipe.options)
         with states_as_saved(self):
             super().load_state_dict(state_dict)

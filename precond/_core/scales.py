@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ def _times(value: float | Tensor, factor: float) -> float | Tensor:
     return value * factor
 
 
-def scaled_already(groups: list[Group]) -> bool | None:
+def _scaled_already(groups: list[Group]) -> bool | None:
     """True where something else has multiplied lr by ``lr_scale``, as timm's schedulers do: the lr of groups, or what they are of
     their ``initial_lr``, have the ratio of the scales. None where too few groups move to tell.
     """
@@ -143,3 +144,18 @@ def scaled_already(groups: list[Group]) -> bool | None:
     if len(scales) < 2:
         return None
     return any(all(math.isclose(each, of[0], rel_tol=1e-12) for each in of) for of in (lrs, shares))
+
+
+def warned_if_scaled(groups: list[Group]) -> bool:
+    """Warn where groups have an ``lr_scale`` that their lr seems to have already. True once it is known: only the first step
+    that can tell counts, since later on a schedule may come to such numbers by chance.
+    """
+    found = _scaled_already(groups) if any("lr_scale" in group for group in groups) else False
+    if found:
+        lrs, of_lrs = [group["lr"] for group in groups], [group.get("lr_scale", 1.0) for group in groups]
+        warnings.warn(
+            f"lr_scale seems to be in lr already, and would be applied twice: lr is {lrs} with lr_scale {of_lrs}; "
+            "see docs/param_groups.md for schedulers that multiply by lr_scale, such as timm's",
+            stacklevel=3,
+        )
+    return found is not None

@@ -8,7 +8,7 @@ import sys
 
 COMMANDS = {
     "cpu": "speed of the CPU backend against torch.optim, with targets",
-    "parts": "what averages and masks in the pass of a step cost on the CPU, with targets",
+    "parts": "what averages, masks and statistics in the pass of a step cost on the CPU, with targets",
     "matrices": "speed of the methods with matrix products on the CPU, with targets",
     "gpu": "speed of the GPU backends against torch.optim, with targets",
     "products": "speed of Muon's products on a GPU against torch's, with targets",
@@ -16,6 +16,7 @@ COMMANDS = {
     "codegen": "machine code of the GPU kernels, without a GPU",
     "errors": "worst errors of every rule against float64, in ulp",
     "quality": "training quality of the formats against float32, over seeds; an hour or more",
+    "lost": "what rounding loses of updates over a training in bfloat16, in a picture",
     "orthogonal": "singular values and rounding of Muon's iteration, and its operations",
     "theory": "the tables of the theory, expected against measured, and the papers' tasks at small size",
     "scaling": "bytes and operations of each rank in a step of Muon on shards, on paper",

@@ -93,6 +93,29 @@ def cases(quick: bool) -> list[Case]:
             timed="update",
         ),
         case(
+            f"statistics of every step, AdamW {size}",
+            {"AdamW": adamw(), "statistics": adamw(statistics=True), "every 100th": adamw(statistics=100)},
+            [("statistics", ("AdamW",), 1.05)],
+            28,
+            timed="statistics",
+        ),
+        case(
+            "statistics of every step, AdamW, 1000 tensors of 1000",
+            {"AdamW": adamw(), "statistics": adamw(statistics=True)},
+            [("statistics", ("AdamW",), 1.1)],
+            28,
+            census=small,
+            timed="statistics",
+        ),
+        case(
+            f"updates that need a sum first, AdamW {size}, time per byte",
+            {"AdamW": adamw(), "max_update_rms": adamw(max_update_rms=1.0)},
+            [("max_update_rms", ("AdamW",), 1.05)],
+            44,
+            timed="max_update_rms",
+            per_byte={"AdamW": 28, "max_update_rms": 44},
+        ),
+        case(
             f"schedule-free AdamW {size}",
             {"schedulefree, foreach": package, "ScheduleFreeAdamW": precond.ScheduleFreeAdamW},
             [("ScheduleFreeAdamW", ("schedulefree, foreach",), 0.4)],
@@ -104,7 +127,14 @@ def cases(quick: bool) -> list[Case]:
 
 def check() -> None:
     """Raise where a part is not what the reference backend makes of it."""
-    for options in (EMA, dict(ema_decay="equal"), dict(cautious="both"), dict(cautious="update", **EMA)):
+    parts = (
+        EMA,
+        dict(ema_decay="equal"),
+        dict(cautious="both"),
+        dict(cautious="update", **EMA),
+        dict(max_update_rms=0.5),
+    )
+    for options in (*parts, dict(statistics=True), dict(cautious="update", cautious_rescale=True)):
         runs = []
         for backend in (None, "reference"):
             torch.manual_seed(0)
@@ -114,6 +144,8 @@ def check() -> None:
                 p.grad = torch.randn(4097)
                 optimizer.step()
             runs.append([p.detach(), *(t for t in optimizer.state[p].values())])
+            if optimizer.statistics is not None:
+                runs[-1].append(optimizer.statistics.values)
         for ours, expected in zip(*runs, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 

@@ -11,6 +11,7 @@ from ._core.conversions import averaged_state_dict, master_weights, to_torch_sta
 from ._core.groups import param_groups
 from ._core.optimizer import PrecisionWarning
 from ._core.settings import Settings
+from ._core.statistics import Statistics
 from ._version import __version__
 from .adadelta import Adadelta, AdadeltaW
 from .adagrad import Adagrad, AdagradW
@@ -76,6 +77,7 @@ __all__ = [
     "ScheduleFreeSGD",
     "Settings",
     "Sophia",
+    "Statistics",
     "__version__",
     "averaged_state_dict",
     "interpolate_basis",

@@ -72,7 +72,7 @@ class _ScheduleFree(FusedOptimizer, abstract=True):
         group["lr_max"] = self._modes["lr_max"] if group["lr_max"] is None else group["lr_max"]
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        for name, default in {"cautious": None, "ema_decay": None, "decoupled": "lr"}.items():
+        for name, default in {"cautious": None, "max_update_rms": None, "ema_decay": None, "decoupled": "lr"}.items():
             if group.get(name, default) != default:
                 raise ValueError(f"{name} must be {default!r} for {type(self).__name__}, got {group[name]!r}")
         super()._check_group(group)

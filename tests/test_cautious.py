@@ -1,4 +1,6 @@
-"""Masks that ride along in the pass of the step: ``cautious`` of a group."""
+"""Masks that ride along in the pass of the step, and factors on updates that need a pass before: ``cautious``,
+``cautious_rescale`` and ``max_update_rms`` of a group.
+"""
 
 from __future__ import annotations
 
@@ -99,6 +101,98 @@ def test_the_decay_is_left_out_where_the_update_goes_the_other_way(row):
         torch.testing.assert_close(found, torch.where(keeps, decayed, p - made.taken), rtol=1e-14, atol=0)
 
 
+def made_in(row, p, states, g, hyper, step):
+    """The step of the rule alone, in float64, and its decay."""
+    states = states or [torch.full_like(p, row.cls._initial(p, {"initial_accumulator_value": 0.0}))] * len(
+        reference.RULES[row.rule].states
+    )
+    made, _ = reference.RULES[row.rule].formula(p, g, tuple(states), hyper, step, step == 1)
+    return made, reference.RULES[row.rule].decay
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_the_rescaled_mask_is_that_of_the_paper(row):
+    """Algorithm 1: what is left is divided by the mean of the mask."""
+    for (p, states), g, hyper, step, found in snapshots(
+        row, cautious="update", cautious_rescale=True, weight_decay=0.1
+    ):
+        made, decay = made_in(row, p, states, g, hyper, step)
+        mask = (made.taken * reference.decays.decayed_gradient(p, g, hyper, decay) > 0).double()
+        update = made.taken * mask / mask.mean()
+        expected = reference.decays.stepped(p, made._replace(taken=update), hyper, decay)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)  # the factor is a float32
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("limit", [0.01, 1e6])
+def test_an_update_is_limited_as_adafactors(row, limit):
+    """To u / max(1, rms(u) / d), with u over lr and without decay."""
+    for (p, states), g, hyper, step, found in snapshots(row, max_update_rms=limit, weight_decay=0.1):
+        made, decay = made_in(row, p, states, g, hyper, step)
+        u = made.taken / hyper["lr"]
+        update = made.taken / max(1.0, u.square().mean().sqrt().item() / limit)
+        expected = reference.decays.stepped(p, made._replace(taken=update), hyper, decay)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+SCALED = [
+    dict(max_update_rms=0.3),
+    dict(cautious="both", cautious_rescale=True, ema_decay=0.5, max_update_rms=0.3),
+]
+
+
+@in_formats
+@pytest.mark.parametrize("options", SCALED, ids=["limit", "all"])
+@pytest.mark.parametrize("row", [BY_RULE["adamw"], BY_RULE["adamw_l1"], BY_RULE["lion"]], ids=str)
+def test_factors_agree_bit_for_bit(row, options, formats, triton_interpreter):
+    assert_same(run(row, formats, **options), run(row, formats, "triton", **options))
+
+
+@pytest.mark.parametrize("options", SCALED, ids=["limit", "all"])
+@pytest.mark.parametrize("row", DECOUPLED, ids=str)
+def test_kernels_have_the_factors_of_the_reference(row, options):
+    found, expected = (run(row, backend=backend, steps=1, **options) for backend in (BACKEND, "reference"))
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+
+
+@in_formats
+@pytest.mark.parametrize("row", BY_STATES, ids=str)
+def test_a_limit_that_is_not_reached_changes_no_bit(row, formats):
+    """Neither of parameters nor of states and counters: the first pass writes nothing."""
+    assert_same(run(row, formats), run(row, formats, max_update_rms=1e30))
+
+
+def test_a_limit_is_kept_whatever_is_done_with_gradients():
+    """Groups differ; a norm clips them; what a step of the other group does is its own."""
+    torch.manual_seed(0)
+    a, b = (torch.randn(5000, requires_grad=True) for _ in range(2))
+    groups = [{"params": [a], "max_update_rms": 0.2}, {"params": [b]}]
+    optimizer = precond.AdamW(groups, lr=0.1, weight_decay=0.0, statistics=True, max_grad_norm=1.0, fused=True)
+    plain = precond.AdamW([c := b.detach().clone().requires_grad_()], lr=0.1, weight_decay=0.0)
+    for step in range(1, 4):
+        a.grad, b.grad = torch.randn(5000), torch.randn(5000)
+        optimizer.step()
+        assert optimizer.statistics.values[0, 2].item() == pytest.approx(0.02, rel=1e-5)
+        assert optimizer.statistics.values[1, 2].item() > 0.03
+        assert optimizer.state[a]["step"] == step
+        c.grad = b.grad * optimizer.clip_coef
+        plain.step()
+    torch.testing.assert_close(b, c)
+
+
+def test_a_step_that_is_skipped_is_counted_once():
+    p = torch.ones(10, requires_grad=True)
+    options = dict(max_update_rms=0.5, max_grad_norm=1.0, nonfinite="skip", fused=True)
+    optimizer = precond.AdamW([p], **options, backend=BACKEND)
+    for bad in (False, True, True, False):
+        p.grad = torch.full((10,), float("nan") if bad else 1.0)
+        optimizer.step()
+    assert optimizer.skipped_steps == 2
+    assert optimizer.state[p]["step"] == 2
+    assert p.isfinite().all()
+
+
 @pytest.mark.parametrize(("row", "mask"), MASKED, ids=str)
 def test_the_kernels_do_what_the_reference_does(row, mask):
     """In float32. A direction so near 0 that its sign is rounding moves nothing that could be seen, but for Lion's."""
@@ -196,6 +290,23 @@ def test_errors_say_what_is_expected(cls, value, message):
         cls([p], cautious=value)
     with pytest.raises(ValueError, match=message):
         cls([{"params": [p], "cautious": value}])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(max_update_rms=0), ValueError, "max_update_rms must be None or a number > 0, got 0"),
+        (dict(max_update_rms="1"), ValueError, "max_update_rms must be None or a number > 0, got '1'"),
+        (dict(cautious_rescale=1), ValueError, "cautious_rescale must be False or True, got 1"),
+        (dict(cautious_rescale=True), ValueError, "cautious_rescale=True needs cautious='update' or 'both', got None"),
+        (dict(max_update_rms=1.0, cls=precond.Muon), RuntimeError, r"max_update_rms must be None .*, got 1.0"),
+        (dict(max_update_rms=1.0, cls=precond.ScheduleFreeAdamW), ValueError, "max_update_rms must be None for Sch"),
+    ],
+)
+def test_errors_of_factors(options, error, message):
+    cls = options.pop("cls", precond.AdamW)
+    with pytest.raises(error, match=message):
+        cls([torch.ones(2, 2, requires_grad=True)], **options)
 
 
 def test_muons_decay_may_be_masked():

@@ -196,6 +196,37 @@ check(precond.Muon, Replicate())
 )
 
 
+MEASURED = (
+    METHODS
+    + """
+def measured(make):
+    def made(ps):
+        made.last = make(ps)
+        return made.last
+    return made
+
+parts = {"cautious": "update", "cautious_rescale": True, "max_update_rms": 0.5}
+for options in ({}, {"max_grad_norm": 0.1}, parts, parts | {"max_grad_norm": 0.1, "ema_decay": 0.5}):
+    for dtype in (torch.float32, torch.bfloat16):
+        make = measured(lambda ps: precond.AdamW(ps, lr=0.1, statistics=2, **options))
+        whole = run(make, None, dtype)
+        expected = make.last.statistics
+        for placement in (Shard(0), Replicate()):
+            for p, q in zip(whole, run(make, placement, dtype)):
+                assert torch.allclose(p.float(), q.float(), rtol=1e-5 if dtype == torch.float32 else 0.01, atol=1e-6), (p, q)
+            found = make.last.statistics
+            assert torch.allclose(found.values, expected.values, rtol=1e-6, atol=1e-9), (found.table(), expected.table())
+            assert torch.equal(found.values[:, 5:7], expected.values[:, 5:7])  # counts
+"""
+)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_statistics_and_factors_are_of_whole_parameters(ranks, tmp_path):
+    """Sums of pieces are added up; shards are uneven or empty."""
+    on_ranks(ranks, MEASURED, tmp_path)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("code", [ON_SHARDS, WHOLE], ids=["shards", "whole"])
 def test_methods_take_the_placements_that_they_promise(code, ranks, tmp_path):

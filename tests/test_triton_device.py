@@ -273,7 +273,42 @@ for target, (name, inf) in [*itertools.product(targets[:1], kinds), *itertools.p
 """
 
 
-@pytest.mark.parametrize("program", [COMPILE_PROLOGUE, COMPILE_NORM], ids=["prologue", "norm"])
+COMPILE_STATISTICS = """
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from precond.triton_kernels import RULES, statistics
+from precond.triton_kernels.launch import update_constants
+
+types = dict(chunks_ptr="*i64", tensors_ptr="*i64", scalars_ptr="*fp32", control_ptr="*fp32", clip_value="fp32",
+             table_ptr="*fp64", jobs_ptr="*i64", sums_ptr="*fp64")
+shared = dict(STRETCH=statistics.STRETCH, LANES=statistics.LANES, LEVELS=statistics.LEVELS,
+              BLOCK_SUMS=statistics.BLOCK_SUMS)
+coded = ["bf16_split24", "bf16", "int8", "uint8", "bf16_stochastic"]
+for target, rule, formats, measured in (
+    (("cuda", 90, 32), "adamw+parts", ["fp32"] * 4, "statistics"),
+    (("cuda", 90, 32), "adamw_l1+ema", coded, "statistics"),
+    (("hip", "gfx942", 64), "schedule_free_adamw+parts", ["fp32"] * 4, "statistics"),
+    (("cuda", 90, 32), None, None, None),
+):
+    if rule is None:
+        function, constants = statistics.fold_statistics, dict(shared, LARGEST=statistics.LARGEST)
+    else:
+        function = statistics.measured_kernel
+        constants = dict(update_constants(RULES[rule], formats), MEASURED=measured, **shared)
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    options = {"num_warps": statistics.WARPS, "enable_fp_fusion": False}
+    asm = triton.compile(ASTSource(function, signature, constants), target=GPUTarget(*target), options=options).asm
+    assert not re.search(r"approx|rsqrt|div\\.full", asm.get("ptx", "")), rule
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [COMPILE_PROLOGUE, COMPILE_NORM, COMPILE_STATISTICS],
+    ids=["prologue", "norm", "statistics"],
+)
 def test_it_compiles_with_exact_operations(program):
     # A process of its own: Triton compiles only where its interpreter was never asked for.
     env = {**os.environ, "TRITON_INTERPRET": "0"}

@@ -31,6 +31,7 @@ class Item(NamedTuple):
     layout: Layout
     beside: list[Tensor | None]  # of p, g and the states: remainders and scales
     key: int  # of the random bits, where the layout draws
+    number: int = 0  # among the parameters of the step: its row of statistics and its factor
     scalar_state: float | Tensor | None = None  # where the rule has one: like ``step``, of this step or on the device
 
 
@@ -76,12 +77,12 @@ def in_runs(place: Tensor) -> Tensor:
     return (place % RUN.value == 0).all(dim=1, keepdim=True) & ((row == 0) | (row >= BLOCK))
 
 
-def chunk_table(sizes: list[int]) -> Tensor:
+def chunk_table(sizes: list[int], block: int = BLOCK) -> Tensor:
     """(tensor, first element) of every chunk."""
-    counts = (torch.tensor(sizes, dtype=torch.int64, device="cpu") + BLOCK - 1) // BLOCK
+    counts = (torch.tensor(sizes, dtype=torch.int64, device="cpu") + block - 1) // block
     tensor = torch.repeat_interleave(counts)
     first_chunk = counts.cumsum(0) - counts
-    return torch.stack([tensor, (torch.arange(len(tensor), device="cpu") - first_chunk[tensor]) * BLOCK], dim=1)
+    return torch.stack([tensor, (torch.arange(len(tensor), device="cpu") - first_chunk[tensor]) * block], dim=1)
 
 
 def job_of(item: Item, group: int) -> list[int]:

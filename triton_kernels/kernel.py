@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .arithmetic import clamped
 from .families import decays, parts
-from .formats import BESIDE, NO_AVERAGE, block_at, draws, is_plain, load, operand, store
+from .formats import BESIDE, NO_AVERAGE, as_stored, block_at, draws, is_plain, load, operand, store
 from .prologue import SCALAR_FLOATS, seed_in
 from .random import draw_of, words_at
 
@@ -43,9 +43,12 @@ def update_block(
     AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
+    MEASURED: tl.constexpr = "",
 ):
     """Load, rule, store. AVERAGE: the format of an average of the weights, "" of a rule with parts that has none, "off" without
-    parts. FULL: every offset is an element, the addresses are aligned, and runs of random.py whole.
+    parts. FULL: every offset is an element, the addresses are aligned, and runs of random.py whole. MEASURED: "" or, of a rule
+    with parts, "statistics" or "only", which stores nothing; then returns what statistics are made of: g, p, what is taken from
+    it, and p as it is stored.
     """
     p_at = operand(slots, P, FULL)
     p = load(p_at, block, P, BLOCK, FULL)
@@ -73,21 +76,30 @@ def update_block(
         s1 = load(s1_at, block, S1, BLOCK, FULL)
         s2 = load(s2_at, block, S2, BLOCK, FULL)
         step, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, scalars, DECAY, OPTION)
+    before = p
     if AVERAGE != "off":
-        p = parts.stepped(p, g, step, scalars, DECAY)
+        p, taken, update = parts.stepped(p, g, step, scalars, DECAY)
     else:
         p = decays.stepped(p, step, DECAY)
-    if STATES >= 1:
-        store(s0_at, block, s0, draw_of(word, 1), S0, BLOCK, FULL)
-    if STATES >= 2:
-        store(s1_at, block, s1, draw_of(word, 2), S1, BLOCK, FULL)
-    if STATES >= 3:
-        store(s2_at, block, s2, draw_of(word, 3), S2, BLOCK, FULL)
-    store(p_at, block, p, draw_of(word, 0), P, BLOCK, FULL)
-    if has_average(AVERAGE):
-        ema_at = operand(slots + 2 + STATES, AVERAGE, FULL)
-        ema = parts.averaged(p, load(ema_at, block, AVERAGE, BLOCK, FULL), scalars)
-        store(ema_at, block, ema, draw_of(word, 1 + STATES), AVERAGE, BLOCK, FULL)
+    if MEASURED == "only":
+        seen = (g, before, update, before)
+    else:
+        if MEASURED == "statistics":
+            seen = (g, before, taken, as_stored(p, draw_of(word, 0), P))
+        else:
+            seen = None
+        if STATES >= 1:
+            store(s0_at, block, s0, draw_of(word, 1), S0, BLOCK, FULL)
+        if STATES >= 2:
+            store(s1_at, block, s1, draw_of(word, 2), S1, BLOCK, FULL)
+        if STATES >= 3:
+            store(s2_at, block, s2, draw_of(word, 3), S2, BLOCK, FULL)
+        store(p_at, block, p, draw_of(word, 0), P, BLOCK, FULL)
+        if has_average(AVERAGE):
+            ema_at = operand(slots + 2 + STATES, AVERAGE, FULL)
+            ema = parts.averaged(p, load(ema_at, block, AVERAGE, BLOCK, FULL), scalars)
+            store(ema_at, block, ema, draw_of(word, 1 + STATES), AVERAGE, BLOCK, FULL)
+    return seen
 
 
 @triton.constexpr_function

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from .._core.formats.names import PLAIN
 from .._core.norm import NOTHING, Clip
-from . import kernel, prologue
+from .._core.statistics import NO_EXTRAS, Extras
+from . import kernel, prologue, statistics
 from .families import RULES, Rule
+from .families.parts import FACTOR
 from .items import Item, address_table, chunk_table, dense_operands, hyper_table, job_of, job_table, slots_of
 from .tables import table
 
@@ -21,6 +23,7 @@ def update(
     found_inf: Tensor | None = None,
     clip_value: float = math.inf,
     clip: Clip = NOTHING,
+    extras: Extras = NO_EXTRAS,
 ) -> None:
     """Update every item in place; items that share a rule, formats and a device share a launch.
 
@@ -34,7 +37,7 @@ def update(
         scaler = [None if t is None else t.to(device) for t in (grad_scale, found_inf)]
         # Triton launches on the current device.
         with torch.cuda.device_of(members[0].p):
-            launch(rule, device, formats, members, grad_coef, *scaler, clip_value, clip.to(device))
+            launch(rule, device, formats, members, grad_coef, *scaler, clip_value, clip.to(device), extras)
         clip = clip._replace(grad_norm=None, clip_coef=None, skipped=None)  # the first launch has written them
 
 
@@ -48,6 +51,7 @@ def launch(
     found_inf: Tensor | None,
     clip_value: float,
     clip: Clip,
+    extras: Extras,
 ) -> None:
     """One prologue and one update for tensors of one rule and one set of formats."""
     rule = RULES[name]
@@ -65,22 +69,26 @@ def launch(
 
     key = (name, device, *formats, len(items), slots[1])
     tensors = table(("tensors", *key), slots, address_table, device)
-    chunks = table(("chunks", *key), sizes, chunk_table, device)
     jobs_table = table(("jobs", *key), jobs, job_table, device)
     hyper = hyper_table(("hyper", *key), rule, list(hypers.values()), device)
     scalars = torch.empty(len(items) * prologue.SCALAR_FLOATS.value, dtype=torch.float32, device=device)
     control = torch.empty(1 + len(items), dtype=torch.float32, device=device)
-    run_prologue(rule, hyper, jobs_table, scalars, control, grad_coef, grad_scale, found_inf, clip)
-    kernel.update_kernel[(len(chunks),)](
-        chunks,
-        tensors,
-        scalars,
-        control,
-        clip_value,
-        **update_constants(rule, formats),
-        num_warps=kernel.WARPS,
-        enable_fp_fusion=False,
-    )
+    counts = not extras.only
+    run_prologue(rule, hyper, jobs_table, scalars, control, grad_coef, grad_scale, found_inf, clip, counts)
+    constants = update_constants(rule, formats)
+    numbers = [item.number for item in items]
+    if extras.factors is not None and rule.parts:
+        of_items = extras.factors.to(device)[torch.tensor(numbers, device=device)]
+        scalars.view(len(items), -1)[:, FACTOR.value] = of_items
+    if extras.sums is not None and rule.parts:
+        statistics.run(key, sizes, numbers, tensors, scalars, control, clip_value, constants, extras.sums, extras.only)
+    else:
+        chunks = table(("chunks", *key), sizes, chunk_table, device)
+        kernel.update_kernel[(len(chunks),)](
+            chunks, tensors, scalars, control, clip_value, **constants, num_warps=kernel.WARPS, enable_fp_fusion=False
+        )
+    if extras.only:
+        return
     for to, back in copies:
         to.copy_(back)
 
@@ -95,6 +103,7 @@ def run_prologue(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     clip: Clip = NOTHING,
+    counts: bool = True,
 ) -> None:
     """Fill ``scalars`` and ``control`` for the tensors of a table of jobs."""
     prologue.prologue[(triton.cdiv(len(jobs), prologue.BLOCK),)](
@@ -113,13 +122,13 @@ def run_prologue(
         clip.max_norm,
         INF=clip.inf,
         SKIP_NONFINITE=clip.skip_nonfinite,
-        **prologue_constants(rule),
+        **prologue_constants(rule, counts),
         num_warps=1,
         enable_fp_fusion=False,
     )
 
 
-def prologue_constants(rule: Rule) -> dict[str, object]:
+def prologue_constants(rule: Rule, counts: bool = True) -> dict[str, object]:
     """What the prologue is compiled for."""
     return {
         "SET_SCALARS": rule.set_scalars,
@@ -129,6 +138,7 @@ def prologue_constants(rule: Rule) -> dict[str, object]:
         "OPTION": rule.option,
         "HYPERS": len(rule.hyper),
         "HAS_PARTS": rule.parts,
+        "COUNTS": counts,
         "BLOCK": prologue.BLOCK,
     }
 

@@ -10,7 +10,7 @@ from .families.parts import set_parts
 from .random import seed_of
 
 # Floats of a tensor in the table of scalars: a rule's, and a seed behind them; kScalarFloats in csrc.
-SCALAR_FLOATS = tl.constexpr(16)
+SCALAR_FLOATS = tl.constexpr(18)
 
 SEED = tl.constexpr(SCALAR_FLOATS.value - 2)
 
@@ -155,9 +155,11 @@ def prologue(
     OPTION: tl.constexpr,
     HYPERS: tl.constexpr,
     HAS_PARTS: tl.constexpr,
+    COUNTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the scalars of every tensor and what update_kernel reads at control_ptr; advance what is counted on the device.
+    """Write the scalars of every tensor and what update_kernel reads at control_ptr; advance what is counted on the device, if
+    COUNTS.
 
     hyper_ptr: float64 [groups, HYPERS]; jobs_ptr: int64 [tensors, JOB]; scalars_ptr: float32 [tensors, SCALAR_FLOATS]; ADVANCE:
     of the rule's scalar state, None without one. The pointers of a loss scaler, of a norm and of its results may be None.
@@ -189,9 +191,9 @@ def prologue(
     hyper = hyper_ptr + group * HYPERS
     counts = mask & (counter != 0)
     step = tl.where(counts, next_step(counter_type, read_number(counter, counter_type, counts)), step)
-    written = counts
+    written = counts & COUNTS
     if (found_inf_ptr is not None) or (total_ptr is not None):
-        written = tl.where(skip == 0.0, counts, False)
+        written = tl.where(skip == 0.0, written, False)
     write_number(counter, counter_type, step, written)
     step = countable(step)
     scalar_state = None

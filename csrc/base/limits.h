@@ -10,6 +10,6 @@ constexpr int kMaxStates = 4;
 // Hyper-parameters of a rule, at most.
 constexpr int kMaxHyper = 14;
 // Floats that a plan keeps for the scalars of one step: those of a rule, and a seed behind them.
-constexpr int kScalarFloats = 16;
+constexpr int kScalarFloats = 18;
 
 }  // namespace precond

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "cpu/coded.h"
+#include "cpu/statistics.h"
 #include "cpu/tile.h"
 #include "cpu/update.h"
 #include "rules/rule.h"
@@ -169,6 +170,77 @@ PRECOND_INLINE void update_tiled(const ChunkArgs& a, const Rule& rule, Incoming 
   }
 }
 
+// One tile of a rule with parts, which leaves p as it is, and what the statistics see of it.
+template <class Rule, class... States>
+PRECOND_INLINE void apply_measured(const Rule rule, float coef, int64_t n, const float* __restrict p,
+                                   const float* __restrict g, float* __restrict after, float* __restrict taken,
+                                   States* __restrict... s) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    [&](auto... s_value) __attribute__((always_inline)) {
+      const Moved moved = rule(p[i], coef * g[i], s_value...);
+      after[i] = moved.p;
+      taken[i] = moved.taken;
+      ((s[i] = s_value), ...);
+    }(float(s[i])...);
+  }
+}
+
+// With statistics: block by block, in tiles. Of a dense fp32 tensor only the new p lies in one, until they are taken.
+// What is fetched ahead there delays it: 32M elements, ns each on one thread: 2.6 -> 3.0. In one loop with the update
+// the sums took as long: bench/NOTES.md, entry 21.
+template <class Rule, int... K>
+PRECOND_INLINE void update_measured(const ChunkArgs& a, Rule rule, Incoming incoming,
+                                    std::integer_sequence<int, K...>) {
+  if (a.only) rule.leave_out_decay();
+  const Tensor& t = *a.tensor;
+  const bool clamps = incoming.clip_value != HUGE_VALF;
+  const float coef = clamps ? 1.0f : incoming.coef;
+  const bool in_place = !a.only && !clamps && is_dense_in<Rule::kStates>(t, Format::fp32, Format::fp32, Format::fp32);
+  const Seed seed = t.draws ? seed_in(a.scalars) : Seed{0, 0};
+  Tile p, g, after, taken;
+  [[maybe_unused]] Tile s[sizeof...(K) + 1];
+  RandomTile random;
+  StatisticLanes lanes;
+  const int64_t chunk_end = a.begin + a.count;
+  for (int64_t block = a.begin; block < chunk_end; block += kNormBlock) {
+    clear(lanes);
+    const int64_t end = chunk_end - block < kNormBlock ? chunk_end : block + kNormBlock;
+    for (int64_t begin = block; begin < end;) {
+      int64_t n = end - begin < kTile ? end - begin : kTile;
+      if (t.draws) {
+        const int64_t in_row = t.place.left_in_row(begin);
+        n = n < in_row ? n : in_row;
+        fill_random(seed, uint64_t(t.place.index(begin)), n, random);
+      }
+      const auto at = [&](const Operand& operand, Tile& tile) {
+        return in_place ? reinterpret_cast<float*>(operand.data) + begin : tile.value;
+      };
+      if (!in_place) {
+        load(t.p, a.strides, begin, n, p);
+        load(t.g, a.strides, begin, n, g);
+        (load(t.state[K], a.strides, begin, n, s[K]), ...);
+        prefetch(t.p, begin + n, kTile, chunk_end);
+        prefetch(t.g, begin + n, kTile, chunk_end);
+        (prefetch(t.state[K], begin + n, kTile, chunk_end), ...);
+        if (clamps) clamp_tile(incoming, n, g);
+      }
+      float* const p_at = at(t.p, p);
+      const float* const g_at = at(t.g, g);
+      apply_measured(rule, coef, n, p_at, g_at, after.value, taken.value, at(t.state[K], s[K])...);
+      if (!in_place && !a.only) {
+        store(t.p, a.strides, begin, n, after, random, draws_of(0));
+        (store(t.state[K], a.strides, begin, n, s[K], random, draws_of(1 + K)), ...);
+        load(t.p, a.strides, begin, n, after);
+      }
+      add_statistics(lanes, begin - block, n, coef, g_at, p_at, taken.value, a.only ? p_at : after.value);
+      if (in_place) std::memcpy(p_at, after.value, size_t(n) * sizeof(float));
+      begin += n;
+    }
+    fold(lanes, a.statistics + (block - a.begin) / kNormBlock * kBlockStatistics);
+  }
+}
+
 template <class Rule>
 void update_chunk(const ChunkArgs& chunk) {
   ChunkArgs a = chunk;
@@ -178,6 +250,8 @@ void update_chunk(const ChunkArgs& chunk) {
   // Multiplying by 1 changes no bit, so there is no case without a coefficient.
   const Incoming incoming{a.sign * a.control->grad_coef, a.control->clip_value};
   const auto states = std::make_integer_sequence<int, Rule::kStates>{};
+  if constexpr (kHasParts<Rule>)
+    if (a.statistics != nullptr) return update_measured(a, rule, incoming, states);
   // Tensors that are clipped by value go through tiles.
   if (incoming.clip_value == HUGE_VALF) {
     const Format format = a.tensor->p.format;

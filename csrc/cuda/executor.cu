@@ -83,7 +83,9 @@ const std::vector<RuleKernels>& kernels() {
   return by_number;
 }
 
-int kernel_for(const Tensor& t) {
+// `notes`: the step takes statistics of tensors whose rules have them.
+int kernel_for(const Tensor& t, bool notes) {
+  if (notes && rules()[size_t(t.rule)].has_parts) return kMixed;
   const int states = rules()[size_t(t.rule)].states;
   const Format state = states == 0 ? t.p.format : t.state[0].format;
   bool plain = is_plain(t.p.format), dense = t.p.strides == kDense && t.g.strides == kDense, alike = true;
@@ -145,6 +147,10 @@ struct CudaExecutor::Impl {
   Table<Override> overrides;
   Table<int64_t> norm_first;
   Table<double> norm_sums;
+  Table<int64_t> statistics_first;
+  Table<StatisticsJob> statistics_jobs;
+  Table<double> statistics;
+  Table<Noting> noting;
   struct Bucket {
     int rule, kernel;
     int64_t first, count;
@@ -152,12 +158,13 @@ struct CudaExecutor::Impl {
   std::vector<Bucket> buckets;
   std::vector<std::array<int, 2>> signature;  // of each tensor, its whole chunks and its last: bucket_of
 
-  void cut(const Plan& plan);
+  void cut(const Plan& plan, bool notes);
   void describe(const Plan& plan, const std::vector<GroupRow>& asked, bool scalars_per_tensor);
   void scalars_on_device(const Plan& plan, const std::vector<GroupRow>& asked, const DeviceStep& step);
   Use use_of(uintptr_t stream);
   void upload_tensors(const Use& use);
   void measure(const Plan& plan, const Clip& clip, const Use& use);
+  const Noting* note(const Plan& plan, const Extras& extras, const Use& use);
 };
 
 // Called first by whatever enqueues work, in the relaxed mode of capture.
@@ -207,8 +214,25 @@ void CudaExecutor::Impl::measure(const Plan& plan, const Clip& clip, const Use& 
   }
 }
 
+// Where kernels put the statistics of blocks; null: nowhere.
+const Noting* CudaExecutor::Impl::note(const Plan& plan, const Extras& extras, const Use& use) {
+  if (extras.sums == nullptr) return nullptr;
+  statistics_first.host = statistic_blocks(plan);
+  statistics_first.upload(use);
+  double* const table = statistics.room_for(size_t(statistics_first.host.back() + 1) * kBlockStatistics, use);
+  statistics_jobs.host.resize(size_t(plan.size()));
+  for (int64_t i = 0; i < plan.size(); ++i) {
+    const Tensor& t = plan.tensor(i);
+    statistics_jobs.host[size_t(i)] = {statistics_first.host[size_t(i)], t.numel, t.number};
+  }
+  statistics_jobs.upload(use);
+  noting.host = {Noting{statistics_first.device(), table, extras.only}};
+  noting.upload(use);
+  return noting.device();
+}
+
 // Chunks by kernel; only when the rule, the formats or the alignment of a tensor have changed.
-void CudaExecutor::Impl::cut(const Plan& plan) {
+void CudaExecutor::Impl::cut(const Plan& plan, bool notes) {
   const auto bucket_of = [](const Tensor& t, int kernel) { return t.rule * kKernels + kernel; };
   std::vector<std::array<int, 2>> wanted;
   wanted.reserve(size_t(plan.size()));
@@ -219,7 +243,7 @@ void CudaExecutor::Impl::cut(const Plan& plan) {
       wanted.push_back({-1, -1});
       continue;
     }
-    const int kernel = kernel_for(t);
+    const int kernel = kernel_for(t, notes);
     wanted.push_back({bucket_of(t, whole_kernel_for(t, kernel)), bucket_of(t, kernel)});
   }
   if (wanted == signature) return;
@@ -268,6 +292,7 @@ void CudaExecutor::Impl::scalars_on_device(const Plan& plan, const std::vector<G
     job.fresh = t.fresh;
     job.draws = t.draws;
     job.key = t.key;
+    if (step.extras.factors != nullptr) job.factor = step.extras.factors + t.number;
     if (t.step && t.step_on_device) {
       job.step = t.step.data;
       job.scalar = t.scalar.data;
@@ -305,7 +330,8 @@ void CudaExecutor::run(Plan* plan, const std::vector<GroupRow>& groups, const De
   const Use use = my.use_of(step.stream);
 
   const bool may_skip = step.found_inf != nullptr || (step.clip.total != nullptr && step.clip.skip_nonfinite);
-  bool on_device = !step.overrides.empty() || step.grad_scale != nullptr || may_skip || step.clip.total != nullptr;
+  bool on_device = !step.overrides.empty() || step.grad_scale != nullptr || may_skip || step.clip.total != nullptr ||
+                   step.extras.factors != nullptr;
   bool counters_on_device = true;
   for (int64_t i = 0; i < plan->size(); ++i) {
     const Tensor& t = plan->tensor(i);
@@ -321,7 +347,7 @@ void CudaExecutor::run(Plan* plan, const std::vector<GroupRow>& groups, const De
         "fused must be True in every group for a loss scaler's found_inf and for nonfinite='skip': step counters are "
         "on the host");
 
-  my.cut(*plan);
+  my.cut(*plan, step.extras.sums != nullptr);
   if (on_device) {
     plan->advance(groups);
     require_known_scalars(*plan, step);
@@ -345,8 +371,8 @@ void CudaExecutor::run(Plan* plan, const std::vector<GroupRow>& groups, const De
     ++my.launches;
     for (const int family : families_of(*plan)) {
       kFamilies[family].scalars({my.jobs.device(), int32_t(count), my.groups.device(), my.overrides.device(),
-                                 int32_t(step.overrides.size()), control, families()[size_t(family)].first, scalars,
-                                 use.stream});
+                                 int32_t(step.overrides.size()), control, families()[size_t(family)].first,
+                                 !step.extras.only, scalars, use.stream});
       ++my.launches;
     }
   } else {
@@ -354,13 +380,21 @@ void CudaExecutor::run(Plan* plan, const std::vector<GroupRow>& groups, const De
     my.control.upload(use);
     my.scalars.upload(use);
   }
+  const Noting* const noting = my.note(*plan, step.extras, use);
   for (const Impl::Bucket& bucket : my.buckets) {
     kernels()[size_t(bucket.rule)].launch[bucket.kernel]({my.tensors.device(), my.chunks.device() + bucket.first,
                                                           my.strides.device(), my.scalars.device(), my.control.device(),
-                                                          bucket.count, use.stream});
+                                                          bucket.count, use.stream, noting});
     ++my.launches;
   }
-  plan->count_step();
+  if (noting != nullptr && plan->size() > 0) {
+    launch(&fold_statistics_kernel, plan->size(), kThreads, use.stream,
+           static_cast<const StatisticsJob*>(my.statistics_jobs.device()),
+           static_cast<const double*>(my.statistics.device()), static_cast<const Control*>(my.control.device()),
+           step.extras.sums);
+    ++my.launches;
+  }
+  if (!step.extras.only) plan->count_step();
 }
 
 void CudaExecutor::norm(const Plan& plan, const std::vector<GroupRow>& groups, const DeviceStep& step) {
@@ -368,7 +402,7 @@ void CudaExecutor::norm(const Plan& plan, const std::vector<GroupRow>& groups, c
   require_current(my.device);
   const RelaxedCapture relaxed;
   const Use use = my.use_of(step.stream);
-  my.cut(plan);
+  my.cut(plan, false);
   my.describe(plan, groups, true);
   my.upload_tensors(use);
   my.measure(plan, step.clip, use);

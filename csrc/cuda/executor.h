@@ -8,8 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "plan/norm.h"
-#include "plan/plan.h"
+#include "plan/statistics.h"
 
 namespace precond {
 
@@ -31,6 +30,7 @@ struct DeviceStep {
   float grad_coef = 1.0f;
   float clip_value = HUGE_VALF;
   Clip clip;
+  Extras extras;
   uintptr_t stream = 0;
 };
 

@@ -3,6 +3,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/scalars.cuh"
+#include "cuda/statistics.cuh"
 
 namespace precond {
 
@@ -14,6 +15,7 @@ struct UpdateArgs {
   const Control* control;
   int64_t blocks;
   cudaStream_t stream;
+  const Noting* noting;  // on the device; for rules with parts alone
 };
 using LaunchUpdate = void (*)(const UpdateArgs&);
 
@@ -48,6 +50,7 @@ struct ScalarsArgs {
   int32_t override_count;
   const Control* control;
   int32_t first;
+  bool counts;  // false: counters and scalar states stay as they are
   float* scalars;
   cudaStream_t stream;
 };

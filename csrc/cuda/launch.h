@@ -55,18 +55,25 @@ inline bool is_done(cudaEvent_t event) {
 }
 
 // Not kernel<<<>>>() and cudaGetLastError(), which also returns the errors of earlier calls.
+// `shared`: bytes of memory that a block is given besides what its kernel declares.
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream, Args... args) {
+void launch_with(size_t shared, void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream,
+                 Args... args) {
 #if defined(__CUDACC__)
   const auto start = [&](Params... params) {
     void* addresses[] = {&params...};
     return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)),
-                            addresses, 0, stream);
+                            addresses, shared, stream);
   };
   check(start(args...), "kernel launch");
 #else
+  static_cast<void>(shared);
   check(cuda_on_host::launch_kernel(kernel, blocks, threads, stream, args...), "kernel launch");
 #endif
+}
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream, Args... args) {
+  launch_with(0, kernel, blocks, threads, stream, args...);
 }
 
 }  // namespace precond

@@ -17,9 +17,14 @@ void launch_mixed(const UpdateArgs& a) {
   launch(&update_mixed_kernel<Rule>, a.blocks, kThreads, a.stream, a.tensors, a.chunks, a.strides, a.scalars,
          a.control);
 }
-#define PRECOND_KERNEL(name, ...) &launch_mixed<__VA_ARGS__>,
 // With parts: one kernel, with an average or without.
-#define PRECOND_PARTS(name, ...) &launch_mixed<WithAverage<__VA_ARGS__>>,
+template <class Rule>
+void launch_parts(const UpdateArgs& a) {
+  launch_with(a.noting == nullptr ? 0 : sizeof(SharedStatistics), &update_parts_kernel<Rule>, a.blocks, kThreads,
+              a.stream, a.tensors, a.chunks, a.strides, a.scalars, a.control, a.noting);
+}
+#define PRECOND_KERNEL(name, ...) &launch_mixed<__VA_ARGS__>,
+#define PRECOND_PARTS(name, ...) &launch_parts<WithAverage<__VA_ARGS__>>,
 extern const LaunchUpdate kMixed[];
 const LaunchUpdate kMixed[] = {PRECOND_RULES_AND_PARTS(PRECOND_KERNEL, PRECOND_PARTS, PRECOND_PARTS)};
 #undef PRECOND_KERNEL

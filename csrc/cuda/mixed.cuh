@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "cuda/formats.cuh"
+#include "cuda/statistics.cuh"
 #include "rules/rule.h"
 
 namespace precond {
@@ -48,9 +49,11 @@ __device__ __forceinline__ Words encode_state_for(Format format, const float* va
   }
 }
 
+// shared: where statistics are taken, of rules with parts; null: nowhere. only: nothing is updated.
 template <class Rule, int... K>
 __device__ __forceinline__ void update_mixed(const DeviceTensor& t, const Strides* strides, const float* scalars,
-                                             Incoming incoming, Range range, std::integer_sequence<int, K...>) {
+                                             Incoming incoming, Range range, [[maybe_unused]] SharedStatistics* shared,
+                                             bool only, std::integer_sequence<int, K...>) {
   const auto format = [&](int operand) { return t.operand[operand].format; };
   const auto items = [&](int operand) {
     // A rule with parts may have no average: an operand of no bits is neither read nor written.
@@ -85,15 +88,41 @@ __device__ __forceinline__ void update_mixed(const DeviceTensor& t, const Stride
     decode_gradient(format(1), g_words, g);
     (decode_state_for<Rule>(format(2 + K), s_words[K], scale[K], s[K]), ...);
 
-    const Rule rule = rule_of<Rule>(t, scalars);
+    Rule rule = rule_of<Rule>(t, scalars);
+    if constexpr (kHasParts<Rule>) {
+      if (only) rule.leave_out_decay();
+      float taken[kRun];
+      if (shared != nullptr) note(shared, kSeenBefore, p, count);
 #pragma unroll
-    for (int k = 0; k < kRun; ++k) update(rule, p[k], incoming(g[k]), s[K][k]...);
+      for (int k = 0; k < kRun; ++k) {
+        g[k] = incoming(g[k]);
+        const Moved moved = rule(p[k], g[k], s[K][k]...);
+        p[k] = moved.p;
+        taken[k] = moved.taken;
+      }
+      if (shared != nullptr) {
+        note(shared, kSeenGrad, g, count);
+        note(shared, kSeenTaken, taken, count);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kRun; ++k) update(rule, p[k], incoming(g[k]), s[K][k]...);
+    }
 
     read_again();
     uint32_t random[kRun] = {};
     if (t.draws != 0) fill_random(seed_in(scalars + int64_t(t.scalars) * kScalarFloats), t.place, i, random);
     Words remainder = {};
-    put<32>(items(0), i, count, encode_weight(format(0), p, random, remainder));
+    const Words stored = encode_weight(format(0), p, random, remainder);
+    if constexpr (kHasParts<Rule>) {
+      if (shared != nullptr) {
+        decode_weight(format(0), stored, remainder, p);
+        note(shared, kSeenAfter, p, count);
+        add_noted(shared);
+      }
+      if (only) continue;
+    }
+    put<32>(items(0), i, count, stored);
     put<16>(beside(0), i, count, remainder);
     (put<32>(items(2 + K), i, count, encode_state_for<Rule>(format(2 + K), s[K], count, random, 1 + K, scale[K])), ...);
     ((is_coded(format(2 + K)) && first_of_group ? void(scale_of(2 + K, i) = uint16_t(scale[K])) : void()), ...);
@@ -108,7 +137,25 @@ __global__ void __launch_bounds__(kThreads, kMixedBlocksPerSm)
   const DeviceChunk chunk = chunks[blockIdx.x];
   const DeviceTensor& t = tensors[chunk.tensor];
   update_mixed<Rule>(t, strides, scalars, {t.sign * control->grad_coef, control->clip_value}, range_of(chunk, t),
-                     std::make_integer_sequence<int, Rule::kStates>{});
+                     nullptr, false, std::make_integer_sequence<int, Rule::kStates>{});
+}
+
+// The same for a rule with parts, and its statistics.
+template <class Rule>
+__global__ void __launch_bounds__(kThreads, kMixedBlocksPerSm)
+    update_parts_kernel(const DeviceTensor* tensors, const DeviceChunk* chunks, const Strides* strides,
+                        const float* scalars, const Control* control, const Noting* noting) {
+  if (control->skip != 0.0f) return;
+  const DeviceChunk chunk = chunks[blockIdx.x];
+  const DeviceTensor& t = tensors[chunk.tensor];
+  const Range range = range_of(chunk, t);
+  const Noting now = noting == nullptr ? Noting{nullptr, nullptr, 0} : *noting;
+  const bool notes = now.table != nullptr && range.begin < range.end;
+  SharedStatistics* const shared = notes ? shared_statistics() : nullptr;
+  if (notes) clear(shared);
+  update_mixed<Rule>(t, strides, scalars, {t.sign * control->grad_coef, control->clip_value}, range, shared,
+                     now.only != 0, std::make_integer_sequence<int, Rule::kStates>{});
+  if (notes) fold(shared, now.table + (now.first[chunk.tensor] + chunk.begin / kNormBlock) * int64_t(kBlockStatistics));
 }
 
 }  // namespace PRECOND_ISA

@@ -1,8 +1,8 @@
 // The norm on CUDA, in the order of norm.h: a block per chunk of the update's list, then blocks over the sums.
 #pragma once
 
+#include "cuda/statistics.cuh"
 #include "cuda/tensors.cuh"
-#include "plan/norm.h"
 
 namespace precond {
 inline namespace PRECOND_ISA {
@@ -77,6 +77,36 @@ __global__ void __launch_bounds__(kThreads)
       fold_block(range.end - range.begin, inf != 0, lanes, out, [&](int64_t i) {
         return term(decltype(format)::value(element<decltype(format)>(g, offset_of(g, strides, range.begin + i))));
       });
+  });
+}
+
+// A block for each tensor: its blocks' statistics, in the order of plan/statistics.h. A step that is skipped has none.
+__global__ void __launch_bounds__(kThreads)
+    fold_statistics_kernel(const StatisticsJob* jobs, const double* table, const Control* control, double* sums) {
+  if (control->skip != 0.0f) return;
+  __shared__ double lanes[kBlockStatistics][kThreads];
+  const StatisticsJob job = jobs[blockIdx.x];
+  double* const row = sums + job.number * kStatistics;
+  const int64_t blocks = job.first < 0 ? 0 : (job.numel + kNormBlock - 1) / kNormBlock;
+  const double* const begin = table + (job.first < 0 ? 0 : job.first) * kBlockStatistics;
+  each_thread([&](int t) {
+    double lane[kBlockStatistics] = {};
+    for (int64_t b = t; b < blocks; b += kThreads)
+#pragma unroll
+      for (int k = 0; k < kBlockStatistics; ++k)
+        lane[k] = combined_statistic(k, lane[k], begin[b * kBlockStatistics + k]);
+#pragma unroll
+    for (int k = 0; k < kBlockStatistics; ++k) lanes[k][t] = lane[k];
+  });
+  for (int half = kThreads / 2; half > 0; half /= 2)
+    each_thread([&](int t) {
+      if (t >= half) return;
+#pragma unroll
+      for (int k = 0; k < kBlockStatistics; ++k) lanes[k][t] = combined_statistic(k, lanes[k][t], lanes[k][t + half]);
+    });
+  each_thread([&](int t) {
+    if (t < kBlockStatistics) row[t] = lanes[t][0];
+    if (t == kElements) row[t] = job.first < 0 ? 0.0 : double(job.numel);
   });
 }
 

@@ -16,14 +16,14 @@ namespace PRECOND_FAMILY {
 // Jobs of other families' rules are left to their kernels.
 __global__ void scalars_kernel(const ScalarsJob* jobs, int32_t count, const DeviceGroup* groups,
                                const Override* overrides, int32_t override_count, const Control* control, int32_t first,
-                               float* scalars) {
+                               int32_t counts, float* scalars) {
   const int64_t j = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (j >= count) return;
   const ScalarsJob job = jobs[j];
   if (job.group < 0) return;
   DeviceGroup group = groups[job.group];
   read_overrides(overrides, override_count, job.group, group.hyper);
-  const bool skip = control->skip != 0.0f;
+  const bool skip = control->skip != 0.0f || counts == 0;
   int32_t number = first;
 #define PRECOND_PREPARE(name, ...) \
   if (group.rule == number++) prepare<__VA_ARGS__>(job, group.hyper, skip, scalars + j * kScalarFloats);
@@ -35,7 +35,7 @@ __global__ void scalars_kernel(const ScalarsJob* jobs, int32_t count, const Devi
 
 void launch_scalars(const ScalarsArgs& a) {
   launch(&scalars_kernel, (a.count + 127) / 128, 128, a.stream, a.jobs, a.count, a.groups, a.overrides,
-         a.override_count, a.control, a.first, a.scalars);
+         a.override_count, a.control, a.first, int32_t(a.counts), a.scalars);
 }
 
 template <class Rule, class P, class G, class S>

@@ -17,6 +17,7 @@ struct ScalarsJob {
   int32_t fresh;
   int32_t draws;
   uint64_t key;
+  const float* factor;  // on updates, of a rule with parts; null: 1
 };
 struct DeviceGroup {
   int32_t rule;
@@ -50,6 +51,8 @@ __device__ __forceinline__ void prepare(const ScalarsJob& job, const double* hyp
     }
   }
   fill_scalars<Rule>(hyper, step, job.fresh != 0, scalar, scalars);
+  if constexpr (kHasParts<Rule>)
+    if (job.factor != nullptr) scalars[sizeof(Rule) / sizeof(float) - 1] = *job.factor;
   if (job.draws) put_seed(seed_of(job.key, uint64_t(countable(step))), scalars);
 }
 

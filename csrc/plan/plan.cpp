@@ -27,11 +27,12 @@ void Plan::put(int32_t i, const Tensor& tensor) {
     if (number && !numbers_.insert(number.data).second) shares_numbers_ = true;
 }
 
-const std::vector<Chunk>& Plan::chunks(int threads) {
-  bool same = cut_for_ == threads && cut_from_.size() == tensors_.size();
+const std::vector<Chunk>& Plan::chunks(int threads, int64_t align) {
+  bool same = cut_for_ == threads && cut_at_ == align && cut_from_.size() == tensors_.size();
   for (size_t i = 0; same && i < tensors_.size(); ++i) same = cut_from_[i] == tensors_[i].active;
   if (same) return chunks_;
   cut_for_ = threads;
+  cut_at_ = align;
   cut_from_.clear();
   for (const Tensor& t : tensors_) cut_from_.push_back(t.active);
   int64_t size = fixed_chunk_;
@@ -41,7 +42,7 @@ const std::vector<Chunk>& Plan::chunks(int threads) {
       if (t.active) total += t.numel;
     size = std::clamp(total / (kChunksPerThread * threads), kMinChunk, kMaxChunk);
   }
-  size = (size + kChunkAlign - 1) / kChunkAlign * kChunkAlign;
+  size = (size + align - 1) / align * align;
   chunks_.clear();
   batches_.assign(1, 0);
   int64_t cost = 0;
@@ -85,9 +86,9 @@ void Plan::advance(const std::vector<GroupRow>& groups) {
   }
 }
 
-// Tensors of one group nearly always share a step, so scalars are computed for the first and shared, or copied beside a
-// seed.
-const std::vector<float>& Plan::fill_scalars(const std::vector<GroupRow>& groups) {
+// Tensors of one group nearly always share a step, so scalars are computed for the first and shared, or copied beside
+// what a tensor has of its own.
+const std::vector<float>& Plan::fill_scalars(const std::vector<GroupRow>& groups, const float* factors) {
   const IeeeDenormals ieee;
   advance(groups);
   struct Known {
@@ -111,10 +112,13 @@ const std::vector<float>& Plan::fill_scalars(const std::vector<GroupRow>& groups
       rules()[t.rule].fill(groups[t.group].hyper, step, t.fresh, t.next_scalar, at(known.at));
     }
     t.scalars = known.at;
-    if (!t.draws) continue;
+    const RuleInfo& rule = rules()[size_t(t.rule)];
+    const bool scaled = factors != nullptr && rule.has_parts;
+    if (!t.draws && !scaled) continue;
     t.scalars = append();
     std::copy_n(at(known.at), kSeedAt, at(t.scalars));
-    put_seed(seed_of(t.key, uint64_t(countable(step))), at(t.scalars));
+    if (scaled) at(t.scalars)[rule.scalars - 1] = factors[t.number];
+    if (t.draws) put_seed(seed_of(t.key, uint64_t(countable(step))), at(t.scalars));
   }
   return scalars_;
 }

@@ -48,6 +48,7 @@ struct Tensor {
   double next_step = 0.0, next_scalar = 0.0;  // after the coming step; where the host advances them
   int32_t rule = 0;
   int32_t group = 0;
+  int32_t number = 0;   // among the parameters of the step: its row of statistics and its factor
   int32_t scalars = 0;  // of this step: their place in Plan::fill_scalars
   int32_t norm_class = 0;
   bool active = false;  // has a gradient in this step
@@ -102,8 +103,9 @@ class Plan {
   const std::vector<Strides>& all_strides() const { return strides_; }
   Strides& strides(int32_t i) { return strides_[i]; }
   const Strides& strides(int32_t i) const { return strides_[i]; }
-  // The chunks of the active tensors for a number of threads. Cuts them anew when one of these has changed.
-  const std::vector<Chunk>& chunks(int threads);
+  // The chunks of the active tensors for a number of threads, which begin at multiples of `align` elements. Cuts them
+  // anew when one of these has changed.
+  const std::vector<Chunk>& chunks(int threads, int64_t align = kChunkAlign);
 
   // The first chunk of each batch: about one full chunk's work, which a thread takes at a time. Cut with the chunks.
   const std::vector<int32_t>& batches() const { return batches_; }
@@ -112,12 +114,14 @@ class Plan {
   // where tensors share one; all scalars, kScalarFloats each; and, after a step that was not skipped, counting it. A
   // plan's tensors then have their state no longer fresh.
   void advance(const std::vector<GroupRow>& groups);
-  const std::vector<float>& fill_scalars(const std::vector<GroupRow>& groups);
+  // factors: of each parameter, what its updates are multiplied with where its rule has parts; null: 1.
+  const std::vector<float>& fill_scalars(const std::vector<GroupRow>& groups, const float* factors = nullptr);
   void count_step();
 
  private:
   int64_t fixed_chunk_;
   int cut_for_ = 0;             // threads that chunks_ was cut for; 0: not cut yet
+  int64_t cut_at_ = 0;          // their `align`
   std::vector<bool> cut_from_;  // of each tensor, whether it was active then
   std::vector<Tensor> tensors_;
   std::vector<Strides> strides_;
@@ -125,7 +129,7 @@ class Plan {
   std::vector<int32_t> batches_;
   std::unordered_set<const void*> numbers_;  // counters and scalar states
   bool shares_numbers_ = false;              // between tensors
-  std::vector<float> scalars_;               // shared by tensors with the same group and step that draw nothing
+  std::vector<float> scalars_;               // shared by tensors with the same group and step, unless one has its own
 };
 
 }  // namespace precond

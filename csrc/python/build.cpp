@@ -149,6 +149,7 @@ void TensorPlan::add(py::handle param, py::handle state, int group, int rule, bo
   Tensor tensor;
   tensor.group = group;
   tensor.rule = rule;
+  tensor.number = int32_t(at < 0 ? int64_t(entries_.size()) : at);
   tensor.fresh = fresh;
   tensor.numel = 1;
   for (int d = 0; d < view.ndim; ++d) tensor.numel *= view.shape[d];
@@ -244,6 +245,7 @@ void TensorPlan::defer(py::handle param, int group) {
   entries_.back().kind = Kind::kDeferred;
   Tensor none;
   none.group = group;
+  none.number = int32_t(entries_.size()) - 1;
   entries_.back().tensor = plan_.add(none);
 }
 

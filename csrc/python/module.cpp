@@ -97,6 +97,10 @@ std::map<int, uintptr_t> addresses_of(const Request& request) {
 }
 
 // What a step does with the norm, from the addresses of torch's tensors.
+Extras extras(uintptr_t sums, uintptr_t factors, bool only) {
+  return {reinterpret_cast<double*>(sums), reinterpret_cast<const float*>(factors), only};
+}
+
 Clip clip(uintptr_t total, uintptr_t grad_norm, uintptr_t clip_coef, uintptr_t skipped, float max_norm, int classes,
           bool inf, bool skip_nonfinite, bool measure) {
   Clip c;
@@ -198,6 +202,9 @@ PYBIND11_MODULE(_C, m) {
                                   py::arg("classes") = 1, py::arg("inf") = false, py::arg("skip_nonfinite") = false,
                                   py::arg("measure") = false);
 
+  py::class_<Extras>(m, "Extras")
+      .def(py::init(&extras), py::kw_only(), py::arg("sums") = 0, py::arg("factors") = 0, py::arg("only") = false);
+
   py::class_<Request>(m, "Row")
       .def(py::init(&request), py::kw_only(), py::arg("rule"), py::arg("sign"), py::arg("hyper"))
       .def_property_readonly("hyper", &hyper_of)
@@ -224,9 +231,10 @@ PYBIND11_MODULE(_C, m) {
       .def("set_norm_classes", &TensorPlan::set_norm_classes, py::arg("classes"))
       .def("norm", &TensorPlan::norm, py::arg("clip"), py::arg("threads"))
       .def("norm_cuda", &TensorPlan::norm_cuda, py::arg("clip"), py::arg("stream"))
-      .def("run", &TensorPlan::run, py::arg("grad_coef"), py::arg("clip_value"), py::arg("clip"), py::arg("threads"))
+      .def("run", &TensorPlan::run, py::arg("grad_coef"), py::arg("clip_value"), py::arg("clip"), py::arg("threads"),
+           py::arg("extras"))
       .def("run_cuda", &TensorPlan::run_cuda, py::arg("grad_coef"), py::arg("clip_value"), py::arg("clip"),
-           py::arg("grad_scale"), py::arg("found_inf"), py::arg("stream"))
+           py::arg("grad_scale"), py::arg("found_inf"), py::arg("stream"), py::arg("extras"))
       .def_property_readonly("skipped", &TensorPlan::skipped)
       .def_property_readonly("launches", &TensorPlan::launches)
       .def_property_readonly("was_captured", &TensorPlan::was_captured);

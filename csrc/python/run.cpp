@@ -20,7 +20,7 @@ void TensorPlan::norm(const Clip& clip, int threads) {
   measure_on_cpu(plan_, clip, threads);
 }
 
-py::list TensorPlan::run(float grad_coef, float clip_value, const Clip& clip, int threads) {
+py::list TensorPlan::run(float grad_coef, float clip_value, const Clip& clip, int threads, const Extras& extras) {
   Control control{grad_coef, 0.0f, clip_value};
   {
     const py::gil_scoped_release release;
@@ -30,9 +30,9 @@ py::list TensorPlan::run(float grad_coef, float clip_value, const Clip& clip, in
       finish(clip, &control);
     }
     skipped_ = control.skip != 0.0f;
-    if (!skipped_) run_on_cpu(&plan_, rows_, control, threads);
+    if (!skipped_) run_on_cpu(&plan_, rows_, control, threads, extras);
   }
-  return skipped_ ? py::list() : updated();
+  return skipped_ || extras.only ? py::list() : updated();
 }
 
 #if defined(PRECOND_CUDA)
@@ -44,8 +44,9 @@ void TensorPlan::norm_cuda(const Clip& clip, uintptr_t stream) {
   cuda_->norm(plan_, rows_, step);
 }
 py::list TensorPlan::run_cuda(float grad_coef, float clip_value, const Clip& clip, uintptr_t grad_scale,
-                              uintptr_t found_inf, uintptr_t stream) {
+                              uintptr_t found_inf, uintptr_t stream, const Extras& extras) {
   DeviceStep step;
+  step.extras = extras;
   step.clip = clip;
   step.clip_value = clip_value;
   step.overrides = overrides_;
@@ -57,7 +58,7 @@ py::list TensorPlan::run_cuda(float grad_coef, float clip_value, const Clip& cli
     const py::gil_scoped_release release;
     cuda_->run(&plan_, rows_, step);
   }
-  return updated();
+  return extras.only ? py::list() : updated();
 }
 int TensorPlan::launches() const { return cuda_ ? cuda_->launches() : 1; }
 bool TensorPlan::was_captured() const { return cuda_ && cuda_->was_captured(); }
@@ -65,7 +66,7 @@ bool TensorPlan::was_captured() const { return cuda_ && cuda_->was_captured(); }
 void TensorPlan::norm_cuda(const Clip&, uintptr_t) {
   throw std::invalid_argument("this extension was built without CUDA");
 }
-py::list TensorPlan::run_cuda(float, float, const Clip&, uintptr_t, uintptr_t, uintptr_t) {
+py::list TensorPlan::run_cuda(float, float, const Clip&, uintptr_t, uintptr_t, uintptr_t, const Extras&) {
   throw std::invalid_argument("this extension was built without CUDA");
 }
 int TensorPlan::launches() const { return 1; }

@@ -63,9 +63,9 @@ class TensorPlan {
   void norm(const Clip& clip, int threads);
   void norm_cuda(const Clip& clip, uintptr_t stream);
   // Updates what refresh() found, and returns those parameters; on the CPU none if the step was skipped.
-  py::list run(float grad_coef, float clip_value, const Clip& clip, int threads);
+  py::list run(float grad_coef, float clip_value, const Clip& clip, int threads, const Extras& extras);
   py::list run_cuda(float grad_coef, float clip_value, const Clip& clip, uintptr_t grad_scale, uintptr_t found_inf,
-                    uintptr_t stream);
+                    uintptr_t stream, const Extras& extras);
   bool skipped() const { return skipped_; }
   int launches() const;
   bool was_captured() const;

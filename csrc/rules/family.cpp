@@ -34,6 +34,7 @@ RuleInfo info(const char* name, const char* type) {
           Rule::kSquares,
           Rule::kScalarStates,
           Rule::kReadsStep,
+          kHasParts<Rule>,
           hyper_names<Rule>(),
           int(sizeof(Rule) / sizeof(float)),
           [](const double* hyper, double step, bool fresh, double scalar, float* scalars) {

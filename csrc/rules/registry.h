@@ -14,6 +14,7 @@ struct RuleInfo {
   const char* type;  // of the functor, as it is spelled
   int states, squares, scalar_states;
   bool reads_step;
+  bool has_parts;  // parts.h: the last of its scalars is a factor on updates
   std::vector<std::string> hyper;
   int scalars;  // floats that fill() writes
   void (*fill)(const double* hyper, double step, bool fresh, double scalar, float* scalars);

@@ -54,6 +54,15 @@ template <class Rule>
 PRECOND_INLINE float stepped(const Rule&, float, float new_p) {
   return new_p;
 }
+// What a rule with parts returns, and one without a decay may: the new p, and what it lacks of the old one before it is
+// rounded.
+struct Moved {
+  float p, taken;
+};
+template <class Rule>
+PRECOND_INLINE float stepped(const Rule&, float, Moved moved) {
+  return moved.p;
+}
 // What a rule makes of one element: every loop calls this.
 template <class Rule, class... S>
 PRECOND_INLINE void update(const Rule& rule, float& p, float g, S&... s) {

@@ -65,14 +65,15 @@ struct ScheduleFreeSGD {
     return weight_sum + h.weight(step);
   }
   // `direction` without decay. An infinite p stays what it is: inf - inf is NaN.
-  PRECOND_INLINE float moved(float p, float direction, float& z) const {
+  PRECOND_INLINE Moved moved(float p, float direction, float& z) const {
     const float from = first != 0.0f ? p : z;
     const bool finite = is_finite(p);
     const float d = decay.gradient(finite ? p : 0.0f, direction);
     z = from - lr * d;
-    return p + fma(-rate, d, pull * (finite ? from - p : 0.0f));
+    const float added = fma(-rate, d, pull * (finite ? from - p : 0.0f));
+    return {p + added, -added};
   }
-  PRECOND_INLINE float operator()(float p, float g, float& z) const { return moved(p, g, z); }
+  PRECOND_INLINE Moved operator()(float p, float g, float& z) const { return moved(p, g, z); }
 };
 
 struct ScheduleFreeAdamWHyper : ScheduleFreeHyper {
@@ -87,7 +88,7 @@ struct ScheduleFreeAdamW : ScheduleFreeSGD {
   static constexpr int kStates = 2, kSquares = 0b10;
   float beta2, one_minus_beta2, inv_sqrt_bias2, eps;
 
-  PRECOND_INLINE float operator()(float p, float g, float& z, float& v) const {
+  PRECOND_INLINE Moved operator()(float p, float g, float& z, float& v) const {
     v = fma(one_minus_beta2 * g, g, beta2 * v);
     return moved(p, g / fma(sqrt(v), inv_sqrt_bias2, eps), z);
   }

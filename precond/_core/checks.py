@@ -78,7 +78,11 @@ class Checks:
                 is_adam = issubclass(self.owner, torch.optim.Adam)
                 advice = ", please consider SparseAdam instead" if is_adam else ""
                 rule, _, parts = row.rule.partition("+")
-                advice = " with cautious or ema_decay" if parts and rule in self.sparse_rules else advice
+                advice = (
+                    " with cautious, max_update_rms, ema_decay or statistics"
+                    if parts and rule in self.sparse_rules
+                    else advice
+                )
                 raise RuntimeError(
                     f"{self.owner.__name__} does not support sparse gradients{advice} ({what} has layout {t.layout})"
                 )

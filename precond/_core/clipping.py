@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ..reference import clamped
+from ..reference.statistics import SUMS
 from .norm import NOTHING, Clip, Measures, NormClasses, total
 from .rows import Control, Group, Step
-from .sharding import like, local
+from .sharding import home, like, local
+from .statistics import Extras
 
 
 class Begun(NamedTuple):
@@ -69,6 +71,8 @@ class Report:
         self.found: Found | None = None
         #: True once a norm was measured.
         self.measured = False
+        #: The sums of the last step that took statistics, of the parameters of the groups that it was of.
+        self.sums: Tensor | None = None
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -98,6 +102,13 @@ class Report:
             self.found.skipped.copy_(before.skipped)
         return self.found
 
+    def sums_on(self, device: torch.device, rows: int) -> Tensor:
+        """Where a step puts the sums of so many parameters. The same tensor, unless it must be another."""
+        if self.sums is None or self.sums.device != device or len(self.sums) != rows:
+            with torch.inference_mode(False):
+                self.sums = torch.zeros(rows, len(SUMS), dtype=torch.float64, device=device)
+        return self.sums
+
     def skipped_steps(self, groups: list[Group]) -> Tensor:
         """How many steps were skipped; of a report that has no device yet, on that of the parameters."""
         return (self.found or self.on(home(groups))).skipped
@@ -121,7 +132,7 @@ class Executor(Measures, Protocol):
     def has_gradients(self, step: Step) -> bool:
         """True where one of its parameters is updated."""
 
-    def run(self, step: Step, control: Control, clip: Clip) -> bool:
+    def run(self, step: Step, control: Control, clip: Clip, extras: Extras) -> bool:
         """Update the parameters. False where the norm said to skip the step."""
 
 
@@ -205,12 +216,6 @@ def _on_device(found: Found, control: Control, clip: Clip) -> Begun:
         found.skipped.add_(skip.to(found.skipped.dtype))
         control = control._replace(found_inf=skip.float().reshape(1))
     return Begun(control, clip.on(found.total.device)._replace(skip_nonfinite=False))
-
-
-def home(groups: list[Group]) -> torch.device:
-    """Where the first parameter lies."""
-    first = next((p for group in groups for p in group["params"]), None)
-    return torch.device("cpu") if first is None else local(first).device
 
 
 def _fp32(value: float, device: torch.device | str = "cpu") -> Tensor:

@@ -40,7 +40,7 @@ class Engine:
         self.report = Report() if report is None else report
         #: Compiled plans that graphs were captured from. A replay needs their memory, also when there is a newer plan.
         self.captured: list[Any] = [] if captured is None else captured
-        self.plans: dict[tuple[int, ...], StepPlan] = {}
+        self.plans: dict[tuple[Any, ...], StepPlan] = {}
         self._may_only_make_states = may_only_make_states
 
     @property
@@ -57,8 +57,9 @@ class Engine:
             self.states.bind({}, [])
 
     def _run(self, step: Step) -> None:
-        # DeepSpeed steps once per group with param_groups cut to it: one plan for each view of the groups.
-        key = tuple(map(id, step.groups))
+        # DeepSpeed steps once per group with param_groups cut to it: one plan for each view of the groups. One more where
+        # statistics are taken, for which rules are others.
+        key = (step.measured, *map(id, step.groups))
         plan = self.plans.get(key)
         if plan is not None and not plan.has_wrappers and plan.run(step) is not Outcome.STALE:
             return
@@ -76,7 +77,7 @@ class Engine:
             self.states.bind({}, [])
 
     def _begin(self, step: Step, host_must_know: bool) -> Begun | None:
-        key = tuple(map(id, step.groups))
+        key = (step.measured, *map(id, step.groups))
         plan = self.plans.get(key)
         found: Begun | Outcome = Outcome.STALE
         step = step._replace(inputs=aligned_gradients(step.groups))
@@ -99,7 +100,7 @@ class Engine:
             self.states.bind({}, [])
 
     def _norms(self, step: Step, classes: NormClasses) -> Tensor:
-        key = tuple(map(id, step.groups))
+        key = (step.measured, *map(id, step.groups))
         plan = self.plans.get(key)
         found = None if plan is None else plan.norms(step, classes)
         if plan is None or found is None:
@@ -127,7 +128,7 @@ class Engine:
                 return plan
         raise RuntimeError("gradients or states changed, again and again, while the step was prepared")
 
-    def _keep(self, key: tuple[int, ...], plan: StepPlan) -> None:
+    def _keep(self, key: tuple[Any, ...], plan: StepPlan) -> None:
         """Keep a plan for the next step. Without a compiled part the checks are all there is, and nothing is worth keeping."""
         self.plans.pop(key, None)
         while len(self.plans) >= _PLANS_KEPT:

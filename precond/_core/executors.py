@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..reference.statistics import sums_of
 from . import backend as _backend
 from . import formats
 from .checks import Checks
@@ -20,6 +21,7 @@ from .norm import NOTHING, Clip, NormClasses, reference_part
 from .rows import Control, Entry, Row, Step
 from .sharding import local
 from .states import States, counts_beside, is_counter, next_step
+from .statistics import Extras, real
 
 # Elements per chunk; 0 lets the plan choose.
 _CHUNK = 0
@@ -190,18 +192,21 @@ class Compiled:
             self._keep_captured()
         yield part
 
-    def run(self, step: Step, control: Control, clip: Clip) -> bool:
+    def run(self, step: Step, control: Control, clip: Clip, extras: Extras) -> bool:
         """Update the parameters. False where the norm said to skip the step."""
         if self.backend == "cpu":
             threads = torch.get_num_threads()
-            updated = self.plan.run(control.grad_coef, control.clip_value, clip.compiled(), threads)
+            measured = extras.compiled()
+            updated = self.plan.run(control.grad_coef, control.clip_value, clip.compiled(), threads, measured)
             torch.autograd.graph.increment_version(updated)
             return not self.plan.skipped
         scaler = [None if t is None else t.to(self.device) for t in (control.grad_scale, control.found_inf)]
         stream = _backend.current_stream(self.device)
         addresses = [0 if t is None else t.data_ptr() for t in scaler]
         with _backend.current(self.device):
-            updated = self.plan.run_cuda(control.grad_coef, control.clip_value, clip.compiled(), *addresses, stream)
+            updated = self.plan.run_cuda(
+                control.grad_coef, control.clip_value, clip.compiled(), *addresses, stream, extras.compiled()
+            )
         self._keep_captured()
         if _backend.is_side_stream(self.device, stream):
             # The gradients' memory may belong to another stream: not to be reused before this one has read it.
@@ -266,24 +271,26 @@ class InPython:
             and not counts_beside(step.groups[entry.group], self.backend)
         )
 
-    def _number(self, step: Step, entry: Entry) -> Any:
-        """The number of a parameter's step: its counter, already advanced where the host does that."""
+    def _number(self, step: Step, entry: Entry, counts: bool) -> Any:
+        """The number of a parameter's step: its counter, already advanced where the host does that. ``counts``: False leaves the
+        counter as it is.
+        """
         p = entry.param(step)
         if not self.states.counts(p, step.rows[entry.group].rule):
             return 0
         counter = step.state[p]["step"]
         if not self._counts_on_host(step, entry):
             return counter
-        return next_step(counter)
+        return next_step(counter if counts else counter.clone())
 
-    def _scalars(self, step: Step, entry: Entry, number: int) -> dict[str, float]:
+    def _scalars(self, step: Step, entry: Entry, number: int, counts: bool) -> dict[str, float]:
         """A parameter's states of one number, advanced by the host: computed in float64, and read as they were stored."""
         rule, _, hyper = step.rows[entry.group]
         found = {}
         for name in self.states.scalars(rule):
             value, advance = step.state[entry.param(step)][name], reference.RULES[rule].advance
             assert advance is not None
-            found[name] = float(value.fill_(advance(hyper, number, float(value))))
+            found[name] = float((value if counts else value.clone()).fill_(advance(hyper, number, float(value))))
         return found
 
 
@@ -302,18 +309,21 @@ class Reference(InPython):
             part[classes.of[p]] = reference_part(local(g), inf)
             yield part
 
-    def run(self, step: Step, control: Control, clip: Clip) -> bool:
+    def run(self, step: Step, control: Control, clip: Clip, extras: Extras) -> bool:
         """Update the parameters. The host has already folded the clip coefficient into ``control.grad_coef``."""
+        how = extras.of_reference
         for entry in self.entries:
             p = entry.param(step)
             if (g := step.input_of(p)) is None:
                 continue
             rule, sign, hyper = step.rows[entry.group]
-            number = self._number(step, entry)
+            number = self._number(step, entry, counts=not extras.only)
             layout = self.states.layout(p, step.groups[entry.group], rule)
             # Where autograd watches, a tensor lr stays one.
             numbers = hyper if torch.is_grad_enabled() else {name: float(value) for name, value in hyper.items()}
-            scalars = self._scalars(step, entry, number)
+            scalars = self._scalars(step, entry, number, counts=not extras.only)
+            if extras.factors is not None:
+                scalars["factor"] = float(extras.factors[entry.number])
             arguments = (
                 {**numbers, **scalars},
                 number,
@@ -322,11 +332,17 @@ class Reference(InPython):
                 control.clip_value,
             )
             if not layout.plain:
-                formats.update(rule, p, local(g), step.state[p], self.states.names(rule), layout, *arguments)
-                continue
-            update = reference.update_sparse if g.is_sparse else reference.update
-            states = [local(t) for t in self.states.present(p, rule).values()]
-            update(rule, local(p), local(g), states, *arguments)
+                seen, after = formats.update(
+                    rule, p, local(g), step.state[p], self.states.names(rule), layout, *arguments, how
+                )
+            else:
+                states, after = [local(t) for t in self.states.present(p, rule).values()], local(p)
+                if g.is_sparse:
+                    reference.update_sparse(rule, local(p), local(g), states, *arguments)
+                    continue
+                seen = reference.update(rule, local(p), local(g), states, *arguments, how)
+            if seen is not None and extras.sums is not None:
+                extras.sums[entry.number] = sums_of(seen, seen.before if extras.only else real(after.detach()))
         return True
 
 
@@ -343,7 +359,7 @@ class Triton(InPython):
         for entry in self.entries:
             p = entry.param(step)
             if (g := step.input_of(p)) is not None:
-                by_device.setdefault(local(p).device, []).append((_real(local(p)), _real(local(g)), classes.of[p]))
+                by_device.setdefault(local(p).device, []).append((real(p), real(g), classes.of[p]))
         for items in by_device.values():
             yield triton_kernels.norm(items, len(classes.groups), inf)
 
@@ -353,7 +369,7 @@ class Triton(InPython):
             # A replay would upload its tables again, from memory that is somebody else's by then.
             raise RuntimeError("backend='triton' must not be captured into a graph")
 
-    def run(self, step: Step, control: Control, clip: Clip) -> bool:
+    def run(self, step: Step, control: Control, clip: Clip, extras: Extras) -> bool:
         """Update the parameters."""
         from .. import triton_kernels  # type: ignore[attr-defined]
 
@@ -365,15 +381,15 @@ class Triton(InPython):
             rule, sign, hyper = step.rows[entry.group]
             layout = self.states.layout(p, step.groups[entry.group], rule)
             state = step.state.get(p, {})
-            number = self._number(step, entry)
+            number = self._number(step, entry, counts=not extras.only)
             # A counter on the device is advanced there, and so is a state of one number.
-            scalars = self._scalars(step, entry, number) if isinstance(number, int) else state
+            scalars = self._scalars(step, entry, number, not extras.only) if isinstance(number, int) else state
             scales = [state.get(f"{name}_scale") for name in self.states.names(rule)]
             item = triton_kernels.Item(
                 rule=rule,
-                p=_real(local(p)),
-                g=_real(local(g)),
-                states=[_real(local(t)) for t in self.states.present(p, rule).values()],
+                p=real(p),
+                g=real(g),
+                states=[real(t) for t in self.states.present(p, rule).values()],
                 hyper=hyper,
                 step=number,
                 fresh=entry.number in self.fresh,
@@ -381,15 +397,14 @@ class Triton(InPython):
                 layout=layout,
                 beside=[None if t is None else local(t) for t in (state.get("remainder"), None, *scales)],
                 key=state["key"] if layout.draws else 0,
+                number=entry.number,
             )
             for name in self.states.scalars(rule):
                 item = item._replace(scalar_state=scalars[name])
             items.append(item)
         if items:
-            triton_kernels.update(items, **control._asdict(), clip=clip)
+            triton_kernels.update(items, **control._asdict(), clip=clip, extras=extras)
+            if extras.only:
+                return True
             torch.autograd.graph.increment_version([item.p for item in items])
         return True
-
-
-def _real(t: Tensor) -> Tensor:
-    return torch.view_as_real(t) if t.is_complex() else t

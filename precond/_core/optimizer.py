@@ -28,6 +28,7 @@ from .settings import DEFAULTS, LOST, Settings, own_settings
 from .sharding import local
 from .states import ParamStates, Recipe
 from .states import PrecisionWarning as PrecisionWarning
+from .statistics import Statistics, made_of
 from .swapped import Swapped
 
 #: What an optimizer's class says, in the errors of one that does not.
@@ -77,6 +78,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     _scaled_once: bool
     #: True inside of averaged().
     _shows_averages: bool = False
+    #: How many steps have begun, whether this one takes statistics, and whether all of its groups have rules with parts.
+    _begun: int = 0
+    _measures: bool = False
+    _all_have_parts: bool = False
     #: How many groups are before this one's where it only checks and completes some.
     _groups_before: int = 0
 
@@ -268,6 +273,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _update_at_stated_precision(self) -> None:
         if not self._scaled_once:
             self._scaled_once = warned_if_scaled(self.param_groups)
+        every = self._own["statistics"]
+        self._measures = bool(every) and self._begun % every == 0
+        self._all_have_parts = self._measures or any(map(parts.is_scaled, self.param_groups))
+        self._begun += 1
         self._update()
         self._forget_strangers()
 
@@ -286,15 +295,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.skipped_steps.add_(1)
             return
         rows = [self._checked_row(group) for group in groups]
-        self._engine.run(Step(groups, self.state, {}, rows, control))
+        self._engine.run(
+            Step(groups, self.state, {}, rows, control, measured=self._measures, scaled=parts.scaled(groups))
+        )
 
     def _checked_row(self, group: dict[str, Any]) -> Row:
         self._check_group(group)  # a scheduler or a checkpoint may have changed it
         if "capturable" in self.defaults:  # other classes ignore it, as torch's do
             check_capturable(group, fused=bool("fused" in self.defaults and group.get("fused")))
-        row = parts.with_parts(self._row(group), group)
+        row = parts.with_parts(self._row(group), group, self._whole()._all_have_parts and self._has_one_pass(group))
         check_numbers(row, group)
         return row
+
+    def _has_one_pass(self, group: dict[str, Any]) -> bool:
+        """True for a group that the engine steps."""
+        return True
 
     def _whole(self) -> FusedOptimizer:
         """The optimizer that this one is a part of; itself where it stands alone."""
@@ -346,6 +361,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         parameters. A copy counts from 0.
         """
         return self._engine.report.skipped_steps(self.param_groups)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """What the last step that took statistics found out about each parameter; :class:`precond.Statistics`. None before it and
+        without the setting ``statistics``. A step that is skipped takes none.
+        """
+        sums = self._engine.report.sums
+        return None if sums is None else made_of(sums, self.param_groups)
 
     @property
     def norm_process_group(self) -> Any:

@@ -22,6 +22,7 @@ from .norm import NormClasses, local_total, norm_classes
 from .rows import Entry, Row, Step, entries_of, parameters
 from .sharding import local
 from .states import States, counts_beside
+from .statistics import NO_EXTRAS, Extras, Shared, factors_of, put_together, sums_for
 
 
 class Outcome(enum.Enum):
@@ -68,6 +69,8 @@ class StepPlan:
         if self.settings["max_grad_norm"] is not None:
             of, over = norm_classes(step.groups, self.settings["norm_process_group"])
             self.norm_classes = [of[p] for p in parameters(step)], over
+        #: Whose statistics are added up over processes.
+        self.shared = Shared(step) if self.has_wrappers and (step.measured or step.scaled is not None) else None
         try:
             looked_at = [
                 (entry, home)
@@ -343,16 +346,61 @@ class StepPlan:
         if begun is None:
             self._undo(step)
             return Outcome.SKIPPED
-        control, clip = begun
-        for i, executor in enumerate(executors):
-            if i > 0:
-                clip = clip.on(executor.device)
-            if not executor.run(step, control, clip):
-                self._undo(step)
-                return Outcome.SKIPPED
+        if not self._run_executors(step, executors, begun):
+            self._undo(step)
+            return Outcome.SKIPPED
         self.states.end(split)
         self.fresh.clear()
         return Outcome.RAN
+
+    def _run_executors(self, step: Step, executors: list[Executor], begun: Begun) -> bool:
+        """Update everything that has a gradient, and report statistics. False where the norm said to skip the step."""
+        factors = None if step.scaled is None else factors_of(step, self._sums(step, executors, begun))
+        # A compiled plan that has everything writes all rows, at the same address.
+        alone = len(executors) == 1 and executors[0].measures_itself and step.reported is None and self.shared is None
+        extras = []
+        for executor in executors:
+            sums = None
+            if step.measured and alone:
+                sums = self.report.sums_on(executor.device, len(parameters(step)))
+            elif step.measured:
+                sums = sums_for(step, executor.device)
+            of_device = None if factors is None else factors.to(executor.device)
+            extras.append(NO_EXTRAS if sums is None and of_device is None else Extras(sums, of_device))
+        if not self._run_each(step, executors, begun, extras):
+            return False
+        if step.measured and not alone:
+            self._report(step, self._together(step, extras))
+        return True
+
+    def _run_each(self, step: Step, executors: list[Executor], begun: Begun, extras: list[Extras]) -> bool:
+        control, clip = begun
+        for i, (executor, extra) in enumerate(zip(executors, extras, strict=True)):
+            if i > 0:
+                clip = clip.on(executor.device)
+            if not executor.run(step, control, clip, extra):
+                return False
+        return True
+
+    def _sums(self, step: Step, executors: list[Executor], begun: Begun) -> Tensor:
+        """What statistics a step would have, by a pass that updates nothing. Whether it is skipped, the next pass counts."""
+        extras = [Extras(sums_for(step, executor.device), only=True) for executor in executors]
+        self._run_each(step, executors, begun._replace(clip=begun.clip._replace(skipped=None)), extras)
+        return self._together(step, extras)
+
+    def _together(self, step: Step, extras: list[Extras]) -> Tensor:
+        """The sums of all parameters, of all processes."""
+        sums = put_together(step, extras)
+        if self.shared is not None:
+            self.shared.reduce(sums)
+        return sums
+
+    def _report(self, step: Step, sums: Tensor) -> None:
+        if step.reported is None:
+            self.report.sums_on(sums.device, len(sums)).copy_(sums)
+        else:
+            places, count = step.reported
+            self.report.sums_on(sums.device, count)[torch.tensor(places, device=sums.device)] = sums
 
     def _split_weights(self, step: Step) -> list[Tensor]:
         """The split weights that the step updates."""

@@ -53,6 +53,15 @@ class Control(NamedTuple):
     clip_value: float = float("inf")
 
 
+class Scaled(NamedTuple):
+    """What multiplies the updates of each tensor of a group with a factor of its own."""
+
+    #: The share of the elements that a mask leaves.
+    rescale: bool = False
+    #: The largest rms of an update over lr.
+    max_rms: float | None = None
+
+
 class Step(NamedTuple):
     """One step of some parameter groups."""
 
@@ -68,6 +77,12 @@ class Step(NamedTuple):
     clip: Any = None
     #: The numbers of the groups among the optimizer's, where the step is of some of them.
     numbers: list[int] | None = None
+    #: Statistics are taken. Then every rule is one with parts.
+    measured: bool = False
+    #: Of each group what scales its updates; None where no group asks for that, else every rule is one with parts.
+    scaled: list[Scaled] | None = None
+    #: Of each parameter its place in the report, and how many have one; None: as they are.
+    reported: tuple[list[int], int] | None = None
 
     def input_of(self, p: Tensor) -> Tensor | None:
         """What a parameter is updated with; None leaves it alone."""

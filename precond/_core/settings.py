@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 class Settings(TypedDict, total=False):
     """Keyword arguments of every optimizer of precond. They concern the whole step, so no group and no checkpoint has them;
-    deepcopy and pickle keep them. Only the last four are options of groups, where they may differ, and of checkpoints: what
+    deepcopy and pickle keep them. Only the last six are options of groups, where they may differ, and of checkpoints: what
     rides along in the pass of the step (docs/averages.md, docs/cautious.md).
 
     Args:
@@ -26,8 +26,14 @@ class Settings(TypedDict, total=False):
             neither copied nor pickled: set the attribute ``norm_process_group`` of the copy.
         seed: an integer that, with a parameter's name or position, names the random bits of formats that round stochastically
             (default 0). Optimizers of one parameter each, without names, need a seed each.
+        statistics: True takes statistics of every step, in its pass: the attribute ``statistics``, a :class:`precond.Statistics`.
+            k >= 1: of every k-th, beginning with the first. False (default): of none.
         cautious: "update" leaves out updates against the gradient, "decay" a decay against the update, "both" does both. None
             (default): neither.
+        cautious_rescale: True divides what "update" leaves by its share of the elements, at a second pass over the tensors
+            (default False).
+        max_update_rms: > 0, the root mean square of a tensor's update over lr above which the update is scaled down to it, at a
+            second pass over the tensors. None (default): no limit.
         ema_decay: in [0, 1), keeps an average of the weights, which ``averaged()`` shows; "equal": the mean of all weights from
             ``ema_start`` on. None (default): no average.
         ema_start: >= 0, the steps before averaging begins (default 0).
@@ -54,7 +60,10 @@ class Settings(TypedDict, total=False):
     nonfinite: str
     norm_process_group: Any
     seed: int
+    statistics: bool | int
     cautious: str | None
+    cautious_rescale: bool
+    max_update_rms: float | None
     ema_decay: float | str | None
     ema_start: int
     ema_format: Any
@@ -68,6 +77,7 @@ DEFAULTS: Final = Settings(
     nonfinite="propagate",
     norm_process_group=None,
     seed=0,
+    statistics=False,
 )
 #: In place of a process group that a copy could not take along.
 LOST: Final = "lost"
@@ -86,6 +96,8 @@ def own_settings(owner: str, given: Settings) -> dict[str, Any]:
                 raise ValueError(f"{name} must be None or >= 0, got {own[name]}")
     if not isinstance(own["seed"], int):
         raise TypeError(f"seed must be an integer, got {own['seed']!r}")
+    if not isinstance(own["statistics"], int) or own["statistics"] < 0:
+        raise ValueError(f"statistics must be False, True or an integer >= 1, got {own['statistics']!r}")
     own["norm_type"] = float(own["norm_type"])
     if own["norm_type"] not in (2.0, math.inf):
         raise ValueError(f"norm_type must be 2 or inf, got {own['norm_type']}")

@@ -27,6 +27,12 @@ def local(tensor: Tensor) -> Tensor:
     return plain if trigger_wait is None else trigger_wait()
 
 
+def home(groups: list[dict[str, Any]]) -> torch.device:
+    """Where the first parameter lies."""
+    first = next((p for group in groups for p in group["params"]), None)
+    return torch.device("cpu") if first is None else local(first).device
+
+
 def place_of(p: Tensor, name: str = "a parameter") -> tuple[int, int, int]:
     """Where a local tensor's elements are in the unsharded one: the first, and if rows are cut, a row's length and the step
     from row to row. For formats that number elements; raise where a mesh cuts otherwise.

@@ -14,6 +14,7 @@ from .._core.clipping import Begun
 from .._core.formats import StateFormat
 from .._core.memory import Memory
 from .._core.optimizer import FusedOptimizer
+from .._core.parts import scaled
 from .._core.passes import Beginning, Job, Pass
 from .._core.plan import first_differs
 from .._core.rows import Control, Row, Step, name_among, name_of
@@ -146,8 +147,8 @@ class MultiPass(FusedOptimizer, abstract=True):
         for name in refused:
             if self.defaults.get(name):
                 raise RuntimeError(f"{name} must be False {self._why_not_one_pass}")
-        for name in ("ema_decay", "cautious"):
-            if group.get(name) is not None and not self._last_pass_has_parts:
+        for name in ("max_update_rms", *(() if self._last_pass_has_parts else ("ema_decay", "cautious"))):
+            if group.get(name) is not None:
                 raise RuntimeError(f"{name} must be None {self._why_not_one_pass}, got {group[name]!r}")
 
     # The step.
@@ -191,9 +192,27 @@ class MultiPass(FusedOptimizer, abstract=True):
             straight, of_straight = [groups[i] for i in numbers], [rows[i] for i in numbers]
             if any(group.get(name) is not None for group in straight for name in ("weight_format", "state_format")):
                 self.states.name_streams()  # by places among all
-            self.engine.run(Step(straight, self.state, {}, of_straight, *begun, numbers))
+            measured = self._measures
+            places = (_places(groups, numbers), sum(len(group["params"]) for group in groups)) if measured else None
+            self.engine.run(
+                Step(
+                    straight,
+                    self.state,
+                    {},
+                    of_straight,
+                    *begun,
+                    numbers,
+                    measured=measured,
+                    scaled=scaled(straight),
+                    reported=places,
+                )
+            )
         if not still:
             self._step_in_passes(several, of_several, work, begun)
+
+    def _has_one_pass(self, group: dict[str, Any]) -> bool:
+        """True for a group that the engine steps."""
+        return not self._needs_passes(group)
 
     def _check_apart(self) -> None:
         """Raise where two parameters share memory, of whatever methods, before a pass writes one of them."""
@@ -343,6 +362,12 @@ class MultiPass(FusedOptimizer, abstract=True):
                 self._check_whole(name, p, group)
             found.append((name, p, step.inputs.get(p, p.grad)))
         return found
+
+
+def _places(groups: list[dict[str, Any]], numbers: list[int]) -> list[int]:
+    """The numbers of the parameters of some groups, among those of all."""
+    ends = list(itertools.accumulate((len(group["params"]) for group in groups), initial=0))
+    return [place for number in numbers for place in range(ends[number], ends[number + 1])]
 
 
 def _kind(t: Tensor) -> tuple[Any, ...]:

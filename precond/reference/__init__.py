@@ -17,7 +17,8 @@ from .decays import clamped, soft_threshold
 from .dual import KERNELS
 from .parts import Composed, with_average, with_parts
 from .rule import Rule
-from .step import Hyper
+from .statistics import Seen
+from .step import Hyper, Moved
 
 __all__ = [
     "FAMILIES",
@@ -54,17 +55,32 @@ def update(
     fresh: bool,
     grad_coef: float,
     clip_value: float = math.inf,
-) -> None:
-    """Run a rule on tensors of any dtype, layout and device, in place; computes in fp64 if one of them is, else fp32."""
+    measures: str | None = None,
+) -> Seen | None:
+    """Run a rule on tensors of any dtype, layout and device, in place; computes in fp64 if one of them is, else fp32.
+
+    ``measures``: of a rule with parts returns what statistics are made of; "only" updates nothing, and leaves a decay out
+    that is no part of the gradient.
+    """
     wide = (
         torch.float64 if any(t.dtype in (torch.float64, torch.complex128) for t in (p, g, *states)) else torch.float32
     )
     views = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (p, g, *states)]
     # Autograd keeps what a formula read, so where it watches that must not be the tensor that is written below.
     wide_p, wide_g, *wide_states = (t.to(wide, copy=torch.is_grad_enabled()) for t in views)
-    new_p, new_states = RULES[rule].update(
-        wide_p, clamped(wide_g * grad_coef, clip_value), tuple(wide_states), hyper, step, fresh
-    )
+    wide_g = clamped(wide_g * grad_coef, clip_value)
+    seen = None
+    if measures is None:
+        new_p, new_states = RULES[rule].update(wide_p, wide_g, tuple(wide_states), hyper, step, fresh)
+    else:
+        if measures == "only" and RULES[rule].decay != "coupled":
+            hyper = {**hyper, "weight_decay": 0.0, "l1_decay": 0.0}
+        made, new_states = RULES[rule].formula(wide_p, wide_g, tuple(wide_states), hyper, step, fresh)
+        assert isinstance(made, Moved)
+        new_p = made.p
+        seen = Seen(*(t.detach().clone() for t in (wide_g, wide_p, made.taken)))
+        if measures == "only":
+            return seen
     views[0].copy_(new_p)
     for state, new in zip(views[2:], new_states, strict=True):
         state.copy_(new)
@@ -72,6 +88,7 @@ def update(
     for t, view in zip((p, *states), (views[0], *views[2:]), strict=True):
         if t.is_conj():
             t.copy_(torch.view_as_complex(view))
+    return seen
 
 
 def update_sparse(

@@ -36,19 +36,36 @@ def decayed_gradient(p: Tensor, g: Tensor, hyper: Hyper, decay: str) -> Tensor:
 
 def stepped(p: Tensor, step: Step, hyper: Hyper, decay: str) -> Tensor:
     """p - step, and the decay that a penalty on z = den^(1/2) p brings; den = 1 where there is none."""
-    taken, lr, den, v = step
     if decay == "coupled":
-        return p - taken
-    # An infinite p stays what it is: inf - inf is NaN.
-    finite = torch.where(p.isinf(), 0.0, p)
-    q = p - lr * hyper["weight_decay"] * finite - taken
+        return p - step.taken
+    q = p - smooth_decay(p, step, hyper) - step.taken
     if decay == "l2":
         return q
-    if den is None or v is None:
-        t = torch.ones_like(p) * (lr * hyper["l1_decay"])
-    else:
-        t = intrinsic_l1_threshold(den, v, lr, hyper)
+    t = threshold_of(p, step, hyper)
     return soft_threshold(q, t) if decay == "proximal" else q - t * torch.sign(p)
+
+
+def taken_from(p: Tensor, step: Step, hyper: Hyper, decay: str) -> Tensor:
+    """What ``stepped`` takes from p, in a sum that p does not round."""
+    if decay == "coupled":
+        return step.taken
+    smooth = smooth_decay(p, step, hyper) + step.taken
+    if decay == "l2":
+        return smooth
+    t = threshold_of(p, step, hyper)
+    return smooth + (torch.clamp(p - smooth, -t, t) if decay == "proximal" else t * torch.sign(p))
+
+
+def smooth_decay(p: Tensor, step: Step, hyper: Hyper) -> Tensor:
+    """lr wd p. An infinite p stays what it is: inf - inf is NaN."""
+    return step.lr * hyper["weight_decay"] * torch.where(p.isinf(), 0.0, p)
+
+
+def threshold_of(p: Tensor, step: Step, hyper: Hyper) -> Tensor:
+    """That of an L1 penalty on z."""
+    if step.den is None or step.v is None:
+        return torch.ones_like(p) * (step.lr * hyper["l1_decay"])
+    return intrinsic_l1_threshold(step.den, step.v, step.lr, hyper)
 
 
 def clamped(g: Tensor, limit: float) -> Tensor:

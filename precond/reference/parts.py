@@ -11,9 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .decays import decayed_gradient, stepped
+from .decays import decayed_gradient, stepped, taken_from
 from .rule import Rule
-from .step import Hyper, States, Step
+from .step import Hyper, Moved, States, Step
 
 R = TypeVar("R")
 
@@ -43,30 +43,37 @@ def weight_in_average(hyper: Hyper, step: int) -> float:
     return 1.0 / averaged if hyper["ema_decay"] < 0 else 1.0 - float(hyper["ema_decay"])
 
 
-def moved(p: Tensor, g: Tensor, step: Step, hyper: Hyper, decay: str) -> Tensor:
-    """The new p: no update where it does not go down the gradient, no decay where the update goes the other way."""
-    taken = step.taken
+def moved(p: Tensor, g: Tensor, step: Step, hyper: Hyper, decay: str) -> Moved:
+    """The new p: no update where it does not go down the gradient, no decay where the update goes the other way; updates are
+    multiplied with ``factor`` (precond/_core/scaled.py).
+    """
+    update = step.taken
     if hyper["cautious_update"]:
         d = decayed_gradient(p, g, hyper, decay)
-        idle = ((taken > 0) & (d <= 0)) | ((taken < 0) & (d >= 0))
-        taken = torch.where(idle, torch.zeros_like(taken), taken)
-    new_p = stepped(p, step._replace(taken=taken), hyper, decay)
+        idle = ((update > 0) & (d <= 0)) | ((update < 0) & (d >= 0))
+        update = torch.where(idle, torch.zeros_like(update), update)
+    update = update * hyper.get("factor", 1.0)
+    step = step._replace(taken=update)
+    new_p, taken = stepped(p, step, hyper, decay), taken_from(p, step, hyper, decay)
     if hyper["cautious_decay"]:
-        against = ((p > 0) & (taken < 0)) | ((p < 0) & (taken > 0))
-        new_p = torch.where(against, p - taken, new_p)
-    return new_p
+        against = ((p > 0) & (update < 0)) | ((p < 0) & (update > 0))
+        new_p, taken = torch.where(against, p - update, new_p), torch.where(against, update, taken)
+    return Moved(new_p, taken)
 
 
 def formula_with_parts(
     rule: Rule, averages: bool, p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool
-) -> tuple[Tensor, States]:
+) -> tuple[Moved, States]:
     """A rule with masks; and then, of an average, ema = ema + w (p - ema)."""
     made, new = rule.formula(p, g, states[:-1] if averages else states, hyper, step, fresh)
-    p = moved(p, g, made, hyper, rule.decay) if isinstance(made, Step) else made
+    if isinstance(made, Step):
+        made = moved(p, g, made, hyper, rule.decay)
+    elif isinstance(made, Tensor):
+        made = Moved(made, p - made)
     if not averages:
-        return p, new
+        return made, new
     weight = weight_in_average(hyper, step)
-    return p, (*new, p.clone() if weight == 1.0 else states[-1] + weight * (p - states[-1]))
+    return made, (*new, made.p.clone() if weight == 1.0 else states[-1] + weight * (made.p - states[-1]))
 
 
 def with_parts(rule: Rule) -> Rule:

@@ -2,7 +2,7 @@
 
 A formula ``(p, g, states, hyper, step, fresh) -> (step, states)`` returns a Step, what it takes from p, and the new states. It
 leaves p alone: ``Rule.update`` applies the step and the rule's decay, for all rules. A formula with a decay is given its name as
-the keyword ``decay``. One without a decay returns the new p itself in place of a step.
+the keyword ``decay``. One without a decay returns the new p itself in place of a step, or what has become of p.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .decays import stepped
-from .step import Hyper, States, Step
+from .step import Hyper, Moved, States, Step
 
-Formula = Callable[[Tensor, Tensor, States, Hyper, int, bool], tuple[Step | Tensor, States]]
+Formula = Callable[[Tensor, Tensor, States, Hyper, int, bool], tuple[Step | Moved | Tensor, States]]
 
 
 class Rule(NamedTuple):
@@ -52,7 +52,9 @@ class Rule(NamedTuple):
     ) -> tuple[Tensor, States]:
         """The new p and states: the one place where a decay is applied."""
         made, new_states = self.formula(p, g, states, hyper, step, fresh)
-        return stepped(p, made, hyper, self.decay) if isinstance(made, Step) else made, new_states
+        if isinstance(made, Step):
+            return stepped(p, made, hyper, self.decay), new_states
+        return made.p if isinstance(made, Moved) else made, new_states
 
 
 #: What a rule needs, without its formula: the fields of Rule after the first.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .decays import decayed_gradient
 from .rule import Needs, Rule
-from .step import Hyper, States
+from .step import Hyper, Moved, States
 
 
 def power(base: float, exponent: float) -> float:
@@ -53,7 +53,7 @@ def sum_after(hyper: Hyper, step: int, weight_sum: float) -> float:
 
 def schedule_free(
     p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool, *, adam: bool
-) -> tuple[Tensor, States]:
+) -> tuple[Moved, States]:
     """Defazio et al., algorithms 1 and 2, at y = (1 - beta1) z + beta1 x, which p is: z -= lr d, x += c (z - x)."""
     y, z = p, (p if fresh or step <= 1 else states[0])
     lr, beta1 = hyper["lr"] * warm(hyper, step), hyper["beta1"]
@@ -65,7 +65,8 @@ def schedule_free(
     d = decayed_gradient(torch.where(y.isinf(), 0.0, y), g, hyper, "coupled")
     apart = torch.where(y.isinf(), 0.0, z - y)
     c = weight_of(hyper, step) / hyper["weight_sum"] if hyper["weight_sum"] > 0 else 0.0
-    return y + c * apart - lr * (1 - beta1 * (1 - c)) * d, (z - lr * d, *moments)
+    taken = lr * (1 - beta1 * (1 - c)) * d - c * apart
+    return Moved(y - taken, taken), (z - lr * d, *moments)
 
 
 _SGD: Needs = dict(states=("z",), reads_step=True, scalars={"weight_sum": 0.0}, wide_scalars=True, advance=sum_after)

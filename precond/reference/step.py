@@ -22,3 +22,10 @@ class Step(NamedTuple):
     #: 1 / P^2 and the statistic behind it, for a threshold; None where den = 1.
     den: Tensor | None = None
     v: Tensor | None = None
+
+
+class Moved(NamedTuple):
+    """What a formula with parts returns, and one without a decay may: p after the step, and what it lacks of the old one."""
+
+    p: Tensor
+    taken: Tensor

@@ -384,6 +384,49 @@ void norms_and_clipped_steps_have_the_bits_of_the_cpu() {
   }
 }
 
+// With factors on updates, which a first pass does not write; of a tensor without a gradient all sums are 0.
+void statistics_have_the_bits_of_the_cpu() {
+  const std::vector<std::pair<Format, std::vector<Format>>> formats = {
+      {F, {F, F}}, {Format::bf16_split24, {Format::int8, Format::uint8}}};
+  for (const char* name : {"adamw+parts", "adamw+ema", "sgd+parts"}) {
+    const int rule = rule_number(name);
+    for (auto [weight, states] : formats) {
+      states.resize(size_t(std::max(rules()[size_t(rule)].states, 1)), B);
+      Plan cpu, gpu;
+      CudaExecutor cuda(0);
+      std::vector<std::unique_ptr<Any>> ours, theirs, before;
+      for (size_t i = 0; i < kSizes.size(); ++i) {
+        for (auto* side : {&ours, &theirs, &before})
+          side->push_back(make(rule, kSizes[i], weight, F, states, int(i % 2), unsigned(i)));
+        for (auto* side : {&ours, &theirs}) {
+          Tensor& t = (*side)[i]->tensor;
+          t.number = int32_t(kSizes.size() - 1 - i);
+          t.active = i != 7;
+          (side == &ours ? gpu : cpu).add(t);
+        }
+      }
+      const int64_t count = int64_t(kSizes.size() * kStatistics);
+      Buffer<double> on_device(count), on_host(count);
+      Buffer<float> factors(int64_t(kSizes.size()));
+      for (int64_t i = 0; i < factors.size; ++i) factors.data[i] = 1.0f + 0.125f * float(i);
+      for (const bool only : {true, false}) {
+        DeviceStep step;
+        step.extras = {on_device.data.get(), factors.data.get(), only};
+        cuda.run(&gpu, {group_of(rule)}, step);
+        CHECK(cuda.launches() == 4);  // two for the scalars, one for all tensors, one for their sums
+        run_on_cpu(&cpu, {group_of(rule)}, Control{}, 2, {on_host.data.get(), factors.data.get(), only});
+        CHECK(std::memcmp(on_device.data.get(), on_host.data.get(), size_t(count) * sizeof(double)) == 0);
+        for (size_t i = 0; i < kSizes.size(); ++i) {
+          const double elements = on_host.data[(kSizes.size() - 1 - i) * kStatistics + kElements];
+          CHECK(elements == (i == 7 ? 0.0 : double(kSizes[i])));
+          CHECK(same_memory(*ours[i], *theirs[i]));
+          if (only) CHECK(same_memory(*ours[i], *before[i]) && ours[i]->step == before[i]->step);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -397,5 +440,6 @@ int main() {
   RUN(tables_follow_what_changes);
   RUN(strided_operands_go_through_the_general_kernel);
   RUN(norms_and_clipped_steps_have_the_bits_of_the_cpu);
+  RUN(statistics_have_the_bits_of_the_cpu);
   std::puts("all passed");
 }

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "cpu/kernel.h"
+#include "cpu/statistics_isa.cpp"
 #include "cpu/tile_isa.cpp"
 #include "rules/adagrad.h"
 #include "rules/adam.h"

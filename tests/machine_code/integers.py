@@ -72,6 +72,7 @@ class Integers(Block):
             "SR_CTAID.X": np.full(self.threads, self.block_number, U32),
             "SR_LANEID": lane % U32(WARP),
             "SR_CgaCtaId": self.zero,
+            "SR_SWINHI": self.zero,  # of addresses of shared memory, which are used where statistics are taken: not here
         }
         only(source in of, i)
         self.put(to, of[source])

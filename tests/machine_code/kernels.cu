@@ -66,7 +66,7 @@ CASE("AdamW split24 + int8", "adamw", "bf16_split24 bf16 int8 uint8", update_mix
 CASE("AdamW stochastic + int8", "adamw", "bf16_stochastic bf16 int8 uint8", update_mixed_kernel<Adam<L2>>)
 CASE("AdamW stochastic + int4", "adamw", "bf16_stochastic bf16 int4 uint4", update_mixed_kernel<Adam<L2>>)
 CASE("AdamW split32 + fp32", "adamw", "bf16_split32 bf16 fp32 fp32", update_mixed_kernel<Adam<L2>>)
-CASE("AdamW split24 + int8 + bf16 ema", "adamw+ema", "bf16_split24 bf16 int8 uint8 bf16_stochastic", update_mixed_kernel<WithParts<Adam<L2>, true>>)
+CASE("AdamW split24 + int8 + bf16 ema", "adamw+ema", "bf16_split24 bf16 int8 uint8 bf16_stochastic", update_parts_kernel<WithParts<Adam<L2>, true>>)
 CASE("AdamW AMSGrad split24 + int8", "adamw_amsgrad", "bf16_split24 bf16 int8 uint8 uint8", update_mixed_kernel<AdamAmsgrad<L2>>)
 
 // Whole chunks: a kernel for each rule and formats that training uses most.

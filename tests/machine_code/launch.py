@@ -81,6 +81,7 @@ def cuda_tables(built, memory, operands, addresses, given, grad_coef, rows) -> b
         "Strides": memory.put(given.layouts()),
         "float": rows,
         "Control": memory.put(np.array([grad_coef, given.skip, given.clip], np.float32)),
+        "Noting": 0,
     }
     return b"".join(struct.pack("<Q", pointers[type]) for type in built.kernel.parameters)
 

@@ -2,7 +2,7 @@
 
 DECAY is "coupled", "l2", "l1_proximal" or "l1_subgradient", for the structs there, or "" for a rule without a decay. ``at``
 points at a decay's scalars, which a rule has behind its own. The Step of decays.h is a tuple here: (rate, direction, den, v, at),
-with None for den and v where den = 1.
+with None for den and v where den = 1. "given" is for a rule that returns the new p and what it lacks of the old one.
 """
 
 import triton
@@ -55,24 +55,52 @@ def gradient(p, g, at, DECAY: tl.constexpr):
 
 
 @triton.jit
+def with_l2(p, taken, at):
+    """What the L2 decay and a step take from p. An infinite p stays what it is."""
+    return tl.fma(tl.load(at + LR_WD), tl.where(tl.abs(p) < float("inf"), p, 0.0), taken)
+
+
+@triton.jit
+def with_subgradient(p, taken, den, v, at):
+    """The same of the L1 decay as a subgradient."""
+    t = threshold(den, v, at)
+    return with_l2(p, taken + tl.where(p > 0.0, t, tl.where(p < 0.0, -t, 0.0)), at)
+
+
+@triton.jit
 def stepped(p, step, DECAY: tl.constexpr):
     """The new p, from the old one and the first thing that a rule returns: the one place where a decay is applied."""
     if DECAY == "":
         new_p = step
+    elif DECAY == "given":
+        new_p, _ = step
     elif DECAY == "coupled":
         rate, direction, _, _, _ = step
         new_p = tl.fma(-rate, direction, p)
     else:
         rate, direction, den, v, at = step
-        lr_wd = tl.load(at + LR_WD)
-        taken = rate * direction
-        finite = tl.where(tl.abs(p) < float("inf"), p, 0.0)
         if DECAY == "l2":
-            new_p = p - tl.fma(lr_wd, finite, taken)
+            new_p = p - with_l2(p, rate * direction, at)
         elif DECAY == "l1_proximal":
-            new_p = soft_threshold(p - tl.fma(lr_wd, finite, taken), threshold(den, v, at))
+            new_p = soft_threshold(p - with_l2(p, rate * direction, at), threshold(den, v, at))
         else:
-            t = threshold(den, v, at)
-            t = tl.where(p > 0.0, t, tl.where(p < 0.0, -t, 0.0))
-            new_p = p - tl.fma(lr_wd, finite, taken + t)
+            new_p = p - with_subgradient(p, rate * direction, den, v, at)
     return new_p
+
+
+@triton.jit
+def taken(p, step, DECAY: tl.constexpr):
+    """What ``stepped`` takes from p before the new p is rounded."""
+    rate, direction, den, v, at = step
+    if DECAY == "coupled":
+        found = rate * direction
+    elif DECAY == "l2":
+        found = with_l2(p, rate * direction, at)
+    elif DECAY == "l1_proximal":
+        smooth = with_l2(p, rate * direction, at)
+        left = p - smooth
+        t = threshold(den, v, at)
+        found = smooth + tl.where(left > t, t, tl.where(left < -t, -t, left))
+    else:
+        found = with_subgradient(p, rate * direction, den, v, at)
+    return found

@@ -14,7 +14,13 @@ HYPER = ("ema_decay", "ema_start", "cautious_update", "cautious_decay")
 # Among the hyper-parameters, from the end.
 EMA_DECAY, EMA_START, UPDATE, DECAY = (tl.constexpr(k - len(HYPER)) for k in range(len(HYPER)))
 # Among the scalars, before the seed.
-CAUTIOUS_UPDATE, CAUTIOUS_DECAY, EMA_WEIGHT = (tl.constexpr(k) for k in (11, 12, 13))
+UPDATE_LIMIT, DECAY_LIMIT, EMA_WEIGHT, FACTOR = (tl.constexpr(k) for k in (11, 12, 13, 14))
+
+
+@triton.jit
+def limit(masks):
+    """0 where a mask is on, and what nothing is below where it is off."""
+    return tl.where(masks != 0.0, 0.0, float("nan"))
 
 
 @triton.jit
@@ -24,8 +30,9 @@ def set_parts(hyper, HYPERS: tl.constexpr, step, scalars, mask):
     averaged = step - tl.load(hyper + HYPERS + EMA_START, mask=mask)
     weight = tl.where(decay < 0.0, 1.0 / tl.where(averaged > 1.0, averaged, 1.0), 1.0 - decay)
     put(scalars + EMA_WEIGHT, tl.where(averaged > 1.0, weight, 1.0), mask)
-    put(scalars + CAUTIOUS_UPDATE, tl.load(hyper + HYPERS + UPDATE, mask=mask), mask)
-    put(scalars + CAUTIOUS_DECAY, tl.load(hyper + HYPERS + DECAY, mask=mask), mask)
+    put(scalars + UPDATE_LIMIT, limit(tl.load(hyper + HYPERS + UPDATE, mask=mask)), mask)
+    put(scalars + DECAY_LIMIT, limit(tl.load(hyper + HYPERS + DECAY, mask=mask)), mask)
+    put(scalars + FACTOR, tl.zeros_like(weight) + 1.0, mask)
 
 
 @triton.jit
@@ -37,25 +44,35 @@ def averaged(p, ema, scalars):
 
 
 @triton.jit
-def is_against(a, b):
-    return ((a > 0.0) & (b < 0.0)) | ((a < 0.0) & (b > 0.0))
+def turned(x, by):
+    """x with its sign turned where ``by`` has one: below 0 where their signs differ."""
+    sign = by.to(tl.uint32, bitcast=True) & 0x80000000
+    return (x.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def stepped(p, g, step, scalars, DECAY: tl.constexpr):
-    """The new p, with the masks; of a rule without a decay what it has made."""
+    """The new p, with the masks; what it lacks of the old one before it is rounded; and what of that is not a decay."""
     if DECAY == "":
         new_p = step
+        taken = p - step
+        update = taken
+    elif DECAY == "given":
+        new_p, taken = step
+        update = taken
     else:
         rate, direction, den, v, at = step
-        d = decays.gradient(p, g, at, DECAY)
-        idle = ((direction > 0.0) & (d <= 0.0)) | ((direction < 0.0) & (d >= 0.0))
-        masked = tl.where(tl.load(scalars + CAUTIOUS_UPDATE) != 0.0, 0.0, direction)
-        direction = tl.where(idle, masked, direction)
-        decayed = decays.stepped(p, (rate, direction, den, v, at), DECAY)
-        undecayed = tl.where(tl.load(scalars + CAUTIOUS_DECAY) != 0.0, p - rate * direction, decayed)
-        new_p = tl.where(is_against(p, direction), undecayed, decayed)
-    return new_p
+        none = tl.where(direction == direction, 0.0, direction)
+        along = turned(decays.gradient(p, g, at, DECAY), direction)
+        direction = tl.load(scalars + FACTOR) * tl.where(along <= tl.load(scalars + UPDATE_LIMIT), none, direction)
+        update = rate * direction
+        step = (rate, direction, den, v, at)
+        side = turned(p, direction)
+        size = -tl.abs(direction)
+        undecayed = tl.where(side > size, side, size) < tl.load(scalars + DECAY_LIMIT)
+        new_p = tl.where(undecayed, p - update, decays.stepped(p, step, DECAY))
+        taken = tl.where(undecayed, update, decays.taken(p, step, DECAY))
+    return new_p, taken, update
 
 
 def with_parts(rule: Rule) -> Rule:

@@ -83,7 +83,8 @@ def move(p, direction, z, scalars):
     start = tl.where(tl.load(scalars + FIRST) != 0.0, p, z)
     finite = tl.abs(p) < float("inf")
     d = gradient(tl.where(finite, p, 0.0), direction, scalars + DECAY_AT, "coupled")
-    return p + tl.fma(-rate, d, pull * tl.where(finite, start - p, 0.0)), start - lr * d
+    added = tl.fma(-rate, d, pull * tl.where(finite, start - p, 0.0))
+    return (p + added, -added), start - lr * d
 
 
 @triton.jit
@@ -98,8 +99,8 @@ def schedule_free_adamw(p, g, z, v, scalars, DECAY: tl.constexpr, OPTION: tl.con
     inv_sqrt_bias2 = tl.load(scalars + INV_SQRT_BIAS2)
     eps = tl.load(scalars + EPS)
     v = tl.fma(one_minus_beta2 * g, g, beta2 * v)
-    p, z = move(p, tl.div_rn(g, tl.fma(tl.sqrt_rn(v), inv_sqrt_bias2, eps)), z, scalars)
-    return p, z, v
+    moved, z = move(p, tl.div_rn(g, tl.fma(tl.sqrt_rn(v), inv_sqrt_bias2, eps)), z, scalars)
+    return moved, z, v
 
 
 @triton.jit
@@ -138,6 +139,7 @@ _SGD = Rule(
     reads_step=True,
     scalar_states=("weight_sum",),
     advance=advance,
+    decay="given",
 )
 _ADAMW = _SGD._replace(
     update=schedule_free_adamw,

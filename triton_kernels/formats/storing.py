@@ -169,6 +169,24 @@ def load(at, block, FORMAT: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexp
 
 
 @triton.jit
+def as_stored(value, draw, FORMAT: tl.constexpr):
+    """Values as they are read after ``store``, of formats without codes."""
+    if has_remainder(FORMAT):
+        stored, remainder = split_stored(value, draw, FORMAT)
+    elif is_stochastic(FORMAT):
+        stored = stochastic_stored(value, draw, FORMAT)
+    else:
+        stored = plain_stored(value, FORMAT)
+    if is_upper(plain(FORMAT)):
+        stored = stored & 0xFFFF0000
+    if has_remainder(FORMAT):
+        rounded = split_value(stored, remainder, FORMAT)
+    else:
+        rounded = plain_value(stored, plain(FORMAT))
+    return rounded
+
+
+@triton.jit
 def store(at, block, value, draw, FORMAT: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
     """Round values and write them. draw: 16 random bits of each, for formats that round stochastically."""
     ptr, beside = at

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import reference
+from ...reference.statistics import Seen
 from ..sharding import local
 from .layout import Layout
 from .names import GROUP, LAWS
@@ -176,15 +177,20 @@ def update(
     fresh: bool,
     grad_coef: float,
     clip_value: float,
-) -> None:
-    """The reference backend's step of a parameter with formats: decode, ``reference.update``, encode."""
+    measures: str | None = None,
+) -> tuple[Seen | None, Tensor]:
+    """The reference backend's step of a parameter with formats: decode, ``reference.update``, encode. Returns what that does, and
+    the parameter as it is stored.
+    """
     plain = local(p)
     remainder = state.get("remainder")
     values = decode(plain, None if remainder is None else local(remainder), layout.param, plain.shape)
     wide = [values if layout.param != "fp32" else plain.clone()]
     wide += [values_of(state, name, form, p) for name, form in zip(names, layout.states, strict=True)]
     g = g.to_dense() if g.is_sparse else g
-    reference.update(rule, wide[0], g, wide[1:], hyper, step, fresh, grad_coef, clip_value)
+    seen = reference.update(rule, wide[0], g, wide[1:], hyper, step, fresh, grad_coef, clip_value, measures)
+    if measures == "only":
+        return seen, wide[0]
     words = random_words(state["key"], step, layout.place, plain.shape, plain.device) if layout.draws else None
     stored, beside = encode(wide[0], layout.param, words, 0)
     plain.copy_(stored)
@@ -192,3 +198,4 @@ def update(
         local(remainder).copy_(beside)
     for operand, (name, form) in enumerate(zip(names, layout.states, strict=True), 1):
         fill(state, name, wide[operand], form, words, operand)
+    return seen, wide[0] if seen is None else decode(stored, beside, layout.param, plain.shape)

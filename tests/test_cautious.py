@@ -299,6 +299,11 @@ def test_errors_say_what_is_expected(cls, value, message):
         (dict(max_update_rms="1"), ValueError, "max_update_rms must be None or a number > 0, got '1'"),
         (dict(cautious_rescale=1), ValueError, "cautious_rescale must be False or True, got 1"),
         (dict(cautious_rescale=True), ValueError, "cautious_rescale=True needs cautious='update' or 'both', got None"),
+        (
+            dict(max_update_rms=1.0, differentiable=True),
+            RuntimeError,
+            "max_update_rms must be None with differentiable",
+        ),
         (dict(max_update_rms=1.0, cls=precond.Muon), RuntimeError, r"max_update_rms must be None .*, got 1.0"),
         (dict(max_update_rms=1.0, cls=precond.ScheduleFreeAdamW), ValueError, "max_update_rms must be None for Sch"),
     ],

@@ -26,6 +26,7 @@ FORMATS = [
     (F32, None, None),
     (F32, None, "int8"),
     (BF16, None, None),
+    (F16, None, "int8"),
     (BF16, "stochastic", "fp32"),
     (BF16, "split24", "int8"),
     (F16, "split32", "bf16"),
@@ -260,13 +261,38 @@ def test_clipping_is_seen():
     assert norm == pytest.approx(0.5, rel=1e-5)
 
 
-def test_a_step_that_is_skipped_takes_none():
-    params, optimizer = run(BY_RULE["adamw"], max_grad_norm=1.0, nonfinite="skip")
-    before = optimizer.statistics.values
+@pytest.mark.parametrize("backend", [BACKEND, "triton", "reference"])
+def test_a_step_that_is_skipped_takes_none(backend, triton_interpreter):
+    options = dict(max_grad_norm=1.0, nonfinite="skip", fused=True, statistics=True, shapes=SMALL)
+    params, optimizer = made(BY_RULE["adamw"], backend=backend, **options)
+    train(params, optimizer, 1)
+    before = optimizer.statistics
     params[0].grad[0] = math.nan
     optimizer.step()
     assert optimizer.skipped_steps == 1
-    assert torch.equal(optimizer.statistics.values, before)
+    assert torch.equal(optimizer.statistics.values, before.values)
+    for p in params:
+        p.grad = None
+    optimizer.step()  # nor does one without a gradient
+    assert torch.equal(optimizer.statistics.values, before.values)
+
+
+def test_rows_are_those_of_the_step():
+    """Groups may be others when they are read; a parameter that lost its gradient has none, whatever its backend."""
+    a, b = torch.ones(3, requires_grad=True), torch.ones(2, dtype=torch.float64, requires_grad=True)
+    optimizer = precond.SGD([("a", a), ("b", b)], lr=0.1, statistics=True)
+    a.grad, b.grad = torch.ones_like(a), 2 * torch.ones_like(b)
+    optimizer.step()
+    optimizer.add_param_group({"params": [("c", torch.ones(1, requires_grad=True))]})
+    assert optimizer.statistics.params == ("a", "b")
+    lines = optimizer.statistics.table("grad_rms").splitlines()
+    assert [line.split() for line in lines[1:]] == [["a", "1"], ["b", "2"], ["all", "1.48"]]
+    b.grad = None
+    optimizer.step()
+    found = optimizer.statistics
+    assert found.params == ("a", "b", "c")
+    assert found.values[:, 0].isnan().tolist() == [False, True, True]
+    assert found.total[0] == 1.0
 
 
 @pytest.mark.parametrize("classes", [1, 2])

@@ -137,6 +137,7 @@ struct CudaExecutor::Impl {
   int device;
   int launches = 0;
   bool was_captured = false;
+  bool notes = false;  // the last step took statistics, or had factors, for which it took them before
   Table<DeviceTensor> tensors;
   Table<DeviceChunk> chunks;
   Table<Strides> strides;
@@ -231,7 +232,7 @@ const Noting* CudaExecutor::Impl::note(const Plan& plan, const Extras& extras, c
   return noting.device();
 }
 
-// Chunks by kernel; only when the rule, the formats or the alignment of a tensor have changed.
+// Chunks by kernel; only when the rule, the formats or the alignment of a tensor, or `notes`, have changed.
 void CudaExecutor::Impl::cut(const Plan& plan, bool notes) {
   const auto bucket_of = [](const Tensor& t, int kernel) { return t.rule * kKernels + kernel; };
   std::vector<std::array<int, 2>> wanted;
@@ -347,7 +348,8 @@ void CudaExecutor::run(Plan* plan, const std::vector<GroupRow>& groups, const De
         "fused must be True in every group for a loss scaler's found_inf and for nonfinite='skip': step counters are "
         "on the host");
 
-  my.cut(*plan, step.extras.sums != nullptr);
+  my.notes = step.extras.sums != nullptr || step.extras.factors != nullptr;
+  my.cut(*plan, my.notes);
   if (on_device) {
     plan->advance(groups);
     require_known_scalars(*plan, step);
@@ -402,7 +404,7 @@ void CudaExecutor::norm(const Plan& plan, const std::vector<GroupRow>& groups, c
   require_current(my.device);
   const RelaxedCapture relaxed;
   const Use use = my.use_of(step.stream);
-  my.cut(plan, false);
+  my.cut(plan, my.notes);
   my.describe(plan, groups, true);
   my.upload_tensors(use);
   my.measure(plan, step.clip, use);

@@ -96,7 +96,7 @@ std::map<int, uintptr_t> addresses_of(const Request& request) {
   return addresses;
 }
 
-// What a step does with the norm, from the addresses of torch's tensors.
+// What a step does besides, and what it does with the norm, from the addresses of torch's tensors.
 Extras extras(uintptr_t sums, uintptr_t factors, bool only) {
   return {reinterpret_cast<double*>(sums), reinterpret_cast<const float*>(factors), only};
 }

@@ -19,7 +19,7 @@ from ..reference.statistics import SUMS
 from .norm import NOTHING, Clip, Measures, NormClasses, total
 from .rows import Control, Group, Step
 from .sharding import home, like, local
-from .statistics import Extras
+from .statistics import Extras, Labels
 
 
 class Begun(NamedTuple):
@@ -71,8 +71,9 @@ class Report:
         self.found: Found | None = None
         #: True once a norm was measured.
         self.measured = False
-        #: The sums of the last step that took statistics, of the parameters of the groups that it was of.
+        #: The sums of the last step that took statistics, and of each of its groups the names and the number of parameters.
         self.sums: Tensor | None = None
+        self.labels: Labels = []
 
     @property
     def grad_norm(self) -> Tensor | None:

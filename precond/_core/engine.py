@@ -58,7 +58,7 @@ class Engine:
 
     def _run(self, step: Step) -> None:
         # DeepSpeed steps once per group with param_groups cut to it: one plan for each view of the groups. One more where
-        # statistics are taken, for which rules are others.
+        # statistics are taken, for which rules have parts.
         key = (step.measured, *map(id, step.groups))
         plan = self.plans.get(key)
         if plan is not None and not plan.has_wrappers and plan.run(step) is not Outcome.STALE:

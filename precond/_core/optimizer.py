@@ -79,7 +79,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     #: True inside of averaged().
     _shows_averages: bool = False
     #: How many steps have begun, whether this one takes statistics, and whether all of its groups have rules with parts.
-    _begun: int = 0
+    _steps_begun: int = 0
     _measures: bool = False
     _all_have_parts: bool = False
     #: How many groups are before this one's where it only checks and completes some.
@@ -274,9 +274,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self._scaled_once:
             self._scaled_once = warned_if_scaled(self.param_groups)
         every = self._own["statistics"]
-        self._measures = bool(every) and self._begun % every == 0
+        self._measures = bool(every) and self._steps_begun % every == 0
         self._all_have_parts = self._measures or any(map(parts.is_scaled, self.param_groups))
-        self._begun += 1
+        self._steps_begun += 1
         self._update()
         self._forget_strangers()
 
@@ -367,8 +367,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What the last step that took statistics found out about each parameter; :class:`precond.Statistics`. None before it and
         without the setting ``statistics``. A step that is skipped takes none.
         """
-        sums = self._engine.report.sums
-        return None if sums is None else made_of(sums, self.param_groups)
+        report = self._engine.report
+        return None if report.sums is None else made_of(report.sums, report.labels)
 
     @property
     def norm_process_group(self) -> Any:

@@ -80,6 +80,9 @@ def check(group: Group, owner: type[object]) -> None:
         raise ValueError(f"cautious_rescale=True needs cautious='update' or 'both', got {cautious!r}")
     if most is not None and not (is_number(most) and 0.0 < most < math.inf):
         raise ValueError(f"max_update_rms must be None or a number > 0, got {most!r}")
+    if is_scaled(group) and group.get("differentiable"):
+        asked = "max_update_rms" if rescale is False else "cautious_rescale"
+        raise RuntimeError(f"{asked} must be {OPTIONS[asked]} with differentiable=True, got {group[asked]!r}")
     if decay is not None and decay != "equal" and not (is_number(decay) and 0.0 <= decay < 1.0):
         raise ValueError(f"ema_decay must be None, a number in [0, 1) or 'equal', got {decay!r}")
     if not (is_number(start) and 0 <= start < math.inf and start == int(start)):

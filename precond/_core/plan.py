@@ -22,7 +22,7 @@ from .norm import NormClasses, local_total, norm_classes
 from .rows import Entry, Row, Step, entries_of, parameters
 from .sharding import local
 from .states import States, counts_beside
-from .statistics import NO_EXTRAS, Extras, Shared, factors_of, put_together, sums_for
+from .statistics import NO_EXTRAS, Extras, Shared, factors_of, labels_of, put, put_together, sums_for
 
 
 class Outcome(enum.Enum):
@@ -356,21 +356,25 @@ class StepPlan:
     def _run_executors(self, step: Step, executors: list[Executor], begun: Begun) -> bool:
         """Update everything that has a gradient, and report statistics. False where the norm said to skip the step."""
         factors = None if step.scaled is None else factors_of(step, self._sums(step, executors, begun))
-        # A compiled plan that has everything writes all rows, at the same address.
-        alone = len(executors) == 1 and executors[0].measures_itself and step.reported is None and self.shared is None
-        extras = []
+        measured = step.measured and any(executor.has_gradients(step) for executor in executors)
+        # A compiled plan that has every parameter writes all rows, at the same address.
+        alone = len(self.executors) == 1 and bool(self.compiled) and step.reported is None and self.shared is None
+        before, extras = self.report.sums, []
         for executor in executors:
             sums = None
-            if step.measured and alone:
+            if measured and alone:
                 sums = self.report.sums_on(executor.device, len(parameters(step)))
             elif step.measured:
                 sums = sums_for(step, executor.device)
             of_device = None if factors is None else factors.to(executor.device)
             extras.append(NO_EXTRAS if sums is None and of_device is None else Extras(sums, of_device))
         if not self._run_each(step, executors, begun, extras):
+            self.report.sums = before
             return False
         if step.measured and not alone:
             self._report(step, self._together(step, extras))
+        elif measured:
+            self.report.labels = labels_of(step.groups)
         return True
 
     def _run_each(self, step: Step, executors: list[Executor], begun: Begun, extras: list[Extras]) -> bool:
@@ -395,12 +399,10 @@ class StepPlan:
             self.shared.reduce(sums)
         return sums
 
-    def _report(self, step: Step, sums: Tensor) -> None:
-        if step.reported is None:
-            self.report.sums_on(sums.device, len(sums)).copy_(sums)
-        else:
-            places, count = step.reported
-            self.report.sums_on(sums.device, count)[torch.tensor(places, device=sums.device)] = sums
+    def _report(self, step: Step, found: Tensor) -> None:
+        places, labels = step.reported or (None, labels_of(step.groups))
+        put(self.report.sums_on(found.device, sum(count for _, count in labels)), found, places)
+        self.report.labels = labels
 
     def _split_weights(self, step: Step) -> list[Tensor]:
         """The split weights that the step updates."""

@@ -77,12 +77,12 @@ class Step(NamedTuple):
     clip: Any = None
     #: The numbers of the groups among the optimizer's, where the step is of some of them.
     numbers: list[int] | None = None
-    #: Statistics are taken. Then every rule is one with parts.
+    #: Statistics are taken. Then every rule here is one with parts.
     measured: bool = False
     #: Of each group what scales its updates; None where no group asks for that, else every rule is one with parts.
     scaled: list[Scaled] | None = None
-    #: Of each parameter its place in the report, and how many have one; None: as they are.
-    reported: tuple[list[int], int] | None = None
+    #: Of each parameter its place in the report, and statistics.Labels of all groups that this has; None: as they are.
+    reported: tuple[list[int], Any] | None = None
 
     def input_of(self, p: Tensor) -> Tensor | None:
         """What a parameter is updated with; None leaves it alone."""

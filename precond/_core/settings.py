@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, Final
 
 from typing_extensions import TypedDict
@@ -96,7 +97,7 @@ def own_settings(owner: str, given: Settings) -> dict[str, Any]:
                 raise ValueError(f"{name} must be None or >= 0, got {own[name]}")
     if not isinstance(own["seed"], int):
         raise TypeError(f"seed must be an integer, got {own['seed']!r}")
-    if not isinstance(own["statistics"], int) or own["statistics"] < 0:
+    if not isinstance(own["statistics"], numbers.Integral) or own["statistics"] < 0:
         raise ValueError(f"statistics must be False, True or an integer >= 1, got {own['statistics']!r}")
     own["norm_type"] = float(own["norm_type"])
     if own["norm_type"] not in (2.0, math.inf):

@@ -18,18 +18,12 @@ from .sharding import home, local, shard_groups
 
 #: The sum that is none: the largest of all pieces.
 _LARGEST = SUMS.index("largest_update")
-#: The columns of a step's statistics, with what they are.
-COLUMNS = {
-    "grad_rms": "of the gradient as the step takes it, unscaled and clipped",
-    "param_rms": "of the parameter before the step",
-    "update_rms": "of what the step takes from the parameter, decay included, before it is rounded",
-    "update_ratio": "update_rms / param_rms",
-    "cosine": "of update and gradient: 1 goes straight down the gradient",
-    "nonfinite": "how many elements of the gradient are inf or NaN",
-    "lost": "share of the elements that have an update and are stored as they were",
-    "arrived": "share of the update that the stored parameter has moved by, along the update",
-    "largest_update": "largest magnitude of an element's update",
-}
+#: Where nothing has an element, the step has found nothing.
+_ELEMENTS = SUMS.index("elements")
+#: The columns of a step's statistics; Statistics says what they are.
+COLUMNS = (
+    "grad_rms", "param_rms", "update_rms", "update_ratio", "cosine", "nonfinite", "lost", "arrived", "largest_update",
+)  # fmt: skip
 
 
 class Extras(NamedTuple):
@@ -71,7 +65,8 @@ def _compiled_nothing() -> Any:
 class Statistics(NamedTuple):
     """What one step found out about each parameter.
 
-    Tensors are on the device of the parameters, and nothing waits for it until a number is asked for. The columns:
+    Tensors are on the device of the parameters, and nothing waits for it until a number is asked for. Complex elements count as
+    two numbers. The columns:
 
     ==============  ======================================================================================================
     grad_rms        root mean square of the gradient, as the step takes it: unscaled and clipped
@@ -86,7 +81,8 @@ class Statistics(NamedTuple):
     ==============  ======================================================================================================
 
     Attributes:
-        values: float64, (parameters, columns), the parameters in the order of ``param_groups``. A row of NaN had no gradient.
+        values: float64, (parameters, columns), the parameters in the order of ``param_groups``. A row of NaN had no element with
+            a gradient, or is of a group whose step has several passes.
         columns: their names.
         params: names of the parameters: as ``param_names`` has them, or "0.1" for parameter 1 of group 0.
         total: float64, (columns,): of all elements of all parameters.
@@ -127,19 +123,19 @@ class Statistics(NamedTuple):
             f"{prefix}{column}/{param}": row[k]
             for k, column in enumerate(self.columns)
             for param, row in zip((*self.params, "all"), rows, strict=True)
-            if row[0] == row[0] or param == "all" or any(number == number for number in row)
+            if param == "all" or any(number == number for number in row)
         }
 
     def table(self, columns: Iterable[str] | None = None) -> str:
         """A table to print: a line for each parameter and one for all. Waits for the device.
 
         Args:
-            columns: names of those to show; None (default): all.
+            columns: names of those to show, or one; None (default): all.
 
         Raises:
             ValueError: there is no such column.
         """
-        shown = self.columns if columns is None else tuple(columns)
+        shown = self.columns if columns is None else (columns,) if isinstance(columns, str) else tuple(columns)
         for name in shown:
             if name not in self.columns:
                 raise ValueError(f"columns must be among {', '.join(self.columns)}, got {name!r}")
@@ -162,17 +158,26 @@ class Statistics(NamedTuple):
 Statistics.__module__ = "precond"  # where a user finds it, and a pickle
 
 
-def made_of(sums: Tensor, groups: list[Group]) -> Statistics:
+#: Of each group the names of its parameters, None where it has none, and their number.
+Labels = list[tuple[list[str] | None, int]]
+
+
+def labels_of(groups: list[Group]) -> Labels:
+    """As groups are in a step: they may be others when somebody reads what it found."""
+    return [(group.get("param_names"), len(group["params"])) for group in groups]
+
+
+def made_of(sums: Tensor, labels: Labels) -> Statistics:
     """The statistics of all parameters, from their sums."""
     whole = sums.sum(0)
     whole[_LARGEST] = _largest(sums[:, _LARGEST]) if len(sums) else 0.0
     values = _columns(torch.cat([sums, whole[None]]))
     names = tuple(
-        group["param_names"][position] if "param_names" in group else f"{index}.{position}"
-        for index, group in enumerate(groups)
-        for position in range(len(group["params"]))
+        f"{index}.{position}" if names is None else names[position]
+        for index, (names, count) in enumerate(labels)
+        for position in range(count)
     )
-    return Statistics(values[:-1], tuple(COLUMNS), names, values[-1])
+    return Statistics(values[:-1], COLUMNS, names, values[-1])
 
 
 def _columns(sums: Tensor) -> Tensor:
@@ -264,6 +269,17 @@ def factors_of(step: Step, sums: Tensor) -> Tensor:
         factors.append(factor)
         begin = end
     return torch.cat(factors).float()
+
+
+def put(sums: Tensor, found: Tensor, places: list[int] | None = None) -> None:
+    """What a step has found, into rows of a report; others have nothing. A step that a device has skipped has found nothing at
+    all, and leaves what is there.
+    """
+    new = found
+    if places is not None:
+        new = torch.zeros_like(sums)
+        new[torch.tensor(places, device=sums.device)] = found
+    sums.copy_(torch.where(found[:, _ELEMENTS].sum() > 0, new, sums))
 
 
 def put_together(step: Step, extras: list[Extras]) -> Tensor:

@@ -19,6 +19,7 @@ from .._core.passes import Beginning, Job, Pass
 from .._core.plan import first_differs
 from .._core.rows import Control, Row, Step, name_among, name_of
 from .._core.sharding import aligned_gradients, local
+from .._core.statistics import labels_of
 from .exchange import Agreements, Member
 from .placed import is_sharded
 
@@ -193,7 +194,7 @@ class MultiPass(FusedOptimizer, abstract=True):
             if any(group.get(name) is not None for group in straight for name in ("weight_format", "state_format")):
                 self.states.name_streams()  # by places among all
             measured = self._measures
-            places = (_places(groups, numbers), sum(len(group["params"]) for group in groups)) if measured else None
+            places = (_places(groups, numbers), labels_of(groups)) if measured else None
             self.engine.run(
                 Step(
                     straight,

@@ -45,7 +45,7 @@ def weight_in_average(hyper: Hyper, step: int) -> float:
 
 def moved(p: Tensor, g: Tensor, step: Step, hyper: Hyper, decay: str) -> Moved:
     """The new p: no update where it does not go down the gradient, no decay where the update goes the other way; updates are
-    multiplied with ``factor`` (precond/_core/scaled.py).
+    multiplied with ``factor`` (precond/_core/statistics.py).
     """
     update = step.taken
     if hyper["cautious_update"]:

@@ -1,4 +1,4 @@
-"""Parts that ride along with a rule, csrc/rules/parts.h: masks on the update and on the decay, and an average of the weights. A
+"""Parts that ride along with a rule, csrc/rules/parts.h: masks on the update and on the decay, a factor, an average of weights. A
 rule with an average has its states and, last, the average.
 
 Their scalars lie behind any rule's, whatever its own number.

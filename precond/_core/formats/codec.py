@@ -198,4 +198,6 @@ def update(
         local(remainder).copy_(beside)
     for operand, (name, form) in enumerate(zip(names, layout.states, strict=True), 1):
         fill(state, name, wide[operand], form, words, operand)
-    return seen, wide[0] if seen is None else decode(stored, beside, layout.param, plain.shape)
+    if seen is None:
+        return None, wide[0]
+    return seen, decode(plain, None if remainder is None else local(remainder), layout.param, plain.shape)

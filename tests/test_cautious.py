@@ -136,19 +136,20 @@ def test_an_update_is_limited_as_adafactors(row, limit):
 
 
 SCALED = [
+    dict(cautious="update", cautious_rescale=True),
     dict(max_update_rms=0.3),
     dict(cautious="both", cautious_rescale=True, ema_decay=0.5, max_update_rms=0.3),
 ]
 
 
 @in_formats
-@pytest.mark.parametrize("options", SCALED, ids=["limit", "all"])
+@pytest.mark.parametrize("options", SCALED, ids=["rescale", "limit", "all"])
 @pytest.mark.parametrize("row", [BY_RULE["adamw"], BY_RULE["adamw_l1"], BY_RULE["lion"]], ids=str)
 def test_factors_agree_bit_for_bit(row, options, formats, triton_interpreter):
     assert_same(run(row, formats, **options), run(row, formats, "triton", **options))
 
 
-@pytest.mark.parametrize("options", SCALED, ids=["limit", "all"])
+@pytest.mark.parametrize("options", SCALED, ids=["rescale", "limit", "all"])
 @pytest.mark.parametrize("row", DECOUPLED, ids=str)
 def test_kernels_have_the_factors_of_the_reference(row, options):
     found, expected = (run(row, backend=backend, steps=1, **options) for backend in (BACKEND, "reference"))

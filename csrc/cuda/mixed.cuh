@@ -92,7 +92,10 @@ __device__ __forceinline__ void update_mixed(const DeviceTensor& t, const Stride
     if constexpr (kHasParts<Rule>) {
       if (only) rule.leave_out_decay();
       float taken[kRun];
-      if (shared != nullptr) note(shared, kSeenBefore, p, count);
+      if (shared != nullptr) {
+        note(shared, kSeenBefore, p, count);
+        if (only) note(shared, kSeenAfter, p, count);
+      }
 #pragma unroll
       for (int k = 0; k < kRun; ++k) {
         g[k] = incoming(g[k]);
@@ -116,8 +119,10 @@ __device__ __forceinline__ void update_mixed(const DeviceTensor& t, const Stride
     const Words stored = encode_weight(format(0), p, random, remainder);
     if constexpr (kHasParts<Rule>) {
       if (shared != nullptr) {
-        decode_weight(format(0), stored, remainder, p);
-        note(shared, kSeenAfter, p, count);
+        if (!only) {
+          decode_weight(format(0), stored, remainder, p);
+          note(shared, kSeenAfter, p, count);
+        }
         add_noted(shared);
       }
       if (only) continue;

@@ -155,9 +155,6 @@ class Statistics(NamedTuple):
         )
 
 
-Statistics.__module__ = "precond"  # where a user finds it, and a pickle
-
-
 #: Of each group the names of its parameters, None where it has none, and their number.
 Labels = list[tuple[list[str] | None, int]]
 

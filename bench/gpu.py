@@ -106,6 +106,16 @@ def cases(scale: float, device: str = "cuda") -> list[Case]:
 
         return {"torch fused fp32": masters, "precond cuda": own, "FlashOptim": peer("FlashOptim")}
 
+    def riding(**options: object) -> dict[str, Make]:
+        """AdamW with something in its pass, beside torch's without."""
+        return {name: make for name, make in adamw(**options).items() if name != "precond triton"}
+
+    def schedule_free() -> dict[str, Make]:
+        return {
+            "torch fused": adamw()["torch fused"],
+            "precond cuda": lambda params: precond.ScheduleFreeAdamW(params, backend=cuda),
+        }
+
     def clipped() -> dict[str, Make]:
         ours = adamw(max_grad_norm=1.0)
         return {"torch clip, fused": timing.ClippedTorch} | {k: v for k, v in ours.items() if k != "torch fused"}
@@ -120,24 +130,30 @@ def cases(scale: float, device: str = "cuda") -> list[Case]:
         ("precond cuda", "FlashOptim", 0.5),
     ]
     few_bits = [("precond cuda", "copy", 80)]
-    fp32_states = {"torch fused": 28.0}
+    plain_bytes = {"torch fused": 28.0}
     others = {"torch fused fp32": 28.0, "FlashOptim": None}
     against_others = {"precond cuda": adamw()["precond cuda"], **{name: peer(name) for name in PEERS}}
     return [
         Case("AdamW fp32, one tensor", [(billion,)], F32, adamw(), 28,
              [("precond cuda", "copy", 95), ("precond cuda", "torch fused", 1.0), triton_target]),
+        Case("AdamW fp32 with an average, one tensor", [(billion,)], F32, riding(ema_decay=0.999), 36, [], plain_bytes),
+        Case("AdamW fp32 with masks, one tensor", [(billion,)], F32, riding(cautious="both"), 28, []),
+        Case("AdamW fp32 with statistics, one tensor", [(billion,)], F32, riding(statistics=True), 28, []),
+        Case("AdamW fp32 with a limit, one tensor", [(billion,)], F32, riding(max_update_rms=1.0), 44, [], plain_bytes),
+        Case("schedule-free AdamW fp32, one tensor", [(billion,)], F32, schedule_free(), 28, []),
         Case("AdamW fp32, Llama-8B shapes", llama_shapes(billion), F32, adamw(), 28,
              [("precond cuda", "copy", 95), ("precond cuda", "torch fused", 1.0)]),
         Case("AdamW bf16, one tensor", [(billion,)], BF16, adamw(), 14,
              [*of_copy, ("precond cuda", "torch fused", 1.0), triton_target]),
         Case("AdamW fp16, one tensor", [(billion,)], F16, adamw(), 14, of_copy),
-        Case("AdamW fp32 with bf16 states", [(billion,)], F32, adamw(state_format="bf16"), 20, of_copy, fp32_states),
+        Case("AdamW fp32 with bf16 states", [(billion,)], F32, adamw(state_format="bf16"), 20, of_copy, plain_bytes),
         Case("SGD with momentum fp32, one tensor", [(billion,)], F32, other("SGD", lr=1e-3, momentum=0.9), 20, of_copy),
         Case("Adagrad fp32, one tensor", [(billion,)], F32, other("Adagrad"), 20, of_copy),
         Case("RMSprop fp32, one tensor", [(billion,)], F32, other("RMSprop"), 20, of_copy),
         Case("clip folded in, AdamW fp32, one tensor", [(billion,)], F32, clipped(), 32,
              [("precond cuda", "torch clip, fused", 0.8), ("precond triton", "torch clip, fused", 0.8)]),
         Case("AdamW fp32, 1000 x 1024", [(1024,)] * 1000, F32, adamw(), 28, small),
+        Case("AdamW fp32 with statistics, 1000 x 1024", [(1024,)] * 1000, F32, riding(statistics=True), 28, []),
         Case("AdamW fp32, 10,000 x 64", [(64,)] * 10_000, F32, adamw(), 28, small),
         Case("AdamW bf16, 20,000 mixed MoE tensors", moe_shapes(billion), BF16, adamw(), 14, []),
         # Two scales of 2 bytes for 64 elements, read and written: 1/8 byte.

@@ -13,6 +13,11 @@ SHAPES = [(5,), (1025,), (40_000,), (100, 640)]
 STEPS = 4
 #: Rules of the quick tier besides adamw: those that are timed.
 QUICK_RULES = ("sgd_momentum", "adagrad", "rmsprop")
+#: What rides along with adamw.
+RIDING: tuple[dict[str, object], ...] = (
+    {"ema_decay": 0.9, "statistics": True},
+    {"cautious": "update", "cautious_rescale": True, "max_update_rms": 0.3},
+)
 #: (row, dtype, options), weight_format and state_format among the options
 Mix = tuple[Any, torch.dtype, dict[str, object]]
 
@@ -29,6 +34,7 @@ def mixes(tier: str) -> list[Mix]:
     timed = [(adamw, dtype, {}) for dtype in (F32, BF16, F16)]
     timed += [*stored(adamw), (adamw, F32, {"state_format": "bf16"}), (adamw, F32, {"max_grad_norm": 1.0})]
     timed += [(BY_RULE[rule], F32, {}) for rule in QUICK_RULES]
+    timed += [(adamw, F32, options) for options in RIDING]
     if tier == "quick":
         return timed
     others = [(row, dtype, {}) for row in OPTIMIZERS for dtype in (F32, BF16, F16)]
@@ -37,7 +43,7 @@ def mixes(tier: str) -> list[Mix]:
 
 
 def trained(backend: str, device: str, mix: Mix) -> list[torch.Tensor]:
-    """Parameters after a few steps, on the host."""
+    """Parameters, averages and statistics after a few steps, on the host."""
     from support.cases import random_values
 
     row, dtype, options = mix
@@ -48,7 +54,9 @@ def trained(backend: str, device: str, mix: Mix) -> list[torch.Tensor]:
         for p in params:
             p.grad = random_values(p.shape, dtype).to(device)
         optimizer.step()
-    return [p.detach().cpu() for p in params]
+    averages = [optimizer.state[p]["ema"] for p in params if "ema" in optimizer.state.get(p, ())]
+    found = [*params, *averages, *([] if optimizer.statistics is None else [optimizer.statistics.values])]
+    return [t.detach().cpu() for t in found]
 
 
 def wrong_backends(backends: dict[str, tuple[str, str]], tier: str) -> dict[str, str]:

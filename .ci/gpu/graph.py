@@ -16,6 +16,8 @@ CASES = {
     "plain": (torch.float32, {}),
     "split24 with int8 states": (torch.bfloat16, {"weight_format": "split24", "state_format": "int8"}),
     "clipped": (torch.float32, {"max_grad_norm": 1.0}),
+    "with an average and statistics": (torch.float32, {"ema_decay": 0.9, "statistics": True}),
+    "with a limit": (torch.bfloat16, {"weight_format": "split24", "max_update_rms": 0.5}),
 }
 RATES = [0.01, 0.01, 0.02, 0.005, 0.03]
 EAGER = 2
@@ -46,6 +48,8 @@ def compare(case: str) -> bool:
             CUDA.synchronize()
             steps = float(optimizer.state[p]["step"])
         states = {k: v for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor) and k != "step"}
+        if optimizer.statistics is not None:
+            states["statistics"] = optimizer.statistics.values
         results.append({name: t.detach().cpu() for name, t in {"p": p, **states}.items()})
     wrong = [name for name, t in results[0].items() if not torch.equal(t, results[1][name])]
     if steps != len(RATES):

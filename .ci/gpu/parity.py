@@ -1,4 +1,5 @@
-"""Whether the CUDA backend has the bits of the CPU backend: AdamW in every format, with and without clipping, then all rules.
+"""Whether the CUDA backend has the bits of the CPU backend: what rides along with AdamW, AdamW in every format, with and without
+clipping, then all rules.
 
 A line for each case; where bits differ it names the tensors.
 """
@@ -35,30 +36,47 @@ FEW = [(F32, None, None), (BF16, None, None), (BF16, "split24", "int8"), (F16, "
 #: Around vectors, chunks and blocks; matrices whose rows are whole groups of codes, the last an element into its memory.
 SHAPES = [(1,), (1025,), (8193,), (70_001,), (130, 640), (72, 64)]
 
-#: rule, dtype, weight_format, state_format, max_grad_norm
-Case = tuple[str, torch.dtype, "str | None", "str | None", "float | None"]
+PLAIN, CLIPPED = {}, {"max_grad_norm": 1.0}
+#: What rides along in the pass of a step.
+PARTS = [
+    {"statistics": True},
+    {"ema_decay": 0.9},
+    {"cautious": "both", "ema_decay": 0.9, "ema_format": "bf16", "statistics": 2, **CLIPPED},
+    {"cautious": "update", "cautious_rescale": True},
+    {"max_update_rms": 0.3, "statistics": True},
+]
+
+#: rule, dtype, weight_format, state_format, options
+Case = tuple[str, torch.dtype, "str | None", "str | None", dict[str, Any]]
 
 
 def cases() -> Iterator[Case]:
-    for clip in (None, 1.0):
+    for options in PARTS:
+        for formats in FEW:
+            yield ("adamw", *formats, options)
+    for statistics in (False, True):
+        for rule in ("schedule_free_adamw", "schedule_free_sgd"):
+            yield (rule, *FEW[2], {"statistics": statistics})
+    for options in (PLAIN, CLIPPED):
         for formats in FORMATS:
-            yield ("adamw", *formats, clip)
+            yield ("adamw", *formats, options)
     for formats in FEW:
         # Beyond the family the table's classes write a curvature as plain numbers.
         for row in OPTIMIZERS if formats[2] == "int4" else ALL_RULES:
             if row.rule != "adamw":
-                yield (row.rule, *formats, None)
+                yield (row.rule, *formats, PLAIN)
 
 
 def name_of(case: Case) -> str:
-    rule, dtype, weight_format, state_format, clip = case
+    rule, dtype, weight_format, state_format, options = case
     words = [rule, str(dtype).removeprefix("torch."), weight_format or "plain", f"states {state_format or 'plain'}"]
-    return " ".join([*words, "clipped"] if clip else words)
+    asked = ["clipped"] if options == CLIPPED else [f"{name}={value}" for name, value in options.items()]
+    return " ".join([*words, *asked])
 
 
 def trained(case: Case, backend: str, where: str) -> dict[str, torch.Tensor]:
-    """Parameters and states after a few steps."""
-    rule, dtype, weight_format, state_format, clip = case
+    """Parameters, states and statistics after a few steps."""
+    rule, dtype, weight_format, state_format, options = case
     generator = torch.Generator().manual_seed(3)
 
     def random(shape: tuple[int, ...]) -> torch.Tensor:
@@ -72,7 +90,6 @@ def trained(case: Case, backend: str, where: str) -> dict[str, torch.Tensor]:
         buffer = torch.zeros(begin + values.numel(), dtype=dtype, device=where)
         params.append(torch.nn.Parameter(buffer[begin:].view(shape).copy_(values)))
     row = BY_RULE[rule]
-    options: dict[str, Any] = {"max_grad_norm": clip} if clip else {}
     group = {"params": params, "weight_format": weight_format, "state_format": state_format}
     torch.manual_seed(3)  # of stochastic rounding
     optimizer = row.cls([group], **row.kwargs, **options, backend=backend)
@@ -83,6 +100,8 @@ def trained(case: Case, backend: str, where: str) -> dict[str, torch.Tensor]:
     found = {f"p{k}": memory(p) for k, p in enumerate(params)}
     for k, p in enumerate(params):
         found |= {f"{n}{k}": memory(v) for n, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
+    if options.get("statistics"):
+        found["statistics"] = memory(optimizer.statistics.values)
     return found
 
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import precond
 from precond._core import backend as _backend
 from precond._core import formats as _formats
-from precond._core.executors import table_of
+from precond._core.backend import table_of
 from precond._core.rows import Row
 from precond._core.states import make_counter
 

@@ -20,7 +20,7 @@ _core.backend _core.metric
 _core.amp _core.arguments _core.checkpoint _core.formats _core.remainders _core.scales _core.statistics
 _core.groups _core.memory _core.norm _core.parts _core.states _core.swapped
 _core.checks _core.clipping triton_kernels
-_core.executors
+_core.executors _core.updates
 _core.plan
 _core.engine
 _core.optimizer

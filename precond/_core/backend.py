@@ -1,4 +1,6 @@
-"""Which backends this installation has, why the others are missing, and which one updates a tensor."""
+"""Which backends this installation has, why the others are missing, which one updates a tensor, and rows as the extension takes
+them.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,12 @@ import functools
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .rows import Row
 from .sharding import local
 
 # torch first: its libgomp then serves the extension too, so that both share one pool of threads.
@@ -170,3 +174,38 @@ def choose(backend: str | None, tensors: list[Tensor], name: str = "a parameter"
     if backend == "cuda" and (reason := why_not_on(tensors[0].device.index or 0)):
         raise RuntimeError(f"backend='cuda' cannot run here: {reason}; backend=None or 'triton' can")
     return backend
+
+
+def table_of(rows: list[Row], device: torch.device | None) -> tuple[list[Any], list[Tensor]]:
+    """Rows as a compiled plan takes them. For a plan on a device tensors become addresses, else numbers; also returned are the
+    tensors at these addresses: copies of those that are on another device.
+    """
+    assert _C is not None
+    table: list[Any] = []
+    used: list[Tensor] = []
+    for rule, sign, hyper in rows:
+        number, names = number_and_hyper(rule)
+        values, on_device = [], []
+        for index, name in enumerate(names):
+            value = hyper[name]
+            if device is not None and isinstance(value, Tensor):
+                if value.dtype not in (torch.float32, torch.float64):
+                    raise TypeError(f"{name} must be a float32 or float64 tensor, got {value.dtype}")
+                used.append(value.to(device, non_blocking=True))
+                on_device.append((index, used[-1].data_ptr(), value.dtype == torch.float64))
+                values.append(0.0)
+            else:
+                values.append(float(value))
+        table.append(_C.Row(rule=number, sign=sign, hyper=values))
+        for where in on_device:
+            table[-1].read_from(*where)
+    return table, used
+
+
+@functools.cache
+def number_and_hyper(rule: str) -> tuple[int, tuple[str, ...]]:
+    """Of a rule of the extension, whose properties are made anew each time that they are read."""
+    assert _C is not None
+    name, _, parts = rule.partition("+")
+    known = (_C.rules_with_parts[parts] if parts else _C.rules)[name]
+    return known.number, known.hyper

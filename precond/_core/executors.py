@@ -4,7 +4,6 @@ compares every address with what it saw; what the other two update is checked an
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -18,48 +17,13 @@ from . import formats
 from .checks import Checks
 from .formats import Layout
 from .norm import NOTHING, Clip, NormClasses, reference_part
-from .rows import Control, Entry, Row, Step
+from .rows import Control, Entry, Step
 from .sharding import local
 from .states import States, counts_beside, is_counter, next_step
 from .statistics import Extras, real
 
 # Elements per chunk; 0 lets the plan choose.
 _CHUNK = 0
-
-
-def table_of(rows: list[Row], device: torch.device | None) -> tuple[list[Any], list[Tensor]]:
-    """Rows as a compiled plan takes them. For a plan on a device tensors become addresses, else numbers; also returned are the
-    tensors at these addresses: copies of those that are on another device.
-    """
-    assert _backend._C is not None
-    table: list[Any] = []
-    used: list[Tensor] = []
-    for rule, sign, hyper in rows:
-        number, names = _number_and_hyper(rule)
-        values, on_device = [], []
-        for index, name in enumerate(names):
-            value = hyper[name]
-            if device is not None and isinstance(value, Tensor):
-                if value.dtype not in (torch.float32, torch.float64):
-                    raise TypeError(f"{name} must be a float32 or float64 tensor, got {value.dtype}")
-                used.append(value.to(device, non_blocking=True))
-                on_device.append((index, used[-1].data_ptr(), value.dtype == torch.float64))
-                values.append(0.0)
-            else:
-                values.append(float(value))
-        table.append(_backend._C.Row(rule=number, sign=sign, hyper=values))
-        for where in on_device:
-            table[-1].read_from(*where)
-    return table, used
-
-
-@functools.cache
-def _number_and_hyper(rule: str) -> tuple[int, tuple[str, ...]]:
-    """Of a rule of the extension, whose properties are made anew each time that they are read."""
-    assert _backend._C is not None
-    name, _, parts = rule.partition("+")
-    known = (_backend._C.rules_with_parts[parts] if parts else _backend._C.rules)[name]
-    return known.number, known.hyper
 
 
 #: Backend and device of a parameter that a plan has; None for one that joins when it gets a gradient.
@@ -94,7 +58,9 @@ class Compiled:
         used = {row.rule for row in step.rows}
         self.plan = _backend._C.Plan(
             reader=_backend.reader(),
-            state_names={_number_and_hyper(rule)[0]: [*states.names(rule), *states.scalars(rule)] for rule in used},
+            state_names={
+                _backend.number_and_hyper(rule)[0]: [*states.names(rule), *states.scalars(rule)] for rule in used
+            },
             step_name="step",
             chunk=_CHUNK,
             device=-1 if backend == "cpu" else device.index or 0,
@@ -129,7 +95,7 @@ class Compiled:
             group["params"],
             step.state,
             group=index,
-            rule=_number_and_hyper(rule)[0],
+            rule=_backend.number_and_hyper(rule)[0],
             counts=states.counts(group["params"][0], rule),
             step_on_device=counts_beside(group, self.backend),
         )
@@ -150,7 +116,7 @@ class Compiled:
             param=p,
             state=step.state.get(p),
             group=entry.group,
-            rule=_number_and_hyper(rule)[0],
+            rule=_backend.number_and_hyper(rule)[0],
             fresh=entry.number in fresh,
             counts=states.counts(p, rule),
             step_on_device=counts_beside(step.groups[entry.group], self.backend),
@@ -162,7 +128,7 @@ class Compiled:
 
     def refresh(self, step: Step) -> bool:
         """Bring the plan up to a step. False where it no longer holds."""
-        table, self._hyper_tensors = table_of(step.rows, self.device if self.backend == "cuda" else None)
+        table, self._hyper_tensors = _backend.table_of(step.rows, self.device if self.backend == "cuda" else None)
         return bool(self.plan.refresh(step.groups, step.state, step.inputs, table))
 
     def release(self) -> None:
@@ -311,7 +277,7 @@ class Reference(InPython):
 
     def run(self, step: Step, control: Control, clip: Clip, extras: Extras) -> bool:
         """Update the parameters. The host has already folded the clip coefficient into ``control.grad_coef``."""
-        how = extras.of_reference
+        measures = extras.of_reference
         for entry in self.entries:
             p = entry.param(step)
             if (g := step.input_of(p)) is None:
@@ -333,14 +299,14 @@ class Reference(InPython):
             )
             if not layout.plain:
                 seen, after = formats.update(
-                    rule, p, local(g), step.state[p], self.states.names(rule), layout, *arguments, how
+                    rule, p, local(g), step.state[p], self.states.names(rule), layout, *arguments, measures
                 )
             else:
                 states, after = [local(t) for t in self.states.present(p, rule).values()], local(p)
                 if g.is_sparse:
                     reference.update_sparse(rule, local(p), local(g), states, *arguments)
                     continue
-                seen = reference.update(rule, local(p), local(g), states, *arguments, how)
+                seen = reference.update(rule, local(p), local(g), states, *arguments, measures)
             if seen is not None and extras.sums is not None:
                 extras.sums[entry.number] = sums_of(seen, seen.before if extras.only else real(after.detach()))
         return True

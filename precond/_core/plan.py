@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from . import backend as _backend
-from . import formats
+from . import formats, updates
 from .checks import Checks
 from .clipping import Begun, Executor, Report, begin
 from .executors import Compiled, Home, Reference, Triton
@@ -22,7 +22,7 @@ from .norm import NormClasses, local_total, norm_classes
 from .rows import Entry, Row, Step, entries_of, parameters
 from .sharding import local
 from .states import States, counts_beside
-from .statistics import NO_EXTRAS, Extras, Shared, factors_of, labels_of, put, put_together, sums_for
+from .statistics import Shared
 
 
 class Outcome(enum.Enum):
@@ -346,63 +346,14 @@ class StepPlan:
         if begun is None:
             self._undo(step)
             return Outcome.SKIPPED
-        if not self._run_executors(step, executors, begun):
+        # A compiled plan that has every parameter writes all rows of the statistics, at the same address.
+        whole = len(self.executors) == 1 and bool(self.compiled) and self.shared is None
+        if not updates.run(step, executors, begun, self.report, self.shared, whole=whole):
             self._undo(step)
             return Outcome.SKIPPED
         self.states.end(split)
         self.fresh.clear()
         return Outcome.RAN
-
-    def _run_executors(self, step: Step, executors: list[Executor], begun: Begun) -> bool:
-        """Update everything that has a gradient, and report statistics. False where the norm said to skip the step."""
-        factors = None if step.scaled is None else factors_of(step, self._sums(step, executors, begun))
-        measured = step.measured and any(executor.has_gradients(step) for executor in executors)
-        # A compiled plan that has every parameter writes all rows, at the same address.
-        alone = len(self.executors) == 1 and bool(self.compiled) and step.reported is None and self.shared is None
-        before, extras = self.report.sums, []
-        for executor in executors:
-            sums = None
-            if measured and alone:
-                sums = self.report.sums_on(executor.device, len(parameters(step)))
-            elif step.measured:
-                sums = sums_for(step, executor.device)
-            of_device = None if factors is None else factors.to(executor.device)
-            extras.append(NO_EXTRAS if sums is None and of_device is None else Extras(sums, of_device))
-        if not self._run_each(step, executors, begun, extras):
-            self.report.sums = before
-            return False
-        if step.measured and not alone:
-            self._report(step, self._together(step, extras))
-        elif measured:
-            self.report.labels = labels_of(step.groups)
-        return True
-
-    def _run_each(self, step: Step, executors: list[Executor], begun: Begun, extras: list[Extras]) -> bool:
-        control, clip = begun
-        for i, (executor, extra) in enumerate(zip(executors, extras, strict=True)):
-            if i > 0:
-                clip = clip.on(executor.device)
-            if not executor.run(step, control, clip, extra):
-                return False
-        return True
-
-    def _sums(self, step: Step, executors: list[Executor], begun: Begun) -> Tensor:
-        """What statistics a step would have, by a pass that updates nothing. Whether it is skipped, the next pass counts."""
-        extras = [Extras(sums_for(step, executor.device), only=True) for executor in executors]
-        self._run_each(step, executors, begun._replace(clip=begun.clip._replace(skipped=None)), extras)
-        return self._together(step, extras)
-
-    def _together(self, step: Step, extras: list[Extras]) -> Tensor:
-        """The sums of all parameters, of all processes."""
-        sums = put_together(step, extras)
-        if self.shared is not None:
-            self.shared.reduce(sums)
-        return sums
-
-    def _report(self, step: Step, found: Tensor) -> None:
-        places, labels = step.reported or (None, labels_of(step.groups))
-        put(self.report.sums_on(found.device, sum(count for _, count in labels)), found, places)
-        self.report.labels = labels
 
     def _split_weights(self, step: Step) -> list[Tensor]:
         """The split weights that the step updates."""

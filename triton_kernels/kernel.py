@@ -123,12 +123,16 @@ def update_kernel(
     DECAY: tl.constexpr,
     OPTION: tl.constexpr,
     STATES: tl.constexpr,
-    FORMATS: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    S0: tl.constexpr,
+    S1: tl.constexpr,
+    S2: tl.constexpr,
+    AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Update one chunk. chunks_ptr: (tensor, first element); tensors_ptr: SLOTS numbers each; scalars_ptr and control_ptr: what
-    the prologue left, the skip flag of the launch, then each tensor's gradient coefficient. FORMATS: of p, g, three states and an
-    average, as update_block has them.
+    the prologue left, the skip flag of the launch, then each tensor's gradient coefficient.
     """
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks_ptr + 2 * chunk)
@@ -140,13 +144,47 @@ def update_kernel(
     skip = tl.load(control_ptr) != 0.0
     numel = tl.where(skip, 0, tl.load(slots + NUMEL))
     aligned = tl.where(skip, 0, tl.load(slots + ALIGNED))
-    PART: tl.constexpr = part_of(BLOCK, *FORMATS)
+    PART: tl.constexpr = part_of(BLOCK, P, S0, S1, S2, AVERAGE)
     block = block_at(begin, numel, BLOCK)
     if begin + BLOCK <= aligned:
-        update_block(slots, block, scalars, grad_coef, clip_value, UPDATE, DECAY, OPTION, STATES, *FORMATS, BLOCK, True)
+        update_block(
+            slots,
+            block,
+            scalars,
+            grad_coef,
+            clip_value,
+            UPDATE,
+            DECAY,
+            OPTION,
+            STATES,
+            P,
+            G,
+            S0,
+            S1,
+            S2,
+            AVERAGE,
+            BLOCK,
+            True,
+        )
     elif PART == BLOCK:
         update_block(
-            slots, block, scalars, grad_coef, clip_value, UPDATE, DECAY, OPTION, STATES, *FORMATS, BLOCK, False
+            slots,
+            block,
+            scalars,
+            grad_coef,
+            clip_value,
+            UPDATE,
+            DECAY,
+            OPTION,
+            STATES,
+            P,
+            G,
+            S0,
+            S1,
+            S2,
+            AVERAGE,
+            BLOCK,
+            False,
         )
     else:
         for part in range(BLOCK // PART):
@@ -163,7 +201,12 @@ def update_kernel(
                     DECAY,
                     OPTION,
                     STATES,
-                    *FORMATS,
+                    P,
+                    G,
+                    S0,
+                    S1,
+                    S2,
+                    AVERAGE,
                     PART,
                     False,
                 )

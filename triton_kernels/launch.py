@@ -146,11 +146,17 @@ def prologue_constants(rule: Rule, counts: bool = True) -> dict[str, object]:
 def update_constants(rule: Rule, formats: list[str]) -> dict[str, object]:
     """What the update is compiled for. formats: of p, g and the states."""
     *formats, average = formats if rule.averages else [*formats, "" if rule.parts else "off"]
+    p, g, s0, s1, s2 = [*formats, "fp32", "fp32", "fp32"][:5]
     return {
         "UPDATE": rule.update,
         "DECAY": rule.decay,
         "OPTION": rule.option,
         "STATES": len(rule.states) - rule.averages,
-        "FORMATS": (*[*formats, "fp32", "fp32", "fp32"][:5], average),
+        "P": p,
+        "G": g,
+        "S0": s0,
+        "S1": s1,
+        "S2": s2,
+        "AVERAGE": average,
         "BLOCK": kernel.BLOCK,
     }

@@ -43,7 +43,7 @@ def update_block(
     AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
-    MEASURED: tl.constexpr = "",
+    MEASURED: tl.constexpr,
 ):
     """Load, rule, store. AVERAGE: the format of an average of the weights, "" of a rule with parts that has none, "off" without
     parts. FULL: every offset is an element, the addresses are aligned, and runs of random.py whole. MEASURED: "" or, of a rule
@@ -165,6 +165,7 @@ def update_kernel(
             AVERAGE,
             BLOCK,
             True,
+            "",
         )
     elif PART == BLOCK:
         update_block(
@@ -185,6 +186,7 @@ def update_kernel(
             AVERAGE,
             BLOCK,
             False,
+            "",
         )
     else:
         for part in range(BLOCK // PART):
@@ -209,4 +211,5 @@ def update_kernel(
                     AVERAGE,
                     PART,
                     False,
+                    "",
                 )

@@ -1,8 +1,9 @@
 """The decays of csrc/rules/decays.h, line for line, and their scalars. No rule is here.
 
-DECAY is "coupled", "l2", "l1_proximal" or "l1_subgradient", for the structs there, or "" for a rule without a decay. ``at``
-points at a decay's scalars, which a rule has behind its own. The Step of decays.h is a tuple here: (rate, direction, den, v, at),
-with None for den and v where den = 1. "given" is for a rule that returns the new p and what it lacks of the old one.
+DECAY is "coupled", "l2", "l1_proximal" or "l1_subgradient", for the structs there, with "plain_" before the latter two where
+den = 1; or "" for a rule without a decay, and "given" for one that returns the new p and what it lacks of the old one. ``at``
+points at a decay's scalars, which a rule has behind its own. The Step of decays.h is a tuple here: (rate, direction, den, v, at).
+Where den = 1 these two are any number: Triton 3.6 takes no None in a tuple that a function returns.
 """
 
 import triton
@@ -34,10 +35,21 @@ def set_decay(hyper, HYPER: tl.constexpr, lr, at, mask, DECAY: tl.constexpr):
                 put(at + LR_L1_CAP, lr * given(hyper, HYPER, "l1_cap", mask), mask)
 
 
+@triton.constexpr_function
+def is_plain(name):
+    """Where den = 1."""
+    return name.startswith("plain_")
+
+
+@triton.constexpr_function
+def is_proximal(name):
+    return name.endswith("l1_proximal")
+
+
 @triton.jit
-def threshold(den, v, at):
+def threshold(den, v, at, DECAY: tl.constexpr):
     t = tl.load(at + LR_L1)
-    if den is not None:
+    if not is_plain(DECAY):
         lr_l1_cap = tl.load(at + LR_L1_CAP)
         t = tl.div_rn(t, tl.sqrt_rn(den))
         t = tl.where(t > lr_l1_cap, lr_l1_cap, t)
@@ -61,9 +73,9 @@ def with_l2(p, taken, at):
 
 
 @triton.jit
-def with_subgradient(p, taken, den, v, at):
+def with_subgradient(p, taken, den, v, at, DECAY: tl.constexpr):
     """The same of the L1 decay as a subgradient."""
-    t = threshold(den, v, at)
+    t = threshold(den, v, at, DECAY)
     return with_l2(p, taken + tl.where(p > 0.0, t, tl.where(p < 0.0, -t, 0.0)), at)
 
 
@@ -81,10 +93,10 @@ def stepped(p, step, DECAY: tl.constexpr):
         rate, direction, den, v, at = step
         if DECAY == "l2":
             new_p = p - with_l2(p, rate * direction, at)
-        elif DECAY == "l1_proximal":
-            new_p = soft_threshold(p - with_l2(p, rate * direction, at), threshold(den, v, at))
+        elif is_proximal(DECAY):
+            new_p = soft_threshold(p - with_l2(p, rate * direction, at), threshold(den, v, at, DECAY))
         else:
-            new_p = p - with_subgradient(p, rate * direction, den, v, at)
+            new_p = p - with_subgradient(p, rate * direction, den, v, at, DECAY)
     return new_p
 
 
@@ -96,11 +108,11 @@ def taken(p, step, DECAY: tl.constexpr):
         found = rate * direction
     elif DECAY == "l2":
         found = with_l2(p, rate * direction, at)
-    elif DECAY == "l1_proximal":
+    elif is_proximal(DECAY):
         smooth = with_l2(p, rate * direction, at)
         left = p - smooth
-        t = threshold(den, v, at)
+        t = threshold(den, v, at, DECAY)
         found = smooth + tl.where(left > t, t, tl.where(left < -t, -t, left))
     else:
-        found = with_subgradient(p, rate * direction, den, v, at)
+        found = with_subgradient(p, rate * direction, den, v, at, DECAY)
     return found

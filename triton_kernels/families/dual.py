@@ -34,7 +34,7 @@ def dual(p, g, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(scalars + LR)
     at = scalars + MAP_AT
     decay = at + map_floats(OPTION)
-    return lr, mapped(g, at, OPTION), None, None, decay
+    return lr, mapped(g, at, OPTION), lr, lr, decay
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def dual_momentum(p, g, m, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     at = scalars + MOMENTUM_MAP_AT
     decay = at + map_floats(OPTION)
     u, m = averaged(g, m, scalars + AVERAGE_AT)
-    return (lr, mapped(u, at, OPTION), None, None, decay), m
+    return (lr, mapped(u, at, OPTION), lr, lr, decay), m
 
 
 @triton.jit

@@ -21,7 +21,7 @@ def lion(p, g, m, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     d = gradient(p, g, decay, DECAY)
     c = tl.fma(one_minus_beta1, d - m, m)
     m = tl.fma(one_minus_beta2, d - m, m)
-    return (lr, sign(c), None, None, decay), m
+    return (lr, sign(c), lr, lr, decay), m
 
 
 @triton.jit

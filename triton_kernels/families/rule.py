@@ -36,10 +36,11 @@ class Rule(NamedTuple):
 
 def with_decays(rule: Rule, name: str, *, coupled: str | None = None, suffix: str = "") -> dict[str, Rule]:
     """A rule with each intrinsic decay and, under the name ``coupled``, with the penalty in the gradient."""
+    threshold = "l1" if "l1_cap" in rule.hyper else "plain_l1"
     names = {
         f"{name}{suffix}": "l2",
-        f"{name}_l1{suffix}": "l1_proximal",
-        f"{name}_l1_subgradient{suffix}": "l1_subgradient",
+        f"{name}_l1{suffix}": f"{threshold}_proximal",
+        f"{name}_l1_subgradient{suffix}": f"{threshold}_subgradient",
     }
     if coupled is not None:
         names[coupled + suffix] = "coupled"

@@ -16,7 +16,7 @@ _, MOMENTUM, ONE_MINUS_DAMPENING, MOMENTUM_DECAY_AT = positions(4)
 def sgd(p, g, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(scalars + LR)
     decay = scalars + DECAY_AT
-    return lr, gradient(p, g, decay, DECAY), None, None, decay
+    return lr, gradient(p, g, decay, DECAY), lr, lr, decay
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def update_buffer(p, g, buf, scalars, DECAY: tl.constexpr):
 def sgd_momentum(p, g, buf, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(scalars + LR)
     _, buf = update_buffer(p, g, buf, scalars, DECAY)
-    return (lr, buf, None, None, scalars + MOMENTUM_DECAY_AT), buf
+    return (lr, buf, lr, lr, scalars + MOMENTUM_DECAY_AT), buf
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def sgd_nesterov(p, g, buf, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
     lr = tl.load(scalars + LR)
     momentum = tl.load(scalars + MOMENTUM)
     d, buf = update_buffer(p, g, buf, scalars, DECAY)
-    return (lr, tl.fma(momentum, buf, d), None, None, scalars + MOMENTUM_DECAY_AT), buf
+    return (lr, tl.fma(momentum, buf, d), lr, lr, scalars + MOMENTUM_DECAY_AT), buf
 
 
 @triton.jit

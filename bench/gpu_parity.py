@@ -55,7 +55,7 @@ def trained(backend: str, device: str, mix: Mix) -> list[torch.Tensor]:
             p.grad = random_values(p.shape, dtype).to(device)
         optimizer.step()
     averages = [optimizer.state[p]["ema"] for p in params if "ema" in optimizer.state.get(p, ())]
-    found = [*params, *averages, *([] if optimizer.statistics is None else [optimizer.statistics.values])]
+    found = [*params, *averages, *([] if optimizer.statistics is None else [optimizer.engine.report.sums])]
     return [t.detach().cpu() for t in found]
 
 

@@ -190,7 +190,7 @@ def test_every_plan_that_a_graph_was_captured_from_is_kept(granularity):
 def muon_beside_adamw(matrices, vectors, **settings):
     groups = [
         dict(params=matrices, optimizer=precond.Muon, lr=0.02),
-        dict(params=vectors, optimizer=precond.AdamW, lr=0.01, capturable=True),
+        dict(params=vectors, optimizer=precond.AdamW, lr=0.01, capturable=settings["backend"] == "cuda"),
     ]
     return precond.Grouped(groups, max_grad_norm=1.0, nonfinite="skip", **settings)
 

@@ -4,6 +4,7 @@ last step. In the interpreter every tensor stands for one on a device; with TRIT
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import pytest
 import torch
 from families import BY_RULE, BY_STATES
+from support.builds import ROOT
 from support.cases import bits_equal, random_values
 from support.device import NoHostReads
 
@@ -314,6 +316,27 @@ def test_it_compiles_with_exact_operations(program):
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.source
+def test_kernels_keep_to_what_triton_3_6_compiles():
+    """Which pyproject.toml promises, and tests have a later one: no default, no None in a returned tuple, no starred constant."""
+    found = []
+    for path in sorted((ROOT / "triton_kernels").rglob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef) or "triton.jit" not in map(
+                ast.unparse, function.decorator_list
+            ):
+                continue
+            refused = [*function.args.defaults, *function.args.kw_defaults]
+            for node in ast.walk(function):
+                if isinstance(node, ast.Starred) and isinstance(node.value, ast.Name):
+                    refused.append(node)
+                if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+                    tuples = [node.value, *(part for part in node.value.elts if isinstance(part, ast.Tuple))]
+                    refused += [part for each in tuples for part in each.elts if ast.unparse(part) == "None"]
+            found += [f"{path.name}, {function.name}: {ast.unparse(node)}" for node in refused if node is not None]
+    assert found == []
 
 
 def test_the_guard_of_this_file_sees_a_read():

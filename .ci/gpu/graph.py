@@ -49,7 +49,7 @@ def compare(case: str) -> bool:
             steps = float(optimizer.state[p]["step"])
         states = {k: v for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor) and k != "step"}
         if optimizer.statistics is not None:
-            states["statistics"] = optimizer.statistics.values
+            states["statistics"] = optimizer.engine.report.sums
         results.append({name: t.detach().cpu() for name, t in {"p": p, **states}.items()})
     wrong = [name for name, t in results[0].items() if not torch.equal(t, results[1][name])]
     if steps != len(RATES):

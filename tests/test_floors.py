@@ -17,10 +17,11 @@ pytestmark = pytest.mark.source
 PYTHON = """
 _C _version _core.extras _core.iteration _core.precision _core.rows _core.settings _core.sharding bases reference
 _core.backend _core.metric
-_core.amp _core.arguments _core.checkpoint _core.formats _core.remainders _core.scales _core.statistics
+_core.amp _core.arguments _core.checkpoint _core.formats _core.remainders _core.scales
 _core.groups _core.memory _core.norm _core.parts _core.states _core.swapped
+_core.statistics
 _core.checks _core.clipping triton_kernels
-_core.executors _core.updates
+_core.averages _core.executors _core.updates
 _core.plan
 _core.engine
 _core.optimizer

@@ -57,9 +57,7 @@ class Engine:
             self.states.bind({}, [])
 
     def _run(self, step: Step) -> None:
-        # DeepSpeed steps once per group with param_groups cut to it: one plan for each view of the groups. One more where
-        # statistics are taken, for which rules have parts.
-        key = (step.measured, *map(id, step.groups))
+        key = _key(step)
         plan = self.plans.get(key)
         if plan is not None and not plan.has_wrappers and plan.run(step) is not Outcome.STALE:
             return
@@ -77,7 +75,7 @@ class Engine:
             self.states.bind({}, [])
 
     def _begin(self, step: Step, host_must_know: bool) -> Begun | None:
-        key = (step.measured, *map(id, step.groups))
+        key = _key(step)
         plan = self.plans.get(key)
         found: Begun | Outcome = Outcome.STALE
         step = step._replace(inputs=aligned_gradients(step.groups))
@@ -100,7 +98,7 @@ class Engine:
             self.states.bind({}, [])
 
     def _norms(self, step: Step, classes: NormClasses) -> Tensor:
-        key = (step.measured, *map(id, step.groups))
+        key = _key(step)
         plan = self.plans.get(key)
         found = None if plan is None else plan.norms(step, classes)
         if plan is None or found is None:
@@ -135,6 +133,13 @@ class Engine:
             del self.plans[next(iter(self.plans))]
         if plan.compiled:
             self.plans[key] = plan
+
+
+def _key(step: Step) -> tuple[Any, ...]:
+    """What the plan of a step is kept by. DeepSpeed steps once per group with param_groups cut to it: one for each view of the
+    groups; and one more where statistics are taken, for which rules have parts.
+    """
+    return (step.measured, *map(id, step.groups))
 
 
 def _asks_for_states_only(plan: StepPlan, step: Step) -> bool:

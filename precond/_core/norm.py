@@ -73,30 +73,23 @@ NOTHING = Clip(total=None, grad_norm=None, clip_coef=None, skipped=None, max_nor
 
 
 class NormClasses(NamedTuple):
-    """Parameters whose norms are added up over the same process groups, and those groups."""
+    """Parameters whose sums are added up over the same process groups, and those groups."""
 
     of: dict[Tensor, int]
     groups: list[tuple[Any, ...]]
 
 
-def norm_classes(param_groups: list[Group], given: Any) -> NormClasses:
-    """The classes of all parameters, with a gradient or without: every process must come to the same list. ``given`` is the
-    setting ``norm_process_group``.
+def shard_classes(param_groups: list[Group]) -> NormClasses:
+    """The classes of all parameters, with a gradient or without: every process must come to the same list. Plain tensors are in
+    the first, which is added up over nothing.
     """
-    if isinstance(given, str) and given == LOST:
-        raise RuntimeError("norm_process_group must be set again: a process group is neither copied nor pickled")
     of: dict[Tensor, int] = {}
-    groups: list[tuple[Any, ...]] = [() if given is None else (given,)]
+    groups: list[tuple[Any, ...]] = [()]
     names: list[tuple[str, ...]] = [("plain",)]
     for index, group in enumerate(param_groups):
         for position, p in enumerate(group["params"]):
             shards = shard_groups(p, name_of(group, index, position))
             if shards is None:
-                if given is None and _is_flat_shard(p):
-                    raise RuntimeError(
-                        "norm_process_group must be given with max_grad_norm where parameters are flat shards (FSDP1): "
-                        f"the norm of the local shard of {name_of(group, index, position)} is not the global one"
-                    )
                 of[p] = 0
                 continue
             name = tuple(sorted(shards))
@@ -105,6 +98,24 @@ def norm_classes(param_groups: list[Group], given: Any) -> NormClasses:
                 groups.append(tuple(shards[key] for key in name))
             of[p] = names.index(name)
     return NormClasses(of, groups)
+
+
+def norm_classes(param_groups: list[Group], given: Any) -> NormClasses:
+    """The classes of a norm. ``given`` is the setting ``norm_process_group``, over which plain tensors are added up."""
+    if isinstance(given, str) and given == LOST:
+        raise RuntimeError("norm_process_group must be set again: a process group is neither copied nor pickled")
+    classes = shard_classes(param_groups)
+    if given is not None:
+        classes.groups[0] = (given,)
+        return classes
+    for index, group in enumerate(param_groups):
+        for position, p in enumerate(group["params"]):
+            if classes.of[p] == 0 and _is_flat_shard(p):
+                raise RuntimeError(
+                    "norm_process_group must be given with max_grad_norm where parameters are flat shards (FSDP1): "
+                    f"the norm of the local shard of {name_of(group, index, position)} is not the global one"
+                )
+    return classes
 
 
 def sharder_among_callers() -> torch.optim.Optimizer | None:

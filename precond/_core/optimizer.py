@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, overload
 
 import torch
@@ -15,6 +14,7 @@ from . import backend as _backend
 from . import formats, parts
 from .amp import control_of
 from .arguments import number
+from .averages import ShowsAverages
 from .checkpoint import KeptOptions, states_as_saved
 from .checks import Checks, check_capturable, check_defaults, check_numbers, check_options
 from .engine import Engine
@@ -25,11 +25,9 @@ from .precision import at_stated_precision
 from .rows import Row, Step, name_of
 from .scales import KEPT, SCALES, l1_decay_of, remember_lr, scale, warned_if_scaled
 from .settings import DEFAULTS, LOST, Settings, own_settings
-from .sharding import local
 from .states import ParamStates, Recipe
 from .states import PrecisionWarning as PrecisionWarning
 from .statistics import Statistics, made_of
-from .swapped import Swapped
 
 #: What an optimizer's class says, in the errors of one that does not.
 _DECLARATIONS = {
@@ -41,7 +39,7 @@ _DECLARATIONS = {
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(ShowsAverages, torch.optim.Optimizer):
     """Base class. A subclass says, per group and step, which rule runs with which numbers, and what its states are like.
 
     Everything is read from ``param_groups`` and ``state`` at each step; the engine only caches checks on them. Settings that
@@ -76,8 +74,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     _owner: weakref.ref[FusedOptimizer] | None = None
     #: False until it is known that nothing else multiplies lr by ``lr_scale``.
     _scaled_once: bool
-    #: True inside of averaged().
-    _shows_averages: bool = False
     #: How many steps have begun, whether this one takes statistics, and whether all of its groups have rules with parts.
     _steps_begun: int = 0
     _measures: bool = False
@@ -195,53 +191,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         """A state that a parameter has: itself, or decoded where it consists of codes."""
         return self.states.decoded(p, group, self._row(group).rule, name)
 
-    # An average of the weights.
-
-    def averages(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """The average of a parameter's weights that its state has, of the local shape."""
-        rule = parts.with_parts(self._row(group), group).rule
-        return local(self.states.decoded(p, group, rule, formats.EMA))
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Show the average of the weights in the parameters while a ``with`` block runs; afterwards they have their old bits.
-
-        The averages are those that ``ema_decay`` asks for; parameters without one keep their weights. While they are shown, a
-        copy of each parameter is kept in its own dtype, and a step is an error. In a model whose parameters are sharded all
-        ranks enter and leave together.
-
-        Raises:
-            RuntimeError: no parameter has an average, or averages are shown already.
-
-        Example:
-            >>> import torch, precond
-            >>> w = torch.nn.Parameter(torch.tensor([0.0]))
-            >>> opt = precond.SGD([w], lr=1.0, ema_decay=0.5)
-            >>> for _ in range(3):
-            ...     w.grad = torch.ones(1)
-            ...     opt.step()
-            >>> with opt.averaged():
-            ...     print(w.item())
-            -2.25
-            >>> w.item()
-            -3.0
-        """
-        self._check_shows_weights("averaged() must not be called")
-        states = self.states
-        asked = [group for group in self.param_groups if group.get("ema_decay") is not None]
-        found = [(p, group) for group in asked for p in group["params"] if formats.EMA in self.state.get(p, ())]
-        if not found:
-            raise RuntimeError("averaged() needs ema_decay in a group, and a step that has made an average")
-        states.begin([p for p, _ in found])
-        swapped = Swapped("weights")
-        self._shows_averages = True
-        try:
-            swapped.show(states, ((p, group, self.averages(p, group)) for p, group in found))
-            yield
-        finally:
-            self._shows_averages = False
-            swapped.restore(self.states, written_too=True)
-
     # The step.
 
     @overload
@@ -262,11 +211,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _check_may_step(self) -> None:
         """Raise where no step may be taken now, before a closure is evaluated."""
         self._check_shows_weights("step() must not be called")
-
-    def _check_shows_weights(self, what: str) -> None:
-        """Raise where averages are shown."""
-        if self._shows_averages:
-            raise RuntimeError(f"{what} while averaged() shows other weights")
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @at_stated_precision

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..reference.statistics import SUMS
 from . import backend as _backend
-from .rows import Group, Step, name_of, parameters
-from .sharding import home, local, shard_groups
+from .norm import shard_classes
+from .rows import Group, Step, parameters
+from .sharding import home, local
 
 #: The sum that is none: the largest of all pieces.
 _LARGEST = SUMS.index("largest_update")
@@ -209,16 +210,13 @@ class Shared:
     """Parameters whose sums are added up over processes."""
 
     def __init__(self, step: Step) -> None:
-        names: dict[tuple[str, ...], tuple[list[int], tuple[Any, ...]]] = {}
-        number = 0
-        for index, group in enumerate(step.groups):
-            for position, p in enumerate(group["params"]):
-                shards = shard_groups(p, name_of(group, index, position)) or {}
-                if shards:
-                    key = tuple(sorted(shards))
-                    names.setdefault(key, ([], tuple(shards[name] for name in key)))[0].append(number)
-                number += 1
-        self._classes = list(names.values())
+        of, over = shard_classes(step.groups)
+        numbers = [of[p] for p in parameters(step)]
+        self._classes = [
+            ([place for place, number in enumerate(numbers) if number == k], groups)
+            for k, groups in enumerate(over)
+            if groups
+        ]
         #: The numbers of each class on the device of the sums.
         self._rows: list[Tensor] = []
 

@@ -137,6 +137,32 @@ PRECOND_INLINE void update_dense(const ChunkArgs& a, const Rule& rule, float coe
     apply(Formats<P, G, S>{}, rule, coef, a.count, p, g, state(K)...);
 }
 
+// What tiles read and write of a tensor, from element `begin` on.
+struct Stretch {
+  const ChunkArgs& chunk;
+  int64_t begin, n, end;  // end: of the chunk
+};
+// The next one: elements that draw from one row of the unsharded tensor.
+PRECOND_INLINE Stretch next_stretch(const ChunkArgs& a, Seed seed, int64_t begin, int64_t limit, RandomTile& random) {
+  const Tensor& t = *a.tensor;
+  int64_t n = limit - begin < kTile ? limit - begin : kTile;
+  if (t.draws) {
+    const int64_t in_row = t.place.left_in_row(begin);
+    n = n < in_row ? n : in_row;
+    fill_random(seed, uint64_t(t.place.index(begin)), n, random);
+  }
+  return {a, begin, n, a.begin + a.count};
+}
+PRECOND_INLINE void load(const Stretch& at, const Operand& operand, Tile& tile) {
+  load(operand, at.chunk.strides, at.begin, at.n, tile);
+}
+PRECOND_INLINE void prefetch_next(const Stretch& at, const Operand& operand) {
+  prefetch(operand, at.begin + at.n, kTile, at.end);
+}
+PRECOND_INLINE void store(const Stretch& at, const Operand& operand, Tile& tile, const RandomTile& random, int number) {
+  store(operand, at.chunk.strides, at.begin, at.n, tile, random, draws_of(number));
+}
+
 // Through tiles of fp32, so that work grows as rules + formats, not as their product.
 template <class Rule, int... K>
 PRECOND_INLINE void update_tiled(const ChunkArgs& a, const Rule& rule, Incoming incoming,
@@ -148,25 +174,20 @@ PRECOND_INLINE void update_tiled(const ChunkArgs& a, const Rule& rule, Incoming 
   Tile p, g, s[sizeof...(K) + 1];
   RandomTile random;
   for (int64_t begin = a.begin, end = a.begin + a.count; begin < end;) {
-    int64_t n = end - begin < kTile ? end - begin : kTile;
-    if (t.draws) {
-      const int64_t in_row = t.place.left_in_row(begin);
-      n = n < in_row ? n : in_row;
-      fill_random(seed, uint64_t(t.place.index(begin)), n, random);
-    }
-    load(t.p, a.strides, begin, n, p);
-    load(t.g, a.strides, begin, n, g);
-    (load(t.state[K], a.strides, begin, n, s[K]), ...);
-    prefetch(t.p, begin + n, kTile, end);
-    prefetch(t.g, begin + n, kTile, end);
-    (prefetch(t.state[K], begin + n, kTile, end), ...);
+    const Stretch at = next_stretch(a, seed, begin, end, random);
+    load(at, t.p, p);
+    load(at, t.g, g);
+    (load(at, t.state[K], s[K]), ...);
+    prefetch_next(at, t.p);
+    prefetch_next(at, t.g);
+    (prefetch_next(at, t.state[K]), ...);
 
-    if (clamps) clamp_tile(incoming, n, g);
-    apply_tile(rule, coef, n, p.value, g.value, s[K].value...);
+    if (clamps) clamp_tile(incoming, at.n, g);
+    apply_tile(rule, coef, at.n, p.value, g.value, s[K].value...);
 
-    store(t.p, a.strides, begin, n, p, random, draws_of(0));
-    (store(t.state[K], a.strides, begin, n, s[K], random, draws_of(1 + K)), ...);
-    begin += n;
+    store(at, t.p, p, random, 0);
+    (store(at, t.state[K], s[K], random, 1 + K), ...);
+    begin += at.n;
   }
 }
 
@@ -186,9 +207,9 @@ PRECOND_INLINE void apply_measured(const Rule rule, float coef, int64_t n, const
   }
 }
 
-// With statistics: block by block, in tiles. Of a dense fp32 tensor only the new p lies in one, until they are taken.
-// What is fetched ahead there delays it: 32M elements, ns each on one thread: 2.6 -> 3.0. In one loop with the update
-// the sums took as long: bench/NOTES.md, entry 21.
+// With statistics: block by block, in tiles. Dense fp32 is read and written where it lies, but for the new p, and where
+// nothing is updated the states. What is fetched ahead there delays it: 32M elements, ns each on one thread: 2.6
+// -> 3.0. In one loop with the update the sums took as long: bench/NOTES.md, entry 21.
 template <class Rule, int... K>
 PRECOND_INLINE void update_measured(const ChunkArgs& a, Rule rule, Incoming incoming,
                                     std::integer_sequence<int, K...>) {
@@ -196,7 +217,7 @@ PRECOND_INLINE void update_measured(const ChunkArgs& a, Rule rule, Incoming inco
   const Tensor& t = *a.tensor;
   const bool clamps = incoming.clip_value != HUGE_VALF;
   const float coef = clamps ? 1.0f : incoming.coef;
-  const bool in_place = !a.only && !clamps && is_dense_in<Rule::kStates>(t, Format::fp32, Format::fp32, Format::fp32);
+  const bool in_place = !clamps && is_dense_in<Rule::kStates>(t, Format::fp32, Format::fp32, Format::fp32);
   const Seed seed = t.draws ? seed_in(a.scalars) : Seed{0, 0};
   Tile p, g, after, taken;
   [[maybe_unused]] Tile s[sizeof...(K) + 1];
@@ -207,35 +228,26 @@ PRECOND_INLINE void update_measured(const ChunkArgs& a, Rule rule, Incoming inco
     clear(lanes);
     const int64_t end = chunk_end - block < kNormBlock ? chunk_end : block + kNormBlock;
     for (int64_t begin = block; begin < end;) {
-      int64_t n = end - begin < kTile ? end - begin : kTile;
-      if (t.draws) {
-        const int64_t in_row = t.place.left_in_row(begin);
-        n = n < in_row ? n : in_row;
-        fill_random(seed, uint64_t(t.place.index(begin)), n, random);
-      }
-      const auto at = [&](const Operand& operand, Tile& tile) {
-        return in_place ? reinterpret_cast<float*>(operand.data) + begin : tile.value;
+      const Stretch at = next_stretch(a, seed, begin, end, random);
+      const auto values = [&](const Operand& operand, Tile& tile, bool there) {
+        if (there) return reinterpret_cast<float*>(operand.data) + begin;
+        load(at, operand, tile);
+        if (!in_place) prefetch_next(at, operand);
+        return tile.value;
       };
-      if (!in_place) {
-        load(t.p, a.strides, begin, n, p);
-        load(t.g, a.strides, begin, n, g);
-        (load(t.state[K], a.strides, begin, n, s[K]), ...);
-        prefetch(t.p, begin + n, kTile, chunk_end);
-        prefetch(t.g, begin + n, kTile, chunk_end);
-        (prefetch(t.state[K], begin + n, kTile, chunk_end), ...);
-        if (clamps) clamp_tile(incoming, n, g);
-      }
-      float* const p_at = at(t.p, p);
-      const float* const g_at = at(t.g, g);
-      apply_measured(rule, coef, n, p_at, g_at, after.value, taken.value, at(t.state[K], s[K])...);
+      float* const old_p = values(t.p, p, in_place);
+      const float* const seen_g = values(t.g, g, in_place);
+      if (clamps) clamp_tile(incoming, at.n, g);
+      apply_measured(rule, coef, at.n, old_p, seen_g, after.value, taken.value,
+                     values(t.state[K], s[K], in_place && !a.only)...);
       if (!in_place && !a.only) {
-        store(t.p, a.strides, begin, n, after, random, draws_of(0));
-        (store(t.state[K], a.strides, begin, n, s[K], random, draws_of(1 + K)), ...);
-        load(t.p, a.strides, begin, n, after);
+        store(at, t.p, after, random, 0);
+        (store(at, t.state[K], s[K], random, 1 + K), ...);
+        load(at, t.p, after);
       }
-      add_statistics(lanes, begin - block, n, coef, g_at, p_at, taken.value, a.only ? p_at : after.value);
-      if (in_place) std::memcpy(p_at, after.value, size_t(n) * sizeof(float));
-      begin += n;
+      add_statistics(lanes, begin - block, at.n, coef, seen_g, old_p, taken.value, a.only ? old_p : after.value);
+      if (in_place && !a.only) std::memcpy(old_p, after.value, size_t(at.n) * sizeof(float));
+      begin += at.n;
     }
     fold(lanes, a.statistics + (block - a.begin) / kNormBlock * kBlockStatistics);
   }

@@ -112,7 +112,9 @@ class MachineCode:
     """
 
     def __init__(self, path: str | Path, arch: str, quick: bool) -> None:
-        ptx = opcodes(sections(cuobjdump("-ptx", str(path)), r"\.entry (\w+)\("), "PTX")
+        texts = sections(cuobjdump("-ptx", str(path)), r"\.entry (\w+)\(")
+        # What a kernel calls may stand behind another one.
+        ptx = opcodes({name: re.split(r"\.func\b", text)[0] for name, text in texts.items()}, "PTX")
         self.kind = "PTX" if quick else "SASS"
         self.code = self._ptx = ptx
         if not quick:
@@ -201,7 +203,7 @@ def mixed_kernels(machine: MachineCode) -> list[dict[str, object]]:
     """One row per kernel of the other formats, all of whose branches are in one piece of code."""
     rows = []
     for mangled, name in machine.names.items():
-        found = re.search(r"update_mixed_kernel<(.*)>\(", name)
+        found = re.search(r"update_(?:mixed|parts)_kernel<(.*)>\(", name)
         if found is not None:
             rows.append({"rule": rule_named(found[1]), **machine.counts(mangled)})
     return rows

@@ -25,7 +25,7 @@ pytestmark = [
 MOST_REGISTERS = 80
 # Of the kernels for all other formats: 128 leave two blocks. Those of three states keep up to 32 bytes per thread in local
 # memory.
-MOST_MIXED_REGISTERS, MOST_STACK, MOST_PARTS_STACK = 128, 32, 400
+MOST_MIXED_REGISTERS, MOST_STACK, MOST_PARTS_STACK = 128, 32, 160
 
 
 # Of Triton's kernels with codes: 80 to 105 for sm_90, so that four programs of 128 threads share a multiprocessor. Special
@@ -108,7 +108,8 @@ def test_cuda_kernels_of_all_formats_are_wide_and_exact_and_rarely_leave_registe
         # States of a rule with parts are encoded by functions, which need a stack.
         most = MOST_STACK if states > 2 else 0
         assert row["stack"] <= (MOST_PARTS_STACK if "+" in name else most), name
-        assert row["double"] == 0, name
+        # The sums of statistics are doubles.
+        assert row["double"] == 0 or "+" in name, name
         overwrites = name.partition("+")[0] in OVERWRITING
         # fp32 moves by twice 128 bits and what has 16 by once; remainders and codes by 128 or 64.
         assert row["loads_128"] >= 2 * (2 + states) + 1 or overwrites, name

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._core import parts
 from ._core.arguments import arguments
 from ._core.clipping import Begun
-from ._core.formats import EMA, StateFormat
+from ._core.formats import StateFormat
 from ._core.metric import Metric
 from ._core.optimizer import FusedOptimizer, ParamsT
-from ._core.passes import Job, plain_step
+from ._core.passes import plain_step
 from ._core.rows import Row, name_of
 from ._core.settings import Settings
 from ._core.sharding import like, local
 from ._methods.exchange import Exchanges, Member
-from ._methods.multipass import MultiPass
+from ._methods.multipass import Move, MultiPass
 from ._methods.newton_schulz import METHODS, NS_COEFFICIENTS, orthogonalized, scale_of
 from ._methods.owners import Unit
 from ._methods.placed import check_placements, is_sharded
@@ -86,7 +85,6 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
     """
 
     _why_not_one_pass = "for Muon"
-    _last_pass_has_parts = True
     _host_must_know = False
     _group_options = {
         **MultiPass._group_options,
@@ -132,10 +130,6 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if group.get("cautious") not in (None, "decay"):
-            raise ValueError(
-                f"cautious must be None or 'decay' for Muon, whose update is one matrix, got {group['cautious']!r}"
-            )
         if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
             raise ValueError(f"Adjust learning rate function {group['adjust_lr_fn']} is not supported")
         if group.get("method") not in METHODS:
@@ -219,20 +213,16 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
             means.append(self._job(name, p, buffer, g, names, row.hyper, row.sign))
         self._pass("average", ("momentum_buffer",)).run(means, begun)
         directions = self._directions(found, buffers, exchanges)
-        steps: dict[str, list[Job]] = {}  # by the rule of the pass
+        moves = []
         hypers: dict[tuple[int, float], dict[str, float | Tensor]] = {}  # one for all that a pass may take together
-        for (group, row, name, p, _, of), direction in zip(found, directions, strict=True):
+        for (group, row, name, p, g, of), direction in zip(found, directions, strict=True):
             scale = _one_scale(of, group["adjust_lr_fn"]) or 1.0
             step = hypers.get((id(row), scale))
             if step is None:
-                step = plain_step(row.hyper["lr"] * scale, row.hyper["weight_decay"] / scale) | parts.hyper(group)
-                hypers[id(row), scale] = step
-            rule = "sgdw" + parts.suffix(group)
-            of_average = (EMA, f"{EMA}_scale", "step") if rule == "sgdw+ema" else ()
-            job = self._job(name, p, p, direction, ("remainder", *of_average), step, 1.0, group.get("weight_format"))
-            steps.setdefault(rule, []).append(job)
-        for rule, jobs in steps.items():
-            self._pass(rule, (EMA,) if rule == "sgdw+ema" else ()).run(jobs, begun.of_results())
+                step = hypers[id(row), scale] = plain_step(row.hyper["lr"] * scale, row.hyper["weight_decay"] / scale)
+            job = self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format"))
+            moves.append(Move(group, row, job, g))
+        self._last_pass(moves, begun)
 
     def _buffers_of(self, found: list[Found]) -> list[Tensor]:
         """Where the averages go: those of equal matrices into one stack, which is multiplied as it is."""

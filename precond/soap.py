@@ -219,9 +219,11 @@ class SOAP(Rotated):
         norm = basis.kronecker.mean_square_norm()
         return eps if norm is None else norm.double().sqrt() * relative + eps
 
-    def _plain_hyper(self, row: Row) -> dict[str, float | Tensor]:
-        """The published order: the decay takes the new weight."""
+    def _plain_hyper(self, row: Row, group: dict[str, Any]) -> dict[str, float | Tensor]:
+        """The published order: the decay takes the new weight. AdamW's where some weights do not decay."""
         lr, decay = row.hyper["lr"], row.hyper["weight_decay"]
+        if group.get("cautious") in ("decay", "both"):
+            return plain_step(lr, decay)
         kept = 1.0 - lr * decay  # not 0: _row says so
         return plain_step(lr * kept, decay / kept)
 

@@ -243,51 +243,6 @@ def test_options_stand_in_groups_only_where_they_are_not_the_default():
     assert {name: group[name] for name in group if name.startswith("ema")} == {"ema_decay": 0.99}
 
 
-@pytest.mark.parametrize("formats", [(F32, None, None, None), (BF16, "split24", "int8", "bf16")], ids=str)
-def test_muon_has_it_in_its_last_pass(formats):
-    dtype, weight_format, state_format, ema_format = formats
-    runs = []
-    for decay in (None, 0.75):
-        torch.manual_seed(0)
-        p = torch.nn.Parameter(torch.randn(64, 128).to(dtype))
-        group = {"params": [p], "weight_format": weight_format, "state_format": state_format, "ema_format": ema_format}
-        optimizer = precond.Muon([group], lr=0.1, ema_decay=decay, backend=BACKEND)
-        expected = None
-        for step in range(5):
-            torch.manual_seed(step)
-            p.grad = torch.randn(64, 128).to(dtype)
-            optimizer.step()
-            master = precond.master_weights(optimizer, torch.nn.ParameterList([p]))["0"]
-            expected = master.clone() if expected is None else 0.75 * expected + 0.25 * master
-        runs.append(p.detach().clone())
-    found = optimizer.averages(p, optimizer.param_groups[0]).float()
-    torch.testing.assert_close(
-        found, expected, rtol=1e-5 if dtype is F32 else 0.02, atol=1e-5 if dtype is F32 else 0.02
-    )
-    assert (
-        bits_equal(*runs) or weight_format is not None
-    )  # with an average each step of a split weight counts once, not twice
-    with optimizer.averaged():
-        assert not bits_equal(p.detach(), runs[-1])
-    assert bits_equal(p.detach(), runs[-1])
-
-
-def test_other_methods_of_several_passes_refuse_it():
-    p = torch.ones(4, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"ema_decay must be None .*, got 0\.9"):
-        precond.SOAP([p], ema_decay=0.9)
-    optimizer = precond.Grouped(
-        [
-            {"params": [p], "optimizer": precond.SOAP},
-            {"params": [torch.ones(3, requires_grad=True)], "optimizer": precond.AdamW, "ema_decay": 0.9},
-        ],
-        backend=BACKEND,
-    )
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    train(params, optimizer, 2)
-    assert ["ema" in optimizer.state[p] for p in params] == [False, True]
-
-
 # Checkpoints and copies.
 
 

@@ -313,26 +313,3 @@ def test_errors_of_factors(options, error, message):
     cls = options.pop("cls", precond.AdamW)
     with pytest.raises(error, match=message):
         cls([torch.ones(2, 2, requires_grad=True)], **options)
-
-
-def test_muons_decay_may_be_masked():
-    """By the sign of its own direction, which a run without decay has."""
-    torch.manual_seed(0)
-    start, g = torch.randn(32, 16), torch.randn(32, 16)
-    found = {}
-    for name, options in {"plain": dict(weight_decay=0.0), "decay": dict(weight_decay=0.5, cautious="decay")}.items():
-        p = torch.nn.Parameter(start.clone())
-        p.grad = g
-        precond.Muon([p], lr=0.1, **options, backend=BACKEND).step()
-        found[name] = p.detach()
-    taken = start - found["plain"]
-    expected = torch.where(taken * start >= 0, found["plain"] - 0.1 * 0.5 * start, found["plain"])
-    torch.testing.assert_close(found["decay"], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_methods_of_several_passes_refuse_what_they_cannot_do():
-    p = torch.ones(4, 4, requires_grad=True)
-    with pytest.raises(ValueError, match=r"cautious must be None or 'decay' for Muon, .* got 'update'"):
-        precond.Muon([p], cautious="update")
-    with pytest.raises(RuntimeError, match=r"cautious must be None .* got 'decay'"):
-        precond.SOAP([p], cautious="decay")

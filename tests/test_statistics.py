@@ -297,7 +297,7 @@ def test_rows_are_those_of_the_step():
 
 @pytest.mark.parametrize("classes", [1, 2])
 def test_rows_are_parameters_whoever_updates_them(classes):
-    """float64 ones run on the reference backend; a group of Muon has several passes."""
+    """float64 ones run on the reference backend; Muon's are updated by a pass of its own."""
     wide = torch.ones(5, dtype=torch.float64, requires_grad=True)
     narrow, last = (torch.full((n,), 2.0, requires_grad=True) for n in (3, 4))
     groups = [{"params": [("wide", wide), ("narrow", narrow)]}, {"params": [("last", last)]}]
@@ -305,7 +305,7 @@ def test_rows_are_parameters_whoever_updates_them(classes):
         optimizer = precond.SGD(groups, lr=0.5, statistics=True)
     else:
         matrix = torch.ones(4, 4, requires_grad=True)
-        matrix.grad = torch.ones(4, 4)
+        matrix.grad = 3 * torch.ones(4, 4)
         groups.insert(1, {"params": [("matrix", matrix)], "optimizer": precond.Muon, "lr": 0.1})
         optimizer = precond.Grouped(groups, optimizer=precond.SGD, lr=0.5, statistics=True)
     wide.grad, last.grad = 2 * torch.ones(5, dtype=torch.float64), 4 * torch.ones(4)
@@ -314,8 +314,11 @@ def test_rows_are_parameters_whoever_updates_them(classes):
     rows = dict(zip(found.params, found.values[:, 0].tolist(), strict=True))
     assert list(rows) == [name for group in optimizer.param_groups for name in group["param_names"]]
     assert (rows["wide"], rows["last"]) == (2.0, 4.0)
-    assert all(math.isnan(rows[name]) for name in rows if name in ("narrow", "matrix"))
-    assert found.total[0] == pytest.approx(math.sqrt((5 * 4 + 4 * 16) / 9))
+    assert math.isnan(rows["narrow"])
+    assert rows.get("matrix", 3.0) == 3.0
+    elements = {"wide": 5, "last": 4, "matrix": 16}
+    squares = sum(n * rows.get(name, 0.0) ** 2 for name, n in elements.items())
+    assert found.total[0] == pytest.approx(math.sqrt(squares / sum(n for name, n in elements.items() if name in rows)))
 
 
 def test_a_table_and_scalars():

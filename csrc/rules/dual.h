@@ -1,4 +1,5 @@
-// Descent in dual space, for DualDescent; and the average of gradients that Muon maps as a matrix.
+// Descent in dual space, for DualDescent; and two passes of methods that map whole matrices: the average of gradients
+// before that, and the step along the result.
 #pragma once
 
 #include "rules/decays.h"
@@ -12,6 +13,11 @@ struct DualHyper {
   double lr, weight_decay, momentum, lookahead, scale, exponent, offset, slope;
   static constexpr const char* names[] = {"lr",    "weight_decay", "momentum", "lookahead",
                                           "scale", "exponent",     "offset",   "slope"};
+};
+
+struct DirectedHyper {
+  double lr, weight_decay;
+  static constexpr const char* names[] = {"lr", "weight_decay"};
 };
 
 struct AverageHyper {
@@ -64,6 +70,17 @@ struct Average {
   PRECOND_INLINE float operator()(float, float g, float& m) const { return average(g, m); }
 };
 
+// SGDW along what an earlier pass has left in a state. Of the gradient itself masks and statistics know.
+struct Directed {
+  using Hyper = DirectedHyper;
+  static constexpr int kStates = 1, kSquares = 0, kScalarStates = 0;
+  static constexpr bool kReadsStep = false;
+  float lr;
+  L2 decay;
+
+  PRECOND_INLINE Step operator()(float, float, float& direction) const { return {lr, direction}; }
+};
+
 template <>
 constexpr bool kOftenMixed<Average> = true;
 template <>
@@ -101,6 +118,10 @@ PRECOND_INLINE void set_scalars(DualMomentum<Map, Decay>& rule, const DualHyper&
   set_scalars(rule.decay, h, h.lr);
 }
 PRECOND_INLINE void set_scalars(Average& rule, const AverageHyper& h, Now) { set_average(rule.average, h); }
+PRECOND_INLINE void set_scalars(Directed& rule, const DirectedHyper& h, Now) {
+  rule.lr = float(h.lr);
+  set_scalars(rule.decay, h, h.lr);
+}
 
 // A map without a momentum and with one.
 #define PRECOND_DUAL(RULE, name, Map) \
@@ -114,7 +135,8 @@ PRECOND_INLINE void set_scalars(Average& rule, const AverageHyper& h, Now) { set
   PRECOND_DUAL(RULE, "dual_asinh", AsinhMap)       \
   PRECOND_DUAL(RULE, "dual_log", LogMap)           \
   PRECOND_DUAL(RULE, "dual_power", PowerMap)       \
-  RULE("average", Average)
+  RULE("average", Average)                         \
+  RULE("directed", Directed)
 
 }  // namespace PRECOND_ISA
 }  // namespace precond

@@ -21,6 +21,8 @@ from .rows import Control, Group, Step
 from .sharding import home, like, local
 from .statistics import Extras, Labels
 
+_ELEMENTS = SUMS.index("elements")
+
 
 class Begun(NamedTuple):
     """What a step of several passes does with its gradients: found before the first pass, and given to each."""
@@ -109,6 +111,12 @@ class Report:
             with torch.inference_mode(False):
                 self.sums = torch.zeros(rows, len(SUMS), dtype=torch.float64, device=device)
         return self.sums
+
+    def note(self, found: Tensor, labels: Labels) -> None:
+        """The sums of a step. One that a device has skipped has not even elements, and leaves what is there."""
+        sums = self.sums_on(found.device, len(found))
+        sums.copy_(torch.where(found[:, _ELEMENTS].sum() > 0, found, sums))
+        self.labels = labels
 
     def skipped_steps(self, groups: list[Group]) -> Tensor:
         """How many steps were skipped; of a report that has no device yet, on that of the parameters."""

@@ -39,6 +39,11 @@ def suffix(group: Group, all_have_parts: bool = False) -> str:
     return "+parts" if asked else ""
 
 
+def masks_update(group: Group) -> bool:
+    """True for a group whose updates are masked by the gradient."""
+    return group.get("cautious") in ("update", "both")
+
+
 def is_scaled(group: Group) -> bool:
     """True for a group whose updates are multiplied with a factor that depends on all of a tensor's updates."""
     return bool(group.get("cautious_rescale")) or group.get("max_update_rms") is not None
@@ -76,7 +81,7 @@ def check(group: Group, owner: type[object]) -> None:
         )
     if not isinstance(rescale, bool):
         raise ValueError(f"cautious_rescale must be False or True, got {rescale!r}")
-    if rescale and cautious not in ("update", "both"):
+    if rescale and not masks_update(group):
         raise ValueError(f"cautious_rescale=True needs cautious='update' or 'both', got {cautious!r}")
     if most is not None and not (is_number(most) and 0.0 < most < math.inf):
         raise ValueError(f"max_update_rms must be None or a number > 0, got {most!r}")

@@ -21,6 +21,7 @@ from .rows import Control, Group, Row, Step
 from .settings import DEFAULTS
 from .sharding import reduce, shard_groups
 from .states import make_counter, present_of
+from .statistics import Collected
 
 
 class Job(NamedTuple):
@@ -160,11 +161,16 @@ class Pass:
         #: The ids of the last run's tensors, by group. Plans compare addresses, so it does not matter if one is another's by now.
         self._seen: list[list[int]] = []
 
-    def run(self, jobs: list[Job], begun: Begun = _AS_THEY_ARE) -> None:
-        """Update every job's tensor in one region; ``begun``: what is done with each ``g``."""
+    def run(self, jobs: list[Job], begun: Begun = _AS_THEY_ARE, into: Collected | None = None) -> None:
+        """Update every job's tensor in one region; ``begun``: what is done with each ``g``; ``into``: what collects statistics,
+        for which the rule has parts.
+        """
         if jobs:
+            step = self._step(jobs)._replace(
+                control=begun.control, clip=begun.clip, measured=into is not None, into=into
+            )
             try:
-                self.engine.run(self._step(jobs)._replace(control=begun.control, clip=begun.clip))
+                self.engine.run(step)
             finally:
                 self._release()
 

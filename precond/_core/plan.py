@@ -69,8 +69,9 @@ class StepPlan:
         if self.settings["max_grad_norm"] is not None:
             of, over = norm_classes(step.groups, self.settings["norm_process_group"])
             self.norm_classes = [of[p] for p in parameters(step)], over
-        #: Whose statistics are added up over processes.
-        self.shared = Shared(step) if self.has_wrappers and (step.measured or step.scaled is not None) else None
+        #: Whose statistics are added up over processes, here or where they are collected.
+        adds_up = step.scaled is not None or (step.measured and step.into is None)
+        self.shared = Shared(step.groups) if self.has_wrappers and adds_up else None
         try:
             looked_at = [
                 (entry, home)

@@ -81,8 +81,8 @@ class Step(NamedTuple):
     measured: bool = False
     #: Of each group what scales its updates; None where no group asks for that, else every rule is one with parts.
     scaled: list[Scaled] | None = None
-    #: Of each parameter its place in the report, and statistics.Labels of all groups that this has; None: as they are.
-    reported: tuple[list[int], Any] | None = None
+    #: statistics.Collected, where a step of several passes collects them; None: they go into the report.
+    into: Any = None
 
     def input_of(self, p: Tensor) -> Tensor | None:
         """What a parameter is updated with; None leaves it alone."""

@@ -19,8 +19,6 @@ from .sharding import home, local
 
 #: The sum that is none: the largest of all pieces.
 _LARGEST = SUMS.index("largest_update")
-#: Where nothing has an element, the step has found nothing.
-_ELEMENTS = SUMS.index("elements")
 #: The columns of a step's statistics; Statistics says what they are.
 COLUMNS = (
     "grad_rms", "param_rms", "update_rms", "update_ratio", "cosine", "nonfinite", "lost", "arrived", "largest_update",
@@ -209,9 +207,9 @@ def _largest(magnitudes: Tensor) -> Tensor:
 class Shared:
     """Parameters whose sums are added up over processes."""
 
-    def __init__(self, step: Step) -> None:
-        of, over = shard_classes(step.groups)
-        numbers = [of[p] for p in parameters(step)]
+    def __init__(self, groups: list[Group]) -> None:
+        of, over = shard_classes(groups)
+        numbers = [of[p] for group in groups for p in group["params"]]
         self._classes = [
             ([place for place, number in enumerate(numbers) if number == k], groups)
             for k, groups in enumerate(over)
@@ -269,15 +267,44 @@ def factors_of(step: Step, sums: Tensor) -> Tensor:
     return torch.cat(factors).float()
 
 
-def put(sums: Tensor, found: Tensor, places: list[int] | None = None) -> None:
-    """What a step has found, into rows of a report; others have nothing. A step that a device has skipped has found nothing at
-    all, and leaves what is there.
-    """
-    new = found
-    if places is not None:
-        new = torch.zeros_like(sums)
-        new[torch.tensor(places, device=sums.device)] = found
-    sums.copy_(torch.where(found[:, _ELEMENTS].sum() > 0, new, sums))
+class Collected:
+    """The sums of a step of several passes: a row for each of its parameters, whichever pass finds them."""
+
+    def __init__(self, groups: list[Group]) -> None:
+        params = [p for group in groups for p in group["params"]]
+        self.sums = torch.zeros(len(params), len(SUMS), dtype=torch.float64, device=home(groups))
+        self.labels = labels_of(groups)
+        #: The row of each parameter, by its id.
+        self._rows = {id(p): row for row, p in enumerate(params)}
+        self._shared = Shared(groups) if any(hasattr(p, "placements") for p in params) else None
+        #: The rows of each pass on the device: one that a graph is captured of could not copy them there.
+        self._places: dict[tuple[int, ...], Tensor] = {}
+
+    def fits(self, groups: list[Group]) -> bool:
+        """True if a step of these groups has the same parameters."""
+        return [id(p) for group in groups for p in group["params"]] == list(self._rows) and self.sums.device == home(
+            groups
+        )
+
+    def begin(self, groups: list[Group]) -> Collected:
+        """Collect those of another step."""
+        self.sums.zero_()
+        self.labels = labels_of(groups)
+        return self
+
+    def add(self, params: list[Tensor], found: Tensor) -> None:
+        """What a pass has found about these parameters."""
+        rows = tuple(self._rows[id(p)] for p in params)
+        places = self._places.get(rows)
+        if places is None:
+            places = self._places[rows] = torch.tensor(rows, dtype=torch.int64, device=self.sums.device)
+        self.sums[places] = found.to(self.sums.device)
+
+    def total(self) -> Tensor:
+        """What all passes have found, added up over processes: each of them comes here."""
+        if self._shared is not None:
+            self._shared.reduce(self.sums)
+        return self.sums
 
 
 def put_together(step: Step, extras: list[Extras]) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .clipping import Begun, Executor, Report
 from .rows import Step, parameters
-from .statistics import NO_EXTRAS, Extras, Shared, factors_of, labels_of, put, put_together, sums_for
+from .statistics import NO_EXTRAS, Extras, Shared, factors_of, labels_of, put_together, sums_for
 
 
 def run(
@@ -20,7 +20,7 @@ def run(
     """
     factors = None if step.scaled is None else factors_of(step, _sums(step, executors, begun, shared))
     measured = step.measured and any(executor.has_gradients(step) for executor in executors)
-    alone = whole and step.reported is None
+    alone = whole and step.into is None
     before, extras = report.sums, []
     for executor in executors:
         sums = None
@@ -33,11 +33,10 @@ def run(
     if not _run_each(step, executors, begun, extras):
         report.sums = before
         return False
-    if step.measured and not alone:
-        found = _together(step, extras, shared)
-        places, labels = step.reported or (None, labels_of(step.groups))
-        put(report.sums_on(found.device, sum(count for _, count in labels)), found, places)
-        report.labels = labels
+    if step.measured and step.into is not None:
+        step.into.add(parameters(step), put_together(step, extras))
+    elif step.measured and not alone:
+        report.note(_together(step, extras, shared), labels_of(step.groups))
     elif measured:
         report.labels = labels_of(step.groups)
     return True

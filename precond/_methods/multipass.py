@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._core import parts
 from .._core.amp import control_of
 from .._core.clipping import Begun
-from .._core.formats import StateFormat
+from .._core.formats import EMA, StateFormat
 from .._core.memory import Memory
 from .._core.optimizer import FusedOptimizer
-from .._core.parts import scaled
 from .._core.passes import Beginning, Job, Pass
 from .._core.plan import first_differs
 from .._core.rows import Control, Row, Step, name_among, name_of
 from .._core.sharding import aligned_gradients, local
-from .._core.statistics import labels_of
+from .._core.statistics import Collected
 from .exchange import Agreements, Member
 from .placed import is_sharded
 
@@ -55,6 +55,18 @@ class OfParameters:
             self._held = {key: tensor for key, tensor in self._held.items() if key in alive}
 
 
+class Move(NamedTuple):
+    """What the last pass does with a parameter."""
+
+    group: dict[str, Any]
+    #: The rule of its group, with parts.
+    row: Row
+    #: As the rule "sgdw" takes it, along its ``g``.
+    job: Job
+    #: The gradient, where that is another tensor.
+    g: Tensor
+
+
 class MultiPass(FusedOptimizer, abstract=True):
     """A method whose step, or that of some groups, has several passes. Whether the step is skipped, and what gradients are
     multiplied with, is found before the first one.
@@ -62,8 +74,6 @@ class MultiPass(FusedOptimizer, abstract=True):
 
     #: Why what needs one pass is refused.
     _why_not_one_pass: ClassVar[str]
-    #: True where parts ride along in the last pass.
-    _last_pass_has_parts: ClassVar[bool] = False
     _must_declare = (*FusedOptimizer._must_declare, "_why_not_one_pass")
     _passes: dict[tuple[str, Hashable], Pass]
     #: Tensors that a pass writes and the next one reads, by parameter: memory that no checkpoint has.
@@ -72,6 +82,9 @@ class MultiPass(FusedOptimizer, abstract=True):
     #: the one that counts.
     _counters: OfParameters
     _beginning: Beginning
+    #: What collects the statistics of this step; and of one that has taken some.
+    _into: Collected | None = None
+    _collected: Collected | None = None
     #: True where the host must know what gradients are multiplied with, and whether the step is skipped.
     _host_must_know: ClassVar[bool] = True
 
@@ -148,9 +161,11 @@ class MultiPass(FusedOptimizer, abstract=True):
         for name in refused:
             if self.defaults.get(name):
                 raise RuntimeError(f"{name} must be False {self._why_not_one_pass}")
-        for name in ("max_update_rms", *(() if self._last_pass_has_parts else ("ema_decay", "cautious"))):
-            if group.get(name) is not None:
-                raise RuntimeError(f"{name} must be None {self._why_not_one_pass}, got {group[name]!r}")
+        for name in ("max_update_rms", "cautious_rescale"):
+            if group.get(name, parts.OPTIONS[name]) != parts.OPTIONS[name]:
+                raise RuntimeError(
+                    f"{name} must be {parts.OPTIONS[name]} {self._why_not_one_pass}, got {group[name]!r}"
+                )
 
     # The step.
 
@@ -183,6 +198,7 @@ class MultiPass(FusedOptimizer, abstract=True):
         begun = self._begin(control, rows)
         if begun is None:
             return
+        self._into = self._collecting(groups) if self._measures else None
         # torch.distributed.checkpoint makes states by a step at lr 0. Those of the passes come first then: a plan that has only
         # made states holds until other states appear, and knows that its next step is the first one.
         still = all(not isinstance(row.hyper["lr"], Tensor) and row.hyper["lr"] == 0.0 for row in rows)
@@ -193,8 +209,6 @@ class MultiPass(FusedOptimizer, abstract=True):
             straight, of_straight = [groups[i] for i in numbers], [rows[i] for i in numbers]
             if any(group.get(name) is not None for group in straight for name in ("weight_format", "state_format")):
                 self.states.name_streams()  # by places among all
-            measured = self._measures
-            places = (_places(groups, numbers), labels_of(groups)) if measured else None
             self.engine.run(
                 Step(
                     straight,
@@ -203,13 +217,21 @@ class MultiPass(FusedOptimizer, abstract=True):
                     of_straight,
                     *begun,
                     numbers,
-                    measured=measured,
-                    scaled=scaled(straight),
-                    reported=places,
+                    measured=self._measures,
+                    scaled=parts.scaled(straight),
+                    into=self._into,
                 )
             )
         if not still:
             self._step_in_passes(several, of_several, work, begun)
+        if self._into is not None:
+            self.engine.report.note(self._into.total(), self._into.labels)
+
+    def _collecting(self, groups: list[dict[str, Any]]) -> Collected:
+        """What collects the statistics of a step: the same again, which graphs may have been captured with."""
+        if self._collected is None or not self._collected.fits(groups):
+            self._collected = Collected(groups)
+        return self._collected.begin(groups)
 
     def _has_one_pass(self, group: dict[str, Any]) -> bool:
         """True for a group that the engine steps."""
@@ -283,10 +305,16 @@ class MultiPass(FusedOptimizer, abstract=True):
     def _keep_counter(self, p: Tensor, row: Row) -> None:
         """Have a copy of the counter of a parameter with random bits and a rule that counts its steps."""
         if "key" in self.state[p] and self.states.keeps_step(row.rule):
-            counter = self.state[p]["step"]
-            copy = self._counters.get(p)
-            if copy is None or _kind(copy) != _kind(counter):
-                self._counters.put(p, counter.clone())
+            self._counter(p)
+
+    def _counter(self, p: Tensor) -> Tensor:
+        """A copy of a parameter's counter, which another pass counts."""
+        counter = self.state[p]["step"]
+        copy = self._counters.get(p)
+        if copy is None or _kind(copy) != _kind(counter):
+            copy = counter.clone()
+            self._counters.put(p, copy)
+        return copy
 
     def _name(self, p: Tensor) -> str:
         """What errors call a parameter."""
@@ -340,6 +368,37 @@ class MultiPass(FusedOptimizer, abstract=True):
             )
         return self._passes[rule, of]
 
+    def _last_pass(self, moves: list[Move], begun: Begun, *, of: Hashable = 0) -> None:
+        """Move parameters along what was found, with the parts that their groups ask for; ``begun``: what is done with gradients,
+        which masks and statistics take.
+        """
+        whole = self._whole()
+        into = whole._into if isinstance(whole, MultiPass) else None
+        passes: dict[str, list[Job]] = {}
+        hypers: dict[tuple[int, int], dict[str, float | Tensor]] = {}  # one for all that a pass may take together
+        for group, row, job, g in moves:
+            suffix, p = parts.suffix(group, into is not None), job.p
+            reads = bool(suffix) and g is not job.g and (into is not None or parts.masks_update(group))
+            if suffix:
+                hyper = hypers.setdefault((id(job.hyper), id(group)), {**job.hyper, **parts.hyper(group)})
+                state = dict(job.state)
+                if reads:
+                    state["direction"] = job.g if job.sign > 0 else -job.g
+                if suffix == "+ema":
+                    state.update({key: self.state[p][key] for key in (EMA, f"{EMA}_scale") if key in self.state[p]})
+                    counted = self.states.keeps_step(without_parts(row).rule)
+                    # An earlier pass has counted this step, and the average's counts once more.
+                    hyper["ema_start"] = float(group.get("ema_start", 0)) + counted
+                    state["step"] = self._counter(p).copy_(self.state[p]["step"]) if counted else self.state[p]["step"]
+                job = job._replace(hyper=hyper, state=state)
+            if reads:
+                job = job._replace(g=g, sign=row.sign)
+            passes.setdefault(("directed" if reads else "sgdw") + suffix, []).append(job)
+        for rule, jobs in passes.items():
+            reads = rule.startswith("directed")
+            names = ("direction",) * reads + (EMA,) * rule.endswith("+ema")
+            self._pass(rule, names, of=of).run(jobs, begun if reads else begun.of_results(), into)
+
     def _gradients(self, group: dict[str, Any], row: Row) -> list[tuple[str, Tensor, Tensor]]:
         """Name, parameter and gradient of each parameter that has one, checked with its states before anything changes."""
         self._check_settings(group)
@@ -365,10 +424,9 @@ class MultiPass(FusedOptimizer, abstract=True):
         return found
 
 
-def _places(groups: list[dict[str, Any]], numbers: list[int]) -> list[int]:
-    """The numbers of the parameters of some groups, among those of all."""
-    ends = list(itertools.accumulate((len(group["params"]) for group in groups), initial=0))
-    return [place for number in numbers for place in range(ends[number], ends[number + 1])]
+def without_parts(row: Row) -> Row:
+    """A row without parts."""
+    return row._replace(rule=row.rule.partition("+")[0])
 
 
 def _kind(t: Tensor) -> tuple[Any, ...]:

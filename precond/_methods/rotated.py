@@ -14,7 +14,7 @@ from torch import Tensor
 from .._core.arguments import check_betas, check_lr, check_nonnegative
 from .._core.clipping import Begun
 from .._core.formats import is_coded
-from .._core.passes import Job, plain_step
+from .._core.passes import plain_step
 from .._core.rows import Row
 from .._core.scales import l1_decay_of
 from .._core.sharding import like, local
@@ -22,7 +22,7 @@ from ..bases import blocks
 from .exchange import Member, by_ranks
 from .held import hand_out
 from .kronecker import Rotation, check_matrix, is_matrix, learn, rotation_of, turned
-from .multipass import MultiPass, OfParameters
+from .multipass import Move, MultiPass, OfParameters, without_parts
 from .placed import check_placements
 from .share import Share, Work
 from .units import matrices_of, wide_of
@@ -139,7 +139,7 @@ class Rotated(MultiPass, abstract=True):
         """What the parameters move along, from the rule's results in their own coordinates."""
         return directions
 
-    def _plain_hyper(self, row: Row) -> dict[str, float | Tensor]:
+    def _plain_hyper(self, row: Row, group: dict[str, Any]) -> dict[str, float | Tensor]:
         """Those of the plain step by what the rule found."""
         return plain_step(row.hyper["lr"], row.hyper["weight_decay"])
 
@@ -196,7 +196,8 @@ class Rotated(MultiPass, abstract=True):
             raise error
         for share in work.shares:
             if share.busy:
-                self._step_shards(share, {self._number_of(group): row for group, row in zip(groups, rows, strict=True)})
+                numbered = {self._number_of(group): row for group, row in zip(groups, rows, strict=True)}
+                self._step_shards(share, numbered, begun)
 
     def _step_whole(
         self, groups: list[dict[str, Any]], rows: list[Row], work: list[list[Work]], begun: Begun, only_states: bool
@@ -219,12 +220,12 @@ class Rotated(MultiPass, abstract=True):
     def _step_group(self, index: int, group: dict[str, Any], row: Row, work: list[Work]) -> None:
         """One pass of the rule over buffers in the basis, then one plain pass over the parameters."""
         moving, directions = self.directed(index, group, row, work)
-        step = self._last_hyper(group, row)
-        last = [
-            self._job(item.name, item.p, item.p, direction, ("remainder",), step, 1.0, group.get("weight_format"))
-            for item, direction in zip(moving, directions, strict=True)
-        ]
-        self._pass("sgdw", of=index).run(last)
+        step, form = self._last_hyper(group, row), group.get("weight_format")
+        moves = []
+        for item, direction in zip(moving, directions, strict=True):
+            job = self._job(item.name, item.p, item.p, direction, ("remainder",), step, 1.0, form)
+            moves.append(Move(group, row, job, item.g))
+        self._last_pass(moves, Begun(), of=index)
         self.after(moving, group)
 
     def directed(
@@ -236,6 +237,7 @@ class Rotated(MultiPass, abstract=True):
         moving = self._before(work, group, row)
         for item in moving:
             self._init_state(item.p, group, row, item.name)
+        rule = without_parts(row).rule
         buffers = [self._buffer(item.p, wide_of(item.p)) for item in moving]
         rotated = turned([(item.basis, item.g.detach().to(wide_of(item.p))) for item in moving], back=False)
         # L1 decays the coordinates of the parameter itself; else the buffer holds the direction alone.
@@ -254,7 +256,7 @@ class Rotated(MultiPass, abstract=True):
             hyper = hyper if has_l1 else {**hyper, "lr": 1.0, "weight_decay": 0.0}
             names, asked = (*self._in_basis, "step"), group.get("state_format")
             jobs.append(self._job(name, p, buffers[i], rotated[i], names, hyper, row.sign, state_format=asked))
-        self._pass(row.rule, self._in_basis, of=of).run(jobs)
+        self._pass(rule, self._in_basis, of=of).run(jobs)
         moves = (
             [-buffer for buffer in buffers] if before is None else [a - b for a, b in zip(before, buffers, strict=True)]
         )
@@ -265,30 +267,39 @@ class Rotated(MultiPass, abstract=True):
         """True where a decay takes the parameter's coordinates in the basis."""
         return l1_decay_of(group) != 0.0
 
+    def _check_settings(self, group: dict[str, Any]) -> None:
+        super()._check_settings(group)
+        if group.get("cautious") is not None and self.decays_coordinates(group):
+            raise RuntimeError(
+                f"cautious must be None with l1_decay {self._why_not_one_pass}, which decays coordinates, "
+                f"got {group['cautious']!r}"
+            )
+
     def _last_hyper(self, group: dict[str, Any], row: Row) -> dict[str, float | Tensor]:
-        return plain_step(1.0, 0.0) if self.decays_coordinates(group) else self._plain_hyper(row)
+        return plain_step(1.0, 0.0) if self.decays_coordinates(group) else self._plain_hyper(row, group)
 
     # On shards.
 
     def _shares(self, groups: list[dict[str, Any]], rows: list[Row], given: dict[Tensor, Tensor]) -> list[Share]:
         """What this rank steps, or averages, together with others."""
-        by_number = {self._number_of(group): row for group, row in zip(groups, rows, strict=True)}
+        by_number = {self._number_of(group): without_parts(row) for group, row in zip(groups, rows, strict=True)}
         return [
             Share(self, members, exchange, by_number, given)
             for members, exchange in self.agreements.exchanges(self._members(groups))
         ]
 
-    def _step_shards(self, share: Share, rows: dict[int, Row]) -> None:
+    def _step_shards(self, share: Share, rows: dict[int, Row], begun: Begun) -> None:
         """One plain pass over the shards of each group, along what owners have found."""
         share.count()
-        jobs: dict[int, list[Job]] = {}
-        for (_, name, p, group, _, _, kind, *_), direction in share.moving():
+        moves: dict[int, list[Move]] = {}
+        steps: dict[int, dict[str, float | Tensor]] = {}
+        for (_, name, p, group, _, _, kind, *_), g, direction in share.moving():
             self._keep_counter(p, rows[kind])
-            step = self._last_hyper(group, rows[kind])
+            step = steps[kind] = steps.get(kind) or self._last_hyper(group, rows[kind])
             job = self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format"))
-            jobs.setdefault(kind, []).append(job)
-        for kind, own in jobs.items():
-            self._pass("sgdw", of=("shards", share.dtype, kind)).run(own)
+            moves.setdefault(kind, []).append(Move(group, rows[kind], job, g))
+        for kind, own in moves.items():
+            self._last_pass(own, begun, of=("shards", share.dtype, kind))
 
     def is_held(self, name: str) -> bool:
         """True for the name of a state that belongs to a whole matrix."""

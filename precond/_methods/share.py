@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .._core import parts
 from .._core.clipping import Begun
 from .._core.rows import Row
 from .._core.sharding import local
@@ -97,7 +98,9 @@ class Share:
         rows: dict[int, Row],
         given: dict[Tensor, Tensor],
     ) -> None:
-        """``rows``: of the groups, by their numbers. ``given``: the gradients that this rank has, or what stands for them."""
+        """``rows``: of the groups, by their numbers, without parts. ``given``: the gradients that this rank has, or what stands
+        for them.
+        """
         self._optimizer, self.members, self._exchange, self._rows = optimizer, members, exchange, rows
         self._given = given
         #: What matrices are mapped in.
@@ -222,11 +225,11 @@ class Share:
         )
         self._finish()
 
-    def moving(self) -> Iterator[tuple[Member, Tensor]]:
-        """The parameters that move here, and what along."""
+    def moving(self) -> Iterator[tuple[Member, Tensor, Tensor]]:
+        """The parameters that move here, their gradients, and what along."""
         for i, member in enumerate(self.members):
             if self.present[i] and self._moves[i] and member.p in self._given:
-                yield member, self._target(i)
+                yield member, self._given[member.p], self._target(i)
 
     def update(self, work_on: Callable[[dict[str, Any], Row, list[Work]], None]) -> None:
         """Give each group's matrices, with what the ranks have for them, to the owner's work on its states."""
@@ -274,7 +277,8 @@ class Share:
         if member.p in self._given:
             if member.group.get("weight_format") is None:
                 state.pop("remainder", None)  # of another format before
-            optimizer.states.ensure(member.name, member.p, member.group, Row("sgdw", 1.0, {}))
+            last = Row("sgdw" + parts.suffix(member.group), 1.0, {})
+            optimizer.states.ensure(member.name, member.p, member.group, last)
         if self._mine[i]:
             self._held[i].update({name: state[name] for name in ("step", "key") if name in state})
 

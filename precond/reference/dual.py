@@ -1,5 +1,5 @@
-"""Dual space preconditioning: p -= lr grad K(u), K convex and a function of magnitudes (Maddison et al., arXiv 1902.02257). And
-the average of gradients that later passes map as a whole.
+"""Dual space preconditioning: p -= lr grad K(u), K convex and a function of magnitudes (Maddison et al., arXiv 1902.02257).
+And two passes of methods that map whole matrices: the average of gradients before that, and the step along the result.
 """
 
 from __future__ import annotations
@@ -60,6 +60,13 @@ def average(p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh
     return u, new_states
 
 
+def directed(
+    p: Tensor, g: Tensor, states: States, hyper: Hyper, step: int, fresh: bool, *, decay: str
+) -> tuple[Step, States]:
+    """p -= lr (direction + wd p), along what an earlier pass has left in a state. Of g masks and statistics know."""
+    return Step(hyper["lr"] * states[0], hyper["lr"]), states
+
+
 #: Kernels with a rule of their own; the others are one ratio.
 _ENTRYWISE = ("smoothed", "clip", "asinh", "log", "power")
 RULES: dict[str, Rule] = {
@@ -69,4 +76,5 @@ RULES: dict[str, Rule] = {
         for suffix, needs in (("", NO_STATES), ("_momentum", MOMENTUM))
     },
     "average": Rule(average, **MOMENTUM),
+    "directed": with_decay(directed, "l2", dict(states=("direction",))),
 }

@@ -17,5 +17,10 @@ class Alone(FusedOptimizer):
     def _check_defaults(self, defaults) -> None:
         pass
 
+    @classmethod
+    def _initial(cls, p, group) -> float:
+        """What a caller gives for states: what is divided by one, or taken from p, is more than nothing."""
+        return 0.5
+
     def _row(self, group) -> Row:
         return Row(group["rule"], -1.0 if group["maximize"] else 1.0, {"lr": group["lr"], **group["numbers"]})

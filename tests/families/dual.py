@@ -1,4 +1,4 @@
-"""The rows of the dual maps, and of the average that a method takes before one."""
+"""The rows of the dual maps, and of the passes of a method before and after one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ _KERNELS |= {"log": ("log", 6.0), "power": ("power", 6.0)}
 
 ROWS = [
     Optimizer("average", Alone, dict(rule="average", numbers=dict(momentum=0.9, lookahead=0.1)), None, (3.0, 3.0)),
+    Optimizer("directed", Alone, dict(rule="directed", numbers=dict(weight_decay=0.03)), None, (3.0, 0.0)),
     *(
         Optimizer(
             f"dual_{name}{suffix}", precond.DualDescent, _DUAL | dict(kernel=kernel) | options, None, ulps, bool(suffix)

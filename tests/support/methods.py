@@ -107,6 +107,7 @@ AVERAGES = [
         dtype=torch.bfloat16,
     ),
     Method("muon_averaged", functools.partial(muon, ema_decay=0.5), matrices=True),
+    Method("soap_averaged", of_class(precond.SOAP, lr=0.01, precondition_frequency=2, ema_decay=0.5)),
 ]
 WRAPPERS = [
     Method(

@@ -1,4 +1,5 @@
-"""Dual space preconditioning, entry by entry, and the average of gradients that later passes map as a whole, csrc/rules/dual.h.
+"""Dual space preconditioning, entry by entry, and two passes of methods that map whole matrices, csrc/rules/dual.h: the
+average of gradients before that, and the step along the result.
 
 OPTION is a map of dual_maps.py.
 """
@@ -12,10 +13,12 @@ from .rule import Rule, given, positions, put
 
 HYPER = tl.constexpr(("lr", "weight_decay", "momentum", "lookahead", "scale", "exponent", "offset", "slope"))
 AVERAGE_HYPER = tl.constexpr(("momentum", "lookahead"))
+DIRECTED_HYPER = tl.constexpr(("lr", "weight_decay"))
 
 # A rule's map is followed by its decay.
 LR, MAP_AT = positions(2)
 _, AVERAGE_AT, _, MOMENTUM_MAP_AT = positions(4)
+_, DIRECTED_DECAY_AT = positions(2)
 # From where an average's scalars are.
 ONE_MINUS_MOMENTUM, LOOKAHEAD = positions(2)
 
@@ -52,6 +55,12 @@ def average(p, g, m, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
 
 
 @triton.jit
+def directed(p, g, direction, scalars, DECAY: tl.constexpr, OPTION: tl.constexpr):
+    lr = tl.load(scalars + LR)
+    return (lr, direction, lr, lr, scalars + DIRECTED_DECAY_AT), direction
+
+
+@triton.jit
 def set_averaged(hyper, NAMES: tl.constexpr, at, mask):
     put(at + ONE_MINUS_MOMENTUM, 1.0 - given(hyper, NAMES, "momentum", mask), mask)
     put(at + LOOKAHEAD, given(hyper, NAMES, "lookahead", mask), mask)
@@ -83,6 +92,13 @@ def set_average(hyper, step, fresh, scalar_state, scalars, mask, DECAY: tl.const
     set_averaged(hyper, AVERAGE_HYPER, scalars, mask)
 
 
+@triton.jit
+def set_directed(hyper, step, fresh, scalar_state, scalars, mask, DECAY: tl.constexpr, OPTION: tl.constexpr):
+    lr = given(hyper, DIRECTED_HYPER, "lr", mask)
+    put(scalars + LR, lr, mask)
+    set_decay(hyper, DIRECTED_HYPER, lr, scalars + DIRECTED_DECAY_AT, mask, DECAY)
+
+
 _DUAL = Rule(dual, set_dual, HYPER.value, decay="l2")
 _MOMENTUM = Rule(dual_momentum, set_dual_momentum, HYPER.value, states=("momentum_buffer",), decay="l2")
 _MAPS = ("ratio", "smoothed", "clip", "asinh", "log", "power")
@@ -91,4 +107,5 @@ RULES = {
     **{f"dual_{name}": _DUAL._replace(option=name) for name in _MAPS},
     **{f"dual_{name}_momentum": _MOMENTUM._replace(option=name) for name in _MAPS},
     "average": Rule(average, set_average, AVERAGE_HYPER.value, states=("momentum_buffer",)),
+    "directed": Rule(directed, set_directed, DIRECTED_HYPER.value, states=("direction",), decay="l2"),
 }

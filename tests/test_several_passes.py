@@ -191,6 +191,35 @@ def test_masks_are_by_the_gradient_and_by_the_direction(name):
     assert any((a != b).any() for a, b in zip(found[None], found["decay"], strict=True))
 
 
+@pytest.mark.parametrize("name", ["soap", "gauss_newton"])
+def test_updates_are_scaled_by_what_all_of_them_come_to(name):
+    params, optimizer = made(name)
+    train(params, optimizer, 3)
+    state, start = optimizer.state_dict(), [p.detach().clone() for p in params]
+    found = {}
+    for rescale, most in ((False, None), (True, None), (True, 0.3), (True, 1e6)):
+        after, other = made(name, cautious="update")
+        other.load_state_dict(state)
+        other.param_groups[0].update(weight_decay=0.0, cautious="update", cautious_rescale=rescale, max_update_rms=most)
+        for p, value in zip(after, start, strict=True):
+            p.data.copy_(value)
+        train(after, other, 1, 3)
+        found[rescale, most] = [value - p.detach() for p, value in zip(after, start, strict=True)]
+    for plain, rescaled, limited in zip(*(found[key] for key in list(found)[:3]), strict=True):
+        torch.testing.assert_close(rescaled, plain / (plain != 0).float().mean(), rtol=1e-4, atol=1e-6)
+        most = 0.3 * optimizer.param_groups[0]["lr"]
+        factor = most / rescaled.square().mean().sqrt()
+        assert factor < 1.0
+        torch.testing.assert_close(limited, rescaled * factor, rtol=1e-4, atol=1e-6)
+    assert all(map(torch.equal, found[True, None], found[True, 1e6]))
+
+
+@pytest.mark.parametrize("name", ["muon", "dual_tensor", "soap_l1"])
+def test_what_has_no_scale_says_so(name):
+    with pytest.raises(RuntimeError, match=r"max_update_rms must be None .*, got 0\.5"):
+        made(name, max_update_rms=0.5)
+
+
 def test_a_skipped_step_has_none_and_groups_have_their_rows():
     """Muon's step is skipped by the device. A group of one pass beside it, and a parameter without a gradient."""
     matrix, free, vector = (torch.ones(shape, requires_grad=True) for shape in ((4, 4), (3, 3), (5,)))

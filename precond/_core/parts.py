@@ -51,9 +51,12 @@ def is_scaled(group: Group) -> bool:
 
 def scaled(groups: list[Group]) -> list[Scaled] | None:
     """What scales the updates of groups; None where nothing does."""
-    if not any(map(is_scaled, groups)):
-        return None
-    return [Scaled(bool(group.get("cautious_rescale")), group.get("max_update_rms")) for group in groups]
+    return [scaled_of(group) for group in groups] if any(map(is_scaled, groups)) else None
+
+
+def scaled_of(group: Group) -> Scaled:
+    """What scales the updates of a group."""
+    return Scaled(bool(group.get("cautious_rescale")), group.get("max_update_rms"))
 
 
 def hyper(group: Group) -> Hyper:

@@ -17,7 +17,7 @@ from .engine import Engine
 from .formats import Layout, StateFormat
 from .norm import NormClasses
 from .remainders import Remainders, State
-from .rows import Control, Group, Row, Step
+from .rows import Control, Group, Row, Scaled, Step
 from .settings import DEFAULTS
 from .sharding import reduce, shard_groups
 from .states import make_counter, present_of
@@ -28,8 +28,8 @@ class Job(NamedTuple):
     """A tensor that a pass updates in place."""
 
     p: Tensor
-    #: What the rule takes for its gradient.
-    g: Tensor
+    #: What the rule takes for its gradient; None: this process has none, and takes part in what others find out about p.
+    g: Tensor | None
     state: dict[str, Any]
     #: Of the pass's rule.
     hyper: dict[str, float | Tensor]
@@ -40,6 +40,8 @@ class Job(NamedTuple):
     state_format: StateFormat = None
     #: What errors call it: the parameter of its caller that it is, or is made for.
     name: str = "a tensor"
+    #: What scales its update, of a rule with parts.
+    scaled: Scaled | None = None
 
 
 class JobStates:
@@ -199,7 +201,7 @@ class Pass:
         # A group for those that ask for the same: the host reads hyper-parameters once for each.
         alike: dict[tuple[Any, ...], list[Job]] = {}
         for job in jobs:
-            asked = id(job.hyper), job.sign, job.weight_format, id(job.state_format), "key" in job.state
+            asked = id(job.hyper), job.sign, job.weight_format, id(job.state_format), "key" in job.state, job.scaled
             alike.setdefault(asked, []).append(job)
         seen = [[id(job.p) for job in members] for members in alike.values()]
         if seen != self._seen:
@@ -209,12 +211,14 @@ class Pass:
         for group, members in zip(self._groups, alike.values(), strict=True):
             group["params"], group["_called"] = [job.p for job in members], [job.name for job in members]
             group["weight_format"], group["state_format"] = members[0].weight_format, members[0].state_format
+        scaled = [members[0].scaled for members in alike.values()]
         return Step(
             groups=self._groups,
             state={job.p: job.state for job in jobs},
-            inputs={job.p: job.g for job in jobs},
+            inputs={job.p: job.g for job in jobs if job.g is not None},
             rows=[Row(self._rule, members[0].sign, members[0].hyper) for members in alike.values()],
             control=Control(),
+            scaled=[each or Scaled() for each in scaled] if any(scaled) else None,
         )
 
     def _release(self) -> None:

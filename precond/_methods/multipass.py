@@ -63,8 +63,8 @@ class Move(NamedTuple):
     row: Row
     #: As the rule "sgdw" takes it, along its ``g``.
     job: Job
-    #: The gradient, where that is another tensor.
-    g: Tensor
+    #: The gradient, which may be what the job has. None: this rank has none.
+    g: Tensor | None
 
 
 class MultiPass(FusedOptimizer, abstract=True):
@@ -74,6 +74,8 @@ class MultiPass(FusedOptimizer, abstract=True):
 
     #: Why what needs one pass is refused.
     _why_not_one_pass: ClassVar[str]
+    #: True where updates may be scaled by what all of them come to: each rank then has a job for each parameter that moves.
+    _scales_updates: ClassVar[bool] = False
     _must_declare = (*FusedOptimizer._must_declare, "_why_not_one_pass")
     _passes: dict[tuple[str, Hashable], Pass]
     #: Tensors that a pass writes and the next one reads, by parameter: memory that no checkpoint has.
@@ -161,7 +163,7 @@ class MultiPass(FusedOptimizer, abstract=True):
         for name in refused:
             if self.defaults.get(name):
                 raise RuntimeError(f"{name} must be False {self._why_not_one_pass}")
-        for name in ("max_update_rms", "cautious_rescale"):
+        for name in () if self._scales_updates else ("max_update_rms", "cautious_rescale"):
             if group.get(name, parts.OPTIONS[name]) != parts.OPTIONS[name]:
                 raise RuntimeError(
                     f"{name} must be {parts.OPTIONS[name]} {self._why_not_one_pass}, got {group[name]!r}"
@@ -383,6 +385,7 @@ class MultiPass(FusedOptimizer, abstract=True):
                 hyper = hypers.setdefault((id(job.hyper), id(group)), {**job.hyper, **parts.hyper(group)})
                 state = dict(job.state)
                 if reads:
+                    assert job.g is not None
                     state["direction"] = job.g if job.sign > 0 else -job.g
                 if suffix == "+ema":
                     state.update({key: self.state[p][key] for key in (EMA, f"{EMA}_scale") if key in self.state[p]})
@@ -390,8 +393,9 @@ class MultiPass(FusedOptimizer, abstract=True):
                     # An earlier pass has counted this step, and the average's counts once more.
                     hyper["ema_start"] = float(group.get("ema_start", 0)) + counted
                     state["step"] = self._counter(p).copy_(self.state[p]["step"]) if counted else self.state[p]["step"]
-                job = job._replace(hyper=hyper, state=state)
-            if reads:
+                scaled = parts.scaled_of(group) if parts.is_scaled(group) else None
+                job = job._replace(hyper=hyper, state=state, scaled=scaled)
+            if reads or g is None:
                 job = job._replace(g=g, sign=row.sign)
             passes.setdefault(("directed" if reads else "sgdw") + suffix, []).append(job)
         for rule, jobs in passes.items():

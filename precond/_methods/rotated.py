@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .._core import parts
 from .._core.arguments import check_betas, check_lr, check_nonnegative
 from .._core.clipping import Begun
 from .._core.formats import is_coded
@@ -45,6 +46,7 @@ class Rotated(MultiPass, abstract=True):
     #: The options that say how much of the factors a step keeps, after how many steps a basis is refreshed, and how long the
     #: side of a block may be.
     _basis_options: ClassVar[tuple[str, str, str]]
+    _scales_updates = True
 
     def _check_defaults(self, defaults: dict[str, Any]) -> None:
         check_lr(defaults["lr"])
@@ -269,11 +271,12 @@ class Rotated(MultiPass, abstract=True):
 
     def _check_settings(self, group: dict[str, Any]) -> None:
         super()._check_settings(group)
-        if group.get("cautious") is not None and self.decays_coordinates(group):
-            raise RuntimeError(
-                f"cautious must be None with l1_decay {self._why_not_one_pass}, which decays coordinates, "
-                f"got {group['cautious']!r}"
-            )
+        for name in ("cautious", "max_update_rms"):
+            if group.get(name) is not None and self.decays_coordinates(group):
+                raise RuntimeError(
+                    f"{name} must be None with l1_decay {self._why_not_one_pass}, which decays coordinates, "
+                    f"got {group[name]!r}"
+                )
 
     def _last_hyper(self, group: dict[str, Any], row: Row) -> dict[str, float | Tensor]:
         return plain_step(1.0, 0.0) if self.decays_coordinates(group) else self._plain_hyper(row, group)
@@ -294,6 +297,8 @@ class Rotated(MultiPass, abstract=True):
         moves: dict[int, list[Move]] = {}
         steps: dict[int, dict[str, float | Tensor]] = {}
         for (_, name, p, group, _, _, kind, *_), g, direction in share.moving():
+            if g is None and not parts.is_scaled(group):
+                continue
             self._keep_counter(p, rows[kind])
             step = steps[kind] = steps.get(kind) or self._last_hyper(group, rows[kind])
             job = self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format"))

@@ -225,11 +225,11 @@ class Share:
         )
         self._finish()
 
-    def moving(self) -> Iterator[tuple[Member, Tensor, Tensor]]:
-        """The parameters that move here, their gradients, and what along."""
+    def moving(self) -> Iterator[tuple[Member, Tensor | None, Tensor]]:
+        """The parameters that move, the gradients that this rank has, and what along."""
         for i, member in enumerate(self.members):
-            if self.present[i] and self._moves[i] and member.p in self._given:
-                yield member, self._given[member.p], self._target(i)
+            if self.present[i] and self._moves[i]:
+                yield member, self._given.get(member.p), self._target(i)
 
     def update(self, work_on: Callable[[dict[str, Any], Row, list[Work]], None]) -> None:
         """Give each group's matrices, with what the ranks have for them, to the owner's work on its states."""
@@ -274,7 +274,7 @@ class Share:
         optimizer.state[member.p] = state
         if optimizer.states.keeps_step(self._rows[member.kind].rule):
             make_counter(member.name, member.p, state, member.group)
-        if member.p in self._given:
+        if member.p in self._given or parts.is_scaled(member.group):
             if member.group.get("weight_format") is None:
                 state.pop("remainder", None)  # of another format before
             last = Row("sgdw" + parts.suffix(member.group), 1.0, {})

@@ -473,6 +473,50 @@ def what_else_is_kept_of_a_parameter():
     soap()([frozen, *sharded()]).state_dict()
 
 
+def beside(**options):
+    """Every method of several passes and one of one, with what rides along in the last pass."""
+
+    def make(params):
+        groups = [
+            dict(params=params[:2], optimizer=precond.SOAP, precondition_frequency=2, relative_eps=1e-3, **options),
+            dict(params=params[2:3], optimizer=precond.GaussNewton, curvature="gradient", **KRONECKER, **options),
+            dict(params=params[3:4], optimizer=precond.AdamW, **options),
+            dict(params=params[4:5], optimizer=precond.Muon, ema_decay=0.5, cautious="both"),
+            dict(params=params[5:], optimizer=precond.DualDescent, granularity="spectral", ema_decay=0.5),
+        ]
+        return precond.Grouped(groups, lr=0.1, statistics=True)
+
+    return make
+
+
+@scenario(2, 3)
+def what_rides_along_in_the_last_pass():
+    """A rank may lack a gradient: sums that scale updates are added up all the same."""
+    shapes = ((12, 10), (7, 16), (9, 4), (7,), (6, 8), (8, 6))
+    pair = Pair(beside(ema_decay=0.5, cautious="both"), shapes)
+    for without in ((), (0, 4), (), ()):
+        pair.step(without=without)
+        found, expected = pair.optimizer.statistics, pair.expected.statistics
+        assert torch.equal(found.values.isnan(), expected.values.isnan())
+        torch.testing.assert_close(found.values, expected.values, rtol=1e-6, atol=1e-9, equal_nan=True)
+    pair.check()
+    assert not found.values.isnan().any()
+    for p, q in zip(pair.params, pair.plain, strict=True):
+        assert torch.equal(pair.optimizer.state[p]["ema"].full_tensor(), pair.expected.state[q]["ema"])
+    scales = dict(cautious="update", cautious_rescale=True, max_update_rms=0.5)
+    pair = Pair(beside(**scales), shapes)
+    for _ in range(3):
+        pair.step()
+    for p, q in zip(pair.params, pair.plain, strict=True):
+        torch.testing.assert_close(p.full_tensor(), q.detach(), rtol=1e-5, atol=1e-6)
+    pair.step()
+    if dist.get_rank() == 1:
+        pair.params[0].grad = None
+    before = pair.params[0].to_local().clone()
+    pair.optimizer.step()
+    assert torch.equal(before, pair.params[0].to_local()) == (dist.get_rank() == 1)
+
+
 @scenario(2, 3)
 def owners_stay_where_only_some_groups_are_updated():
     def make(params):

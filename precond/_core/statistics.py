@@ -80,8 +80,8 @@ class Statistics(NamedTuple):
     ==============  ======================================================================================================
 
     Attributes:
-        values: float64, (parameters, columns), the parameters in the order of ``param_groups``. A row of NaN had no element with
-            a gradient, or is of a group whose step has several passes.
+        values: float64, (parameters, columns), the parameters in the order of ``param_groups``. A row of NaN had no element that
+            the step has moved by a gradient.
         columns: their names.
         params: names of the parameters: as ``param_names`` has them, or "0.1" for parameter 1 of group 0.
         total: float64, (columns,): of all elements of all parameters.

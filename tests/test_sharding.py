@@ -217,6 +217,11 @@ for options in ({}, {"max_grad_norm": 0.1}, parts, parts | {"max_grad_norm": 0.1
             found = make.last.statistics
             assert torch.allclose(found.values, expected.values, rtol=1e-6, atol=1e-9), (found.table(), expected.table())
             assert torch.equal(found.values[:, 5:7], expected.values[:, 5:7])  # counts
+
+def from_the_second_step_on(optimizer):
+    optimizer.param_groups[0]["cautious_rescale"] = bool(optimizer.state)
+
+check(lambda ps: precond.AdamW(ps, lr=0.1, cautious="update"), Shard(0), exact=False, update=from_the_second_step_on)
 """
 )
 

@@ -137,9 +137,9 @@ class Engine:
 
 def _key(step: Step) -> tuple[Any, ...]:
     """What the plan of a step is kept by. DeepSpeed steps once per group with param_groups cut to it: one for each view of the
-    groups; and one more where statistics are taken, for which rules have parts.
+    groups; and others where statistics are taken, for which rules have parts, or sums that scale updates.
     """
-    return (step.measured, *map(id, step.groups))
+    return (step.measured, step.scaled is not None, *map(id, step.groups))
 
 
 def _asks_for_states_only(plan: StepPlan, step: Step) -> bool:

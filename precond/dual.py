@@ -195,11 +195,10 @@ class DualDescent(MultiPass):
     def _step_in_passes(
         self, groups: list[dict[str, Any]], rows: list[Row], work: tuple[list[_Work], Exchanges], begun: Begun
     ) -> None:
-        given, exchanges = work
-        found = [(group, row, name, p, begun.applied(g)) for group, row, name, p, g in given]
+        found, exchanges = work
         for group, row, name, p, _ in found:
             self._init_state(p, group, row, name)
-        directions = self._averaged([(without_parts(row), name, p, g) for _, row, name, p, g in found])
+        directions = self._averaged([(without_parts(row), name, p, begun.applied(g)) for _, row, name, p, g in found])
         of_shards = self._mapped_by_owners(exchanges, {p: u for (*_, p, _), u in zip(found, directions, strict=True)})
         jobs = []
         for (group, row, name, p, _), u in zip(found, directions, strict=True):
@@ -210,9 +209,8 @@ class DualDescent(MultiPass):
             step = plain_step(row.hyper["lr"], row.hyper["weight_decay"])
             jobs.append(self._job(name, p, p, u, ("remainder",), step, row.sign, group.get("weight_format")))
         self._scale_by_norms([group for group, *_ in found], jobs)
-        self._last_pass(
-            [Move(group, row, job, g) for (group, row, _, _, g), job in zip(found, jobs, strict=True)], Begun()
-        )
+        moves = [Move(group, row, job, g) for (group, row, _, _, g), job in zip(found, jobs, strict=True)]
+        self._last_pass(moves, begun)
 
     def _averaged(self, found: list[tuple[Row, str, Tensor, Tensor]]) -> list[Tensor]:
         """What K's gradient is taken of: gradients, or their means, or points between the two."""

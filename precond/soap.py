@@ -168,6 +168,7 @@ class SOAP(Rotated):
             and isinstance(decay, float)
             and lr * decay == 1.0
             and not self.decays_coordinates(group)
+            and not _decays_as_adamw(group)
         ):
             raise ValueError(f"lr * weight_decay must not be 1, which leaves nothing of weights, got {lr} * {decay}")
         return Row(self._decayed("adamw", group), -1.0 if group["maximize"] else 1.0, hyper)
@@ -220,12 +221,16 @@ class SOAP(Rotated):
         return eps if norm is None else norm.double().sqrt() * relative + eps
 
     def _plain_hyper(self, row: Row, group: dict[str, Any]) -> dict[str, float | Tensor]:
-        """The published order: the decay takes the new weight. AdamW's where some weights do not decay."""
+        """The published order: the decay takes the new weight. AdamW's with parts that tell update and decay apart."""
         lr, decay = row.hyper["lr"], row.hyper["weight_decay"]
-        if group.get("cautious") in ("decay", "both"):
+        if _decays_as_adamw(group):
             return plain_step(lr, decay)
         kept = 1.0 - lr * decay  # not 0: _row says so
         return plain_step(lr * kept, decay / kept)
+
+
+def _decays_as_adamw(group: dict[str, Any]) -> bool:
+    return group.get("cautious") in ("decay", "both") or group.get("max_update_rms") is not None
 
 
 def _option(group: dict[str, Any], name: str) -> Any:

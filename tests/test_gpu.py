@@ -206,8 +206,9 @@ def test_muon_is_captured_with_its_norm_and_replayed(grouped):
         for p in params:
             p.grad = torch.zeros_like(p)
         if grouped:
-            return params, muon_beside_adamw(params[:3], params[3:], backend=backend)
-        return params[:3], precond.Muon(params[:3], lr=0.02, max_grad_norm=1.0, nonfinite="skip", backend=backend)
+            return params, muon_beside_adamw(params[:3], params[3:], backend=backend, statistics=True)
+        options = dict(max_grad_norm=1.0, nonfinite="skip", statistics=True)
+        return params[:3], precond.Muon(params[:3], lr=0.02, **options, backend=backend)
 
     def feed(params, i):
         generator = torch.Generator().manual_seed(i)
@@ -237,6 +238,9 @@ def test_muon_is_captured_with_its_norm_and_replayed(grouped):
     for p, q in zip(ours, theirs, strict=True):
         # Products on a GPU are rounded otherwise; on the emulated device they are the CPU's.
         torch.testing.assert_close(p.cpu(), q, rtol=0, atol=0 if EMULATED else 0.02)
+    found, expected = optimizer.statistics.values.cpu(), eager.statistics.values
+    assert not found.isnan().any()
+    torch.testing.assert_close(found, expected, rtol=0 if EMULATED else 0.02, atol=0 if EMULATED else 0.02)
 
 
 @pytest.mark.capture

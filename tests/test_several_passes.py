@@ -68,10 +68,35 @@ def assert_same(a, b):
     assert [key for key in a if not bits_equal(a[key], b[key])] == []
 
 
+@pytest.mark.parametrize("parts", [{}, {"ema_decay": 0.5, "ema_format": "bf16"}], ids=["alone", "averaged"])
 @in_formats
 @methods
-def test_statistics_change_nothing_else(name, formats):
-    assert_same(everything(*run(name, formats)), everything(*run(name, formats, statistics=2)))
+def test_statistics_change_nothing_else(name, formats, parts):
+    found = (everything(*run(name, formats, statistics=every, **parts), without=()) for every in (False, 2))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("dual_tensor", "conjugated"), *itertools.product(METHODS, ("negated", "wide"))]
+)
+def test_statistics_change_nothing_whatever_the_gradients_are(name, kind):
+    """Lazily negated or conjugated, or of more bits than the parameter: what a kernel does not take."""
+    found = []
+    for statistics in (False, True):
+        params, optimizer = made(name, backend=None, statistics=statistics)
+        if kind == "conjugated":
+            params = [torch.nn.Parameter(torch.complex(p.data, p.data.flip(0))) for p in params]
+            optimizer = precond.DualDescent(params, lr=0.05, momentum=0.9, **METHODS[name][1], statistics=statistics)
+        for step in range(3):
+            torch.manual_seed(step)
+            for p in params:
+                g = torch.randn_like(p.detach())
+                if kind == "wide":
+                    p.grad_dtype = torch.float64
+                p.grad = {"negated": torch._neg_view, "conjugated": torch.conj, "wide": torch.Tensor.double}[kind](g)
+            optimizer.step()
+        found.append(everything(params, optimizer))
+    assert_same(*found)
 
 
 @methods
@@ -97,8 +122,11 @@ def test_statistics_are_of_the_gradient_and_of_the_whole_update(name):
 @in_formats
 @methods
 def test_sums_have_the_same_bits_on_each_backend(name, formats, triton_interpreter):
-    found = [run(name, formats, backend, statistics=True, cautious=mask(name)) for backend in (BACKEND, "triton")]
-    assert_same(*(everything(*each) for each in found))
+    options = dict(cautious=mask(name), ema_decay=0.5, ema_format="bf16", statistics=True)
+    if name in ("soap", "gauss_newton"):
+        options |= dict(cautious_rescale=True, max_update_rms=0.5)
+    found = [run(name, formats, backend, **options) for backend in (BACKEND, "triton")]
+    assert_same(*(everything(*each, without=()) for each in found))
     assert bits_equal(*(optimizer.engine.report.sums for _, optimizer in found))
 
 
@@ -144,6 +172,34 @@ def test_an_average_is_of_the_weights_and_changes_nothing_else(name, formats):
     with optimizer.averaged():
         assert not bits_equal(params[0].detach(), old[0, "p"])
     assert_same(everything(params, optimizer), old)
+
+
+@pytest.mark.parametrize("name", ["muon", "dual_unit", "soap"])
+def test_random_bits_go_on_without_an_average(name):
+    """As those of a resumed run, and with a counter that counts."""
+    params, optimizer = run(name, FORMATS[1], ema_decay=0.5)
+    optimizer.param_groups[0]["ema_decay"] = None
+    train(params, optimizer, 2, 4)
+    others, other = made(name, FORMATS[1])
+    other.load_state_dict(optimizer.state_dict())
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p.data)
+    before = int(optimizer.state[params[0]]["step"])
+    train(params, optimizer, 3, 6)
+    train(others, other, 3, 6)
+    assert_same(everything(params, optimizer), everything(others, other))
+    assert int(optimizer.state[params[0]]["step"]) >= before + 3
+
+
+@methods
+def test_a_step_that_only_makes_states_is_none_of_the_average(name):
+    """That of torch.distributed.checkpoint, with gradients of zeros at lr 0."""
+    params, optimizer = made(name, ema_decay="equal", statistics=True, lr=0.0)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(optimizer.state[p]["step"] == 0 and "ema" in optimizer.state[p] for p in params)
+    assert optimizer.statistics is None
 
 
 def test_an_average_is_resumed():
@@ -214,6 +270,15 @@ def test_updates_are_scaled_by_what_all_of_them_come_to(name):
     assert all(map(torch.equal, found[True, None], found[True, 1e6]))
 
 
+def test_a_limit_keeps_its_sign_where_soap_overshoots():
+    """Its published order multiplies an update by 1 - lr * weight_decay."""
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = precond.SOAP([p], lr=1.0, weight_decay=2.0, max_update_rms=0.5, backend=BACKEND)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((4,), 1.0 - 0.5 - 2.0))
+
+
 @pytest.mark.parametrize("name", ["muon", "dual_tensor", "soap_l1"])
 def test_what_has_no_scale_says_so(name):
     with pytest.raises(RuntimeError, match=r"max_update_rms must be None .*, got 0\.5"):
@@ -221,19 +286,19 @@ def test_what_has_no_scale_says_so(name):
 
 
 def test_a_skipped_step_has_none_and_groups_have_their_rows():
-    """Muon's step is skipped by the device. A group of one pass beside it, and a parameter without a gradient."""
+    """A device decides that a step is skipped. A group of one pass beside Muon, and a parameter without a gradient."""
     matrix, free, vector = (torch.ones(shape, requires_grad=True) for shape in ((4, 4), (3, 3), (5,)))
     groups = [
-        {"params": [("vector", vector)], "optimizer": precond.AdamW},
+        {"params": [("vector", vector)], "optimizer": precond.AdamW, "fused": True},
         {"params": [("matrix", matrix), ("free", free)], "optimizer": precond.Muon},
     ]
-    optimizer = precond.Grouped(groups, lr=0.1, statistics=True, max_grad_norm=1e9, nonfinite="skip", backend=BACKEND)
-    for scale in (2.0, float("nan"), 4.0):
+    options = dict(lr=0.1, statistics=True, max_grad_norm=1e9, nonfinite="skip")
+    optimizer = precond.Grouped(groups, **options, backend=BACKEND)
+    for scale, expected in ((2.0, 1.0), (float("nan"), 1.0), (4.0, 2.0)):
         matrix.grad, vector.grad = scale * torch.eye(4), torch.ones(5)
         optimizer.step()
-        values = optimizer.statistics.values
-        assert optimizer.statistics.params == ("vector", "matrix", "free")
-        expected = 1.0 if scale == 4.0 or int(optimizer.skipped_steps) else 2.0
-        assert values[:2, 0].tolist() == ([1.0, 0.5 * expected] if expected != 1.0 else [1.0, values[1, 0].item()])
-        assert values[2].isnan().all()
-    assert values[1, 0] == 2.0
+        found = optimizer.statistics
+        assert found.params == ("vector", "matrix", "free")
+        assert found.values[:2, 0].tolist() == [1.0, expected]
+        assert found.values[2].isnan().all()
+    assert optimizer.skipped_steps == 1

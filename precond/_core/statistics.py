@@ -267,6 +267,10 @@ def factors_of(step: Step, sums: Tensor) -> Tensor:
     return torch.cat(factors).float()
 
 
+#: Sets of rows: which parameters have a gradient may differ from step to step.
+_PLACES_KEPT = 64
+
+
 class Collected:
     """The sums of a step of several passes: a row for each of its parameters, whichever pass finds them."""
 
@@ -277,8 +281,10 @@ class Collected:
         #: The row of each parameter, by its id.
         self._rows = {id(p): row for row, p in enumerate(params)}
         self._shared = Shared(groups) if any(hasattr(p, "placements") for p in params) else None
-        #: The rows of each pass on the device: one that a graph is captured of could not copy them there.
+        #: The rows of each pass on the device: a step that is captured into a graph could not copy them there.
         self._places: dict[tuple[int, ...], Tensor] = {}
+        #: True once a pass has found something.
+        self.any = False
 
     def fits(self, groups: list[Group]) -> bool:
         """True if a step of these groups has the same parameters."""
@@ -289,22 +295,29 @@ class Collected:
     def begin(self, groups: list[Group]) -> Collected:
         """Collect those of another step."""
         self.sums.zero_()
-        self.labels = labels_of(groups)
+        self.labels, self.any = labels_of(groups), False
         return self
 
     def add(self, params: list[Tensor], found: Tensor) -> None:
         """What a pass has found about these parameters."""
+        self.any = True
         rows = tuple(self._rows[id(p)] for p in params)
         places = self._places.get(rows)
         if places is None:
+            if len(self._places) >= _PLACES_KEPT:
+                self._places = {}
             places = self._places[rows] = torch.tensor(rows, dtype=torch.int64, device=self.sums.device)
         self.sums[places] = found.to(self.sums.device)
 
-    def total(self) -> Tensor:
-        """What all passes have found, added up over processes: each of them comes here."""
+    def total(self) -> Tensor | None:
+        """What all passes have found, added up over processes: each of them comes here. None: nothing."""
         if self._shared is not None:
             self._shared.reduce(self.sums)
-        return self.sums
+        return self.sums if self.any or self._shared is not None else None
+
+    def kept(self) -> list[Tensor]:
+        """What a graph that was captured from this step writes and reads."""
+        return [self.sums, *self._places.values()]
 
 
 def put_together(step: Step, extras: list[Extras]) -> Tensor:

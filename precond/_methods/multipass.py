@@ -44,6 +44,10 @@ class OfParameters:
         """Hold it for a parameter."""
         self._held[id(p)] = tensor
 
+    def drop(self, p: Tensor) -> None:
+        """Forget a parameter's."""
+        self._held.pop(id(p), None)
+
     def of(self, params: list[Tensor]) -> list[Tensor]:
         """Those of parameters that have one."""
         return [self._held[id(p)] for p in params if id(p) in self._held] if self._held else []
@@ -84,9 +88,12 @@ class MultiPass(FusedOptimizer, abstract=True):
     #: the one that counts.
     _counters: OfParameters
     _beginning: Beginning
-    #: What collects the statistics of this step; and of one that has taken some.
+    #: What collects the statistics of this step; None where it takes none.
     _into: Collected | None = None
+    #: The same between steps: graphs may have been captured with it.
     _collected: Collected | None = None
+    #: True for a step that is only to make states.
+    _only_states: bool = False
     #: True where the host must know what gradients are multiplied with, and whether the step is skipped.
     _host_must_know: ClassVar[bool] = True
 
@@ -196,11 +203,13 @@ class MultiPass(FusedOptimizer, abstract=True):
         rows = [self._checked_row(group) for group in groups]
         self._check_apart()
         of_several = list(itertools.compress(rows, in_passes))
+        gradients = {p: p.grad for group in several for p in group["params"] if p.grad is not None}
+        self._only_states = self._only_makes_states(rows, gradients)
         work = self._prepare(several, of_several)
         begun = self._begin(control, rows)
         if begun is None:
             return
-        self._into = self._collecting(groups) if self._measures else None
+        self._into = self._collecting(groups) if self._measures and not self._only_states else None
         # torch.distributed.checkpoint makes states by a step at lr 0. Those of the passes come first then: a plan that has only
         # made states holds until other states appear, and knows that its next step is the first one.
         still = all(not isinstance(row.hyper["lr"], Tensor) and row.hyper["lr"] == 0.0 for row in rows)
@@ -227,10 +236,14 @@ class MultiPass(FusedOptimizer, abstract=True):
         if not still:
             self._step_in_passes(several, of_several, work, begun)
         if self._into is not None:
-            self.engine.report.note(self._into.total(), self._into.labels)
+            if (total := self._into.total()) is not None:
+                self.engine.report.note(total, self._into.labels)
+            if total is not None and total.is_cuda and torch.cuda.is_current_stream_capturing():
+                self.engine.captured.append(self._into.kept())
+            self._into = None
 
     def _collecting(self, groups: list[dict[str, Any]]) -> Collected:
-        """What collects the statistics of a step: the same again, which graphs may have been captured with."""
+        """What collects the statistics of a step."""
         if self._collected is None or not self._collected.fits(groups):
             self._collected = Collected(groups)
         return self._collected.begin(groups)
@@ -306,7 +319,9 @@ class MultiPass(FusedOptimizer, abstract=True):
 
     def _keep_counter(self, p: Tensor, row: Row) -> None:
         """Have a copy of the counter of a parameter with random bits and a rule that counts its steps."""
-        if "key" in self.state[p] and self.states.keeps_step(row.rule):
+        if not self.states.keeps_step(row.rule):
+            self._counters.drop(p)
+        elif "key" in self.state[p]:
             self._counter(p)
 
     def _counter(self, p: Tensor) -> Tensor:
@@ -371,37 +386,41 @@ class MultiPass(FusedOptimizer, abstract=True):
         return self._passes[rule, of]
 
     def _last_pass(self, moves: list[Move], begun: Begun, *, of: Hashable = 0) -> None:
-        """Move parameters along what was found, with the parts that their groups ask for; ``begun``: what is done with gradients,
-        which masks and statistics take.
+        """Move parameters along what was found, with the parts that their groups ask for. With parts the pass reads the gradient,
+        which masks and statistics are about, and has the direction for a state, also where neither is on: an average's random
+        bits depend on its place among the states. ``begun``: what is done with gradients.
         """
         whole = self._whole()
-        into = whole._into if isinstance(whole, MultiPass) else None
+        assert isinstance(whole, MultiPass)
         passes: dict[str, list[Job]] = {}
         hypers: dict[tuple[int, int], dict[str, float | Tensor]] = {}  # one for all that a pass may take together
         for group, row, job, g in moves:
-            suffix, p = parts.suffix(group, into is not None), job.p
-            reads = bool(suffix) and g is not job.g and (into is not None or parts.masks_update(group))
+            suffix = "" if whole._only_states else parts.suffix(group, whole._into is not None)
+            rule = "sgdw"
             if suffix:
                 hyper = hypers.setdefault((id(job.hyper), id(group)), {**job.hyper, **parts.hyper(group)})
-                state = dict(job.state)
-                if reads:
-                    assert job.g is not None
-                    state["direction"] = job.g if job.sign > 0 else -job.g
-                if suffix == "+ema":
-                    state.update({key: self.state[p][key] for key in (EMA, f"{EMA}_scale") if key in self.state[p]})
-                    counted = self.states.keeps_step(without_parts(row).rule)
-                    # An earlier pass has counted this step, and the average's counts once more.
-                    hyper["ema_start"] = float(group.get("ema_start", 0)) + counted
-                    state["step"] = self._counter(p).copy_(self.state[p]["step"]) if counted else self.state[p]["step"]
                 scaled = parts.scaled_of(group) if parts.is_scaled(group) else None
-                job = job._replace(hyper=hyper, state=state, scaled=scaled)
-            if reads or g is None:
-                job = job._replace(g=g, sign=row.sign)
-            passes.setdefault(("directed" if reads else "sgdw") + suffix, []).append(job)
+                job = job._replace(hyper=hyper, state=dict(job.state), scaled=scaled)
+                if g is not job.g:
+                    assert job.g is not None
+                    job.state["direction"] = job.g if job.sign > 0 else -job.g
+                    job, rule = job._replace(g=_readable(g, job.p), sign=row.sign), "directed"
+                if suffix == "+ema":
+                    self._add_average(job, row, group)
+            passes.setdefault(rule + suffix, []).append(job)
         for rule, jobs in passes.items():
             reads = rule.startswith("directed")
             names = ("direction",) * reads + (EMA,) * rule.endswith("+ema")
-            self._pass(rule, names, of=of).run(jobs, begun if reads else begun.of_results(), into)
+            self._pass(rule, names, of=of).run(jobs, begun if reads else begun.of_results(), whole._into)
+
+    def _add_average(self, job: Job, row: Row, group: dict[str, Any]) -> None:
+        """Have the last pass move a parameter's average."""
+        state = self.state[job.p]
+        job.state.update({key: state[key] for key in (EMA, f"{EMA}_scale") if key in state})
+        counted = self.states.keeps_step(without_parts(row).rule)
+        # An earlier pass has counted this step, and the average's counts a copy once more.
+        job.hyper["ema_start"] = float(group.get("ema_start", 0)) + counted
+        job.state["step"] = self._counter(job.p).copy_(state["step"]) if counted else state["step"]
 
     def _gradients(self, group: dict[str, Any], row: Row) -> list[tuple[str, Tensor, Tensor]]:
         """Name, parameter and gradient of each parameter that has one, checked with its states before anything changes."""
@@ -426,6 +445,16 @@ class MultiPass(FusedOptimizer, abstract=True):
                 self._check_whole(name, p, group)
             found.append((name, p, step.inputs.get(p, p.grad)))
         return found
+
+
+def _readable(g: Tensor | None, p: Tensor) -> Tensor | None:
+    """A gradient that the backend of the direction takes: bits of a step must not depend on who looks at its gradient."""
+    if g is None:
+        return None
+    wide = g.dtype in (torch.float64, torch.complex128) and p.dtype not in (torch.float64, torch.complex128)
+    if wide:
+        g = g.to(torch.complex64 if g.is_complex() else torch.float32)
+    return g if local(g) is not g else g.resolve_conj().resolve_neg()
 
 
 def without_parts(row: Row) -> Row:

@@ -196,9 +196,9 @@ class Rotated(MultiPass, abstract=True):
             error = share.settle(error) or error
         if error is not None:
             raise error
+        numbered = {self._number_of(group): row for group, row in zip(groups, rows, strict=True)}
         for share in work.shares:
             if share.busy:
-                numbered = {self._number_of(group): row for group, row in zip(groups, rows, strict=True)}
                 self._step_shards(share, numbered, begun)
 
     def _step_whole(

@@ -210,7 +210,7 @@ class DualDescent(MultiPass):
             jobs.append(self._job(name, p, p, u, ("remainder",), step, row.sign, group.get("weight_format")))
         self._scale_by_norms([group for group, *_ in found], jobs)
         moves = [Move(group, row, job, g) for (group, row, _, _, g), job in zip(found, jobs, strict=True)]
-        self._last_pass(moves, begun)
+        self._last_pass(moves, begun, may_only_make_states=True)
 
     def _averaged(self, found: list[tuple[Row, str, Tensor, Tensor]]) -> list[Tensor]:
         """What K's gradient is taken of: gradients, or their means, or points between the two."""

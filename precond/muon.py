@@ -222,7 +222,7 @@ class Muon(MultiPass, _TorchMuon):  # type: ignore[misc]
                 step = hypers[id(row), scale] = plain_step(row.hyper["lr"] * scale, row.hyper["weight_decay"] / scale)
             job = self._job(name, p, p, direction, ("remainder",), step, 1.0, group.get("weight_format"))
             moves.append(Move(group, row, job, g))
-        self._last_pass(moves, begun)
+        self._last_pass(moves, begun, may_only_make_states=True)
 
     def _buffers_of(self, found: list[Found]) -> list[Tensor]:
         """Where the averages go: those of equal matrices into one stack, which is multiplied as it is."""

@@ -92,7 +92,7 @@ class MultiPass(FusedOptimizer, abstract=True):
     _into: Collected | None = None
     #: The same between steps: graphs may have been captured with it.
     _collected: Collected | None = None
-    #: True for a step that is only to make states.
+    #: True for a step that is only to make states, as far as this rank knows.
     _only_states: bool = False
     #: True where the host must know what gradients are multiplied with, and whether the step is skipped.
     _host_must_know: ClassVar[bool] = True
@@ -209,7 +209,7 @@ class MultiPass(FusedOptimizer, abstract=True):
         begun = self._begin(control, rows)
         if begun is None:
             return
-        self._into = self._collecting(groups) if self._measures and not self._only_states else None
+        self._into = self._collecting(groups) if self._measures else None
         # torch.distributed.checkpoint makes states by a step at lr 0. Those of the passes come first then: a plan that has only
         # made states holds until other states appear, and knows that its next step is the first one.
         still = all(not isinstance(row.hyper["lr"], Tensor) and row.hyper["lr"] == 0.0 for row in rows)
@@ -385,17 +385,22 @@ class MultiPass(FusedOptimizer, abstract=True):
             )
         return self._passes[rule, of]
 
-    def _last_pass(self, moves: list[Move], begun: Begun, *, of: Hashable = 0) -> None:
+    def _last_pass(
+        self, moves: list[Move], begun: Begun, *, of: Hashable = 0, may_only_make_states: bool = False
+    ) -> None:
         """Move parameters along what was found, with the parts that their groups ask for. With parts the pass reads the gradient,
         which masks and statistics are about, and has the direction for a state, also where neither is on: an average's random
-        bits depend on its place among the states. ``begun``: what is done with gradients.
+        bits depend on its place among the states. ``begun``: what is done with gradients. ``may_only_make_states``: a step that
+        is asked for states alone comes here too, and is none for averages and statistics.
         """
         whole = self._whole()
         assert isinstance(whole, MultiPass)
+        only_states = may_only_make_states and whole._only_states
+        into = None if only_states else whole._into
         passes: dict[str, list[Job]] = {}
         hypers: dict[tuple[int, int], dict[str, float | Tensor]] = {}  # one for all that a pass may take together
         for group, row, job, g in moves:
-            suffix = "" if whole._only_states else parts.suffix(group, whole._into is not None)
+            suffix = "" if only_states else parts.suffix(group, into is not None)
             rule = "sgdw"
             if suffix:
                 hyper = hypers.setdefault((id(job.hyper), id(group)), {**job.hyper, **parts.hyper(group)})
@@ -411,7 +416,7 @@ class MultiPass(FusedOptimizer, abstract=True):
         for rule, jobs in passes.items():
             reads = rule.startswith("directed")
             names = ("direction",) * reads + (EMA,) * rule.endswith("+ema")
-            self._pass(rule, names, of=of).run(jobs, begun if reads else begun.of_results(), whole._into)
+            self._pass(rule, names, of=of).run(jobs, begun if reads else begun.of_results(), into)
 
     def _add_average(self, job: Job, row: Row, group: dict[str, Any]) -> None:
         """Have the last pass move a parameter's average."""

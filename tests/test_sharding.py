@@ -222,6 +222,16 @@ def from_the_second_step_on(optimizer):
     optimizer.param_groups[0]["cautious_rescale"] = bool(optimizer.state)
 
 check(lambda ps: precond.AdamW(ps, lr=0.1, cautious="update"), Shard(0), exact=False, update=from_the_second_step_on)
+
+# A warm-up from 0: gradients of a rank that has nothing of a parameter are zeros, and its step makes more than states.
+for options in ({"max_grad_norm": 1.0}, {"statistics": True}, parts):
+    ones = lambda: distribute_tensor(torch.ones(1, 4), mesh, [Shard(0)])
+    p = torch.nn.Parameter(ones())
+    optimizer = precond.AdamW([p], lr=0.0, **options)
+    for lr in (0.0, 0.1):
+        optimizer.param_groups[0]["lr"], p.grad = lr, ones()
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 2 and (p.full_tensor() < 1).all()
 """
 )
 

@@ -13,7 +13,7 @@ from .clipping import Begun, Report
 from .norm import NormClasses
 from .plan import Outcome, StepPlan
 from .rows import Step, parameters
-from .sharding import aligned_gradients, local
+from .sharding import agreed, aligned_gradients, home, local
 from .states import States
 
 _PLANS_KEPT = 64
@@ -117,9 +117,15 @@ class Engine:
         return StepPlan(step, self.states, self.checks, self.report, self.captured)
 
     def _run_new(self, step: Step) -> StepPlan:
-        for _ in range(_ATTEMPTS):
+        may_ask = self._may_only_make_states and _stands_still(step)
+        has_none = may_ask and not any(step.state.get(p) for p in parameters(step))
+        for attempt in range(_ATTEMPTS):
             plan = self._new(step)
-            if self._may_only_make_states and _asks_for_states_only(plan, step):
+            asks = may_ask and _asks_for_states_only(plan, step)
+            if may_ask and (groups := plan.process_groups):
+                # Gradients of one rank may be zeros alone, and the others wait for its sums. All come here without a state.
+                asks = has_none and attempt == 0 and agreed(asks, groups, home(step.groups))
+            if asks:
                 plan.keep_new_states()
                 return plan
             if plan.run(step) is not Outcome.STALE:
@@ -146,7 +152,10 @@ def _asks_for_states_only(plan: StepPlan, step: Step) -> bool:
     """True for a first step at lr 0 on gradients of zeros, which is how torch.distributed.checkpoint has states made. A step
     counted there spoils the bias corrections of all that follow (pytorch#164929).
     """
-    if not plan.fresh or any(_backend.on_device(row.hyper["lr"]) or row.hyper["lr"] != 0.0 for row in step.rows):
-        return False
     gradients = {number: g for number, p in enumerate(parameters(step)) if (g := step.input_of(p)) is not None}
-    return plan.fresh == gradients.keys() and not any(local(g).any() for g in gradients.values())
+    return bool(plan.fresh) and plan.fresh == gradients.keys() and not any(local(g).any() for g in gradients.values())
+
+
+def _stands_still(step: Step) -> bool:
+    """True where lr is 0, as far as the host knows."""
+    return not any(_backend.on_device(row.hyper["lr"]) or row.hyper["lr"] != 0.0 for row in step.rows)

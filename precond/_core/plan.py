@@ -356,6 +356,13 @@ class StepPlan:
         self.fresh.clear()
         return Outcome.RAN
 
+    @property
+    def process_groups(self) -> list[Any]:
+        """What the step adds sums up over."""
+        of_norm = [] if self.norm_classes is None else self.norm_classes[1]
+        of_statistics = [] if self.shared is None else self.shared.over
+        return list({id(group): group for groups in (*of_norm, *of_statistics) for group in groups}.values())
+
     def _split_weights(self, step: Step) -> list[Tensor]:
         """The split weights that the step updates."""
         if not self.split:

@@ -125,3 +125,11 @@ def reduce(part: Tensor, groups: Iterable[Any], inf: bool = False) -> Tensor:
         else:
             torch.distributed.all_reduce(part, group=group)
     return part
+
+
+def agreed(asked: bool, groups: Sequence[Any], device: torch.device) -> bool:
+    """True if every process asks, also those that only others share a group with."""
+    flag = torch.tensor([int(asked)], device=device)
+    for group in [*groups] * len(groups):
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=group)
+    return bool(flag.item())

@@ -209,6 +209,8 @@ class Shared:
 
     def __init__(self, groups: list[Group]) -> None:
         of, over = shard_classes(groups)
+        #: Of each class the process groups.
+        self.over = over
         numbers = [of[p] for group in groups for p in group["params"]]
         self._classes = [
             ([place for place, number in enumerate(numbers) if number == k], groups)

@@ -168,6 +168,27 @@ def soap(census: Census, seconds: float) -> dict[str, Any]:
     return summary(times, [{"of": "every step", "to": "every 10", "target": 1.5}], calls)
 
 
+# What rides along in the last pass.
+
+RIDING: dict[str, dict[str, Any]] = {"alone": {}, "statistics": {"statistics": True}, "averaged": {"ema_decay": 0.999}}
+
+
+def riding(cls: type[torch.optim.Optimizer], census: Census, seconds: float) -> dict[str, Any]:
+    """A method with statistics of every step, and with an average, against itself. None of them moves a weight otherwise."""
+    moved, calls = {}, {}
+    for name, options in RIDING.items():
+        params = parameters(census)
+        make: Any = cls
+        optimizer = make(params, lr=1e-3, **options)
+        for _ in range(2):
+            optimizer.step()
+        moved[name], calls[name] = copies(params), optimizer.step
+    if not all(all(map(torch.equal, moved["alone"], others)) for others in moved.values()):
+        raise AssertionError(f"what rides along must not change a step of {cls.__name__}")
+    times = timing.interleaved(calls, seconds, least=5)
+    return summary(times, [{"of": "statistics", "to": "alone", "target": 1.05}], {})
+
+
 # FOP.
 
 
@@ -251,6 +272,8 @@ def cases(seconds: float, quick: bool) -> dict[str, Callable[[], dict[str, Any]]
         "Grouped, AdamW and Lion: 1000 tensors of 1000": functools.partial(grouped, 1000, 1000, seconds),
         "Grouped, AdamW and Lion: 2 tensors of 16M": functools.partial(grouped, 2, 1 << (16 if quick else 24), seconds),
         named("SOAP, ten steps, by refreshes", square): functools.partial(soap, square, seconds),
+        named("Muon, what rides along", square): functools.partial(riding, precond.Muon, square, seconds),
+        named("SOAP, what rides along", square): functools.partial(riding, precond.SOAP, square, seconds),
         named("FOP, output, around AdamW", square): functools.partial(fop, square, 0.3, seconds),
         named("FOP, output, around AdamW", narrow): functools.partial(fop, narrow, None, seconds),
     }

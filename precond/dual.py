@@ -22,7 +22,8 @@ from ._core.rows import Row
 from ._core.settings import Settings
 from ._core.sharding import like, local
 from ._methods.exchange import Exchanges, Member
-from ._methods.multipass import Move, MultiPass, without_parts
+from ._methods.last_pass import Move, without_parts
+from ._methods.multipass import MultiPass
 from ._methods.owners import Unit
 from ._methods.placed import check_placements
 from ._methods.units import matrices_of, view, wide_of

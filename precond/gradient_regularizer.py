@@ -13,7 +13,7 @@ from ._core.optimizer import FusedOptimizer
 from ._core.passes import Job, Pass
 from ._core.precision import at_stated_precision
 from ._core.sharding import aligned_gradients, like
-from ._methods.multipass import OfParameters
+from ._methods.of_parameters import OfParameters
 from ._methods.rotated import Rotated
 from ._wrappers.accumulated import Earlier, unshared
 from ._wrappers.wrapper import Wrapper

@@ -20,7 +20,8 @@ from ._core.rows import Row, name_of
 from ._core.settings import Settings
 from ._core.sharding import like, local
 from ._methods.exchange import Exchanges, Member
-from ._methods.multipass import Move, MultiPass
+from ._methods.last_pass import Move
+from ._methods.multipass import MultiPass
 from ._methods.newton_schulz import METHODS, NS_COEFFICIENTS, orthogonalized, scale_of
 from ._methods.owners import Unit
 from ._methods.placed import check_placements, is_sharded

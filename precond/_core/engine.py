@@ -12,7 +12,7 @@ from .checks import Checks
 from .clipping import Begun, Report
 from .norm import NormClasses
 from .plan import Outcome, StepPlan
-from .rows import Step, parameters
+from .rows import Row, Step, parameters
 from .sharding import agreed, aligned_gradients, home, local
 from .states import States
 
@@ -117,7 +117,7 @@ class Engine:
         return StepPlan(step, self.states, self.checks, self.report, self.captured)
 
     def _run_new(self, step: Step) -> StepPlan:
-        may_ask = self._may_only_make_states and _stands_still(step)
+        may_ask = self._may_only_make_states and stands_still(step.rows)
         has_none = may_ask and not any(step.state.get(p) for p in parameters(step))
         for attempt in range(_ATTEMPTS):
             plan = self._new(step)
@@ -156,6 +156,6 @@ def _asks_for_states_only(plan: StepPlan, step: Step) -> bool:
     return bool(plan.fresh) and plan.fresh == gradients.keys() and not any(local(g).any() for g in gradients.values())
 
 
-def _stands_still(step: Step) -> bool:
+def stands_still(rows: list[Row]) -> bool:
     """True where lr is 0, as far as the host knows."""
-    return not any(_backend.on_device(row.hyper["lr"]) or row.hyper["lr"] != 0.0 for row in step.rows)
+    return not any(_backend.on_device(row.hyper["lr"]) or row.hyper["lr"] != 0.0 for row in rows)

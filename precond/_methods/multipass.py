@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,66 +11,21 @@ from torch import Tensor
 from .._core import parts
 from .._core.amp import control_of
 from .._core.clipping import Begun
-from .._core.formats import EMA, StateFormat
+from .._core.engine import stands_still
+from .._core.formats import StateFormat
 from .._core.memory import Memory
 from .._core.optimizer import FusedOptimizer
-from .._core.passes import Beginning, Job, Pass
+from .._core.passes import Beginning, Job
 from .._core.plan import first_differs
 from .._core.rows import Control, Row, Step, name_among, name_of
 from .._core.sharding import aligned_gradients, local
-from .._core.statistics import Collected
 from .exchange import Agreements, Member
+from .last_pass import LastPass
+from .of_parameters import OfParameters
 from .placed import is_sharded
 
 
-class OfParameters:
-    """A tensor for each of some parameters. It has their ids alone: it keeps none alive, and a tensor that has weak references
-    could not be swapped (torch.utils.swap_tensors). ``keep`` drops the tensors of those that are gone; what another one finds
-    that gets the id before is scratch memory of some shape.
-    """
-
-    def __init__(self) -> None:
-        self._held: dict[int, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def get(self, p: Tensor) -> Tensor | None:
-        """That of a parameter."""
-        return self._held.get(id(p))
-
-    def put(self, p: Tensor, tensor: Tensor) -> None:
-        """Hold it for a parameter."""
-        self._held[id(p)] = tensor
-
-    def drop(self, p: Tensor) -> None:
-        """Forget a parameter's."""
-        self._held.pop(id(p), None)
-
-    def of(self, params: list[Tensor]) -> list[Tensor]:
-        """Those of parameters that have one."""
-        return [self._held[id(p)] for p in params if id(p) in self._held] if self._held else []
-
-    def keep(self, params: list[Tensor]) -> None:
-        """Forget the tensors of other parameters."""
-        if len(self._held) > len(params):
-            alive = set(map(id, params))
-            self._held = {key: tensor for key, tensor in self._held.items() if key in alive}
-
-
-class Move(NamedTuple):
-    """What the last pass does with a parameter."""
-
-    group: dict[str, Any]
-    #: The rule of its group, with parts.
-    row: Row
-    #: As the rule "sgdw" takes it, along its ``g``.
-    job: Job
-    #: The gradient, which may be what the job has. None: this rank has none.
-    g: Tensor | None
-
-
-class MultiPass(FusedOptimizer, abstract=True):
+class MultiPass(LastPass, abstract=True):
     """A method whose step, or that of some groups, has several passes. Whether the step is skipped, and what gradients are
     multiplied with, is found before the first one.
     """
@@ -81,19 +35,9 @@ class MultiPass(FusedOptimizer, abstract=True):
     #: True where updates may be scaled by what all of them come to: each rank then has a job for each parameter that moves.
     _scales_updates: ClassVar[bool] = False
     _must_declare = (*FusedOptimizer._must_declare, "_why_not_one_pass")
-    _passes: dict[tuple[str, Hashable], Pass]
     #: Tensors that a pass writes and the next one reads, by parameter: memory that no checkpoint has.
     _buffers: OfParameters
-    #: Copies of the counters of parameters with a rule that counts their steps and with random bits: for a pass that draws after
-    #: the one that counts.
-    _counters: OfParameters
     _beginning: Beginning
-    #: What collects the statistics of this step; None where it takes none.
-    _into: Collected | None = None
-    #: The same between steps: graphs may have been captured with it.
-    _collected: Collected | None = None
-    #: True for a step that is only to make states, as far as this rank knows.
-    _only_states: bool = False
     #: True where the host must know what gradients are multiplied with, and whether the step is skipped.
     _host_must_know: ClassVar[bool] = True
 
@@ -203,8 +147,8 @@ class MultiPass(FusedOptimizer, abstract=True):
         rows = [self._checked_row(group) for group in groups]
         self._check_apart()
         of_several = list(itertools.compress(rows, in_passes))
-        gradients = {p: p.grad for group in several for p in group["params"] if p.grad is not None}
-        self._only_states = self._only_makes_states(rows, gradients)
+        still = stands_still(rows)
+        self._only_states = still and self._has_neither_states_nor_gradients(several)
         work = self._prepare(several, of_several)
         begun = self._begin(control, rows)
         if begun is None:
@@ -212,7 +156,6 @@ class MultiPass(FusedOptimizer, abstract=True):
         self._into = self._collecting(groups) if self._measures else None
         # torch.distributed.checkpoint makes states by a step at lr 0. Those of the passes come first then: a plan that has only
         # made states holds until other states appear, and knows that its next step is the first one.
-        still = all(not isinstance(row.hyper["lr"], Tensor) and row.hyper["lr"] == 0.0 for row in rows)
         if still:
             self._step_in_passes(several, of_several, work, begun)
         numbers = [i for i, several_passes in enumerate(in_passes) if not several_passes]
@@ -241,12 +184,6 @@ class MultiPass(FusedOptimizer, abstract=True):
             if total is not None and total.is_cuda and torch.cuda.is_current_stream_capturing():
                 self.engine.captured.append(self._into.kept())
             self._into = None
-
-    def _collecting(self, groups: list[dict[str, Any]]) -> Collected:
-        """What collects the statistics of a step."""
-        if self._collected is None or not self._collected.fits(groups):
-            self._collected = Collected(groups)
-        return self._collected.begin(groups)
 
     def _has_one_pass(self, group: dict[str, Any]) -> bool:
         """True for a group that the engine steps."""
@@ -324,24 +261,14 @@ class MultiPass(FusedOptimizer, abstract=True):
         elif "key" in self.state[p]:
             self._counter(p)
 
-    def _counter(self, p: Tensor) -> Tensor:
-        """A copy of a parameter's counter, which another pass counts."""
-        counter = self.state[p]["step"]
-        copy = self._counters.get(p)
-        if copy is None or _kind(copy) != _kind(counter):
-            copy = counter.clone()
-            self._counters.put(p, copy)
-        return copy
-
     def _name(self, p: Tensor) -> str:
         """What errors call a parameter."""
         return name_among(self._all_groups, p)
 
-    def _only_makes_states(self, rows: list[Row], gradients: dict[Tensor, Tensor]) -> bool:
-        """True for a first step at lr 0 on gradients of zeros, which is how torch.distributed.checkpoint has states made."""
-        if any(isinstance(row.hyper["lr"], Tensor) or row.hyper["lr"] != 0.0 for row in rows):
-            return False
-        return not any(self.state.get(p) or bool(local(g).any()) for p, g in gradients.items())
+    def _has_neither_states_nor_gradients(self, groups: list[dict[str, Any]]) -> bool:
+        """True before a first step on gradients of zeros: at lr 0 it is how torch.distributed.checkpoint has states made."""
+        given = [p for group in groups for p in group["params"] if p.grad is not None]
+        return not any(self.state.get(p) or bool(local(p.grad).any()) for p in given)
 
     def _buffer(self, p: Tensor, dtype: torch.dtype) -> Tensor:
         made = self._buffers.get(p)
@@ -373,60 +300,6 @@ class MultiPass(FusedOptimizer, abstract=True):
             given["step"] = state["step"] if copy is None else copy.copy_(state["step"])
         return Job(target, g, given, hyper, sign, weight_format, state_format, name)
 
-    def _pass(self, rule: str, names: tuple[str, ...] = (), *, of: Hashable = 0) -> Pass:
-        """The pass of a rule, for those who call it once per group or batch: of that one."""
-        if (rule, of) not in self._passes:
-            self._passes[rule, of] = Pass(
-                rule,
-                names,
-                self._own["backend"],
-                remainders=self.states.remainders,
-                captured=self.engine.captured,
-            )
-        return self._passes[rule, of]
-
-    def _last_pass(
-        self, moves: list[Move], begun: Begun, *, of: Hashable = 0, may_only_make_states: bool = False
-    ) -> None:
-        """Move parameters along what was found, with the parts that their groups ask for. With parts the pass reads the gradient,
-        which masks and statistics are about, and has the direction for a state, also where neither is on: an average's random
-        bits depend on its place among the states. ``begun``: what is done with gradients. ``may_only_make_states``: a step that
-        is asked for states alone comes here too, and is none for averages and statistics.
-        """
-        whole = self._whole()
-        assert isinstance(whole, MultiPass)
-        only_states = may_only_make_states and whole._only_states
-        into = None if only_states else whole._into
-        passes: dict[str, list[Job]] = {}
-        hypers: dict[tuple[int, int], dict[str, float | Tensor]] = {}  # one for all that a pass may take together
-        for group, row, job, g in moves:
-            suffix = "" if only_states else parts.suffix(group, into is not None)
-            rule = "sgdw"
-            if suffix:
-                hyper = hypers.setdefault((id(job.hyper), id(group)), {**job.hyper, **parts.hyper(group)})
-                scaled = parts.scaled_of(group) if parts.is_scaled(group) else None
-                job = job._replace(hyper=hyper, state=dict(job.state), scaled=scaled)
-                if g is not job.g:
-                    assert job.g is not None
-                    job.state["direction"] = job.g if job.sign > 0 else -job.g
-                    job, rule = job._replace(g=_readable(g, job.p), sign=row.sign), "directed"
-                if suffix == "+ema":
-                    self._add_average(job, row, group)
-            passes.setdefault(rule + suffix, []).append(job)
-        for rule, jobs in passes.items():
-            reads = rule.startswith("directed")
-            names = ("direction",) * reads + (EMA,) * rule.endswith("+ema")
-            self._pass(rule, names, of=of).run(jobs, begun if reads else begun.of_results(), into)
-
-    def _add_average(self, job: Job, row: Row, group: dict[str, Any]) -> None:
-        """Have the last pass move a parameter's average."""
-        state = self.state[job.p]
-        job.state.update({key: state[key] for key in (EMA, f"{EMA}_scale") if key in state})
-        counted = self.states.keeps_step(without_parts(row).rule)
-        # An earlier pass has counted this step, and the average's counts a copy once more.
-        job.hyper["ema_start"] = float(group.get("ema_start", 0)) + counted
-        job.state["step"] = self._counter(job.p).copy_(state["step"]) if counted else state["step"]
-
     def _gradients(self, group: dict[str, Any], row: Row) -> list[tuple[str, Tensor, Tensor]]:
         """Name, parameter and gradient of each parameter that has one, checked with its states before anything changes."""
         self._check_settings(group)
@@ -450,22 +323,3 @@ class MultiPass(FusedOptimizer, abstract=True):
                 self._check_whole(name, p, group)
             found.append((name, p, step.inputs.get(p, p.grad)))
         return found
-
-
-def _readable(g: Tensor | None, p: Tensor) -> Tensor | None:
-    """A gradient that the backend of the direction takes: bits of a step must not depend on who looks at its gradient."""
-    if g is None:
-        return None
-    wide = g.dtype in (torch.float64, torch.complex128) and p.dtype not in (torch.float64, torch.complex128)
-    if wide:
-        g = g.to(torch.complex64 if g.is_complex() else torch.float32)
-    return g if local(g) is not g else g.resolve_conj().resolve_neg()
-
-
-def without_parts(row: Row) -> Row:
-    """A row without parts."""
-    return row._replace(rule=row.rule.partition("+")[0])
-
-
-def _kind(t: Tensor) -> tuple[Any, ...]:
-    return t.dtype, t.shape, t.device

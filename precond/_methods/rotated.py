@@ -23,7 +23,9 @@ from ..bases import blocks
 from .exchange import Member, by_ranks
 from .held import hand_out
 from .kronecker import Rotation, check_matrix, is_matrix, learn, rotation_of, turned
-from .multipass import Move, MultiPass, OfParameters, without_parts
+from .last_pass import Move, without_parts
+from .multipass import MultiPass
+from .of_parameters import OfParameters
 from .placed import check_placements
 from .share import Share, Work
 from .units import matrices_of, wide_of
@@ -170,8 +172,7 @@ class Rotated(MultiPass, abstract=True):
                     shards[p] = g
                 else:
                     found[-1].append(Work(name, p, g, self._basis(name, p, group)))
-        gradients = {item.p: item.g for items in found for item in items} | shards
-        only_states = self._only_makes_states(rows, gradients)
+        only_states = self._asked_for_states
         shares = self._shares(groups, rows, shards)
         error: Exception | None = None
         for share in shares:  # small sets of ranks first: larger ones hear of their errors

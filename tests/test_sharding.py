@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from families import OPTIMIZERS
 from support.cases import bits_equal
 from support.ranks import on_ranks, on_two_ranks
 
+import precond
 from precond._core import sharding as _sharding
 
 
@@ -83,6 +86,60 @@ precond.SGD([r], lr=1.0).step()
 assert r.to_local().tolist() == [-2.0, -2.0], r
 """
     on_two_ranks(code, tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}, {"backend": "reference"}], ids=str)
+def test_a_plan_notices_a_gradient_that_is_placed_otherwise_in_a_later_step(options, mesh):
+    """Of two parameters, while the other's stays. A partial sum of one process is the whole, in other elements than a shard's."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    values = torch.randn(2, 4, 4)
+    plain = [torch.nn.Parameter(v.clone()) for v in values]
+    sharded = [torch.nn.Parameter(distribute_tensor(v.clone(), mesh, [Shard(0)])) for v in values]
+    a, b = precond.AdamW(plain, **options), precond.AdamW(sharded, **options)
+    seen = []
+    redistribute = DTensor.redistribute
+
+    def counted(self, *args, **kwargs):
+        seen.append(self.placements)
+        return redistribute(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(DTensor, "redistribute", counted)
+        for placement in ([Shard(0)], [Partial()], [Replicate()], [Shard(1)], [Shard(0)]):
+            for p, q, own in zip(plain, sharded, ([Shard(0)], placement), strict=True):
+                p.grad = torch.randn(4, 4)
+                q.grad = DTensor.from_local(p.grad.clone(), mesh, own)
+            a.step()
+            b.step()
+    assert seen == [(Partial(),), (Replicate(),), (Shard(1),)]
+    assert all(bits_equal(p, q.to_local()) for p, q in zip(plain, sharded, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_format": "split24", "state_format": "int8"}], ids=str)
+def test_a_step_calls_no_more_python_functions_for_shards_than_for_plain_parameters(options, mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def calls(sharded):
+        made = []
+        for _ in range(20):
+            p, g = torch.randn(2, 8, 64).bfloat16()
+            if sharded:
+                p, g = (distribute_tensor(t, mesh, [Shard(0)]) for t in (p, g))
+            made.append(torch.nn.Parameter(p))
+            made[-1].grad = g
+        optimizer = precond.AdamW(made, **options)
+        optimizer.step()
+        optimizer.step()
+        seen = []
+        sys.setprofile(lambda frame, event, _: seen.append(frame.f_code.co_qualname) if event == "call" else None)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+        return seen
+
+    assert calls(sharded=True) == calls(sharded=False)
 
 
 @pytest.mark.parametrize("weight_format", ["split24", "split32"])

@@ -43,8 +43,9 @@ TensorPlan::TensorPlan(const Reader& reader, const std::map<int, std::vector<std
   grad_name_ = intern("grad");
 }
 
-TensorPlan::Trace TensorPlan::trace(py::handle tensor, const View& view) const {
-  Trace trace{tensor.ptr(), view.shape, nullptr};
+TensorPlan::Trace TensorPlan::trace(py::handle object, const View& view) const {
+  const py::handle tensor = view.read_of(object);
+  Trace trace{tensor.ptr(), view.shape, nullptr, tensor.is(object) ? nullptr : object.ptr()};
   try {
     trace.storage = reinterpret_cast<const void*>(tensor.attr("untyped_storage")().attr("_cdata").cast<uintptr_t>());
   } catch (py::error_already_set&) {

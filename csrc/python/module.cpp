@@ -187,7 +187,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("inv_q2"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   py::class_<Reader>(m, "Reader")
-      .def(py::init<py::tuple, py::object, bool>(), py::arg("tensor_types"), py::arg("local"), py::arg("use_exchange"))
+      .def(py::init<py::tuple, py::object, py::object, bool>(), py::arg("tensor_types"), py::arg("slots_of"),
+           py::arg("local"), py::arg("use_exchange"))
       .def("alike", &Reader::alike, py::arg("tensors"))
       .def("ready", &Reader::ready, py::arg("groups"), py::arg("inputs"), py::arg("state"), py::arg("written"),
            py::arg("owners"))

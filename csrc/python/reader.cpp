@@ -1,6 +1,9 @@
 // Reading tensors; see reader.h.
 #include "python/reader.h"
 
+#include <pybind11/stl.h>
+#include <structmember.h>
+
 #include <algorithm>
 #include <string>
 
@@ -62,13 +65,25 @@ void view_as_real(View* view) {
   view->strides = view->shape + view->ndim;
 }
 
+// Where an object has a slot that its type describes; 0 where the description is of something else.
+Py_ssize_t offset_of(const py::object& member) {
+  if (Py_TYPE(member.ptr()) != &PyMemberDescr_Type) return 0;
+  const PyMemberDef& slot = *reinterpret_cast<PyMemberDescrObject*>(member.ptr())->d_member;
+  return slot.type == T_OBJECT_EX ? slot.offset : 0;
+}
+
+// What is in a slot, or null. Through the attribute it would take ten times as long.
+PyObject* slot(PyObject* object, Py_ssize_t offset) {
+  return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset);
+}
+
 // A lazy conjugate has the memory of its opposite.
 bool is_conjugate(PyObject* object) { return py::handle(object).attr("is_conj")().cast<bool>(); }
 
 }  // namespace
 
-Reader::Reader(py::tuple tensor_types, py::object local, bool use_exchange)
-    : tensor_types_(std::move(tensor_types)), local_(std::move(local)) {
+Reader::Reader(py::tuple tensor_types, py::object slots_of, py::object local, bool use_exchange)
+    : tensor_types_(std::move(tensor_types)), slots_of_(std::move(slots_of)), local_(std::move(local)) {
   for (const py::handle type : tensor_types_) types_.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
   const py::handle tensor_type = tensor_types_[0];
   if (!use_exchange || !py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) return;
@@ -79,10 +94,45 @@ Reader::Reader(py::tuple tensor_types, py::object local, bool use_exchange)
   api_ = api;
 }
 
+bool Reader::is_plain_type(PyObject* object) const {
+  return std::find(types_.begin(), types_.end(), Py_TYPE(object)) != types_.end();
+}
+
+const Reader::Slots& Reader::slots_of(PyTypeObject* type) const {
+  for (const Slots& slots : slots_)
+    if (slots.type == type) return slots;
+  Slots found{type};
+  const py::handle kind(reinterpret_cast<PyObject*>(type));
+  const py::object names = slots_of_(kind);
+  if (!names.is_none()) {
+    const auto [local, spec] = names.cast<std::pair<py::str, py::str>>();
+    const py::object members = kind.attr("__dict__");
+    found.local = offset_of(members[local]);
+    found.spec = offset_of(members[spec]);
+    if (found.local == 0 || found.spec == 0) found = {type};
+  }
+  return slots_.emplace_back(found);
+}
+
+bool Reader::placed_alike(PyObject* a, PyObject* b, Placed* known) const {
+  if (is_plain_type(a) || Py_TYPE(a) != Py_TYPE(b)) return true;
+  const Py_ssize_t spec = slots_of(Py_TYPE(a)).spec;
+  if (spec == 0) return true;
+  const py::handle of_a = slot(a, spec), of_b = slot(b, spec);
+  if (of_a.is(of_b) || !of_a || !of_b || (known->a.is(of_a) && known->b.is(of_b))) return true;
+  for (const py::str& name : {placements_name_, mesh_name_})
+    if (!of_a.attr(name).equal(of_b.attr(name))) return false;
+  *known = {py::reinterpret_borrow<py::object>(of_a), py::reinterpret_borrow<py::object>(of_b)};
+  return true;
+}
+
 void Reader::read(PyObject* object, View* view) const {
-  const bool known = std::find(types_.begin(), types_.end(), Py_TYPE(object)) != types_.end();
-  if (!known) {
-    view->plain = local_(py::handle(object));
+  view->plain = {};
+  if (!is_plain_type(object)) {
+    const Py_ssize_t local = slots_of(Py_TYPE(object)).local;
+    PyObject* const held = local == 0 ? nullptr : slot(object, local);
+    view->plain =
+        held != nullptr && is_plain_type(held) ? py::reinterpret_borrow<py::object>(held) : local_(py::handle(object));
     object = view->plain.ptr();
   }
   if (api_ != nullptr)
@@ -101,7 +151,7 @@ StateOf states_by_param(const py::dict& state) {
 
 // False where the memory of a tensor of the known types does not show its values.
 bool Reader::read_plain(PyObject* object, View* view) const {
-  if (std::find(types_.begin(), types_.end(), Py_TYPE(object)) == types_.end()) return false;
+  if (!is_plain_type(object)) return false;
   try {
     read(object, view);
     return !is_negative(object);

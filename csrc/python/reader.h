@@ -29,6 +29,8 @@ struct View {
   const int64_t* strides = nullptr;
   std::vector<int64_t> owned;
   py::object plain;  // the tensor behind a wrapper, which may exist only for this view
+  // The tensor that was read: the one behind a wrapper, or the object itself.
+  py::handle read_of(py::handle object) const { return plain ? py::handle(plain) : object; }
 };
 
 // True for what the kernels take as values.
@@ -47,11 +49,19 @@ StateOf states_by_param(const py::dict& state);
 // Reads tensors through DLPack's exchange table where torch has one (2.10 and newer), else through their methods.
 class Reader {
  public:
-  // tensor_types: the types whose memory is read as it is. local: gives the plain tensor behind any other type
-  // (DTensor).
-  Reader(py::tuple tensor_types, py::object local, bool use_exchange);
+  // tensor_types: the types whose memory is read as it is. slots_of: for any other type (DTensor) the slots that have
+  // the plain tensor and how it is placed, or None. local: gives the plain tensor where there are no such slots, or the
+  // first has another wrapper (a tensor that is still on its way).
+  Reader(py::tuple tensor_types, py::object slots_of, py::object local, bool use_exchange);
   // Throws py::error_already_set where the object has no memory to show (sparse, meta).
   void read(PyObject* object, View* view) const;
+  // How two wrappers are placed that are placed alike.
+  struct Placed {
+    py::object a, b;
+  };
+  // False for two of one wrapper's type that are placed on other meshes or otherwise: their local tensors are not
+  // pieces of the same elements. known: what was compared before, which is quicker.
+  bool placed_alike(PyObject* a, PyObject* b, Placed* known) const;
   // True for a tensor whose values are the negatives of its memory; a view does not show it.
   bool is_negative(PyObject* object) const;
   // True for tensors of the known types that lie in memory as their strides say and that the kernels take as they are:
@@ -72,6 +82,13 @@ class Reader {
     int device = kOtherDevice;
     std::vector<int64_t> shape;
   };
+  // Where a type of wrappers has its slots, from the start of an object; 0 without them.
+  struct Slots {
+    PyTypeObject* type;
+    Py_ssize_t local = 0, spec = 0;
+  };
+  bool is_plain_type(PyObject* object) const;
+  const Slots& slots_of(PyTypeObject* type) const;
   bool read_plain(PyObject* object, View* view) const;
   bool joins(PyObject* object, View* view, Alike* alike) const;
   bool is_ready(py::handle param, const py::dict& inputs, PyObject* state, const py::tuple& names,
@@ -81,7 +98,9 @@ class Reader {
 
   py::tuple tensor_types_;
   std::vector<PyTypeObject*> types_;  // the same, for five comparisons per parameter and step
-  py::object local_;
+  py::object slots_of_, local_;
+  mutable std::vector<Slots> slots_;  // of one or two types
+  py::str placements_name_{"placements"}, mesh_name_{"mesh"};
   const dlpack::ExchangeApi* api_ = nullptr;
 };
 

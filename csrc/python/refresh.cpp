@@ -26,6 +26,8 @@ void TensorPlan::Trace::prefetch() const {
   __builtin_prefetch(s + 64);
   __builtin_prefetch(storage);
   __builtin_prefetch(static_cast<const char*>(storage) + 59);
+  __builtin_prefetch(wrapper);
+  __builtin_prefetch(static_cast<const char*>(wrapper) + 64);
 }
 
 bool TensorPlan::same_shape(const Entry& entry, const View& view) const {
@@ -172,11 +174,14 @@ bool TensorPlan::refresh_gradients(const py::list& param_groups, const py::dict&
       if (refreshed < 3 && ++refreshed == 2) traces_[next - 1].p = trace(param, view);
       if (!same_operand(tensor.p, entry, view) || !same_strides(entry, view)) return false;
       reader_.read(gradient.ptr(), &view);
-      if (!fits(view) || !same_shape(entry, view)) return false;
+      if (!fits(view) || !same_shape(entry, view) ||
+          !reader_.placed_alike(param.ptr(), gradient.ptr(), &traces_[next - 1].placed))
+        return false;
+      const py::handle plain = view.read_of(gradient);
       // A gradient that stays from step to step is worth a look at its storage, once; a new one is in the cache anyway.
-      if (g_trace.object != gradient.ptr()) {
-        if (reader_.is_negative(gradient.ptr())) return false;
-        g_trace = {gradient.ptr(), view.shape, nullptr};
+      if (g_trace.object != plain.ptr()) {
+        if (reader_.is_negative(plain.ptr())) return false;
+        g_trace = {plain.ptr(), view.shape, nullptr};
       } else if (g_trace.storage == nullptr) {
         g_trace = trace(gradient, view);
       }

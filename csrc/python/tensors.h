@@ -74,16 +74,19 @@ class TensorPlan {
 
  private:
   enum class Kind : int32_t { kUpdated, kDeferred, kIgnored };
-  // Where a tensor was described when it was last read: its Python object, its sizes and its storage. Only prefetched,
-  // so it may be out of date. A step over ten thousand tensors is bound by cache misses on exactly these.
+  // Where a tensor was described when it was last read: its Python object, its sizes, its storage and what wraps it.
+  // Only prefetched, so it may be out of date. A step over ten thousand tensors is bound by cache misses on exactly
+  // these.
   struct Trace {
     const void* object = nullptr;
     const void* shape = nullptr;
     const void* storage = nullptr;
+    const void* wrapper = nullptr;
     void prefetch() const;
   };
   struct Traces {
     Trace p, g, state[kMaxStates], step, scalar;
+    Reader::Placed placed;  // parameter and gradient
     int32_t refreshed = 0;  // with a gradient: traces are taken the second time, since a plan may serve for one step
   };
   struct Entry {
@@ -103,7 +106,7 @@ class TensorPlan {
   bool fits(const View& view) const;
   Number number_of(const View& view, bool on_device) const;
   py::list updated();
-  Trace trace(py::handle tensor, const View& view) const;
+  Trace trace(py::handle object, const View& view) const;
   py::object gradient_of(PyObject* param, const py::dict& inputs) const;
   bool same_state(const Entry& entry, PyObject* param_state, View* view, Traces* traces);
   bool same_special(const Tensor& tensor, PyObject* param_state, View* view);

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .rows import Row
-from .sharding import local
+from .sharding import local, slots_of
 
 # torch first: its libgomp then serves the extension too, so that both share one pool of threads.
 _C: ModuleType | None
@@ -43,7 +43,7 @@ def reader():  # type: ignore[no-untyped-def]
     """Reads addresses for the plans. ``PRECOND_DLPACK=0`` avoids DLPack's exchange table."""
     assert _C is not None
     use_exchange = os.environ.get("PRECOND_DLPACK", "1") != "0"
-    return _C.Reader((torch.Tensor, torch.nn.Parameter), local, use_exchange)
+    return _C.Reader((torch.Tensor, torch.nn.Parameter), slots_of, local, use_exchange)
 
 
 def interpreting() -> bool:

@@ -59,11 +59,12 @@ class Engine:
     def _run(self, step: Step) -> None:
         key = _key(step)
         plan = self.plans.get(key)
-        if plan is not None and not plan.has_wrappers and plan.run(step) is not Outcome.STALE:
+        tried = plan is not None and plan.notices_placements
+        if plan is not None and tried and plan.run(step) is not Outcome.STALE:
             return
-        # Only wrapped parameters can have a gradient that is placed otherwise, and a plan knows whether it has any.
-        step = step._replace(inputs={**aligned_gradients(step.groups), **step.inputs})
-        if plan is None or not plan.has_wrappers or plan.run(step) is Outcome.STALE:
+        aligned = aligned_gradients(step.groups)
+        step = step._replace(inputs={**aligned, **step.inputs})
+        if plan is None or (tried and not aligned) or plan.run(step) is Outcome.STALE:
             self._keep(key, self._run_new(step))
 
     def begin(self, step: Step, *, host_must_know: bool) -> Begun | None:
@@ -78,9 +79,12 @@ class Engine:
         key = _key(step)
         plan = self.plans.get(key)
         found: Begun | Outcome = Outcome.STALE
-        step = step._replace(inputs=aligned_gradients(step.groups))
-        if plan is not None:
+        if plan is not None and plan.notices_placements:
             found = plan.begin(step, host_must_know=host_must_know)
+        if found is Outcome.STALE:
+            step = step._replace(inputs=aligned_gradients(step.groups))
+            if plan is not None:
+                found = plan.begin(step, host_must_know=host_must_know)
         for _ in range(_ATTEMPTS):
             if found is not Outcome.STALE:
                 return None if isinstance(found, Outcome) else found

@@ -129,7 +129,9 @@ class Compiled:
     def refresh(self, step: Step) -> bool:
         """Bring the plan up to a step. False where it no longer holds."""
         table, self._hyper_tensors = _backend.table_of(step.rows, self.device if self.backend == "cuda" else None)
-        return bool(self.plan.refresh(step.groups, step.state, step.inputs, table))
+        # Else reading .grad of a DTensor looks for __torch_function__: 0.15 of the 0.3 us that it costs more than a plain one.
+        with torch._C.DisableTorchFunctionSubclass():
+            return bool(self.plan.refresh(step.groups, step.state, step.inputs, table))
 
     def release(self) -> None:
         """Let go of what the step held: gradients, states and hyper-parameters."""

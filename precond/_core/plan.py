@@ -357,6 +357,11 @@ class StepPlan:
         return Outcome.RAN
 
     @property
+    def notices_placements(self) -> bool:
+        """True where a plan finds that a gradient is placed otherwise than its parameter, and then holds no longer."""
+        return not (self.has_wrappers and self.in_python)
+
+    @property
     def process_groups(self) -> list[Any]:
         """What the step adds sums up over."""
         of_norm = [] if self.norm_classes is None else self.norm_classes[1]

@@ -23,6 +23,7 @@ from .dual import DualDescent
 from .fop import FOP
 from .gauss_newton import GaussNewton
 from .gradient_regularizer import GradientRegularizer
+from .gradient_release import GradientRelease, release_gradients
 from .grouped import Grouped
 from .lion import Lion
 from .muon import Muon
@@ -63,6 +64,7 @@ __all__ = [
     "DualDescent",
     "GaussNewton",
     "GradientRegularizer",
+    "GradientRelease",
     "Grouped",
     "Lion",
     "Muon",
@@ -83,5 +85,6 @@ __all__ = [
     "interpolate_basis",
     "master_weights",
     "param_groups",
+    "release_gradients",
     "to_torch_state_dict",
 ]

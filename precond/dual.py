@@ -150,6 +150,12 @@ class DualDescent(MultiPass):
     def _needs_passes(self, group: dict[str, Any]) -> bool:
         return bool(group["granularity"] != "entry")
 
+    def why_not_alone(self, group: dict[str, Any]) -> str:
+        """Why a parameter of a group cannot be stepped before the others have gradients; empty if it can."""
+        if group["granularity"] == "global":
+            return "where granularity is 'global': one norm is of all gradients"
+        return super().why_not_alone(group)
+
     def _check_whole(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
         if group["granularity"] == "spectral":
             check_placements(name, p)

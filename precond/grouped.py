@@ -219,6 +219,10 @@ class Grouped(MultiPass):
     def _is_fused(self) -> bool:
         return bool(self._shared.get("fused"))
 
+    def why_not_alone(self, group: dict[str, Any]) -> str:
+        """Why a parameter of a group cannot be stepped before the others have gradients; empty if it can."""
+        return self._part(group).why_not_alone(group)
+
     def _row(self, group: dict[str, Any]) -> Row:
         return self._part(group)._row(group)
 

@@ -42,6 +42,13 @@ class Begun(NamedTuple):
         """For a pass over what an earlier one has made of gradients: it is skipped where that one is."""
         return Begun(Control(found_inf=self.control.found_inf))
 
+    def folded(self) -> Begun:
+        """With the coefficient of the norm as a number, for what the host updates. Waits for the device."""
+        if self.clip.total is None:
+            return self
+        _, coef = _finished(self.clip.total.cpu(), self.control, self.clip)
+        return Begun(self.control._replace(grad_coef=float(_fp32(self.control.grad_coef) * coef)))
+
     def applied(self, g: Tensor) -> Tensor:
         """A gradient as the step takes it, at least in float32, where the host knows how; itself where that changes nothing."""
         coef, scale, found_inf, clip_value = self.control
@@ -211,6 +218,20 @@ def begin(
         found.skipped.add_(1)
         return None
     return Begun(control._replace(grad_coef=float(_fp32(control.grad_coef) * coef)))
+
+
+def report_of(total: Tensor, coef: Tensor | None, clip: Clip, report: Report) -> None:
+    """Report a norm that was measured while gradients came, and the coefficient that they were multiplied with; None: 1."""
+    found = report.on(total.device)
+    report.measured = True
+    found.total.copy_(total)
+    found.grad_norm.copy_(_finished(total, Control(), clip)[0])
+    found.clip_coef.copy_(_fp32(1.0) if coef is None else coef)
+
+
+def coefficient(clip: Clip) -> Tensor | None:
+    """What a norm that lies on a device has gradients multiplied with; None where there is no norm."""
+    return None if clip.total is None else _finished(clip.total, Control(), clip)[1]
 
 
 def _on_device(found: Found, control: Control, clip: Clip) -> Begun:

@@ -41,6 +41,7 @@ class Engine:
         #: Compiled plans that graphs were captured from. A replay needs their memory, also when there is a newer plan.
         self.captured: list[Any] = [] if captured is None else captured
         self.plans: dict[tuple[Any, ...], StepPlan] = {}
+        self.plans_kept = _PLANS_KEPT
         self._may_only_make_states = may_only_make_states
 
     @property
@@ -93,21 +94,23 @@ class Engine:
             found = plan.begin(step, host_must_know=host_must_know)
         raise RuntimeError("gradients changed, again and again, while their norm was measured")
 
-    def norms(self, step: Step, classes: NormClasses) -> Tensor:
-        """For each class the sum of squares of this process' gradients: float64 numbers on the first one's device."""
+    def norms(self, step: Step, classes: NormClasses, *, inf: bool = False) -> Tensor:
+        """For each class the sum of squares of this process' gradients, or the largest magnitude: float64 numbers on the first
+        one's device.
+        """
         self.states.bind(step.state, step.groups)
         try:
-            return self._norms(step, classes)
+            return self._norms(step, classes, inf)
         finally:
             self.states.bind({}, [])
 
-    def _norms(self, step: Step, classes: NormClasses) -> Tensor:
+    def _norms(self, step: Step, classes: NormClasses, inf: bool) -> Tensor:
         key = _key(step)
         plan = self.plans.get(key)
-        found = None if plan is None else plan.norms(step, classes)
+        found = None if plan is None else plan.norms(step, classes, inf)
         if plan is None or found is None:
             plan = self._new(step)
-            found = plan.norms(step, classes)
+            found = plan.norms(step, classes, inf)
             if found is None:
                 raise RuntimeError("a tensor changed while its norm was measured")
         self._keep(key, plan)
@@ -139,7 +142,7 @@ class Engine:
     def _keep(self, key: tuple[Any, ...], plan: StepPlan) -> None:
         """Keep a plan for the next step. Without a compiled part the checks are all there is, and nothing is worth keeping."""
         self.plans.pop(key, None)
-        while len(self.plans) >= _PLANS_KEPT:
+        while len(self.plans) >= self.plans_kept:
             del self.plans[next(iter(self.plans))]
         if plan.compiled:
             self.plans[key] = plan

@@ -162,7 +162,11 @@ class Measures(Protocol):
 
 def total(executors: Iterable[Measures], step: Step, classes: NormClasses, inf: bool) -> Tensor:
     """The sum of squares, or the largest magnitude, of all gradients of all processes."""
-    found = local_total(executors, step, classes, inf)
+    return reduced(local_total(executors, step, classes, inf), classes, inf)
+
+
+def reduced(found: Tensor | None, classes: NormClasses, inf: bool) -> Tensor:
+    """The same from what this process has of each class; None where it has nothing."""
     if found is None:  # a process may have no gradient, or no parameter; the others wait for its part
         found = torch.zeros(len(classes.groups), dtype=torch.float64, device=_device_of(classes))
     for index, over in enumerate(classes.groups):

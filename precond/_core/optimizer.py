@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .formats import StateFormat
 from .metric import Metric
 from .norm import group_of_sharder, sharder_among_callers
 from .precision import at_stated_precision
-from .rows import Row, Step, name_of
+from .rows import PartOfStep, Row, Step, name_of
 from .scales import KEPT, SCALES, l1_decay_of, remember_lr, scale, warned_if_scaled
 from .settings import DEFAULTS, LOST, Settings, own_settings
 from .states import ParamStates, Recipe
@@ -35,6 +35,15 @@ _DECLARATIONS = {
     "_check_defaults": "the errors for arguments that are out of range",
     "_why_not_one_pass": "why the settings that need one pass are refused, such as 'for Muon'",
 }
+
+
+
+class Releases(Protocol):
+    """What updates parameters one by one, while gradients come."""
+
+    def finish(self) -> None:
+        """The rest of a step."""
+
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -77,6 +86,10 @@ class FusedOptimizer(ShowsAverages, torch.optim.Optimizer):
     #: How many steps have begun, whether this one takes statistics, and whether all of its groups have rules with parts.
     _steps_begun: int = 0
     _measures: bool = False
+    #: While single parameters are stepped: what all of their step share.
+    _partial: PartOfStep | None = None
+    #: What steps parameters as soon as they have their gradients, and finishes the step.
+    _releases: Releases | None = None
     _all_have_parts: bool = False
     #: How many groups are before this one's where it only checks and completes some.
     _groups_before: int = 0
@@ -205,7 +218,10 @@ class FusedOptimizer(ShowsAverages, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
-            self._update_at_stated_precision()
+            if self._releases is None:
+                self._update_at_stated_precision()
+            else:
+                self._releases.finish()
         return loss
 
     def _check_may_step(self) -> None:
@@ -215,14 +231,18 @@ class FusedOptimizer(ShowsAverages, torch.optim.Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @at_stated_precision
     def _update_at_stated_precision(self) -> None:
+        self._begin_step()
+        self._update()
+        self._forget_strangers()
+
+    def _begin_step(self) -> None:
+        """What is decided once for a step of all parameters."""
         if not self._scaled_once:
             self._scaled_once = warned_if_scaled(self.param_groups)
         every = self._own["statistics"]
         self._measures = bool(every) and self._steps_begun % every == 0
         self._all_have_parts = self._measures or any(map(parts.is_scaled, self.param_groups))
         self._steps_begun += 1
-        self._update()
-        self._forget_strangers()
 
     def _forget_strangers(self) -> None:
         """Drop what is kept about parameters that this optimizer no longer has."""
@@ -234,13 +254,16 @@ class FusedOptimizer(ShowsAverages, torch.optim.Optimizer):
 
     def _step_in_one_pass(self, groups: list[dict[str, Any]]) -> None:
         """The step of some or all groups."""
-        control = control_of(getattr(self, "found_inf", None), getattr(self, "grad_scale", None), self._own)
-        if control is None:
+        part = self._partial or PartOfStep(
+            control_of(getattr(self, "found_inf", None), getattr(self, "grad_scale", None), self._own)
+        )
+        if part.control is None:
             self.skipped_steps.add_(1)
             return
         rows = [self._checked_row(group) for group in groups]
+        scaled = parts.scaled(groups)
         self._engine.run(
-            Step(groups, self.state, {}, rows, control, measured=self._measures, scaled=parts.scaled(groups))
+            Step(groups, self.state, {}, rows, part.control, part.clip, None, self._measures, scaled, part.into)
         )
 
     def _checked_row(self, group: dict[str, Any]) -> Row:
@@ -254,6 +277,10 @@ class FusedOptimizer(ShowsAverages, torch.optim.Optimizer):
     def _has_one_pass(self, group: dict[str, Any]) -> bool:
         """True for a group that the engine steps."""
         return True
+
+    def why_not_alone(self, group: dict[str, Any]) -> str:
+        """Why a parameter of a group cannot be stepped before the others have gradients; empty if it can."""
+        return ""
 
     def _whole(self) -> FusedOptimizer:
         """The optimizer that this one is a part of; itself where it stands alone."""

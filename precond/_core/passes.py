@@ -113,6 +113,10 @@ class _NoStates(dict[Tensor, dict[str, Any]]):
         return {}
 
 
+#: For steps that measure gradients alone.
+NO_STATES = _NoStates()
+
+
 class Beginning:
     """What the passes of an optimizer's steps do with its gradients: finds it before them, from the norm of all gradients."""
 
@@ -132,7 +136,7 @@ class Beginning:
             own.clear()
             own.update({key: group[key] for key in ("params", "param_names") if key in group})
         rows = [Row("sgd", 1.0, plain_step(0.0, 0.0))] * len(groups)
-        step = Step(self._groups, _NoStates(), {}, rows, control)
+        step = Step(self._groups, NO_STATES, {}, rows, control)
         try:
             return self.engine.begin(step, host_must_know=host_must_know)
         finally:

@@ -280,15 +280,17 @@ class StepPlan:
         self._forget(step)
         return False
 
-    def norms(self, step: Step, classes: NormClasses) -> Tensor | None:
-        """For each class the sum of squares of this process' gradients; None where the plan no longer holds."""
+    def norms(self, step: Step, classes: NormClasses, inf: bool) -> Tensor | None:
+        """For each class the sum of squares of this process' gradients, or the largest magnitude; None where the plan no longer
+        holds.
+        """
         try:
             if not self._refresh(step):
                 return None
             self.new = False
             for executor in self.compiled:
                 executor.set_norm_classes([classes.of[p] for p in parameters(step)])
-            return local_total(self.executors, step, classes, inf=False)
+            return local_total(self.executors, step, classes, inf)
         finally:
             self._release()
 
@@ -332,6 +334,8 @@ class StepPlan:
             self._check_device_control(step, executors)
             if step.clip is not None:
                 begun: Begun | None = Begun(step.control, step.clip)
+                if not all(executor.backend in ("cuda", "triton") for executor in executors):
+                    begun = begun.folded()
             else:
                 begun = begin(
                     executors,

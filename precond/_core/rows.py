@@ -62,6 +62,16 @@ class Scaled(NamedTuple):
     max_rms: float | None = None
 
 
+class PartOfStep(NamedTuple):
+    """What a step of some parameters takes from that of all."""
+
+    #: None: the step is skipped.
+    control: Control | None
+    #: norm.Clip, as Step has it; and where statistics go.
+    clip: Any = None
+    into: Any = None
+
+
 class Step(NamedTuple):
     """One step of some parameter groups."""
 

@@ -17,7 +17,7 @@ from .._core.memory import Memory
 from .._core.optimizer import FusedOptimizer
 from .._core.passes import Beginning, Job
 from .._core.plan import first_differs
-from .._core.rows import Control, Row, Step, name_among, name_of
+from .._core.rows import Control, PartOfStep, Row, Step, name_among, name_of
 from .._core.sharding import aligned_gradients, local
 from .exchange import Agreements, Member
 from .last_pass import LastPass
@@ -140,6 +140,7 @@ class MultiPass(LastPass, abstract=True):
         if not several:
             self._step_in_one_pass(groups)
             return
+        part = self._partial
         control = control_of(getattr(self, "found_inf", None), getattr(self, "grad_scale", None), self._own)
         if control is None:
             self.skipped_steps.add_(1)
@@ -150,10 +151,11 @@ class MultiPass(LastPass, abstract=True):
         still = stands_still(rows)
         self._only_states = still and self._has_neither_states_nor_gradients(several)
         work = self._prepare(several, of_several)
-        begun = self._begin(control, rows)
+        begun = self._begin(control, rows) if part is None else self._begun_by(part)
         if begun is None:
             return
-        self._into = self._collecting(groups) if self._measures else None
+        collecting = self._measures and part is None
+        self._into = self._collecting(groups) if collecting else None if part is None else part.into
         # torch.distributed.checkpoint makes states by a step at lr 0. Those of the passes come first then: a plan that has only
         # made states holds until other states appear, and knows that its next step is the first one.
         if still:
@@ -178,16 +180,21 @@ class MultiPass(LastPass, abstract=True):
             )
         if not still:
             self._step_in_passes(several, of_several, work, begun)
-        if self._into is not None:
+        if collecting and self._into is not None:
             if (total := self._into.total()) is not None:
                 self.engine.report.note(total, self._into.labels)
             if total is not None and total.is_cuda and torch.cuda.is_current_stream_capturing():
                 self.engine.captured.append(self._into.kept())
-            self._into = None
+        self._into = None
 
     def _has_one_pass(self, group: dict[str, Any]) -> bool:
         """True for a group that the engine steps."""
         return not self._needs_passes(group)
+
+    def why_not_alone(self, group: dict[str, Any]) -> str:
+        """Why a parameter of a group cannot be stepped before the others have gradients; empty if it can."""
+        shared = self._needs_passes(group) and any(self._is_shared(p, group) for p in group["params"])
+        return "of matrices on shards: all ranks and all matrices share a step" if shared else ""
 
     def _check_apart(self) -> None:
         """Raise where two parameters share memory, of whatever methods, before a pass writes one of them."""
@@ -212,6 +219,13 @@ class MultiPass(LastPass, abstract=True):
             )
         )
         return self._beginning.find(groups, control, host_must_know=host_must_know)
+
+    def _begun_by(self, part: PartOfStep) -> Begun | None:
+        """The same where the step of all parameters says so."""
+        if part.control is None:
+            return None
+        begun = Begun(part.control, part.clip)
+        return begun.folded() if self._decided_by_host(self.param_groups) else begun
 
     def _members(self, groups: list[dict[str, Any]], *, frozen: bool = False) -> list[Member]:
         """The parameters whose matrices ranks share: whether they have a gradient or not, since no rank knows of the others'.

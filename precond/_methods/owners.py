@@ -7,17 +7,18 @@ Called by exchange.py, which runs the plan.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from .units import Block, Matrices
 
 #: So many bytes of matrices per owner travel together: a quarter of what it owns, so that products hide all but the first gather
 #: and the last return, within bounds. Less is not worth a collective; more only takes memory.
 BATCHES, SMALLEST_BATCH, LARGEST_BATCH = 4, 1 << 20, 128 << 20
+
+T = TypeVar("T")
 
 #: Stretches of indices of a dimension, (first, number), in the order in which a local tensor has them.
 Runs = tuple[tuple[int, int], ...]
@@ -128,7 +129,7 @@ class Plan:
         where they are known already.
         """
         self.entries, self.ranks, self.itemsize = entries, ranks, itemsize
-        holders = functools.cache(_holders)  # the layers of a model are alike
+        holders = _Alike()
         self.assigned = [found for number, entry in enumerate(entries) for found in _units(number, entry, holders)]
         #: What each rank has to do.
         self.costs = self._choose_owners() if owners is None else self._take_owners(owners)
@@ -140,14 +141,18 @@ class Plan:
         has to do.
         """
         loads = [0.0] * self.ranks
+        sizes = _once(lambda holders: {rank: part.numel for rank, part in holders.items()})
         whole = {
-            id(a): [rank for rank, part in a.holders.items() if part.numel == math.prod(a.unit.shape)]
+            id(a): [rank for rank, size in sizes(a.holders).items() if size == math.prod(a.unit.shape)]
             for a in self.assigned
         }
         order = sorted(self.assigned, key=lambda a: (not whole[id(a)], -a.cost, a.unit))
         for a in order:
-            among = whole[id(a)] or range(self.ranks)
-            has = {rank: part.numel for rank, part in a.holders.items()}
+            among, has = whole[id(a)], sizes(a.holders)
+            if not among:
+                # The only ones that can come first. All ranks for each of tens of thousands of experts would take minutes.
+                least = min(loads)
+                among = [rank for rank in has if loads[rank] == least] or [loads.index(least)]
             a.owner = min(among, key=lambda rank: (loads[rank], -has.get(rank, 0), rank))
             loads[a.owner] += a.cost
         return loads
@@ -161,15 +166,20 @@ class Plan:
 
     def _choose_sources(self) -> None:
         """The owner's own part, those of its replica, then whichever there are."""
+        several = _once(lambda holders: len({part.at for part in holders.values()}) < len(holders))
+        sizes = _once(lambda holders: sum(part.numel for part in holders.values()))
         for a in self.assigned:
             entry = self.entries[a.unit.param]
-            replicas = entry.replicas
-            order = [(rank != a.owner, replicas[rank] != replicas[a.owner], rank) for rank in a.holders]
-            best: dict[tuple[Runs, ...], int] = {}
-            for *_, rank in sorted(order):
-                best.setdefault(a.holders[rank].at, rank)
-            a.sources = tuple(sorted(best.values()))
-            found = sum(a.holders[rank].numel for rank in a.sources)
+            if several(a.holders):
+                replicas = entry.replicas
+                order = [(rank != a.owner, replicas[rank] != replicas[a.owner], rank) for rank in a.holders]
+                best: dict[tuple[Runs, ...], int] = {}
+                for *_, rank in sorted(order):
+                    best.setdefault(a.holders[rank].at, rank)
+                a.sources = tuple(sorted(best.values()))
+                found = sum(a.holders[rank].numel for rank in a.sources)
+            else:
+                a.sources, found = tuple(sorted(a.holders)), sizes(a.holders)
             if found != math.prod(a.unit.shape):
                 raise RuntimeError(
                     f"shards of {entry.key} must make up its shape {entry.shape} once, "
@@ -235,9 +245,47 @@ def _units(number: int, entry: Entry, holders_of: Holders) -> Iterator[Assigned]
                 yield Assigned(Unit(number, e, 1, block), cost, holders_of(entry.pieces, ((e, 1), *sides)))
 
 
-def _holders(pieces: tuple[Piece, ...], wanted: tuple[tuple[int, int], ...]) -> dict[int, Part]:
-    parts = {piece: _part(piece, wanted) for piece in set(pieces)}  # replicas have the same
-    return {rank: part for rank, piece in enumerate(pieces) if (part := parts[piece]) is not None}
+class _Alike:
+    """The layers of a model are alike: what ranks have of a unit is found once for all of them."""
+
+    def __init__(self) -> None:
+        #: By the identity of the pieces, which entries keep alive: a thousand ranks' take long to compare.
+        self._found: dict[tuple[int, tuple[tuple[int, int], ...]], dict[int, Part]] = {}
+        self._ranks_with: dict[int, dict[Runs, list[int]]] = {}
+
+    def __call__(self, pieces: tuple[Piece, ...], wanted: tuple[tuple[int, int], ...]) -> dict[int, Part]:
+        key = id(pieces), wanted
+        if key not in self._found:
+            self._found[key] = self._holders(pieces, wanted)
+        return self._found[key]
+
+    def _holders(self, pieces: tuple[Piece, ...], wanted: tuple[tuple[int, int], ...]) -> dict[int, Part]:
+        ranks_with = self._ranks_with.get(id(pieces))
+        if ranks_with is None:
+            ranks_with = self._ranks_with[id(pieces)] = {}
+            for rank, piece in enumerate(pieces):
+                ranks_with.setdefault(piece.counts, []).append(rank)
+        start, size = wanted[0]
+        near = sorted(
+            rank
+            for counts, ranks in ranks_with.items()
+            if any(run < start + size and start < run + length for run, length in counts)
+            for rank in ranks
+        )
+        parts = {piece: _part(piece, wanted) for piece in {pieces[rank] for rank in near}}  # replicas have the same
+        return {rank: part for rank in near if (part := parts[pieces[rank]]) is not None}
+
+
+def _once(of: Callable[[dict[int, Part]], T]) -> Callable[[dict[int, Part]], T]:
+    """Something about the parts of a unit's holders, asked for once where units share them."""
+    found: dict[int, T] = {}
+
+    def asked(holders: dict[int, Part]) -> T:
+        if id(holders) not in found:
+            found[id(holders)] = of(holders)
+        return found[id(holders)]
+
+    return asked
 
 
 def _part(piece: Piece, wanted: tuple[tuple[int, int], ...]) -> Part | None:

@@ -107,7 +107,7 @@ def indices_of(
     # Step by step, as distribute_tensor cuts: each dimension of the mesh what the one before has left.
     for placement, pieces, number in zip(placements, mesh, here, strict=True):
         if not placement.is_replicate():
-            indices[placement.dim] = _cut(placement, indices[placement.dim], pieces)[number]
+            indices[placement.dim] = _cut(placement, indices[placement.dim], pieces, number)
     return indices
 
 
@@ -118,16 +118,20 @@ def piece_of(shape: tuple[int, ...], indices: Sequence[Tensor], flatten: bool | 
     return Piece(*(_runs(_flat(indices[cut], shape[cut])) for cut in cuts))
 
 
-def _cut(placement: Any, indices: Tensor, pieces: int) -> list[Tensor]:
+def _cut(placement: Any, indices: Tensor, pieces: int, number: int) -> Tensor:
+    """One of so many pieces."""
     if type(placement).__name__ == "_StridedShard":
         along = type(placement)(0, split_factor=placement.split_factor)
-        return list(along._split_tensor(indices, pieces, with_padding=False)[0])
-    chunks = list(torch.chunk(indices, pieces))
-    return chunks + [indices[:0]] * (pieces - len(chunks))
+        found: Tensor = along._split_tensor(indices, pieces, with_padding=False)[0][number]
+        return found
+    size = -(-len(indices) // pieces)  # as torch.chunk, which would make all of them
+    return indices[number * size : (number + 1) * size]
 
 
 def _flat(indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """The indices of a product of dimensions, in one."""
+    if len(indices) == 1:
+        return indices[0]
     flat = torch.zeros(1, dtype=torch.int64)
     for each, size in zip(indices, sizes, strict=True):
         flat = (flat[:, None] * size + each[None, :]).reshape(-1)

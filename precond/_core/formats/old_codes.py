@@ -96,9 +96,10 @@ def _renew(stored: Tensor, scale: Tensor, form: str) -> bool:
     per = GROUP // 2 if form.endswith("4") else GROUP
     flat, scales = stored.view(-1), scale.view(-1)
     full = flat.numel() // per
-    found = is_old(scales).nonzero().view(-1)
-    if found.numel() == 0:
+    # One pass that writes nothing: on a CPU every new plan comes here, with the scales of all parameters.
+    if scales.numel() == 0 or int(scales.view(torch.int16).amax()) <= 0:
         return False
+    found = is_old(scales).nonzero().view(-1)
     rows = flat[: full * per].view(full, per)
     whole = found[found < full]
     for first in range(0, whole.numel(), _AT_ONCE):

@@ -1,5 +1,5 @@
-"""A step of Muon on shards, on paper: what each rank sends and multiplies, for a model on a mesh. It makes the plan that the
-optimizer makes, from the same shards, and times nothing.
+"""A step of Muon on shards, on paper: what each rank sends and multiplies, for a model on a mesh; with --memory, the bytes that a
+rank has of each kind of optimizer. It makes the plan that the optimizer makes, from the same shards, and times nothing.
 """
 
 from __future__ import annotations
@@ -11,60 +11,31 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
-
 from precond._methods.owners import Entry, Plan
 from precond._methods.placed import spread_of
 from precond._methods.units import matrices_of
 
+from . import memory
+from .models import MODELS, Engine, fsdp, fsdp_over_tp, hsdp
+
 #: Newton-Schulz steps; operations of a matrix of m by n are 5 (4 m^2 n + 2 m^3), m <= n.
 NS_STEPS = 5
-#: Layers, and the matrices of one: name, rows, columns, and the dimension that tensor parallelism cuts.
-Model = tuple[int, tuple[tuple[str, int, int, int], ...]]
-
-
-def llama(layers: int, width: int, hidden: int, kv: int = 1024) -> Model:
-    """A model of Llama 3's shapes."""
-    attention = (("q", width, width, 0), ("k", kv, width, 0), ("v", kv, width, 0), ("o", width, width, 1))
-    return layers, (*attention, ("gate", hidden, width, 0), ("up", hidden, width, 0), ("down", width, hidden, 1))
-
-
-MODELS = {"llama-70b": llama(80, 8192, 28672), "llama-8b": llama(32, 4096, 14336)}
 #: Bytes of an element on its way, bfloat16.
 ITEMSIZE = 2
 
 
 class Sharded(NamedTuple):
-    """A matrix and how a mesh has it."""
+    """A matrix, or a batch of them, and how a mesh has it."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     placements: tuple[Any, ...]
 
 
-def fsdp(model: str) -> list[Sharded]:
-    """FSDP2 on a mesh of one dimension."""
-    return _each(model, lambda _: (Shard(0),))
-
-
-def hsdp(model: str) -> list[Sharded]:
-    """Replicas by shards."""
-    return _each(model, lambda _: (Replicate(), Shard(0)))
-
-
-def fsdp_over_tp(model: str, tp: int) -> list[Sharded]:
-    """FSDP2 by tensor parallelism, as torch places them."""
-    return _each(model, lambda dim: (Shard(0) if dim else _StridedShard(0, split_factor=tp), Shard(dim)))
-
-
-def _each(model: str, placed: Any) -> list[Sharded]:
-    layers, matrices = MODELS[model]
-    return [
-        Sharded(f"layers.{layer:03}.{name}", (rows, columns), placed(dim))
-        for layer in range(layers)
-        for name, rows, columns, dim in matrices
-    ]
+def matrices_on(model: str, engine: Engine) -> list[Sharded]:
+    """The hidden matrices of a model, as an engine places them."""
+    matrices = [weight for weight in MODELS[model]() if weight.role == "matrix"]
+    return [Sharded(weight.name, weight.shape, engine(weight).placements) for weight in matrices]
 
 
 def plan_of(matrices: Sequence[Sharded], mesh: tuple[int, ...]) -> Plan:
@@ -86,7 +57,7 @@ def figures(matrices: Sequence[Sharded], mesh: tuple[int, ...]) -> dict[str, flo
     both = [sum(each) for each in sent]
     # 5 (4 m^2 n + 2 m^3) of a matrix that costs m^2 (2 n + m).
     operations = [2 * NS_STEPS * cost for cost in plan.costs]
-    elements = sum(rows * columns for _, (rows, columns), _ in matrices)
+    elements = sum(math.prod(matrix.shape) for matrix in matrices)
     placements = matrices[0].placements
     pieces = math.prod(size for size, one in zip(mesh, placements, strict=True) if not one.is_replicate())
     local = elements * ITEMSIZE / pieces
@@ -114,21 +85,31 @@ def figures(matrices: Sequence[Sharded], mesh: tuple[int, ...]) -> dict[str, flo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=list(MODELS), default="llama-70b")
+    parser.add_argument("--model", choices=list(MODELS), help="default llama-70b; with --memory the three of the page")
+    parser.add_argument("--memory", action="store_true", help="bytes of a rank instead, on the meshes of the page")
     parser.add_argument("--ranks", type=int, default=64)
     parser.add_argument("--replicas", type=int, default=8, help="rows of the mesh of HSDP; divides the ranks")
     parser.add_argument("--tp", type=int, default=4, help="of the mesh with tensor parallelism; divides the ranks")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    model, ranks, replicas, tp = arguments.model, arguments.ranks, arguments.replicas, arguments.tp
+    if arguments.memory:
+        chosen = list(memory.MESHES) if arguments.model is None else [arguments.model]
+        if not set(chosen) <= set(memory.MESHES):
+            raise SystemExit(f"--memory knows meshes for {', '.join(memory.MESHES)}, got --model {arguments.model}")
+        print("\n".join(memory.tables(chosen)), end="")
+        return
+    model, ranks, replicas, tp = arguments.model or "llama-70b", arguments.ranks, arguments.replicas, arguments.tp
     for name, size in (("replicas", replicas), ("tp", tp)):
         if size < 1 or ranks % size:
             raise SystemExit(f"--{name} must divide the {ranks} ranks, got {size}")
     meshes: dict[str, tuple[list[Sharded], tuple[int, ...]]] = {
-        f"FSDP2 {ranks}": (fsdp(model), (ranks,)),
-        f"HSDP {replicas} x {ranks // replicas}": (hsdp(model), (replicas, ranks // replicas)),
-        f"FSDP2 {ranks // tp} x TP {tp}": (fsdp_over_tp(model, tp), (ranks // tp, tp)),
+        f"FSDP2 {ranks}": (matrices_on(model, fsdp(ranks)), (ranks,)),
+        f"HSDP {replicas} x {ranks // replicas}": (
+            matrices_on(model, hsdp(replicas, ranks // replicas)),
+            (replicas, ranks // replicas),
+        ),
+        f"FSDP2 {ranks // tp} x TP {tp}": (matrices_on(model, fsdp_over_tp(ranks // tp, tp)), (ranks // tp, tp)),
     }
     found = {name: figures(*of) for name, of in meshes.items()}
     print(f"| {model}, {ranks} ranks | {' | '.join(found)} |")

@@ -17,7 +17,8 @@ import torch
 import precond
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+TRAINERS = sorted((ROOT / "docs" / "trainers").glob("*.md"))
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *TRAINERS]
 WITHOUT_EXAMPLES = ("README", "design", "theory")
 PUBLIC = [getattr(precond, name) for name in precond.__all__]
 OPTIMIZERS = [item for item in PUBLIC if isinstance(item, type) and issubclass(item, torch.optim.Optimizer)]
@@ -132,8 +133,18 @@ class Markdown(doctest.DocTestParser):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_examples_of_pages_run(page):
     results = doctest.testfile(str(page), module_relative=False, parser=Markdown(), encoding="utf-8")
-    assert results.attempted > 0 or page.stem in WITHOUT_EXAMPLES
+    assert results.attempted > 0 or page.stem in WITHOUT_EXAMPLES or page in TRAINERS
     assert results.failed == 0
+
+
+@pytest.mark.source
+def test_a_trainer_has_a_page_and_a_script():
+    """Which tests/integrations/test_examples.py runs."""
+    scripts = {path for path in (ROOT / "examples").glob("*.py") if path.stem != "tiny"}
+    of_pages = [path for page in TRAINERS for path, _ in links(page) if path.suffix == ".py"]
+    assert sorted(of_pages) == sorted(scripts)
+    of_contents = {path for path, _ in links(ROOT / "docs" / "README.md")}
+    assert not [page.name for page in TRAINERS if page not in of_contents]
 
 
 FUNCTIONS = [item for item in PUBLIC if inspect.isfunction(item)]

@@ -27,12 +27,13 @@ from tqdm import tqdm
 import precond
 from precond import reference
 
-from . import methods, record, sharded, timing
+from . import host, methods, record, timing
 
 MILLION = 1 << 20
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 HOST = "host time of a step on 1000 tiny tensors"
 SHARDED = "host time of a step on 1000 DTensor parameters of 64 elements"
+RELEASED = "host time of a released gradient, 500 parameters of 64 elements"
 PLANS = "gradients that come and go, and new plans, on 400 tensors of 64 elements"
 IMPORT = "import of precond after torch"
 
@@ -368,7 +369,7 @@ def run(arguments: argparse.Namespace) -> None:
     measures = {case.name: functools.partial(timed, case) for case in cases(quick)}
     measures |= methods.cases(seconds / 2, quick)
     measures |= {HOST: lambda: host_time(seconds), PLANS: lambda: plan_times(seconds)}
-    measures |= {SHARDED: lambda: sharded.host_time(seconds)}
+    measures |= {SHARDED: lambda: host.of_shards(seconds), RELEASED: lambda: host.of_releases(seconds)}
     measures |= {IMPORT: lambda: import_time(2 if quick else 5)}
     names = record.chosen(measures, arguments.only)
     if not all(results.has(name) for name in names):

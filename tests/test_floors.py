@@ -26,6 +26,7 @@ _core.plan
 _core.engine
 _core.optimizer
 _core.conversions _core.passes
+_core.single
 _methods _wrappers
 _inputs
 """

@@ -37,7 +37,6 @@ _DECLARATIONS = {
 }
 
 
-
 class Releases(Protocol):
     """What updates parameters one by one, while gradients come."""
 

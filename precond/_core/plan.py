@@ -333,9 +333,9 @@ class StepPlan:
         try:
             self._check_device_control(step, executors)
             if step.clip is not None:
-                begun: Begun | None = Begun(step.control, step.clip)
-                if not all(executor.backend in ("cuda", "triton") for executor in executors):
-                    begun = begun.folded()
+                given = Begun(step.control, step.clip)
+                by_device = all(executor.backend in ("cuda", "triton") for executor in executors)
+                begun: Begun | None = given if by_device else given.folded()
             else:
                 begun = begin(
                     executors,

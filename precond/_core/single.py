@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -114,5 +112,3 @@ def places_of(groups: list[Group]) -> dict[int, Place]:
         for index, group in enumerate(groups)
         for position, p in enumerate(group["params"])
     }
-
-

@@ -38,7 +38,8 @@ def release_buckets(
             )
     for module in modules:
         # DDP else makes gradients of its buckets again, at the end of the backward pass.
-        module.reducer._set_optimizer_in_backward()
+        reducer: Any = module.reducer
+        reducer._set_optimizer_in_backward()
         state, hook = (module.process_group, _mean) if comm_hook is None else comm_hook
         module.register_comm_hook(state, _then(hook, weakref.WeakMethod(release)))
         found.update(map(id, module.parameters()))
@@ -57,7 +58,7 @@ def _then(hook: CommHook, release: weakref.WeakMethod[Release]) -> CommHook:
         def after(future: torch.futures.Future[Any]) -> Tensor:
             value = future.value()
             reduced = value[0] if isinstance(value, list) else value
-            buffer = bucket.buffer()
+            buffer: Tensor = bucket.buffer()
             if reduced.data_ptr() != buffer.data_ptr():
                 buffer.copy_(reduced)
             params, gradients = bucket.parameters(), bucket.gradients()

@@ -1,10 +1,11 @@
-"""What a step of DTensor parameters costs beside one of plain ones: the host's time, on a mesh of one process."""
+"""What the host takes beside the kernels: for DTensor parameters, on a mesh of one process, and for released gradients."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ def _parameters(mesh: object) -> list[torch.nn.Parameter]:
     return made
 
 
-def host_time(seconds: float) -> dict[str, object]:
+def of_shards(seconds: float) -> dict[str, object]:
     """Steps of sharded and of plain parameters, of ours and of torch's."""
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
@@ -67,4 +68,32 @@ def host_time(seconds: float) -> dict[str, object]:
                 "met": ratios["precond"] <= LIMIT,
             }
         ],
+    }
+
+
+def of_releases(seconds: float) -> dict[str, object]:
+    """A backward pass and a step, released and not: microseconds for each parameter."""
+    count, calls = 500, {}
+    for name, released, options in (
+        ("step", False, {}),
+        ("released", True, {}),
+        ("step, clipped", False, {"max_grad_norm": 1.0}),
+        ("released, clipped", True, {"max_grad_norm": 1.0}),
+    ):
+        params = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(SHAPE)) for _ in range(count)])
+        optimizer = precond.AdamW(params.parameters(), **options)
+        if released:
+            precond.release_gradients(params, optimizer, clip="previous" if options else None)
+
+        def call(params: Any = params, optimizer: Any = optimizer) -> None:
+            torch.stack([p.square().sum() for p in params]).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        calls[name] = call
+    times = timing.interleaved(calls, seconds)
+    return {
+        "us per parameter": {name: statistics.median(values) * 1e6 / count for name, values in times.items()},
+        "ms_quartiles": timing.ms_quartiles(times),
+        "targets": [],
     }

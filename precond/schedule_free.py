@@ -83,6 +83,7 @@ class _ScheduleFree(FusedOptimizer, abstract=True):
         options = super()._options_of(group)
         return {name: value for name, value in options.items() if name not in ("decoupled", "lr_max", "added_lr")}
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _check_may_step(self) -> None:
         super()._check_may_step()
         in_eval = [group for group in self.param_groups if not group["train_mode"]]

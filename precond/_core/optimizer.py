@@ -224,7 +224,9 @@ class FusedOptimizer(ShowsAverages, torch.optim.Optimizer):
         return loss
 
     def _check_may_step(self) -> None:
-        """Raise where no step may be taken now, before a closure is evaluated."""
+        """Raise where no step may be taken now, before a closure is evaluated. A compiler traces it: what reads groups must be
+        hidden from it, or a new lr compiles the step again.
+        """
         self._check_shows_weights("step() must not be called")
 
     @torch._disable_dynamo  # type: ignore[attr-defined]

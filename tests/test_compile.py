@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from support.cases import BACKEND
-from support.dcp_training import model_of, weights
+from support.dcp_training import data, model_of, weights
 from support.methods import ALL, AROUND_STATES, Method, of_class
 from torch import nn
 from torch._dynamo.utils import counters
@@ -32,10 +32,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def data(method: Method, step: int) -> torch.Tensor:
-    return torch.randn(16, 64, generator=torch.Generator().manual_seed(step)).to(method.dtype)
 
 
 class Training:

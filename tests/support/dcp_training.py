@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -30,10 +30,22 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def data(method: Method, step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(16, 64, generator=generator).to(method.dtype)
+
+
+def fsdp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Each layer by itself, as FSDP2 is used."""
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def backward(method: Method, model: nn.Module, step: int) -> torch.Tensor:
     """The loss and its gradients; of a sharded model those of a whole one, since an average over ranks would round."""
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(16, 64, generator=generator).to(method.dtype)
+    x = data(method, step)
     params = list(model.parameters())
     sharded = isinstance(params[0], DTensor)
     net = model
@@ -107,15 +119,11 @@ def straight(method: Method) -> dict[str, torch.Tensor]:
     return weights(model, optimizer)
 
 
-def on_mesh(method: Method, mesh, folder: Path, first: bool) -> dict[str, dict[str, torch.Tensor]]:
+def on_mesh(method: Method, mesh: DeviceMesh, folder: Path, first: bool) -> dict[str, dict[str, torch.Tensor]]:
     """The first half of a sharded run, which saves itself both ways; or its second half from each."""
     found = {}
     for form in ("plain", "flat"):
-        model = model_of(method, seed=0 if first else 99)
-        for layer in model:
-            if isinstance(layer, nn.Linear):
-                fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        model = fsdp(model_of(method, seed=0 if first else 99), mesh)
         optimizer = method.make(model)
         if first:
             train(method, model, optimizer, 0)

@@ -34,6 +34,8 @@ class Method:
     matrices: bool = False
     #: Shards take the steps of the whole bit for bit.
     exact: bool = True
+    #: For a wrapper: what puts it around any optimizer of a model. ``make`` puts it around its own.
+    wrap: Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -41,6 +43,10 @@ class Method:
 
 def of_class(cls: type[torch.optim.Optimizer], **options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
     return lambda model: cls(model.parameters(), **options)
+
+
+def wrapper(name: str, wrap: Callable[[nn.Module, Any], torch.optim.Optimizer], base: Any, **options: Any) -> Method:
+    return Method(name, lambda model: wrap(model, base(model)), wrap=wrap, **options)
 
 
 def muon(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
@@ -110,21 +116,33 @@ AVERAGES = [
     Method("soap_averaged", of_class(precond.SOAP, lr=0.01, precondition_frequency=2, ema_decay=0.5)),
 ]
 WRAPPERS = [
-    Method(
+    wrapper(
         "bnp",
-        lambda model: precond.BNP(model, precond.AdamW(model.parameters(), lr=0.01), stat_momentum=0.5),
+        lambda model, base: precond.BNP(model, base, stat_momentum=0.5),
+        of_class(precond.AdamW, lr=0.01),
         whole=True,
     ),
-    Method("fop", lambda model: precond.FOP(precond.AdamW(model.parameters(), lr=0.01), 0.05, mode="diagonal")),
-    Method(
+    wrapper("fop", lambda model, base: precond.FOP(base, 0.05, mode="diagonal"), of_class(precond.AdamW, lr=0.01)),
+    wrapper(
         "gradient_regularizer",
-        lambda model: precond.GradientRegularizer(precond.AdamW(model.parameters(), lr=0.01), rho=0.05),
+        lambda model, base: precond.GradientRegularizer(base, rho=0.05),
+        of_class(precond.AdamW, lr=0.01),
         closure=True,
     ),
 ]
 #: Wrappers around an optimizer that has states before its first step, which torch.distributed.checkpoint takes for all there are.
 AROUND_STATES = [
-    Method("fop_adagrad", lambda model: precond.FOP(torch.optim.Adagrad(model.parameters()), 0.05, mode="output")),
-    Method("bnp_adagradw", lambda model: precond.BNP(model, precond.AdagradW(model.parameters()), stat_momentum=0.5)),
+    wrapper(
+        "fop_adagrad",
+        lambda model, base: precond.FOP(base, 0.05, mode="output"),
+        of_class(torch.optim.Adagrad),
+        whole=True,
+    ),
+    wrapper(
+        "bnp_adagradw",
+        lambda model, base: precond.BNP(model, base, stat_momentum=0.5),
+        of_class(precond.AdagradW),
+        whole=True,
+    ),
 ]
 ALL = [*ELEMENTWISE, *METHODS, *GROUPED, *FORMATS, *AVERAGES, *WRAPPERS]

@@ -140,7 +140,7 @@ class BNP(Wrapper):
         self._watched = list(plain_layers(self.module))
         self._found_with = self._tensors()
         self._observer_hooks = [
-            layer.register_forward_hook(Observer(self._observe), with_kwargs=True)
+            layer.register_forward_hook(Observer(layer, self._observe), with_kwargs=True)
             for layer in self._watched
             if self._observes and layer._parameters["weight"] in self._layers
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -37,19 +38,55 @@ class Inputs:
 
 class Observer:
     """A forward hook that passes what a layer sees in training to a method, as long as the method's object lives. The hook of a
-    copied layer does nothing.
+    copied layer does nothing. In a compiled model it is an operator, since a hook between graphs would cut them at each layer.
     """
 
-    def __init__(self, method: Callable[[nn.Module, Tensor, Tensor], None] | None) -> None:
+    def __init__(self, layer: nn.Module | None, method: Callable[[nn.Module, Tensor, Tensor], None] | None) -> None:
+        self.layer = None if layer is None else weakref.ref(layer)
         self.method = None if method is None else weakref.WeakMethod(method)
+        number = next(_NUMBERS)
+        _OBSERVERS[number] = self
+        self.token = torch.tensor(number, dtype=torch.int64, device="cpu")
 
     def __call__(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        method = None if self.method is None else self.method()
-        if method is not None and layer.training and torch.is_grad_enabled():
-            method(layer, args[0] if args else kwargs["input"], output)
+        if not layer.training or not torch.is_grad_enabled():
+            return
+        x, weight = args[0] if args else kwargs["input"], layer._parameters["weight"]
+        # Under torch.func a compiler cannot read the level, and leaves it to the method, which sees what x is.
+        if weight is not None and torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None:
+            torch.ops.precond.observe(self.token, weight.detach(), x.detach(), output.detach())
+        elif self.method is not None and (method := self.method()) is not None:
+            method(layer, x, output)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Observer, (None,)
+        return Observer, (None, None)
+
+
+_NUMBERS = itertools.count()
+_OBSERVERS: weakref.WeakValueDictionary[int, Observer] = weakref.WeakValueDictionary()
+
+
+def _observe(token: Tensor, weight: Tensor, x: Tensor, output: Tensor) -> None:
+    """What runs in a graph in place of a hook. ``token`` is the observer's number, on the host."""
+    observer = _OBSERVERS.get(int(token))
+    if observer is None or observer.layer is None or observer.method is None:
+        return
+    layer, method = observer.layer(), observer.method()
+    own = None if layer is None else layer._parameters["weight"]
+    # A graph is handed other objects with the same memory; torch.func.functional_call has another weight.
+    if layer is not None and method is not None and own is not None and own.data_ptr() == weight.data_ptr():
+        method(layer, x, output)
+
+
+# The token counts as written, so that no compiler leaves the operator out. CUDA graphs must: a replay would see nothing. Not
+# by torch.library.custom_op: it raises the version of what it writes, and the backward of a checkpointed layer fails.
+_LIBRARY = torch.library.Library("precond", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
+    "observe(Tensor(a!) token, Tensor weight, Tensor x, Tensor output) -> ()",
+    tags=[tag for tag in torch.Tag.__members__.values() if tag.name == "cudagraph_unsafe"],  # torch before 2.8 has none
+)
+_LIBRARY.impl("observe", _observe, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("precond::observe", lambda token, weight, x, output: None, lib=_LIBRARY)
 
 
 def statistics_dtype(weight: Tensor) -> torch.dtype:

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # what Dynamo says of profilers and graph breaks
 ]
 
-STEPS = 4
+STEPS = 3
 METHODS = [*ALL, *AROUND_STATES]
 #: What is compiled, and who changes lr meanwhile.
 WAYS = {"a train step": "assigned", "a step with a closure": "scheduled", "step alone": "a tensor"}
@@ -30,10 +30,13 @@ STOCK = Method("torch's AdamW", of_class(torch.optim.AdamW, lr=0.01))
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread():
+def _fast():
+    """One thread; and no timing of guards, for which Dynamo empties the cache: a third of the time here."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0, raising=False)
+        yield
     torch.set_num_threads(threads)
 
 
@@ -160,7 +163,7 @@ def test_a_compiled_step_may_have_a_loss_scaler(method):
     expected = eager.run(eager.function())
     training, losses, _ = compiled(method, "a scaled step")
     assert losses == expected
-    assert training.scaler.get_scale() == eager.scaler.get_scale() == 1024.0
+    assert training.scaler.get_scale() == eager.scaler.get_scale() == 512.0
     assert all(map(torch.equal, training.model.parameters(), eager.model.parameters()))
 
 
@@ -206,12 +209,11 @@ def observed(forward, backend, micro_batches=2):
     return [p.detach() for p in net.parameters()], [optimizer.own[layer.weight] for layer in (net[0], net[2])]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("forward", [twice, checkpointed, with_other_weights, mapped, partly_without_gradients])
-def test_a_compiled_model_shows_what_an_eager_one_does(forward, backend):
-    """Also where a compiler makes other tensors of weights and inputs, and for batches of several sizes."""
+def test_a_compiled_model_shows_what_an_eager_one_does(forward):
+    """For batches of several sizes, and by a backend that makes other tensors of weights and inputs."""
     params, statistics = observed(forward, None)
-    found, others = observed(forward, backend)
+    found, others = observed(forward, "aot_eager")
     assert all(map(torch.equal, params, found))
     for own, other in zip(statistics, others, strict=True):
         assert own["rows"] == other["rows"] == 6 * (2 if forward is twice else 1)

@@ -12,6 +12,7 @@ from support.cases import bits_equal
 from support.ranks import on_ranks, on_two_ranks
 
 import precond
+from precond._core import backend
 from precond._core import sharding as _sharding
 
 
@@ -114,6 +115,35 @@ def test_a_plan_notices_a_gradient_that_is_placed_otherwise_in_a_later_step(opti
             b.step()
     assert seen == [(Partial(),), (Replicate(),), (Shard(1),)]
     assert all(bits_equal(p, q.to_local()) for p, q in zip(plain, sharded, strict=True))
+
+
+def test_a_shard_needs_no_other_look_where_gradient_and_states_are_placed_as_it(mesh):
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    p = torch.nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)])
+    optimizer = precond.AdamW([p])
+    optimizer.step()
+    state = optimizer.state[p]
+
+    def devices(inputs=None):
+        written, owners = [], []
+        groups = [([p], ("exp_avg", "exp_avg_sq"), ("step",), False)]
+        found = backend.reader().ready(groups, inputs or {}, optimizer.state, written, owners)
+        assert [type(t) for t in written] == ([] if found == [None] else [torch.Tensor] * 3)
+        assert owners == ([] if found == [None] else [(0, ""), (0, "exp_avg"), (0, "exp_avg_sq")])
+        return found
+
+    assert devices() == [-1]
+    local = p.grad.to_local()
+    for gradient in (DTensor.from_local(local, mesh, [Partial()]), DTensor.from_local(local, mesh, [Shard(1)]), local):
+        assert devices({p: gradient}) == [None]
+    p.grad = None
+    assert devices() == [-1]
+    for value in (state["exp_avg"].to_local(), DTensor.from_local(local, mesh, [Replicate()])):
+        kept, state["exp_avg"] = state["exp_avg"], value
+        assert devices() == [None]
+        state["exp_avg"] = kept
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_format": "split24", "state_format": "int8"}], ids=str)

@@ -129,10 +129,8 @@ bool Reader::placed_alike(PyObject* a, PyObject* b, Placed* known) const {
 void Reader::read(PyObject* object, View* view) const {
   view->plain = {};
   if (!is_plain_type(object)) {
-    const Py_ssize_t local = slots_of(Py_TYPE(object)).local;
-    PyObject* const held = local == 0 ? nullptr : slot(object, local);
-    view->plain =
-        held != nullptr && is_plain_type(held) ? py::reinterpret_borrow<py::object>(held) : local_(py::handle(object));
+    PyObject* const held = plain_of(object);
+    view->plain = held != nullptr ? py::reinterpret_borrow<py::object>(held) : local_(py::handle(object));
     object = view->plain.ptr();
   }
   if (api_ != nullptr)
@@ -149,12 +147,21 @@ StateOf states_by_param(const py::dict& state) {
   return found;
 }
 
+// A tensor of the known types: the object, or what a wrapper has in its slot. Null: neither.
+PyObject* Reader::plain_of(PyObject* object) const {
+  if (is_plain_type(object)) return object;
+  const Py_ssize_t local = slots_of(Py_TYPE(object)).local;
+  PyObject* const held = local == 0 ? nullptr : slot(object, local);
+  return held != nullptr && is_plain_type(held) ? held : nullptr;
+}
+
 // False where the memory of a tensor of the known types does not show its values.
 bool Reader::read_plain(PyObject* object, View* view) const {
-  if (!is_plain_type(object)) return false;
   try {
-    read(object, view);
-    return !is_negative(object);
+    PyObject* const plain = plain_of(object);
+    if (plain == nullptr) return false;
+    read(plain, view);
+    return !is_negative(plain);
   } catch (const py::error_already_set&) {
     return false;
   }
@@ -176,7 +183,7 @@ bool Reader::alike(const py::list& tensors) const {
   View view;
   Alike alike;
   for (const py::handle tensor : tensors)
-    if (!joins(tensor.ptr(), &view, &alike)) return false;
+    if (!is_plain_type(tensor.ptr()) || !joins(tensor.ptr(), &view, &alike)) return false;
   return true;
 }
 
@@ -205,7 +212,7 @@ py::list Reader::ready(const py::list& groups, const py::dict& inputs, const py:
       }
       devices.append(alike.device);
       const auto add = [&](const py::handle tensor, const py::handle name) {
-        written.append(tensor);
+        written.append(py::handle(plain_of(tensor.ptr())));
         owners.append(py::make_tuple(number, name));
       };
       add(param, whole);
@@ -221,20 +228,25 @@ bool Reader::is_ready(py::handle param, const py::dict& inputs, PyObject* state,
                       const py::tuple& numbers, bool beside, Alike* alike) const {
   View view;
   if (!joins(param.ptr(), &view, alike) || param.attr("is_inference")().cast<bool>()) return false;
+  Placed placed;
+  const auto like_param = [&](PyObject* tensor) {
+    return is_plain_type(param.ptr()) == is_plain_type(tensor) && joins(tensor, &view, alike) &&
+           placed_alike(param.ptr(), tensor, &placed);
+  };
   PyObject* const given = inputs.empty() ? nullptr : PyDict_GetItemWithError(inputs.ptr(), param.ptr());
   if (PyErr_Occurred() != nullptr) throw py::error_already_set();
   const py::object gradient = given == nullptr ? param.attr("grad") : py::reinterpret_borrow<py::object>(given);
-  if (!gradient.is_none() && !joins(gradient.ptr(), &view, alike)) return false;
+  if (!gradient.is_none() && !like_param(gradient.ptr())) return false;
   // What else stands there must be looked at.
   const Py_ssize_t size = state == nullptr ? 0 : PyDict_Check(state) ? PyDict_GET_SIZE(state) : -1;
   if (size != Py_ssize_t(names.size() + numbers.size())) return false;
   for (const py::handle name : names) {
     PyObject* const value = PyDict_GetItemWithError(state, name.ptr());
-    if (value == nullptr || !joins(value, &view, alike)) return false;
+    if (value == nullptr || !like_param(value)) return false;
   }
   for (const py::handle name : numbers) {
     PyObject* const value = PyDict_GetItemWithError(state, name.ptr());
-    if (value == nullptr || !read_plain(value, &view)) return false;
+    if (value == nullptr || !is_plain_type(value) || !read_plain(value, &view)) return false;
     if (view.device != (beside ? alike->device : kCpuDevice)) return false;
     if (view.storage != Storage::fp32 && view.storage != Storage::fp64) return false;
     if (!is_one_element(view)) return false;

@@ -68,10 +68,11 @@ class Reader {
   // real floats of the formats, on one device and of one shape, and not empty.
   bool alike(const py::list& tensors) const;
   // The parameters of these groups that need no other look: alike with their gradient and their states, of which there
-  // are these and no others. groups: tuples of the list of parameters, the names of states and of states of one number,
-  // and whether the latter are on the parameter's device; None for the names where every parameter must be looked at.
-  // Returns for each parameter its device, or None. What a step writes of them is added to `written`, and to `owners`
-  // the number of the parameter and the name of the state, which is empty for the parameter itself.
+  // are these and no others; wrappers must be placed alike. groups: tuples of the list of parameters, the names of
+  // states and of states of one number, and whether the latter are on the parameter's device; None for the names where
+  // every parameter must be looked at. Returns for each parameter its device, or None. What a step writes of them is
+  // added to `written`, of wrappers the plain tensor, and to `owners` the number of the parameter and the name of the
+  // state, which is empty for the parameter itself.
   py::list ready(const py::list& groups, const py::dict& inputs, const py::dict& state, py::list written,
                  py::list owners) const;
   bool uses_exchange() const { return api_ != nullptr; }
@@ -88,6 +89,7 @@ class Reader {
     Py_ssize_t local = 0, spec = 0;
   };
   bool is_plain_type(PyObject* object) const;
+  PyObject* plain_of(PyObject* object) const;
   const Slots& slots_of(PyTypeObject* type) const;
   bool read_plain(PyObject* object, View* view) const;
   bool joins(PyObject* object, View* view, Alike* alike) const;

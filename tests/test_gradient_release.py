@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import pickle
 import subprocess
 import sys
 
@@ -40,6 +41,10 @@ def train(net, optimizer, steps=range(STEPS), passes=1):
             backward(net, passes * step + each)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def clip_of(optimizer) -> str | None:
+    return None if optimizer._own["max_grad_norm"] is None else "previous"
 
 
 def everything(net, optimizer) -> dict[str, torch.Tensor]:
@@ -173,6 +178,33 @@ def test_a_second_gradient_before_the_step_raises_and_names_the_parameter():
     backward(net, 0)
     with pytest.raises(RuntimeError, match=r"must be called after each 1 backward passes, got another .*\('4\.bias'\)"):
         backward(net, 1)
+    # The gradient that was refused is not there for the step; what a failed pass has left is dropped.
+    assert net[4].bias.grad is None
+    optimizer.zero_grad()
+    optimizer.step()
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
+    train(net, optimizer, range(1, 2))
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_checkpoint_that_is_loaded_between_two_passes_counts(released):
+    """Its learning rate is what the step is taken with."""
+    net = model_of(0)
+    optimizer = precond.SGD(net.parameters(), lr=10.0)
+    saved = precond.SGD(net.parameters(), lr=0.25).state_dict()
+    if released:
+        precond.release_gradients(net, optimizer, accumulation_steps=2)
+    before = net[4].bias.detach().clone()
+    backward(net, 0)
+    optimizer.load_state_dict(saved)
+    backward(net, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    moved = before - net[4].bias.detach()
+    twin = model_of(0)
+    backward(twin, 0)
+    torch.testing.assert_close(moved, 0.25 * 2 * twin[4].bias.grad)
 
 
 # Clipping.
@@ -242,6 +274,52 @@ def test_a_second_backward_pass_clips_as_the_step_does(name, clip):
             optimizer.zero_grad()
         runs.append((everything(net, optimizer), optimizer.grad_norm, optimizer.clip_coef))
     torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-7)
+
+
+def test_what_no_hook_sees_is_measured_too_and_others_keep_their_gradients():
+    """A parameter that was frozen, a group that came later, and a second optimizer's head."""
+    runs = []
+    for released in (False, True):
+        net = model_of(0)
+        net[0].weight.requires_grad_(False)
+        optimizer = precond.SGD([net[0].weight, *net[2].parameters()], lr=0.1, max_grad_norm=0.05)
+        other = torch.optim.SGD(net[4].parameters(), lr=0.1)
+        release = precond.release_gradients(net, optimizer, clip="measure") if released else None
+        net[0].weight.requires_grad_(True)
+        optimizer.add_param_group({"params": [net[0].bias]})
+        for step in range(STEPS):
+            for _ in range(2):  # the other optimizer steps every second time
+                if release is not None:
+                    with release.measure():
+                        backward(net, step)
+                backward(net, step)
+                optimizer.step()
+                optimizer.zero_grad()
+            other.step()
+            other.zero_grad()
+        runs.append(everything(net, optimizer))
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_norm_clips_the_step_that_it_was_measured_for_alone():
+    net = model_of(0)
+    optimizer = precond.SGD(net.parameters(), lr=0.1, max_grad_norm=0.05)
+    release = precond.release_gradients(net, optimizer, clip="measure")
+    with release.measure():
+        backward(net, 0, 1e6)
+    optimizer.zero_grad()
+    optimizer.step()  # the batch is dropped
+    with pytest.raises(RuntimeError, match="must come before each step's"):
+        backward(net, 0)
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="must have a backward pass inside"), release.measure():
+        pass
+    release.remove()
+    release = precond.release_gradients(net, optimizer, clip="previous")
+    train(net, optimizer, range(1))
+    optimizer.step()  # without a gradient
+    train(net, optimizer, range(1))
+    assert optimizer.clip_coef < 1
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
@@ -369,6 +447,10 @@ def test_a_gradient_scaler_is_an_error_that_says_so(fused):
     scaler.scale(net(batch(0)).sum()).backward()
     with pytest.raises(RuntimeError, match=r"gradients must not be scaled where they are released: GradScaler"):
         scaler.step(optimizer)
+    train(net, optimizer)  # without a scaler
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    off.scale(net(batch(0)).sum()).backward()
+    off.step(optimizer)
     release.remove()
     assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused
 
@@ -386,6 +468,11 @@ def test_what_is_asked_for_is_checked():
             dict(clip="previous"),
             ValueError,
             "clip must be 'previous' or 'measure' with max_grad_norm, and None without",
+        ),
+        (
+            dict(accumulation_steps=2, clip="measure"),
+            ValueError,
+            "accumulation_steps must be 1 with clip='measure', got 2",
         ),
         (dict(comm_hook=(None, print)), ValueError, "comm_hook must be None without DistributedDataParallel"),
     ):
@@ -414,18 +501,76 @@ def test_what_is_asked_for_is_checked():
         pass
 
 
-def test_a_release_ends_with_its_optimizer():
+def test_what_cannot_be_released_is_refused():
     net = model_of(0)
     optimizer = precond.AdamW(net.parameters())
-    precond.release_gradients(net, optimizer)
-    copied = copy.deepcopy(optimizer)
-    assert copied._releases is None
-    del optimizer
-    import gc
+    release = precond.release_gradients(net, optimizer)
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 must not be released by another optimizer too"):
+        precond.release_gradients(net, precond.AdamW(net.parameters()))
+    release.remove()
+    precond.release_gradients(net, precond.AdamW(net.parameters())).remove()
 
-    gc.collect()
+    class FullyShardedDataParallel(nn.Sequential):
+        pass
+
+    with pytest.raises(RuntimeError, match="FSDP1's flat parameters cannot be released"):
+        precond.release_gradients(FullyShardedDataParallel(net), optimizer)
+    with pytest.raises(RuntimeError, match="differentiable must be False"):
+        precond.release_gradients(net, precond.SGD([{"params": [*net.parameters()], "differentiable": True}], lr=0.1))
+
+
+def test_a_trainers_wrapper_is_looked_through():
+    class Wrapper(torch.optim.Optimizer):  # as Lightning's, whose classes are ours too
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    net = model_of(0)
+    optimizer = precond.AdamW(net.parameters())
+    precond.release_gradients(net, Wrapper(Wrapper(optimizer)))
+    train(net, optimizer)
+    assert optimizer.state[net[0].weight]["step"] == STEPS
+
+
+def test_no_update_is_made_while_an_average_is_shown():
+    net = model_of(0)
+    optimizer = precond.AdamW(net.parameters(), lr=0.01, ema_decay=0.5)
+    precond.release_gradients(net, optimizer)
+    train(net, optimizer)
+    before = {name: t.clone() for name, t in everything(net, optimizer).items()}
+    with optimizer.averaged(), pytest.raises(RuntimeError, match=r"step\(\) must not be called"):
+        backward(net, 0)
+    optimizer.zero_grad()
+    assert_same(before, everything(net, optimizer))
+
+
+@pytest.mark.parametrize("options", [{"statistics": True}, {"max_grad_norm": 0.05}], ids=str)
+def test_a_group_may_come_in_the_middle_of_a_step(options):
+    net = model_of(0)
+    optimizer = precond.AdamW(net[:3].parameters(), lr=0.01, **options)
+    precond.release_gradients(net, optimizer, clip=clip_of(optimizer))
+    for step in range(STEPS):
+        backward(net, step)
+        if step == 1:
+            optimizer.add_param_group({"params": [*net[4].parameters()]})
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [int(optimizer.state[p]["step"]) for p in net.parameters()] == [STEPS] * 4 + [STEPS - 1] * 2
+    assert optimizer.statistics is None or len(optimizer.statistics.params) == 6
+
+
+def test_a_release_ends_with_its_optimizer():
+    """As soon as nobody has the optimizer, without the garbage collector; copies are ended."""
+    net = model_of(0)
+    optimizer = precond.AdamW(net.parameters())
+    release = precond.release_gradients(net, optimizer)
+    assert copy.deepcopy(optimizer)._releases is None
+    copied = pickle.loads(pickle.dumps(release))
+    copied.remove()
+    train(net, optimizer)
+    del optimizer
     backward(net, 0)
     assert all(p.grad is not None for p in net.parameters())
+    release.remove()
 
 
 @pytest.fixture(scope="module")

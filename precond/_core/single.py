@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -57,8 +59,14 @@ class Single:
     """Steps and measures single parameters of an optimizer."""
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
-        self._optimizer = optimizer
+        self._owner = weakref.ref(optimizer)
         self._measuring: Engine | None = None
+
+    @property
+    def _optimizer(self) -> FusedOptimizer:
+        optimizer = self._owner()
+        assert optimizer is not None
+        return optimizer
 
     def prepare(self, count: int) -> None:
         """Before the first of so many parameters in a step: random bits are named by places among all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -228,3 +229,42 @@ def ddp_refuses_what_a_bucket_does_not_tell() -> None:
         with pytest.raises(ValueError, match=message):
             precond.release_gradients(net, optimizer, **options)
         assert optimizer._releases is None
+
+
+@SCENARIOS(2)
+def ddp_must_be_given_and_not_joined() -> None:
+    net = replicated()
+    optimizer = adamw(net.module)
+    precond.release_gradients(net.module, optimizer)
+    with pytest.raises(RuntimeError, match="model must be the DistributedDataParallel, or have it"):
+        net(batch(0)).square().mean().backward()
+    net = replicated()
+    optimizer = adamw(net)
+    release = precond.release_gradients(net, optimizer)
+    with pytest.raises(RuntimeError, match=r"join\(\) must not be used"), net.join():
+        net(batch(0)).square().mean().backward()
+    release.remove()
+
+
+@SCENARIOS(2)
+def ddp_is_released_again_and_saved() -> None:
+    """With the hook that DDP has for its life; a user's own must be given."""
+    runs = []
+    for released in (False, True):
+        net = replicated()
+        for _ in range(2):
+            optimizer = adamw(net)
+            release = precond.release_gradients(net, optimizer) if released else None
+            for step in range(STEPS):
+                net(batch(step)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if release is not None:
+                release.remove()
+        runs.append(([p.detach().clone() for p in net.parameters()], []))
+        pickle.loads(pickle.dumps([hook for hook, _ in net._comm_hooks]))
+    same(*runs)
+    net = replicated()
+    net.register_comm_hook(None, fp16_compress_hook)
+    with pytest.raises(RuntimeError, match="give yours as comm_hook="):
+        precond.release_gradients(net, adamw(net))

@@ -385,3 +385,44 @@ def test_more_than_two_to_the_31_elements():
     assert p[:10].tolist() == [0.5] * 10
     assert p[-5000:].tolist() == [0.5] * 5000
     assert (p == 0.5).all().item()
+
+
+@pytest.mark.parametrize("limit", [None, 0.05])
+def test_gradients_are_released_on_the_device(limit):
+    """In the backward pass's streams; clipped by the norm of the step before, which the host does not read."""
+
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8)).to(CUDA.name)
+
+    def backward(net, step):
+        torch.manual_seed(step)
+        net(torch.randn(16, 64).to(CUDA.name)).square().mean().backward()
+
+    net, twin = model(), model()
+    options = dict(lr=0.1, momentum=0.9, statistics=True)
+    optimizer = precond.SGD(net.parameters(), max_grad_norm=limit, **options)
+    plain = precond.SGD(twin.parameters(), **options)
+    precond.release_gradients(net, optimizer, clip=None if limit is None else "previous")
+    before = None
+    for step in range(STEPS):
+        backward(net, step)
+        assert all(p.grad is None for p in net.parameters())
+        optimizer.step()
+        backward(twin, step)
+        norm = torch.cat([p.grad.double().flatten() for p in twin.parameters()]).norm().item()
+        if limit is not None and before is not None:
+            for p in twin.parameters():
+                p.grad *= min(1.0, limit / (before + 1e-6))
+        before = norm
+        plain.step()
+        plain.zero_grad()
+    assert limit is None or optimizer.clip_coef < 1
+    pairs = [
+        *zip(net.parameters(), twin.parameters(), strict=True),
+        (optimizer.statistics.values, plain.statistics.values),
+    ]
+    if limit is None:
+        assert all(bits_equal(a, b) for a, b in pairs)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -97,7 +97,10 @@ def _renew(stored: Tensor, scale: Tensor, form: str) -> bool:
     flat, scales = stored.view(-1), scale.view(-1)
     full = flat.numel() // per
     # One pass that writes nothing: on a CPU every new plan comes here, with the scales of all parameters.
-    if scales.numel() == 0 or int(scales.view(torch.int16).amax()) <= 0:
+    if scales.numel() == 0:
+        return False
+    most = scales.view(torch.int16).amax()
+    if torch.equal(most, most.clamp(max=0)):
         return False
     found = is_old(scales).nonzero().view(-1)
     rows = flat[: full * per].view(full, per)

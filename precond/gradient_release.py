@@ -27,8 +27,8 @@ def release_gradients(
 ) -> GradientRelease:
     """Update each parameter inside the backward pass, as soon as its gradient is complete, and free the gradient.
 
-    Memory then has the gradients of a few layers, not of all: 5.07 bytes per parameter stay with split24 weights and int8
-    states, where 7.06 are needed without. The updates are those of the ordinary step, bit for bit, except for clipping by a norm.
+    Memory then has the gradients of a few layers, not of all: 5.1 bytes per parameter stay with split24 weights and int8
+    states, where 7.1 are needed without. The updates are those of the ordinary step, bit for bit, except for clipping by a norm.
     The loop keeps its form: ``optimizer.step()`` after the backward pass finishes the step, and updates what has a gradient
     still. It must be called before the next step's first backward pass.
 

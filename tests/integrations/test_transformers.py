@@ -39,14 +39,13 @@ def train(
         save_steps=3,
         learning_rate=LR,
         warmup_steps=2,
-        max_grad_norm=0.5,
         weight_decay=0.1,
         per_device_train_batch_size=4,
         logging_strategy="no",
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
-        **options,
+        **{"max_grad_norm": 0.5, **options},
     )
     trainer = transformers.Trainer(
         model,
@@ -82,6 +81,21 @@ def test_a_factory_gives_hidden_matrices_another_method(transformers, tmp_path):
         transformers, tmp_path / "made", None, cls_and_kwargs=(lambda: precond.Grouped.for_model, options), resume=None
     )
     assert not [name for name, value in given.items() if not torch.equal(value, made[name])]
+
+
+def test_gradients_are_released_with_the_trainers_accumulation(transformers, tmp_path):
+    runs = []
+    for released in (False, True):
+
+        def make(model, released=released):
+            optimizer = precond.AdamW(model.parameters(), lr=LR, weight_format="split24", state_format="int8")
+            if released:
+                precond.release_gradients(model, optimizer, accumulation_steps=3)
+            return optimizer
+
+        options = dict(gradient_accumulation_steps=3, max_grad_norm=0.0, dtype=torch.bfloat16)
+        runs.append(train(transformers, tmp_path / str(released), make, **options))
+    assert not [name for name, value in runs[0].items() if not torch.equal(value, runs[1][name])]
 
 
 @pytest.mark.parametrize("method", [method for method in ALL if not method.closure], ids=str)

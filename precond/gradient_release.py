@@ -130,6 +130,7 @@ class GradientRelease(Releasing):
         try:
             yield
             with self._lock, torch.no_grad():
+                self._join()
                 places = self._up_to_date()
                 for p in self._params():  # what no hook has seen
                     if p.grad is not None:
@@ -150,7 +151,9 @@ class GradientRelease(Releasing):
             optimizer._step_supports_amp_scaling = self._amp
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for hook in self._bucket_hooks:
+            hook.end()
+        self._handles, self._bucket_hooks = [], []
 
     def state_dict(self) -> dict[str, Any]:
         """The norm of the last step's gradients, which a resumed run with ``clip="previous"`` begins with."""
@@ -169,5 +172,5 @@ class GradientRelease(Releasing):
 def _ended() -> GradientRelease:
     """What a copy of a release is: one that has ended."""
     made = GradientRelease.__new__(GradientRelease)
-    made._owner, made._handles, made._known = lambda: None, [], None
+    made._owner, made._handles, made._bucket_hooks, made._known = lambda: None, [], [], None
     return made

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -45,14 +47,18 @@ class Place:
     def close(self) -> None:
         """After a step of it alone: what the step has noted in the group is the whole group's."""
         for key, value in self._alone.items():
-            if key not in _OWN:
+            if key not in _OWN and self.group.get(key) is not value:
                 self.group[key] = value
-        self._alone["params"] = self._measured["params"] = []
+        self._alone.clear()
 
-    def measured(self) -> Group:
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[Group]:
         """As a group that is only measured."""
         self._measured.update(params=[self.group["params"][self.position]], _called=[self.name])
-        return self._measured
+        try:
+            yield self._measured
+        finally:
+            self._measured.clear()
 
 
 class Single:
@@ -100,11 +106,9 @@ class Single:
         if self._measuring is None:
             self._measuring = Engine(JobStates((), Remainders()), self._optimizer.engine.checks)
             self._measuring.plans_kept = self._optimizer.engine.plans_kept
-        step = Step([place.measured()], NO_STATES, {}, [Row("sgd", 1.0, plain_step(0.0, 0.0))], Control())
-        try:
+        with place.measured() as group:
+            step = Step([group], NO_STATES, {}, [Row("sgd", 1.0, plain_step(0.0, 0.0))], Control())
             return self._measuring.norms(step, classes, inf=inf)
-        finally:
-            place.close()
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]

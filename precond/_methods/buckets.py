@@ -21,8 +21,8 @@ Release = Callable[[list[Tensor], list[Tensor]], set[int]]
 
 def release_buckets(
     model: nn.Module, release: Release, comm_hook: tuple[object, CommHook] | None, *, accumulates: bool
-) -> set[int]:
-    """Hand reduced gradients to ``release``, a method. Returns the ids of the parameters that are reduced so."""
+) -> tuple[set[int], list[ReduceAndRelease]]:
+    """Hand reduced gradients to ``release``, a method. Returns the ids of the parameters that are reduced so, and the hooks."""
     found: set[int] = set()
     modules = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     if comm_hook is not None and not modules:
@@ -39,22 +39,25 @@ def release_buckets(
                 "without a gradient from one with zeros"
             )
         registered = [hook for hook, _ in getattr(module, "_comm_hooks", [])]
-        own = [hook for hook in registered if isinstance(hook, _ReduceAndRelease)]
+        own = [hook for hook in registered if isinstance(hook, ReduceAndRelease)]
         if registered and not own:
             raise RuntimeError(
                 "DistributedDataParallel must have no communication hook yet, since it takes one: give yours as comm_hook="
             )
-        hooks.append(own[0] if own else None)
+        if own and own[0].active:
+            raise RuntimeError(
+                "DistributedDataParallel must have one optimizer that releases its gradients: call remove() of the other one"
+            )
+        hooks.append(own[0] if own else ReduceAndRelease())
     for module, hook in zip(modules, hooks, strict=True):
-        if hook is None:
+        if not any(hook is known for known, _ in module._comm_hooks):
             # DDP else makes gradients of its buckets again, at the end of the backward pass.
             reducer: Any = module.reducer
             reducer._set_optimizer_in_backward()
-            hook = _ReduceAndRelease()
             module.register_comm_hook(None, hook)
         hook.begin(module, release, (module.process_group, _mean) if comm_hook is None else comm_hook)
         found.update(map(id, module.parameters()))
-    return found
+    return found, hooks
 
 
 def in_other_buckets(ids: set[int]) -> bool:
@@ -65,7 +68,7 @@ def in_other_buckets(ids: set[int]) -> bool:
     return any(id(p) in ids for module in modules for p in module.parameters())
 
 
-class _ReduceAndRelease:
+class ReduceAndRelease:
     """A communication hook, which reduces alone where its release has ended. So does one that was copied or loaded."""
 
     __name__ = "reduce_and_release"  # which DDP logs
@@ -82,8 +85,17 @@ class _ReduceAndRelease:
         self._module, self._release = weakref.ref(module), weakref.WeakMethod(release)
         self._state, self._hook = comm_hook
 
+    def end(self) -> None:
+        """Reduce alone from now on."""
+        self._release = _nothing
+
+    @property
+    def active(self) -> bool:
+        """True while reduced gradients are handed on."""
+        return self._release() is not None
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _ReduceAndRelease, ()
+        return ReduceAndRelease, ()
 
     def __call__(self, state: object, bucket: Bucket) -> torch.futures.Future[Any]:
         module = self._module()

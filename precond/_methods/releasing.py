@@ -57,17 +57,18 @@ class Releasing:
         #: Where a device has last worked for this step.
         self._streams: dict[torch.device, Any] = {}
         self._check(model)
-        self._of_buckets = release_buckets(model, self._release_bucket, comm_hook, accumulates=accumulation_steps > 1)
+        of_buckets, self._bucket_hooks = release_buckets(
+            model, self._release_bucket, comm_hook, accumulates=accumulation_steps > 1
+        )
+        params = [p for p in optimizer._all_params() if id(p) not in of_buckets]
         #: The ids of plain parameters, until it is known that no other DistributedDataParallel has them.
-        self._unseen = {
-            id(p) for p in optimizer._all_params() if id(p) not in self._of_buckets and not hasattr(p, "placements")
-        }
+        self._unseen = {id(p) for p in params if not hasattr(p, "placements")}
         hook = _Arrived(self)
         #: Of the hooks.
         self._handles = [
             p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-            for p in optimizer._all_params()
-            if p.requires_grad and id(p) not in self._of_buckets
+            for p in params
+            if p.requires_grad
         ]
         optimizer._releases = self
         self._amp = getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -195,6 +196,12 @@ class Releasing:
         elif getattr(getattr(p, "device_mesh", None), "device_type", "cpu") == "cuda":
             torch.cuda.current_stream().synchronize()  # FSDP2 copies a gradient to the host on this stream
 
+    def _join(self) -> None:
+        """Have the current streams wait for what was done on others."""
+        for device, stream in self._streams.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
+        self._streams = {}
+
     # The step.
 
     def _begin(self) -> PartOfStep:
@@ -213,7 +220,9 @@ class Releasing:
             self._unseen = set()
         own = optimizer._own
         limit = self._limit()
-        control: Control | None = Control(clip_value=own["clip_grad_value"] or math.inf)
+        control: Control | None = Control(
+            clip_value=math.inf if own["clip_grad_value"] is None else own["clip_grad_value"]
+        )
         if limit.total is not None and own["nonfinite"] != "propagate" and not limit.total.isfinite().all():
             if own["nonfinite"] == "raise":
                 self._known = None
@@ -302,9 +311,7 @@ class Releasing:
                 for p in rest:
                     self._measure(places[id(p)])
             self._single.rest(part)
-        for device, stream in self._streams.items():
-            torch.cuda.current_stream(device).wait_stream(stream)
-        self._streams = {}
+        self._join()
         if part.into is not None and (sums := part.into.total()) is not None:
             optimizer.engine.report.note(sums, part.into.labels)
         if self._clip is not None:

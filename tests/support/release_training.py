@@ -264,6 +264,11 @@ def ddp_is_released_again_and_saved() -> None:
         runs.append(([p.detach().clone() for p in net.parameters()], []))
         pickle.loads(pickle.dumps([hook for hook, _ in net._comm_hooks]))
     same(*runs)
+    optimizer = adamw(net)
+    release = precond.release_gradients(net, optimizer)
+    with pytest.raises(RuntimeError, match="one optimizer that releases its gradients"):
+        precond.release_gradients(net, adamw(net))
+    release.remove()
     net = replicated()
     net.register_comm_hook(None, fp16_compress_hook)
     with pytest.raises(RuntimeError, match="give yours as comm_hook="):

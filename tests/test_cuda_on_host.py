@@ -45,7 +45,7 @@ SUITES = {
     "test_grouped.py": "not zero_redundancy",
     "test_gradient_release.py": "bit_for_bit and (adamw or muon or grouped) or norm_of_the_step or backward_pass_clips",
     # Against Triton's interpreter, and that nothing else changes; the rest is the host's.
-    "test_averages.py": "(changes_nothing or agree) and (adamw or sgd_momentum) or gives_every_bit and amsgrad",
+    "test_averages.py": "(changes_nothing or agree) and (amsgrad or sgd_momentum) or gives_every_bit and amsgrad",
     "test_cautious.py": "agree and (adamw or lion) and not factors or factors_agree and lion and split24"
     " or groups_differ or a_limit_is_kept or counted_once",
     "test_statistics.py": "backends_agree_bit_for_bit and adamw and split24 or one_order and 1 or stand_still or kth",

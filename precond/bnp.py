@@ -206,7 +206,7 @@ class BNP(Wrapper):
     @at_stated_precision
     def _observe(self, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         """Add the inputs of one forward to what the next step sees."""
-        weight = layer._parameters["weight"]
+        weight = layer._parameters.get("weight")
         # Values under torch.func must not outlive the call.
         if weight is None or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return

@@ -134,6 +134,7 @@ class GradientRelease(Releasing):
                 places = self._up_to_date()
                 for p in self._params():  # what no hook has seen
                     if p.grad is not None:
+                        self._align(p)
                         self._measure(places[id(p)])
                 if self._parts is None and not any(self._norm_classes().groups):
                     raise RuntimeError("measure() must have a backward pass inside, got no gradient")

@@ -833,6 +833,16 @@ def test_layers_whose_inputs_nobody_sees_are_named_once(unseen, compose):
     assert len(opt.own) == 2
 
 
+def test_a_layer_that_is_parametrized_later_is_no_longer_seen():
+    """Its weight is computed then, and no parameter."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    opt = precond.BNP(net, precond.SGD(net.parameters(), lr=0.1))
+    torch.nn.utils.parametrizations.weight_norm(net[0])
+    net(torch.randn(8, 4)).sum().backward()
+    seen = {id(weight) for weight in opt._pending}
+    assert seen == {id(net[1].weight)}
+
+
 @pytest.mark.parametrize("first", ["run", "build"])
 @pytest.mark.filterwarnings("ignore")  # what Dynamo says of profilers and leaves
 def test_a_model_that_was_compiled_before_is_named(first):

@@ -16,7 +16,7 @@ from .._core.memory import Memory
 from .._core.norm import NOTHING, Clip, NormClasses, combined, norm_classes, reduced
 from .._core.optimizer import FusedOptimizer
 from .._core.rows import Control, Group, PartOfStep, name_among
-from .._core.sharding import local
+from .._core.sharding import aligned_gradients, local
 from .._core.single import Place, Single, places_of
 from .._core.statistics import Collected
 from .buckets import CommHook, in_other_buckets, release_buckets
@@ -146,6 +146,7 @@ class Releasing:
         if place is None or p.grad is None:
             return
         self._follow(p)
+        self._align(p)
         if self._measuring:
             self._measure(place)
             p.grad = None
@@ -195,6 +196,12 @@ class Releasing:
             self._streams[plain.device] = stream
         elif getattr(getattr(p, "device_mesh", None), "device_type", "cpu") == "cuda":
             torch.cuda.current_stream().synchronize()  # FSDP2 copies a gradient to the host on this stream
+
+    def _align(self, p: Tensor) -> None:
+        """Place a gradient as its parameter, such as the partial sum of sequence parallelism, once for norm and step."""
+        if hasattr(p, "placements"):
+            for aligned in aligned_gradients([{"params": [p]}]).values():
+                p.grad = aligned
 
     def _join(self) -> None:
         """Have the current streams wait for what was done on others."""
@@ -301,6 +308,7 @@ class Releasing:
         rest = [p for p in self._params() if p.grad is not None]
         for p in rest:
             self._follow(p)
+            self._align(p)
         if part.into is not None and not part.into.fits(optimizer.param_groups):
             # Groups have changed in the middle of the step: no statistics of it.
             part, optimizer._measures = part._replace(into=None), False

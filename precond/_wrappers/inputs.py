@@ -51,7 +51,7 @@ class Observer:
     def __call__(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not layer.training or not torch.is_grad_enabled():
             return
-        x, weight = args[0] if args else kwargs["input"], layer._parameters["weight"]
+        x, weight = args[0] if args else kwargs["input"], layer._parameters.get("weight")
         # Under torch.func a compiler cannot read the level, and leaves it to the method, which sees what x is.
         if weight is not None and torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None:
             torch.ops.precond.observe(self.token, weight.detach(), x.detach(), output.detach())
@@ -72,7 +72,7 @@ def _observe(token: Tensor, weight: Tensor, x: Tensor, output: Tensor) -> None:
     if observer is None or observer.layer is None or observer.method is None:
         return
     layer, method = observer.layer(), observer.method()
-    own = None if layer is None else layer._parameters["weight"]
+    own = None if layer is None else layer._parameters.get("weight")
     # A graph is handed other objects with the same memory; torch.func.functional_call has another weight.
     if layer is not None and method is not None and own is not None and own.data_ptr() == weight.data_ptr():
         method(layer, x, output)

@@ -13,6 +13,8 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import precond
@@ -273,3 +275,36 @@ def ddp_is_released_again_and_saved() -> None:
     net.register_comm_hook(None, fp16_compress_hook)
     with pytest.raises(RuntimeError, match="give yours as comm_hook="):
         precond.release_gradients(net, adamw(net))
+
+
+@SCENARIOS(2)
+def partial_gradients_are_placed_as_their_parameters() -> None:
+    """Of the norms of sequence parallelism: the norm is that of whole gradients."""
+
+    def make_model() -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8))
+        plan = {"0": SequenceParallel(), "1": ColwiseParallel(input_layouts=Shard(1)), "2": RowwiseParallel()}
+        return parallelize_module(net, line(), plan)
+
+    def backward(net: nn.Module, step: int) -> None:
+        x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(step))
+        net(x).square().mean().backward()
+
+    def clipped(net: nn.Module) -> precond.SGD:
+        return precond.SGD(net.parameters(), lr=0.1, max_grad_norm=0.05)
+
+    runs = []
+    for released in (False, True):
+        net = make_model()
+        optimizer = clipped(net)
+        release = precond.release_gradients(net, optimizer, clip="measure") if released else None
+        for step in range(STEPS):
+            if release is not None:
+                with release.measure():
+                    backward(net, step)
+            backward(net, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(([full(p.detach()) for p in net.parameters()], optimizer.grad_norm))
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-7)

@@ -117,6 +117,31 @@ def test_a_plan_notices_a_gradient_that_is_placed_otherwise_in_a_later_step(opti
     assert all(bits_equal(p, q.to_local()) for p, q in zip(plain, sharded, strict=True))
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_may_have_named_parameters_in_different_orders(ranks, tmp_path):
+    """Partial gradients that are added up; and, on two meshes, the parts of a norm."""
+    code = f"""
+from torch.distributed.device_mesh import init_device_mesh
+names = ["a", "b"] if rank in (0, 3) else ["b", "a"]
+made = {{}}
+for name, value in (("a", 1.0), ("b", 10.0)):
+    p = made[name] = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 6), mesh, [Shard(0)]))
+    p.grad = DTensor.from_local(torch.full((4, 6), value / {ranks}), mesh, [Partial()])
+precond.SGD([(name, made[name]) for name in names], lr=1.0).step()
+for name, value in (("a", -1.0), ("b", -10.0)):
+    assert torch.allclose(made[name].full_tensor(), torch.full((4, 6), value)), (name, made[name])
+if {ranks} == 4:
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("d", "t"))
+    for name, dim in (("a", "d"), ("b", "t")):
+        p = made[name] = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 6), square[dim], [Shard(0)]))
+        p.grad = distribute_tensor(torch.ones(4, 6), square[dim], [Shard(0)])
+    optimizer = precond.SGD([(name, made[name]) for name in names], lr=1.0, max_grad_norm=1.0)
+    optimizer.step()
+    assert abs(optimizer.grad_norm.item() - 48**0.5) < 1e-5, optimizer.grad_norm
+"""
+    on_ranks(ranks, code, tmp_path)
+
+
 def test_a_shard_needs_no_other_look_where_gradient_and_states_are_placed_as_it(mesh):
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 

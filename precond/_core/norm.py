@@ -81,23 +81,28 @@ class NormClasses(NamedTuple):
 
 def shard_classes(param_groups: list[Group]) -> NormClasses:
     """The classes of all parameters, with a gradient or without: every process must come to the same list. Plain tensors are in
-    the first, which is added up over nothing.
+    the first, which is added up over nothing. The others are in the order of the names of their mesh dimensions: ranks may have
+    parameters in different orders.
     """
-    of: dict[Tensor, int] = {}
-    groups: list[tuple[Any, ...]] = [()]
-    names: list[tuple[str, ...]] = [("plain",)]
+    class_of: dict[Tensor, tuple[str, ...]] = {}
+    groups: dict[tuple[str, ...], tuple[Any, ...]] = {(): ()}
+    dims: dict[tuple[str, ...], tuple[str, ...]] = {(): ()}
     for index, group in enumerate(param_groups):
         for position, p in enumerate(group["params"]):
             shards = shard_groups(p, name_of(group, index, position))
             if shards is None:
-                of[p] = 0
+                class_of[p] = ()
                 continue
-            name = tuple(sorted(shards))
-            if name not in names:
-                names.append(name)
-                groups.append(tuple(shards[key] for key in name))
-            of[p] = names.index(name)
-    return NormClasses(of, groups)
+            name = ("mesh", *sorted(shards))
+            class_of[p] = name
+            if name not in groups:
+                groups[name] = tuple(shards[key] for key in name[1:])
+                of_mesh = p.device_mesh.mesh_dim_names or ()
+                placed = zip(of_mesh, p.placements, strict=False)
+                dims[name] = tuple(dim for dim, placement in placed if not placement.is_replicate())
+    order = [(), *sorted([name for name in groups if name], key=dims.__getitem__)]
+    number = {name: i for i, name in enumerate(order)}
+    return NormClasses({p: number[name] for p, name in class_of.items()}, [groups[name] for name in order])
 
 
 def norm_classes(param_groups: list[Group], given: Any) -> NormClasses:

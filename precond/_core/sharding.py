@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -107,14 +108,19 @@ def aligned_gradients(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:  # then nobody has made a DTensor
         return {}
-    aligned = {}
+    found: list[tuple[str, Any]] = []
     for group in groups:
-        for p in group["params"]:
+        names = group.get("param_names", ())
+        for i, p in enumerate(group["params"]):
             if not isinstance(p, module.DTensor) or not isinstance(p.grad, module.DTensor):
                 continue
             if p.grad.placements != p.placements or p.grad.device_mesh != p.device_mesh:
-                aligned[p] = p.grad.redistribute(p.device_mesh, p.placements)
-    return aligned
+                found.append((names[i] if i < len(names) else "", p))
+    if all(name for name, _ in found):
+        found.sort(
+            key=operator.itemgetter(0)
+        )  # ranks may have named parameters in different orders, and each takes part
+    return {p: p.grad.redistribute(p.device_mesh, p.placements) for _, p in found}
 
 
 def shard_groups(tensor: Tensor, name: str = "a DTensor parameter") -> dict[str, Any] | None:

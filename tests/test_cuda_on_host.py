@@ -43,7 +43,8 @@ SUITES = {
     "test_clipping.py": "not triton and not errors_say and not thread_counts",
     "test_clipping_passes.py": "",
     "test_grouped.py": "not zero_redundancy",
-    "test_gradient_release.py": "bit_for_bit and (adamw or muon or grouped) or norm_of_the_step or backward_pass_clips",
+    "test_gradient_release.py": "bit_for_bit and (adamw or muon or grouped)",
+    "test_gradient_release_clipping.py": "norm_of_the_step or backward_pass_clips",
     # Against Triton's interpreter, and that nothing else changes; the rest is the host's.
     "test_averages.py": "(changes_nothing or agree) and (amsgrad or sgd_momentum) or gives_every_bit and amsgrad",
     "test_cautious.py": "agree and (adamw or lion) and not factors or factors_agree and lion and split24"

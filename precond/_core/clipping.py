@@ -152,6 +152,19 @@ class Executor(Measures, Protocol):
         """Update the parameters. False where the norm said to skip the step."""
 
 
+def device_decides(executors: Sequence[Executor]) -> bool:
+    """True where all read the norm and a scaler's verdict on their device."""
+    return all(executor.backend in ("cuda", "triton") for executor in executors)
+
+
+def not_finite(norm_type: float) -> RuntimeError:
+    """What ``nonfinite="raise"`` raises: torch's text."""
+    return RuntimeError(
+        f"The total norm of order {norm_type} for the gradients is non-finite, so it cannot be clipped. To disable this error "
+        "and scale the gradients by the non-finite norm anyway, set nonfinite='propagate'"
+    )
+
+
 def begin(
     executors: Sequence[Executor],
     step: Step,
@@ -173,8 +186,7 @@ def begin(
     if classes is None and control.found_inf is None:
         return Begun(control)
     # Without executors nobody would write the report.
-    by_device = bool(executors) and all(executor.backend in ("cuda", "triton") for executor in executors)
-    by_device = by_device and not host_must_know
+    by_device = bool(executors) and device_decides(executors) and not host_must_know
     found = report.on(executors[0].device if executors else home(step.groups))
     if not by_device:
         # Parameters that neither of them takes share the step: the host must know, and waits.
@@ -206,10 +218,7 @@ def begin(
         return _on_device(found, control, clip) if apart else Begun(control, clip)
     norm, coef = _finished(found.total.cpu(), control, clip)
     if raises and not norm.isfinite() and (control.found_inf is None or not control.found_inf.item()):
-        raise RuntimeError(
-            f"The total norm of order {settings['norm_type']} for the gradients is non-finite, so it cannot be clipped. To "
-            "disable this error and scale the gradients by the non-finite norm anyway, set nonfinite='propagate'"
-        )
+        raise not_finite(settings["norm_type"])
     if by_device:
         return _on_device(found, control, clip) if apart else Begun(control, clip)
     found.grad_norm.copy_(norm)
@@ -220,12 +229,13 @@ def begin(
     return Begun(control._replace(grad_coef=float(_fp32(control.grad_coef) * coef)))
 
 
-def report_of(total: Tensor, coef: Tensor | None, clip: Clip, report: Report) -> None:
+def report_of(clip: Clip, coef: Tensor | None, report: Report) -> None:
     """Report a norm that was measured while gradients came, and the coefficient that they were multiplied with; None: 1."""
-    found = report.on(total.device)
+    assert clip.total is not None
+    found = report.on(clip.total.device)
     report.measured = True
-    found.total.copy_(total)
-    found.grad_norm.copy_(_finished(total, Control(), clip)[0])
+    found.total.copy_(clip.total)
+    found.grad_norm.copy_(_finished(clip.total, Control(), clip)[0])
     found.clip_coef.copy_(_fp32(1.0) if coef is None else coef)
 
 

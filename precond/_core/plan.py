@@ -14,7 +14,7 @@ from .. import reference
 from . import backend as _backend
 from . import formats, updates
 from .checks import Checks
-from .clipping import Begun, Executor, Report, begin
+from .clipping import Begun, Executor, Report, begin, device_decides
 from .executors import Compiled, Home, Reference, Triton
 from .formats import Layout, is_half
 from .memory import Memory
@@ -334,8 +334,7 @@ class StepPlan:
             self._check_device_control(step, executors)
             if step.clip is not None:
                 given = Begun(step.control, step.clip)
-                by_device = all(executor.backend in ("cuda", "triton") for executor in executors)
-                begun: Begun | None = given if by_device else given.folded()
+                begun: Begun | None = given if device_decides(executors) else given.folded()
             else:
                 begun = begin(
                     executors,
@@ -405,7 +404,7 @@ class StepPlan:
 
     def _check_device_control(self, step: Step, executors: list[Executor]) -> None:
         """Raise where a step that a device decides about needs the host."""
-        by_device = all(executor.backend in ("cuda", "triton") for executor in executors)
+        by_device = device_decides(executors)
         triton = [executor for executor in executors if isinstance(executor, Triton)]
         if self._may_skip(step) and by_device and any(executor.counts_on_host(step) for executor in triton):
             # The host would have to wait before it counts. As the CUDA backend, rather than wait in silence: a scaler hands

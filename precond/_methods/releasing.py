@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.clipping import Begun, coefficient, report_of
+from .._core.clipping import Begun, coefficient, not_finite, report_of
 from .._core.memory import Memory
 from .._core.norm import NOTHING, Clip, NormClasses, combined, norm_classes, reduced
 from .._core.optimizer import FusedOptimizer
@@ -226,17 +226,14 @@ class Releasing:
                 )
             self._unseen = set()
         own = optimizer._own
-        limit = self._limit()
+        limit = self._clip_by(self._known)
         control: Control | None = Control(
             clip_value=math.inf if own["clip_grad_value"] is None else own["clip_grad_value"]
         )
         if limit.total is not None and own["nonfinite"] != "propagate" and not limit.total.isfinite().all():
             if own["nonfinite"] == "raise":
                 self._known = None
-                raise RuntimeError(
-                    f"The total norm of order {own['norm_type']} for the gradients is non-finite, so it cannot be clipped. To "
-                    "disable this error and scale the gradients by the non-finite norm anyway, set nonfinite='propagate'"
-                )
+                raise not_finite(own["norm_type"])
             control = None
         self._coef = coefficient(limit)
         if control is not None and limit.total is not None and limit.total.device.type == "cpu":
@@ -246,23 +243,25 @@ class Releasing:
         self._begun = PartOfStep(control, limit, into)
         return self._begun
 
-    def _limit(self) -> Clip:
-        """How the known norm clips gradients."""
-        own = self._optimizer._own
-        if self._known is None:
+    @property
+    def _inf(self) -> bool:
+        """True where the norm is the largest magnitude."""
+        return bool(self._optimizer._own["norm_type"] == math.inf)
+
+    def _clip_by(self, total: Tensor | None) -> Clip:
+        """How a norm clips gradients."""
+        if total is None:
             return NOTHING
-        inf = own["norm_type"] == math.inf
-        return NOTHING._replace(total=self._known, max_norm=own["max_grad_norm"], inf=inf)
+        return NOTHING._replace(total=total, max_norm=self._optimizer._own["max_grad_norm"], inf=self._inf)
 
     def _measure(self, place: Place) -> None:
-        inf = self._optimizer._own["norm_type"] == math.inf
-        found = self._single.norms(place, self._norm_classes(), inf=inf)
-        self._parts = found if self._parts is None else combined(self._parts, found.to(self._parts.device), inf)
+        found = self._single.norms(place, self._norm_classes(), inf=self._inf)
+        self._parts = found if self._parts is None else combined(self._parts, found.to(self._parts.device), self._inf)
 
     def _total(self) -> Tensor:
         """The sum of all processes, which all come here."""
         parts, self._parts = self._parts, None
-        return reduced(parts, self._norm_classes(), self._optimizer._own["norm_type"] == math.inf).clone()
+        return reduced(parts, self._norm_classes(), self._inf).clone()
 
     def _norm_classes(self) -> NormClasses:
         if self._classes is None:
@@ -323,12 +322,9 @@ class Releasing:
         if part.into is not None and (sums := part.into.total()) is not None:
             optimizer.engine.report.note(sums, part.into.labels)
         if self._clip is not None:
-            total = self._total() if self._clip == "previous" else self._known
-            assert total is not None
-            inf = optimizer._own["norm_type"] == math.inf
-            clip = NOTHING._replace(max_norm=optimizer._own["max_grad_norm"], inf=inf)
-            report_of(total, self._coef, clip, optimizer.engine.report)
-            self._known = total
+            if self._clip == "previous":
+                self._known = self._total()
+            report_of(self._clip_by(self._known), self._coef, optimizer.engine.report)
         optimizer._forget_strangers()
 
 

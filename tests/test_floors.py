@@ -21,7 +21,7 @@ _core.amp _core.arguments _core.checkpoint _core.formats _core.remainders _core.
 _core.groups _core.memory _core.norm _core.parts _core.states _core.swapped
 _core.statistics
 _core.checks _core.clipping triton_kernels
-_core.averages _core.executors _core.updates
+_core.averages _core.executors _core.saved _core.updates
 _core.plan
 _core.engine
 _core.optimizer

@@ -15,16 +15,16 @@ from . import formats, parts
 from .amp import control_of
 from .arguments import number
 from .averages import ShowsAverages
-from .checkpoint import KeptOptions, states_as_saved
 from .checks import Checks, check_capturable, check_defaults, check_numbers, check_options
 from .engine import Engine
 from .formats import StateFormat
 from .metric import Metric
 from .norm import group_of_sharder, sharder_among_callers
 from .precision import at_stated_precision
-from .rows import PartOfStep, Row, Step, name_of
+from .rows import PartOfStep, Row, Step
+from .saved import Saved, drop_settings
 from .scales import KEPT, SCALES, l1_decay_of, remember_lr, scale, warned_if_scaled
-from .settings import DEFAULTS, LOST, Settings, own_settings
+from .settings import DEFAULTS, Settings, own_settings
 from .states import ParamStates, Recipe
 from .states import PrecisionWarning as PrecisionWarning
 from .statistics import Statistics, made_of
@@ -47,7 +47,7 @@ class Releases(Protocol):
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class FusedOptimizer(ShowsAverages, torch.optim.Optimizer):
+class FusedOptimizer(ShowsAverages, Saved):
     """Base class. A subclass says, per group and step, which rule runs with which numbers, and what its states are like.
 
     Everything is read from ``param_groups`` and ``state`` at each step; the engine only caches checks on them. Settings that
@@ -64,19 +64,9 @@ class FusedOptimizer(ShowsAverages, torch.optim.Optimizer):
         **SCALES,
         **parts.OPTIONS,
     }
-    #: Options that groups of older checkpoints may lack, with what they were then. A drop-in's are in torch's ``__setstate__``.
-    _older_options: ClassVar[dict[str, Any]] = {
-        "foreach": None,
-        "maximize": False,
-        "differentiable": False,
-        "fused": None,
-    }
-
     #: Required in every subclass, unless it is declared with ``abstract=True``.
     _must_declare: ClassVar[tuple[str, ...]] = ("_row", "_check_defaults")
 
-    _own: dict[str, Any]
-    _states: ParamStates
     _engine: Engine
     #: The optimizer that this one is a part of: it has the states and all of the groups, and steps this one's.
     _owner: weakref.ref[FusedOptimizer] | None = None
@@ -360,63 +350,12 @@ class FusedOptimizer(ShowsAverages, torch.optim.Optimizer):
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _drop_settings(group, self.defaults)
+        drop_settings(group, self.defaults)
         for name, default in self._options_of(group).items():
             if name in group and group[name] == default and name not in KEPT:
                 del group[name]  # as in torch's groups, or a flat checkpoint does not go both ways
         remember_lr(group)
         self._scaled_once = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What deepcopy and pickle keep: torch's dictionaries, our own settings, and the split weights that others write."""
-        self._prepare_to_save()
-        lost = {} if self._own["norm_process_group"] is None else {"norm_process_group": LOST}
-        written = self._states.remainders.written(self._all_params())
-        return {**super().__getstate__(), "_own": self._own | lost, **({"_written": written} if written else {})}
-
-    def _all_params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _prepare_to_save(self) -> None:
-        """Drop stale remainders, since one that is loaded is trusted, and settings that a sharding optimizer left in groups.
-        Renew codes of version 0.1 that no step has seen. Raise while averages are shown.
-        """
-        self._check_shows_weights("an optimizer must not be saved or copied")
-        formats.renew(self.state.items())
-        self.states.begin(self._all_params())
-        for group in self.param_groups:
-            _drop_settings(group, self.defaults)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The states and groups, as torch has them. What one rank holds for others is cut into shards, by all ranks together."""
-        self._prepare_to_save()
-        placed = self._states_to_save()
-        held = {p: self.state.get(p) for p in placed}
-        self.state.update(placed)
-        try:
-            return super().state_dict()
-        finally:
-            for p, state in held.items():
-                if state is None:
-                    del self.state[p]
-                else:
-                    self.state[p] = state
-
-    def _states_to_save(self) -> dict[Tensor, dict[str, Any]]:
-        """What checkpoints have in place of the states of some parameters."""
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a pickled optimizer, or the groups and states of a checkpoint."""
-        super().__setstate__(state)
-        self._own = {**DEFAULTS, **self.__dict__.get("_own", {})}
-        if "defaults" in state:  # a copy, or a pickle; of a checkpoint ``load_state_dict`` renews what it keeps
-            formats.renew(self.state.items(), thorough=True)
-        for group in self.param_groups:
-            for name, value in self._older_options.items():
-                if name not in self._group_options:  # which is not there where it has its default
-                    group.setdefault(name, value)
-        self._rebuild()
 
     def _rebuild(self) -> None:
         """Everything private that follows from the public state."""
@@ -444,31 +383,3 @@ class FusedOptimizer(ShowsAverages, torch.optim.Optimizer):
     def _is_fused(self) -> bool:
         """True where ``fused=True`` was asked for, of the whole optimizer."""
         return bool(self.defaults.get("fused"))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this class or of torch's.
-
-        Unlike torch, states keep the dtype they were saved in, and a tensor ``lr`` of this optimizer stays the same
-        tensor and takes the loaded value. Options that torch does not have keep this optimizer's values where the
-        checkpoint has none.
-        """
-        self._check_shows_weights("load_state_dict() must not be called")
-        kept = KeptOptions(self.param_groups, self._states.recipe.options)
-        with states_as_saved(self):
-            super().load_state_dict(state_dict)
-        kept.restore(self.param_groups)
-        formats.renew(self.state.items(), thorough=True)
-        states = self.states
-        for index, group in enumerate(self.param_groups):
-            if group.get("state_format") is not None or group.get("ema_format") is not None:
-                rule = parts.with_parts(self._row(group), group).rule
-                for position, p in enumerate(group["params"]):
-                    states.convert(name_of(group, index, position), p, group, rule)
-        self._rebuild()
-
-
-def _drop_settings(group: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Take out of a group what concerns the whole step, unless a subclass has an option of that name."""
-    for name in DEFAULTS:
-        if name in group and name not in defaults:
-            del group[name]

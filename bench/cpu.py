@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import statistics
 import subprocess
@@ -33,6 +34,7 @@ MILLION = 1 << 20
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 HOST = "host time of a step on 1000 tiny tensors"
 SHARDED = "host time of a step on 1000 DTensor parameters of 64 elements"
+OFFLOAD = "the host's part of an offloaded step, 32M bfloat16 parameters"
 RELEASED = "host time of a released gradient, 500 parameters of 64 elements"
 PLANS = "gradients that come and go, and new plans, on 400 tensors of 64 elements"
 IMPORT = "import of precond after torch"
@@ -326,7 +328,8 @@ def table(results: list[dict]) -> str:
         case = result["case"] + (f", {100 * result['products']:.0f} % products" if "products" in result else "")
         ms = result.get("ms", {})
         if len(ms) > 4:
-            ms = {name: ms[name] for target in result["targets"] for name in (target["to"], target["of"])}
+            named = {name for target in result["targets"] for name in (target.get("to"), target["of"])}
+            ms = {name: value for name, value in ms.items() if name in named}
         ms = ", ".join(f"{name} {value:.3g}" for name, value in ms.items())
         speed = f"{result['gb_per_s']:.1f} | {result['percent_of_copy']:.0f}" if "gb_per_s" in result else " | "
         goals = result["targets"] or [None]
@@ -371,6 +374,8 @@ def run(arguments: argparse.Namespace) -> None:
     measures |= {HOST: lambda: host_time(seconds), PLANS: lambda: plan_times(seconds)}
     measures |= {SHARDED: lambda: host.of_shards(seconds), RELEASED: lambda: host.of_releases(seconds)}
     measures |= {IMPORT: lambda: import_time(2 if quick else 5)}
+    if not quick and importlib.util.find_spec("deepspeed"):
+        measures |= {OFFLOAD: lambda: host.of_offload(seconds, results.run["copy_gb_per_s"])}
     names = record.chosen(measures, arguments.only)
     if not all(results.has(name) for name in names):
         check_parity(quick)

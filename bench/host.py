@@ -1,4 +1,6 @@
-"""What the host takes beside the kernels: for DTensor parameters, on a mesh of one process, and for released gradients."""
+"""What the host takes beside the kernels: for DTensor parameters, on a mesh of one process, and for released gradients. And what
+it updates for a device, against DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -96,4 +98,57 @@ def of_releases(seconds: float) -> dict[str, object]:
         "us per parameter": {name: statistics.median(values) * 1e6 / count for name, values in times.items()},
         "ms_quartiles": timing.ms_quartiles(times),
         "targets": [],
+    }
+
+
+#: Parameters that the host updates for a device, and goals: of the bytes of a copy per second, and of DeepSpeed's time.
+OFFLOADED, OF_COPY, OF_DEEPSPEED = (32 << 10, 1 << 10), 0.85, 1 / 3
+
+
+def of_offload(seconds: float, copy: float) -> dict[str, object]:
+    """The host's part of an offloaded step of bfloat16 parameters: the CPU backend, against DeepSpeed's ``CPUAdam``, whose
+    extension is compiled here. ``copy``: GB/s of torch's.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    def ours(**options: Any) -> Callable[..., Any]:
+        return lambda params: precond.AdamW(params, **options)
+
+    # Bytes that a step reads and writes of a parameter.
+    contenders = {
+        "precond split24 + int8": (ours(weight_format="split24", state_format="int8"), 12.25),
+        "precond stochastic + int8": (ours(weight_format="stochastic", state_format="int8"), 10.06),
+        "precond, fp32 states": (ours(state_format="fp32"), 22.0),
+        "DeepSpeed, fp32 states": (DeepSpeedCPUAdam, 22.0),
+        "DeepSpeed, bf16 states": (lambda params: DeepSpeedCPUAdam(params, fp32_optimizer_states=False), 14.0),
+    }
+    calls = {}
+    for name, (make, _) in contenders.items():
+        p = torch.nn.Parameter(torch.randn(OFFLOADED).bfloat16())
+        p.grad = torch.randn(OFFLOADED).bfloat16()
+        calls[name] = make([p]).step
+    times = timing.interleaved(calls, seconds)
+    elements = torch.Size(OFFLOADED).numel()
+    speed = {
+        name: elements * size / statistics.median(times[name]) / 1e9 / copy for name, (_, size) in contenders.items()
+    }
+    best = "precond split24 + int8"
+    of_copy = {
+        "of": f"{best}, per byte of a copy",
+        "ratio": 1 / speed[best],
+        "target": 1 / OF_COPY,
+        "met": speed[best] >= OF_COPY,
+    }
+    ratios = {name: timing.ratio(times, best, name) for name in contenders if name.startswith("DeepSpeed")}
+    return {
+        "ms": {name: statistics.median(values) * 1e3 for name, values in times.items()},
+        "ms_quartiles": timing.ms_quartiles(times),
+        "of a copy": speed,
+        "percent_of_copy": 100 * speed[best],
+        "gb_per_s": copy * speed[best],
+        "targets": [
+            {"of": best, "to": name, "ratio": r, "target": OF_DEEPSPEED, "met": r <= OF_DEEPSPEED}
+            for name, r in ratios.items()
+        ]
+        + [of_copy],
     }

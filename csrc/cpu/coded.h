@@ -239,7 +239,7 @@ PRECOND_INLINE int64_t update_coded(const ChunkArgs& a, const Rule& rule_of_chun
   const Tensor t = *a.tensor;
   const Rule rule = rule_of_chunk;
   const Seed seed = seed_in(a.scalars);
-  const int64_t elements = a.count / kGroup * kGroup, end = a.begin + elements;
+  const int64_t elements = groups_of(a.count) * kGroup, end = a.begin + elements;
   // Weights whose decoding costs more than the way through memory are kept as values between the two loops.
   constexpr bool kKeeps = !kInTwo<Rule> || P::kStoring == Storing::remainder;
   Tile p, s[sizeof...(K)];
@@ -254,23 +254,23 @@ PRECOND_INLINE int64_t update_coded(const ChunkArgs& a, const Rule& rule_of_chun
     for (int64_t first = 0; first < n; first += kGroup) {
       alignas(64) float g[kGroup], seen[kGroup];
       float* const weights = kKeeps ? p.value + first : seen;
-      const int64_t group = (begin + first) / kGroup;
+      const int64_t group = groups_of(begin + first);
       const float units[] = {S::unit(reinterpret_cast<const uint16_t*>(t.state[K].beside)[group])...};
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kGroup; i += kBlock) {
         const int64_t at = begin + first + i;
         decode_pairs<P>(weights_at(at), beside_at(at), weights + i);
         decode_pairs<G>(t.g.data + at * int64_t(sizeof(typename G::Stored)), nullptr, g + i);
-        (decode_code_pairs<S>(t.state[K].data + at * S::kCodeBits / 8, units[K], s[K].value + first + i), ...);
+        (decode_code_pairs<S>(t.state[K].data + bytes_of(at, S::kCodeBits), units[K], s[K].value + first + i), ...);
       }
       if constexpr (kInTwo<Rule>)
         update_tile_moments(rule, coef, kGroup, weights, g, (s[K].value + first)...);
       else
         apply_tile(rule, coef, kGroup, weights, g, (s[K].value + first)...);
-      ((tops[K][first / kGroup] = top_of(s[K].value + first)), ...);
+      ((tops[K][groups_of(first)] = top_of(s[K].value + first)), ...);
     }
     (find_groups<S>(tops[K], found[K]), ...);
-    (std::memcpy(t.state[K].beside + begin / kGroup * 2, found[K].scale, size_t(n / kGroup) * 2), ...);
+    (std::memcpy(t.state[K].beside + groups_of(begin) * 2, found[K].scale, size_t(groups_of(n)) * 2), ...);
     for (int64_t first = 0; first < n; first += kGroup) {
 #pragma GCC unroll 8
       for (int64_t i = first; i < first + kGroup; i += kBlock) {
@@ -280,15 +280,15 @@ PRECOND_INLINE int64_t update_coded(const ChunkArgs& a, const Rule& rule_of_chun
         if constexpr (!kKeeps) decode_pairs<P>(weights_at(at), beside_at(at), p.value + i);
         if constexpr (kInTwo<Rule>) step_tile(rule, kBlock, p.value + i, (s[K].value + i)...);
         encode_pairs<P>(p.value + i, word, weights_at(at), beside_at(at));
-        (encode_code_pairs<S>(s[K].value + i, found[K].per_scale[first / kGroup], word, draws_of(1 + K),
-                              t.state[K].data + at * S::kCodeBits / 8),
+        (encode_code_pairs<S>(s[K].value + i, found[K].per_scale[groups_of(first)], word, draws_of(1 + K),
+                              t.state[K].data + bytes_of(at, S::kCodeBits)),
          ...);
       }
       // Of a group with a number that is not finite all codes are 0.
       const auto clear = [at = begin + first](const Operand& state, int bits, uint32_t mask) {
-        if (mask == 0) std::memset(state.data + at * bits / 8, 0, size_t(kGroup * bits / 8));
+        if (mask == 0) std::memset(state.data + bytes_of(at, bits), 0, size_t(bytes_of(kGroup, bits)));
       };
-      (clear(t.state[K], S::kCodeBits, found[K].mask[first / kGroup]), ...);
+      (clear(t.state[K], S::kCodeBits, found[K].mask[groups_of(first)]), ...);
       // Of the next tile, a group's at a time: more at once would wait for each other.
       const int64_t next = begin + n + first;
       if (next < end) {

@@ -30,7 +30,7 @@ void fill_random(Seed seed, uint64_t index, int64_t n, RandomTile& random) {
 
 template <class F>
 PRECOND_INLINE void decode_tile(const Operand& operand, int64_t begin, int64_t n, float* out) {
-  const uint8_t* codes = reinterpret_cast<const uint8_t*>(operand.data) + begin * F::kCodeBits / 8;
+  const uint8_t* codes = reinterpret_cast<const uint8_t*>(operand.data) + bytes_of(begin, F::kCodeBits);
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(operand.beside) + begin / kGroup;
   uint16_t pairs[kTile / 2];
   if constexpr (F::kCodeBits == 4) {

@@ -100,6 +100,13 @@ def like(p: Tensor, plain: Tensor, shape: torch.Size | None = None, placements: 
     shape = p.shape if shape is None else shape
     stride = torch.empty(shape, device="meta").stride()
     placements = p.placements if placements is None else placements
+    if plain.device.type != p.device_mesh.device_type and not plain.is_meta:  # type: ignore[attr-defined]
+        # from_local would bring it to the mesh's device: it is the host's, as FSDP2's CPUOffloadPolicy has parameters.
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+        meta = TensorMeta(shape, stride, plain.dtype)
+        spec = DTensorSpec(p.device_mesh, tuple(placements), tensor_meta=meta)  # type: ignore[attr-defined]
+        return DTensor(plain, spec, requires_grad=False)  # type: ignore[no-untyped-call]
     return DTensor.from_local(plain, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)  # type: ignore[attr-defined]
 
 

@@ -94,6 +94,28 @@ class Clip:
         measure: bool = False,
     ) -> None: ...
 
+class Extras:
+    """What a step does besides updating: addresses of torch's tensors."""
+
+    def __init__(self, *, sums: int = 0, factors: int = 0, only: bool = False) -> None: ...
+
+class Pinned:
+    """Pinned memory, as a buffer. In a build with CUDA."""
+
+    def __init__(self, bytes: int) -> None: ...
+    @staticmethod
+    def has(address: int) -> bool:
+        """True for an address within such memory."""
+
+class Link:
+    """What goes between a device and the host's threads; csrc/offload/link.h. In a build with CUDA."""
+
+    def __init__(self, device: int, slot: int) -> None: ...
+    def join(self, stream: int) -> None: ...
+    def wait(self) -> None: ...
+    @property
+    def reads(self) -> int: ...
+
 class Row:
     """What a group asks for in one step."""
 
@@ -113,7 +135,13 @@ class Spans:
 
 class Plan:
     def __init__(
-        self, reader: Reader, state_names: dict[int, Sequence[str]], step_name: str, chunk: int, device: int
+        self,
+        reader: Reader,
+        state_names: dict[int, Sequence[str]],
+        step_name: str,
+        chunk: int,
+        device: int,
+        gradients: int | None = None,
     ) -> None: ...
     def add(
         self,
@@ -157,6 +185,22 @@ class Plan:
     def run(self, grad_coef: float, clip_value: float, clip: Clip, threads: int) -> list[Any]: ...
     def run_cuda(
         self, grad_coef: float, clip_value: float, clip: Clip, grad_scale: int, found_inf: int, stream: int
+    ) -> list[Any]: ...
+    #: In a build with CUDA.
+    def submit(
+        self,
+        link: Link,
+        params: Sequence[int],
+        *,
+        grad_coef: float,
+        clip_value: float,
+        clip: Clip,
+        grad_scale: int,
+        found_inf: int,
+        stream: int,
+        threads: int,
+        extras: Extras,
+        held: object,
     ) -> list[Any]: ...
     @property
     def skipped(self) -> bool: ...

@@ -142,7 +142,7 @@ class GradientRegularizer(Wrapper):
         if not jobs:
             return
         kept = earlier.kept()
-        split = base.states.remainders.watched(self._params())
+        split = base.states.watched(self._params())
         base.states.begin(split)
         for p in first:
             p.grad = None  # else a closure could zero the first gradient in place

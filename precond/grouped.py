@@ -166,6 +166,8 @@ class Grouped(MultiPass):
         made.__init__([given], backend=self._own["backend"], **own)
         (group,) = made.param_groups
         group["optimizer"] = cls.__name__
+        if self._own["offload"] is not None and (reason := made._why_not_away(group)):
+            raise RuntimeError(f"offload must be None: {reason}")
         torch.optim.Optimizer.add_param_group(self, group)
         self._scaled_once = False
         self._methods.known[cls.__name__] = cls
@@ -218,6 +220,10 @@ class Grouped(MultiPass):
 
     def _is_fused(self) -> bool:
         return bool(self._shared.get("fused"))
+
+    def _why_not_away(self, group: dict[str, Any]) -> str:
+        """Why the states of a group's parameters cannot be the host's; empty if they can."""
+        return self._part(group)._why_not_away(group)
 
     def why_not_alone(self, group: dict[str, Any]) -> str:
         """Why a parameter of a group cannot be stepped before the others have gradients; empty if it can."""

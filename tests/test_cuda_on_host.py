@@ -14,13 +14,15 @@ from support.builds import ROOT, run
 
 pytestmark = pytest.mark.source
 
+PROGRAMS = ("cuda_tests", "cuda_runtime_tests", "offload_tests")
+
 
 @pytest.mark.parametrize(("sanitizer", "threads"), [("address,undefined", 1), ("thread", 3)])
 def test_the_kernels_pass_their_tests_under_sanitizers(sanitizer, threads):
-    programs = builds.sanitized(sanitizer, "cuda_tests", "cuda_runtime_tests") / "tests"
+    programs = builds.sanitized(sanitizer, *PROGRAMS) / "tests"
     # ThreadSanitizer does not know libgomp's barriers: one OpenMP thread, several block threads.
     env = {"CUDA_ON_HOST_THREADS": str(threads), "OMP_NUM_THREADS": "1", "TSAN_OPTIONS": "halt_on_error=1"}
-    for name in ("cuda_tests", "cuda_runtime_tests"):
+    for name in PROGRAMS:
         assert run(programs / name, env=env).endswith("all passed\n")
 
 

@@ -19,13 +19,15 @@ _C _version _core.extras _core.iteration _core.precision _core.rows _core.settin
 _core.backend _core.metric
 _core.amp _core.arguments _core.checkpoint _core.formats _core.remainders _core.scales
 _core.groups _core.memory _core.norm _core.parts _core.states _core.swapped
-_core.statistics
+_core.statistics _core.twins
 _core.checks _core.clipping triton_kernels
-_core.averages _core.executors _core.saved _core.updates
+_core.averages _core.executors _core.offloaded _core.saved _core.updates
 _core.plan
 _core.engine
+_core.passes
+_core.offload
 _core.optimizer
-_core.conversions _core.passes
+_core.conversions
 _core.single
 _methods _wrappers
 _inputs
@@ -40,7 +42,8 @@ CPP = {
     "plan": {"base", "rules", "formats"},
     "cpu": {"base", "rules", "formats", "plan"},
     "cuda": {"base", "rules", "formats", "plan"},
-    "python": {"base", "rules", "formats", "plan", "cpu", "cuda"},
+    "offload": {"base", "rules", "formats", "plan", "cpu", "cuda"},
+    "python": {"base", "rules", "formats", "plan", "cpu", "cuda", "offload"},
 }
 
 

@@ -40,7 +40,7 @@ class RelaxedCapture {
 };
 
 inline bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   PRECOND_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
   return status == cudaStreamCaptureStatusActive;
 }

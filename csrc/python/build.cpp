@@ -7,17 +7,18 @@
 namespace precond {
 
 TensorPlan::TensorPlan(const Reader& reader, const std::map<int, std::vector<std::string>>& state_names,
-                       const std::string& step_name, int64_t chunk, int device)
+                       const std::string& step_name, int64_t chunk, int device, std::optional<int> gradients)
     : reader_(reader),
       state_names_(rules().size()),
       scale_names_(rules().size()),
       scalar_names_(rules().size()),
       plan_(chunk),
-      device_(device) {
+      device_(device),
+      gradients_(gradients.value_or(device)) {
 #if defined(PRECOND_CUDA)
   if (device_ >= 0) cuda_ = std::make_unique<CudaExecutor>(device_);
 #if defined(PRECOND_CUDA_ON_HOST)
-  device_ = kCpuDevice;
+  device_ = gradients_ = kCpuDevice;
 #endif
 #else
   if (device_ >= 0) throw std::invalid_argument("this extension was built without CUDA");
@@ -55,8 +56,8 @@ TensorPlan::Trace TensorPlan::trace(py::handle object, const View& view) const {
 }
 
 // What a plan can update. Tensors without memory of their own (fake, meta, lazy zeros) have no address.
-bool TensorPlan::fits(const View& view) const {
-  if (!is_value(view.storage) || view.device != device_) return false;
+bool TensorPlan::fits(const View& view, int device) {
+  if (!is_value(view.storage) || view.device != device) return false;
   if (view.data != nullptr) return true;
   for (int d = 0; d < view.ndim; ++d)
     if (view.shape[d] == 0) return true;

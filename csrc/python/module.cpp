@@ -212,10 +212,12 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("addresses", &addresses_of)
       .def("read_from", &read_from, py::arg("index"), py::arg("address"), py::arg("is_double"));
 
+  declare_offload(m);
   py::class_<TensorPlan>(m, "Plan")
-      .def(py::init<const Reader&, const std::map<int, std::vector<std::string>>&, const std::string&, int64_t, int>(),
+      .def(py::init<const Reader&, const std::map<int, std::vector<std::string>>&, const std::string&, int64_t, int,
+                    std::optional<int>>(),
            py::arg("reader"), py::arg("state_names"), py::arg("step_name"), py::arg("chunk"), py::arg("device"),
-           py::keep_alive<1, 2>())
+           py::arg("gradients") = std::nullopt, py::keep_alive<1, 2>())
       .def("add", &TensorPlan::add, py::arg("param"), py::arg("state"), py::kw_only(), py::arg("group"),
            py::arg("rule"), py::arg("fresh"), py::arg("counts"), py::arg("step_on_device"), py::arg("formats"),
            py::arg("draws"), py::arg("place"), py::arg("at") = -1)
@@ -236,6 +238,11 @@ PYBIND11_MODULE(_C, m) {
            py::arg("extras"))
       .def("run_cuda", &TensorPlan::run_cuda, py::arg("grad_coef"), py::arg("clip_value"), py::arg("clip"),
            py::arg("grad_scale"), py::arg("found_inf"), py::arg("stream"), py::arg("extras"))
+#if defined(PRECOND_CUDA)
+      .def("submit", &TensorPlan::submit, py::arg("link"), py::arg("params"), py::kw_only(), py::arg("grad_coef"),
+           py::arg("clip_value"), py::arg("clip"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("stream"),
+           py::arg("threads"), py::arg("extras"), py::arg("held"))
+#endif
       .def_property_readonly("skipped", &TensorPlan::skipped)
       .def_property_readonly("launches", &TensorPlan::launches)
       .def_property_readonly("was_captured", &TensorPlan::was_captured);

@@ -174,7 +174,7 @@ bool TensorPlan::refresh_gradients(const py::list& param_groups, const py::dict&
       if (refreshed < 3 && ++refreshed == 2) traces_[next - 1].p = trace(param, view);
       if (!same_operand(tensor.p, entry, view) || !same_strides(entry, view)) return false;
       reader_.read(gradient.ptr(), &view);
-      if (!fits(view) || !same_shape(entry, view) ||
+      if (!fits(view, gradients_) || !same_shape(entry, view) ||
           !reader_.placed_alike(param.ptr(), gradient.ptr(), &traces_[next - 1].placed))
         return false;
       const py::handle plain = view.read_of(gradient);

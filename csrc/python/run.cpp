@@ -60,6 +60,32 @@ py::list TensorPlan::run_cuda(float grad_coef, float clip_value, const Clip& cli
   }
   return extras.only ? py::list() : updated();
 }
+py::list TensorPlan::submit(HostLink* link, const std::vector<uintptr_t>& params, float grad_coef, float clip_value,
+                            const Clip& clip, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream, int threads,
+                            const Extras& extras, const py::object& held) {
+  if (submitted_) {
+    const py::gil_scoped_release release;
+    submitted_->wait();  // its counters
+  }
+  HostStep step;
+  step.plan = &plan_;
+  step.groups = &rows_;
+  step.params.resize(size_t(plan_.size()), nullptr);
+  size_t next = 0;
+  for (const Entry& entry : entries_)
+    if (entry.kind == Kind::kUpdated && plan_.tensor(entry.tensor).active)
+      step.params[size_t(entry.tensor)] = reinterpret_cast<void*>(params.at(next++));
+  step.grad_scale = reinterpret_cast<const float*>(grad_scale);
+  step.found_inf = reinterpret_cast<const float*>(found_inf);
+  step.grad_coef = grad_coef;
+  step.clip_value = clip_value;
+  step.clip = clip;
+  step.extras = extras;
+  step.stream = stream;
+  step.threads = threads;
+  submitted_ = link->submit(step, held);
+  return extras.only ? py::list() : updated();
+}
 int TensorPlan::launches() const { return cuda_ ? cuda_->launches() : 1; }
 bool TensorPlan::was_captured() const { return cuda_ && cuda_->was_captured(); }
 #else

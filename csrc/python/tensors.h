@@ -6,11 +6,13 @@
 
 #include <array>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "cuda/executor.h"
 #include "plan/plan.h"
+#include "python/offload.h"
 #include "python/reader.h"
 
 namespace precond {
@@ -25,9 +27,10 @@ struct Request {
 class TensorPlan {
  public:
   // state_names: by rule number, the keys of a parameter's state in the order of the rule's state arguments, then that
-  // of its scalar state; step_name: the counter's key, or empty.
+  // of its scalar state; step_name: the counter's key, or empty; gradients: the device of these, where that is another
+  // one than `device`.
   TensorPlan(const Reader& reader, const std::map<int, std::vector<std::string>>& state_names,
-             const std::string& step_name, int64_t chunk, int device);
+             const std::string& step_name, int64_t chunk, int device, std::optional<int> gradients);
 
   // Parameters, in the order of optimizer.param_groups. `state` is the parameter's entry in optimizer.state; `fresh`
   // says that it was made for the coming step, `counts` that it has a step counter, `step_on_device` where that lies.
@@ -66,6 +69,12 @@ class TensorPlan {
   py::list run(float grad_coef, float clip_value, const Clip& clip, int threads, const Extras& extras);
   py::list run_cuda(float grad_coef, float clip_value, const Clip& clip, uintptr_t grad_scale, uintptr_t found_inf,
                     uintptr_t stream, const Extras& extras);
+  // The same for a plan of the host, whose gradients are on the link's device: enqueues it and returns. params: of each
+  // parameter that is updated the address of what is updated with it on the device. `held`: what lives until it is
+  // done.
+  py::list submit(HostLink* link, const std::vector<uintptr_t>& params, float grad_coef, float clip_value,
+                  const Clip& clip, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream, int threads,
+                  const Extras& extras, const py::object& held);
   bool skipped() const { return skipped_; }
   int launches() const;
   bool was_captured() const;
@@ -103,7 +112,8 @@ class TensorPlan {
 
   bool refresh_gradients(const py::list& param_groups, const py::dict& inputs);
   bool refresh_states(const py::dict& state);
-  bool fits(const View& view) const;
+  bool fits(const View& view) const { return fits(view, device_); }
+  static bool fits(const View& view, int device);
   Number number_of(const View& view, bool on_device) const;
   py::list updated();
   Trace trace(py::handle object, const View& view) const;
@@ -128,6 +138,7 @@ class TensorPlan {
   py::object step_name_, params_name_, grad_name_, remainder_name_, key_name_;
   Plan plan_;
   int device_;            // that tensors must be on
+  int gradients_;         // and their gradients
   bool skipped_ = false;  // by the last step on the CPU
   std::vector<GroupRow> rows_;
   std::vector<Override> overrides_;
@@ -139,6 +150,7 @@ class TensorPlan {
   std::vector<py::object> held_;
 #if defined(PRECOND_CUDA)
   std::unique_ptr<CudaExecutor> cuda_;
+  std::shared_ptr<HostJob> submitted_;  // the last one
 #endif
   std::vector<Entry> entries_;
   std::vector<Traces> traces_;  // of each entry

@@ -12,15 +12,34 @@ from torch import Tensor
 from .rows import Group
 
 
+class _Hidden:
+    """A state that torch must not bring to its parameter's device: it may not fit there."""
+
+    def __init__(self, state: Tensor) -> None:
+        self.state = state
+
+
 @contextlib.contextmanager
 def states_as_saved(
-    optimizer: torch.optim.Optimizer, concerned: Callable[[object], bool] = lambda name: True
+    optimizer: torch.optim.Optimizer,
+    concerned: Callable[[object], bool] = lambda name: True,
+    away: Callable[[Tensor], bool] = lambda p: False,
 ) -> Iterator[None]:
     """While torch loads a checkpoint: states, or those of some names, have the dtype they were saved in and memory of their own.
-    torch casts and aliases them.
+    torch casts and aliases them. ``away``: whether a parameter's are the host's.
     """
     # What torch loads is what the user's hooks made of the dictionary; ours sees it last, and mends before theirs.
     final: dict[str, Any] = {}
+
+    def look(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any] | None:
+        final.update(loaded)
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        hosts = {i for i, p in zip(ids, params, strict=False) if away(p)}
+        if not hosts:
+            return None
+        states = {i: _hidden(state) if i in hosts else state for i, state in loaded["state"].items()}
+        return {**loaded, "state": states}
 
     def restore(_: torch.optim.Optimizer) -> None:
         saved_ids = [i for group in final["param_groups"] for i in group["params"]]
@@ -32,10 +51,10 @@ def states_as_saved(
                 if isinstance(saved, Tensor) and name == "step":
                     optimizer.state[p][name] = optimizer.state[p][name].clone()
                 elif isinstance(saved, Tensor):
-                    optimizer.state[p][name] = saved.detach().to(p.device, copy=True)
+                    optimizer.state[p][name] = saved.detach().to("cpu" if away(p) else p.device, copy=True)
 
     hooks = [
-        optimizer.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded)),
+        optimizer.register_load_state_dict_pre_hook(look),
         optimizer.register_load_state_dict_post_hook(restore, prepend=True),
     ]
     try:
@@ -43,6 +62,10 @@ def states_as_saved(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _hidden(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: _Hidden(t) if isinstance(t, Tensor) and name != "step" else t for name, t in state.items()}
 
 
 class KeptOptions:

@@ -68,6 +68,10 @@ class Checks:
         valued = [local(state) for key, state in present.items() if key not in coded]
         return _backend.choose(self.settings["backend"], [local(p), local(g), *valued], name)
 
+    def device_of(self, p: Tensor, states: States) -> torch.device:
+        """Where a parameter is updated."""
+        return local(p).device
+
     def _check_layouts(self, name: str, p: Tensor, g: Tensor, row: Row, sparse: bool) -> None:
         if sparse and row.hyper["weight_decay"] != 0.0:
             raise RuntimeError(

@@ -142,6 +142,10 @@ class Executor(Measures, Protocol):
         """Where the first parameter lies."""
 
     @property
+    def sums_on(self) -> torch.device:
+        """Where it writes statistics, and reads what scales updates."""
+
+    @property
     def measures_itself(self) -> bool:
         """True where it can measure the norm of its gradients in the pass that updates its parameters."""
 
@@ -154,7 +158,7 @@ class Executor(Measures, Protocol):
 
 def device_decides(executors: Sequence[Executor]) -> bool:
     """True where all read the norm and a scaler's verdict on their device."""
-    return all(executor.backend in ("cuda", "triton") for executor in executors)
+    return all(executor.backend in ("cuda", "triton", "offload") for executor in executors)
 
 
 def not_finite(norm_type: float) -> RuntimeError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -12,13 +12,38 @@ from .checks import Checks
 from .clipping import Begun, Report
 from .norm import NormClasses
 from .plan import Outcome, StepPlan
-from .rows import Row, Step, parameters
+from .rows import Group, Row, Step, parameters
 from .sharding import agreed, aligned_gradients, home, local
 from .states import States
 
 _PLANS_KEPT = 64
 #: How often a step is prepared where another thread replaces gradients or states in between.
 _ATTEMPTS = 8
+
+
+class Offloads(Protocol):
+    """What takes parameters out of steps whose states are the host's; offload.py."""
+
+    def concerns(self, groups: list[Group]) -> bool:
+        """True where a step of these groups has such parameters."""
+
+    def run(self, step: Step, *, alone: bool) -> None:
+        """A step with such parameters. ``alone``: others of the same step come, or came, by themselves."""
+
+    def join(self) -> None:
+        """Have the current streams wait for the new parameters."""
+
+    def wait(self) -> None:
+        """Until the host has done its part of all steps; raises what went wrong."""
+
+    def keep(self, groups: list[Group]) -> None:
+        """Forget what is not in these groups."""
+
+    def prepare(self, count: int) -> None:
+        """Before steps of so many parameters, one by one."""
+
+    def moved(self, p: Tensor, state: dict[str, Any] | None) -> None:
+        """The states of a parameter are now the host's, or the device's."""
 
 
 class Engine:
@@ -43,14 +68,22 @@ class Engine:
         self.plans: dict[tuple[Any, ...], StepPlan] = {}
         self.plans_kept = _PLANS_KEPT
         self._may_only_make_states = may_only_make_states
+        self.offload: Offloads | None = None
 
     @property
     def settings(self) -> Mapping[str, Any]:
         """What concerns the whole step: :class:`precond.Settings`."""
         return self.checks.settings
 
-    def run(self, step: Step) -> None:
-        """Run each group's rule on its parameters, by the plan for these groups or a new one."""
+    def run(self, step: Step, *, alone: bool = False) -> None:
+        """Run each group's rule on its parameters. ``alone``: others of the same step come, or came, by themselves."""
+        if self.offload is not None and self.offload.concerns(step.groups):
+            self.offload.run(step, alone=alone)
+        else:
+            self.run_here(step)
+
+    def run_here(self, step: Step) -> None:
+        """The same where states are beside their parameters, by the plan for these groups or a new one."""
         self.states.bind(step.state, step.groups)
         try:
             self._run(step)

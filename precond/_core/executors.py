@@ -63,7 +63,8 @@ class Compiled:
             },
             step_name="step",
             chunk=_CHUNK,
-            device=-1 if backend == "cpu" else device.index or 0,
+            device=device.index or 0 if backend == "cuda" else -1,
+            gradients=-1 if device.type == "cpu" else device.index or 0,
         )
         own, end = (backend, device), 0
         for index, group in enumerate(step.groups):
@@ -79,6 +80,11 @@ class Compiled:
                 layout = layouts.get(entry.number) or states.layout(p, group, step.rows[index].rule)
                 self._add(step, states, entry, layout, fresh)
         self.plan.seal(step.state)
+
+    @property
+    def sums_on(self) -> torch.device:
+        """Where statistics are written."""
+        return self.device
 
     @property
     def newcomers(self) -> list[int]:
@@ -204,6 +210,11 @@ class InPython:
         """``fresh``: numbers of the parameters whose states are new in the coming step."""
         self.entries, self.states, self.fresh = entries, states, fresh
         self.device = local(entries[0].param(step)).device
+
+    @property
+    def sums_on(self) -> torch.device:
+        """Where statistics are written."""
+        return self.device
 
     def holds(self, step: Step, checks: Checks) -> bool:
         """True where every parameter that has a gradient is as it was checked."""

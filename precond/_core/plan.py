@@ -19,6 +19,7 @@ from .executors import Compiled, Home, Reference, Triton
 from .formats import Layout, is_half
 from .memory import Memory
 from .norm import NormClasses, local_total, norm_classes
+from .offloaded import OFFLOADED, Offloaded
 from .rows import Entry, Row, Step, entries_of, parameters
 from .sharding import local
 from .states import States, counts_beside
@@ -33,6 +34,10 @@ class Outcome(enum.Enum):
     SKIPPED = "skipped"
     #: The plan no longer holds; nothing changed.
     STALE = "stale"
+
+
+#: What runs the plans of a backend where that is not the backend's own executor.
+_COMPILED: dict[str, type[Compiled]] = {OFFLOADED: Offloaded}
 
 
 def first_differs(row: Row) -> bool:
@@ -86,7 +91,7 @@ class StepPlan:
                 if own := [entry for entry, home in looked_at if home[0] == kind.backend]:
                     self.in_python.append(kind(step, own, states, self.fresh))
             self.compiled = [
-                Compiled(step, states, *home, entries, homes, layouts, self.fresh, captured)
+                _COMPILED.get(home[0], Compiled)(step, states, *home, entries, homes, layouts, self.fresh, captured)
                 for home in dict.fromkeys(homes)
                 if home is not None and home[0] not in (Reference.backend, Triton.backend)
             ]
@@ -161,7 +166,8 @@ class StepPlan:
             raise RuntimeError(
                 f"`fused=True` requires all the params to be floating point Tensors with memory, got {entry.name(step)} on meta"
             )
-        return self.checks.backend_of(entry.name(step), p, step, step.rows[entry.group], self.states), local(p).device
+        backend = self.checks.backend_of(entry.name(step), p, step, step.rows[entry.group], self.states)
+        return backend, self.checks.device_of(p, self.states)
 
     def _layout(self, step: Step, entry: Entry) -> Layout:
         """The formats of a parameter and its states; raises where they are not what they say: a checkpoint can bring anything."""

@@ -64,7 +64,15 @@ class Remainders:
         #: weight get the id before, its versions or its bits differ.
         self._noted: dict[int, _Noted] = {}
         for p in written:
-            self._add(p, written=True)
+            self.expect(p)
+
+    def expect(self, p: Tensor) -> None:
+        """A weight is known to be written by others, and its remainder is right."""
+        self._add(p, written=True)
+
+    def forget(self, p: Tensor) -> None:
+        """What has this weight's id is another one than before."""
+        self._noted.pop(id(p), None)
 
     def drop_stale(self, state: State, split: Iterable[Tensor]) -> None:
         """Forget the remainders of elements that somebody else has written since the last step."""

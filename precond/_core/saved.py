@@ -19,6 +19,7 @@ class Saved(torch.optim.Optimizer):
 
     _own: dict[str, Any]
     _states: ParamStates
+    _where: dict[int, bool]
     #: Group options that torch does not have, with their defaults.
     _group_options: ClassVar[dict[str, Any]]
     #: Options that groups of older checkpoints may lack, with what they were then. A drop-in's are in torch's ``__setstate__``.
@@ -38,6 +39,10 @@ class Saved(torch.optim.Optimizer):
         """The rule and the hyper-parameters of a group in this step."""
         raise NotImplementedError
 
+    def _is_away(self, p: Tensor) -> bool:
+        """True where the states of a parameter are the host's."""
+        raise NotImplementedError
+
     def _rebuild(self) -> None:
         """Make everything private that follows from the public state."""
         raise NotImplementedError
@@ -50,8 +55,11 @@ class Saved(torch.optim.Optimizer):
         """What deepcopy and pickle keep: torch's dictionaries, our own settings, and the split weights that others write."""
         self._prepare_to_save()
         lost = {} if self._own["norm_process_group"] is None else {"norm_process_group": LOST}
-        written = self._states.remainders.written(self._all_params())
-        return {**super().__getstate__(), "_own": self._own | lost, **({"_written": written} if written else {})}
+        written = self._states.written(self._all_params())
+        kept: dict[str, Any] = {"_written": written} if written else {}
+        if self._where:
+            kept["_moved_states"] = [(p, self._where[id(p)]) for p in self._all_params() if id(p) in self._where]
+        return {**super().__getstate__(), "_own": self._own | lost, **kept}
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -106,7 +114,7 @@ class Saved(torch.optim.Optimizer):
         """
         self._check_shows_weights("load_state_dict() must not be called")
         kept = KeptOptions(self.param_groups, self._states.recipe.options)
-        with states_as_saved(self):
+        with states_as_saved(self, away=self._is_away):
             super().load_state_dict(state_dict)
         kept.restore(self.param_groups)
         formats.renew(self.state.items(), thorough=True)

@@ -27,6 +27,8 @@ class Settings(TypedDict, total=False):
             neither copied nor pickled: set the attribute ``norm_process_group`` of the copy.
         seed: an integer that, with a parameter's name or position, names the random bits of formats that round stochastically
             (default 0). Optimizers of one parameter each, without names, need a seed each.
+        offload: "cpu" keeps the states of parameters on CUDA devices in the host's memory, where the CPU backend updates them
+            while the device goes on (docs/offload.md). None (default): states are beside their parameters.
         statistics: True takes statistics of every step, in its pass: the attribute ``statistics``, a :class:`precond.Statistics`.
             k >= 1: of every k-th, beginning with the first. False (default): of none.
         cautious: "update" leaves out updates against the gradient, "decay" a decay against the update, "both" does both. None
@@ -61,6 +63,7 @@ class Settings(TypedDict, total=False):
     nonfinite: str
     norm_process_group: Any
     seed: int
+    offload: str | None
     statistics: bool | int
     cautious: str | None
     cautious_rescale: bool
@@ -78,6 +81,7 @@ DEFAULTS: Final = Settings(
     nonfinite="propagate",
     norm_process_group=None,
     seed=0,
+    offload=None,
     statistics=False,
 )
 #: In place of a process group that a copy could not take along.
@@ -97,6 +101,8 @@ def own_settings(owner: str, given: Settings) -> dict[str, Any]:
                 raise ValueError(f"{name} must be None or >= 0, got {own[name]}")
     if not isinstance(own["seed"], int):
         raise TypeError(f"seed must be an integer, got {own['seed']!r}")
+    if own["offload"] not in (None, "cpu"):
+        raise ValueError(f"offload must be None or 'cpu', got {own['offload']!r}")
     if not isinstance(own["statistics"], numbers.Integral) or own["statistics"] < 0:
         raise ValueError(f"statistics must be False, True or an integer >= 1, got {own['statistics']!r}")
     own["norm_type"] = float(own["norm_type"])

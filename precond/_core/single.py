@@ -81,6 +81,8 @@ class Single:
         # Of each parameter one that measures and one that does not, and room for some that change.
         for each in (engine, *([] if self._measuring is None else [self._measuring])):
             each.plans_kept = max(each.plans_kept, 2 * count + 64)
+        if engine.offload is not None:
+            engine.offload.prepare(count)
 
     def step(self, place: Place, part: PartOfStep) -> None:
         """Update a parameter that has a gradient."""

@@ -158,8 +158,27 @@ class Recipe(NamedTuple):
     options: Callable[[Group], Mapping[str, Any]]
 
 
+class Elsewhere(Protocol):
+    """What keeps split weights apart from the device's: those whose states the host has."""
+
+    def begin(self, split: Iterable[Tensor]) -> list[Tensor]:
+        """Forget what they lacked of their masters where somebody else has written them. Returns the others."""
+
+    def end(self, split: Iterable[Tensor]) -> list[Tensor]:
+        """They are as their remainders have them. Returns the others."""
+
+    def watched(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Those of some parameters that are split weights of past steps."""
+
+    def written(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Those of some parameters that others have written, too."""
+
+
 class ParamStates:
     """The states of an optimizer's parameters."""
+
+    #: Set where the host has some.
+    elsewhere: Elsewhere | None = None
 
     def __init__(self, recipe: Recipe, seed: int, written: Iterable[Tensor] = ()) -> None:
         """``written``: split weights that others are known to write."""
@@ -225,28 +244,42 @@ class ParamStates:
 
     def begin(self, split: Iterable[Tensor]) -> None:
         """Forget what split weights lacked of their masters where somebody else has written them."""
-        self.remainders.drop_stale(self.state, split)
+        self.remainders.drop_stale(self.state, split if self.elsewhere is None else self.elsewhere.begin(split))
 
     def end(self, split: Iterable[Tensor]) -> None:
         """Split weights are now as the step left them."""
-        self.remainders.note(split)
+        self.remainders.note(split if self.elsewhere is None else self.elsewhere.end(split))
+
+    def watched(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Those of some parameters that are split weights of past steps."""
+        params = list(params)
+        found = self.remainders.watched(params)
+        return found if self.elsewhere is None else found + self.elsewhere.watched(params)
+
+    def written(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Those of some parameters that others have written, too."""
+        params = list(params)
+        found = self.remainders.written(params)
+        return found if self.elsewhere is None else found + self.elsewhere.written(params)
 
     def decoded(self, p: Tensor, group: Group, rule: str, name: str) -> Tensor:
-        """A state that a parameter has: itself, or decoded where it consists of codes."""
-        state = self.state[p]
+        """A state that a parameter has: itself, or decoded where it consists of codes; a copy where the host has it."""
+        state, device = self.state[p], local(p).device
         if f"{name}_scale" not in state:
             found: Tensor = state[name]
-            return found
+            return found if local(found).device == device else like(p, local(found).to(device), found.shape)
         formats.renew([(p, state)])
         form = self.layout(p, group, rule).states[self.names(rule).index(name)]
-        return like(p, formats.values_of(state, name, form, p))
+        return like(p, formats.values_of(state, name, form, p).to(device))
 
     def master(self, p: Tensor, group: Group) -> Tensor:
         """The values of a parameter, of the local shape: in float32 or wider, for a split weight with what its remainder adds."""
         plain = local(p.detach())
         remainder = self.state[p].get("remainder") if p in self.state else None
         if remainder is not None and group.get("weight_format") in ("split24", "split32"):
-            return formats.decode(plain, local(remainder), formats.layout_of(p, group, {}, ()).param, plain.shape)
+            return formats.decode(
+                plain, local(remainder).to(plain.device), formats.layout_of(p, group, {}, ()).param, plain.shape
+            )
         return plain.float() if formats.is_half(p) else plain
 
     def write(self, p: Tensor, group: Group, values: Tensor) -> None:
@@ -260,7 +293,7 @@ class ParamStates:
         assert beside is not None
         plain.copy_(stored)
         local(remainder).copy_(beside)
-        self.remainders.note([p])
+        self.end([p])
 
     def ensure(self, name: str, p: Tensor, group: Group, row: Row) -> bool:
         """Make what is missing, convert what is stored otherwise than asked. True if none of the rule's states was there."""
@@ -287,12 +320,15 @@ class ParamStates:
         else:
             state.pop("remainder", None)  # a parameter that is updated without it is not what it belongs to
         if formats.layout_of(p, group, state, names, name).draws and not isinstance(state.get("key"), int):
-            state["key"] = self._key(p)
+            state["key"] = self.key_of(p)
         if not counts and "key" in state:
             make_counter(name, p, state, group, self.scalars(row.rule), reference.RULES[row.rule].wide_scalars)
         for key, number in self.recipe.numbers(group).items():
             state.setdefault(key, number)
         return fresh
+
+    def _settle(self) -> None:
+        """Before states are read: wait for whoever is writing them."""
 
     def convert(self, name: str, p: Tensor, group: Group, rule: str) -> None:
         """Bring states that exist, loaded or made under another option, into the format that a group asks for by name."""
@@ -315,6 +351,7 @@ class ParamStates:
                 continue
             if hasattr(p, "placements") and not hasattr(state[key], "placements"):
                 continue  # whole: whoever holds it converts it
+            self._settle()
             formats.check(name, p, state, (key,), Layout("fp32", (form,), (0, 0, 0)))
             formats.renew([(p, state)])
             values = formats.values_of(state, key, form, p)
@@ -352,7 +389,7 @@ class ParamStates:
             self.remainders.keep(alive)
             self._stream_names = {key: name for key, name in self._stream_names.items() if key in alive}
 
-    def _key(self, p: Tensor) -> int:
+    def key_of(self, p: Tensor) -> int:
         """What names the stream of a parameter's random bits: from the seed and its name, or its position."""
         if id(p) not in self._stream_names:
             self.name_streams()

@@ -25,10 +25,10 @@ def run(
     for executor in executors:
         sums = None
         if measured and alone:
-            sums = report.sums_on(executor.device, len(parameters(step)))
+            sums = report.sums_on(executor.sums_on, len(parameters(step)))
         elif step.measured:
-            sums = sums_for(step, executor.device)
-        of_device = None if factors is None else factors.to(executor.device)
+            sums = sums_for(step, executor.sums_on)
+        of_device = None if factors is None else factors.to(executor.sums_on)
         extras.append(NO_EXTRAS if sums is None and of_device is None else Extras(sums, of_device))
     if not _run_each(step, executors, begun, extras):
         report.sums = before
@@ -54,7 +54,7 @@ def _run_each(step: Step, executors: list[Executor], begun: Begun, extras: list[
 
 def _sums(step: Step, executors: list[Executor], begun: Begun, shared: Shared | None) -> Tensor:
     """What statistics a step would have, by a pass that updates nothing. Whether it is skipped, the next pass counts."""
-    extras = [Extras(sums_for(step, executor.device), only=True) for executor in executors]
+    extras = [Extras(sums_for(step, executor.sums_on), only=True) for executor in executors]
     _run_each(step, executors, begun._replace(clip=begun.clip._replace(skipped=None)), extras)
     return _together(step, extras, shared)
 

@@ -110,6 +110,8 @@ class MultiPass(LastPass, abstract=True):
 
     def _check_settings(self, group: dict[str, Any]) -> None:
         """Raise for settings that need one pass."""
+        if self._whole()._own["offload"] is not None:
+            raise RuntimeError(f"offload must be None: {self._why_not_away(group)}")
         refused = ("differentiable", "capturable") if self._host_must_know else ("differentiable",)
         for name in refused:
             if self.defaults.get(name):
@@ -176,7 +178,8 @@ class MultiPass(LastPass, abstract=True):
                     measured=self._measures,
                     scaled=parts.scaled(straight),
                     into=self._into,
-                )
+                ),
+                alone=part is not None,
             )
         if not still:
             self._step_in_passes(several, of_several, work, begun)
@@ -190,6 +193,12 @@ class MultiPass(LastPass, abstract=True):
     def _has_one_pass(self, group: dict[str, Any]) -> bool:
         """True for a group that the engine steps."""
         return not self._needs_passes(group)
+
+    def _why_not_away(self, group: dict[str, Any]) -> str:
+        """Why the states of a group's parameters cannot be the host's; empty if they can."""
+        if self._needs_passes(group):
+            return f"a step of several passes has its states on the device {self._why_not_one_pass}"
+        return super()._why_not_away(group)
 
     def why_not_alone(self, group: dict[str, Any]) -> str:
         """Why a parameter of a group cannot be stepped before the others have gradients; empty if it can."""

@@ -87,7 +87,7 @@ std::unique_ptr<Any> make(int rule, int64_t n, Format p, Format g, std::vector<F
   return 0;
 }
 
-bool same_memory(const Any& a, const Any& b) {
+[[maybe_unused]] bool same_memory(const Any& a, const Any& b) {
   if (a.scalar != b.scalar) return false;
   for (size_t i = 0; i < a.memory.size(); ++i) {
     const auto& [ours, before] = a.memory[i];

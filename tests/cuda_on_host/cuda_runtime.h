@@ -32,10 +32,13 @@ struct alignas(16) uint4 {
 using cudaStream_t = cuda_on_host::Stream*;
 using cudaEvent_t = cuda_on_host::Event*;
 using cudaGraph_t = cuda_on_host::Graph*;
-enum cudaMemcpyKind { cudaMemcpyHostToDevice };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDefault };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 struct cudaFuncAttributes {};
-constexpr unsigned cudaHostAllocDefault = 0, cudaEventDisableTiming = 2;
+constexpr unsigned cudaHostAllocDefault = 0, cudaEventDisableTiming = 2, cudaStreamNonBlocking = 1;
+constexpr unsigned long long cudaEnableDefault = 0;
+#define CUDART_VERSION 13000
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   static thread_local std::string text;
@@ -68,9 +71,16 @@ inline cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned) {
 }
 inline cudaError_t cudaFree(void* data) { return cuda_on_host::answer(cuda_on_host::release(data, false)); }
 inline cudaError_t cudaFreeHost(void* data) { return cuda_on_host::answer(cuda_on_host::release(data, true)); }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t handle) {
   using namespace cuda_on_host;
-  return answer(enqueue(stream, {{to, from}, true, [=] { std::memcpy(to, from, bytes); }}, false));
+  const Lock lock(runtime().mutex);
+  Stream* const stream = stream_of(handle);
+  const bool down = kind == cudaMemcpyDeviceToHost, up = kind == cudaMemcpyHostToDevice;
+  // With other memory of the host a copy waits for the device, in the calling thread.
+  if (stream->engine != nullptr && ((down && !is_pinned(to)) || (up && !is_pinned(from))))
+    return answer(cudaErrorInvalidValue);
+  trace(down ? Kind::kDownload : up ? Kind::kUpload : Kind::kOtherCopy, stream, down ? from : to, bytes);
+  return answer(enqueue(handle, {{to, from}, true, [=] { std::memcpy(to, from, bytes); }}, false));
 }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   return *event = new cuda_on_host::Event, cudaSuccess;
@@ -80,7 +90,26 @@ inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
   using namespace cuda_on_host;
   const Lock lock(runtime().mutex);
   Stream* const stream = stream_of(handle);
+  trace(Kind::kRecord, stream, event, 0);
+  if (stream->engine != nullptr) {
+    *event = {stream, stream->engine->given(), false};
+    return cudaSuccess;
+  }
   *event = {stream, ++stream->enqueued, stream->captured != nullptr};
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
+  using namespace cuda_on_host;
+  std::unique_lock<std::recursive_mutex> lock(runtime().mutex);
+  Stream* const stream = stream_of(handle);
+  trace(Kind::kWaitForEvent, stream, event, 0);
+  if (event->captured || stream->captured != nullptr) return answer(cudaErrorStreamCaptureUnsupported);
+  if (event->stream == nullptr) return cudaSuccess;
+  if (event->stream->engine == nullptr) return answer(run_copies(event->stream));  // its kernels have run
+  const Event at = *event;
+  if (stream->engine != nullptr) return stream->engine->add([at] { at.stream->engine->wait_for(at.at); }), cudaSuccess;
+  lock.unlock();
+  at.stream->engine->wait_for(at.at);  // at once: what reads the results next need not be a launch
   return cudaSuccess;
 }
 inline cudaError_t cudaEventQuery(cudaEvent_t event) {
@@ -88,21 +117,79 @@ inline cudaError_t cudaEventQuery(cudaEvent_t event) {
   const Lock lock(runtime().mutex);
   if (is_forbidden()) return answer(cudaErrorStreamCaptureUnsupported);
   if (event->captured) return answer(cudaErrorCapturedEvent);
-  const bool done = event->stream == nullptr || event->stream->waited_for >= event->at;
+  const bool done =
+      event->stream == nullptr || (event->stream->engine != nullptr ? event->stream->engine->has_done(event->at)
+                                                                    : event->stream->waited_for >= event->at);
   return answer(done ? cudaSuccess : cudaErrorNotReady);
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
   using namespace cuda_on_host;
-  const Lock lock(runtime().mutex);
+  std::unique_lock<std::recursive_mutex> lock(runtime().mutex);
   if (is_forbidden()) return answer(cudaErrorStreamCaptureUnsupported);
-  return answer(wait_for(stream_of(handle)));
+  Stream* const stream = stream_of(handle);
+  if (stream->engine == nullptr) return answer(wait_for(stream));
+  lock.unlock();
+  stream->engine->wait_for(stream->engine->given());
+  return answer(stream->engine->error);
 }
 inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
   using namespace cuda_on_host;
   const Lock lock(runtime().mutex);
-  *stream = new Stream{current_device, {}, 0, 0, nullptr, false};
+  *stream = new Stream{current_device, {}, 0, 0, nullptr, false, nullptr};
   runtime().streams.insert(*stream);
   return cudaSuccess;
+}
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  using namespace cuda_on_host;
+  const Lock lock(runtime().mutex);
+  if (is_forbidden()) return answer(cudaErrorStreamCaptureUnsupported);
+  *stream = new Stream{current_device, {}, 0, 0, nullptr, false, std::make_unique<Engine>()};
+  runtime().streams.insert(*stream);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  using namespace cuda_on_host;
+  const Lock lock(runtime().mutex);
+  runtime().streams.erase(stream);
+  delete stream;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamQuery(cudaStream_t handle) {
+  using namespace cuda_on_host;
+  const Lock lock(runtime().mutex);
+  if (is_forbidden()) return answer(cudaErrorStreamCaptureUnsupported);
+  Stream* const stream = stream_of(handle);
+  if (stream->engine == nullptr) return answer(cudaErrorNotReady);
+  if (const int error = stream->engine->error) return answer(error);
+  return answer(stream->engine->has_done(stream->engine->given()) ? cudaSuccess : cudaErrorNotReady);
+}
+namespace cuda_on_host {
+inline int stream_wait_value(cudaStream_t stream, unsigned long long address, uint32_t value, unsigned) {
+  const Lock lock(runtime().mutex);
+  auto* const number = reinterpret_cast<uint32_t*>(uintptr_t(address));
+  if (stream->engine == nullptr || !is_pinned(number)) return cudaErrorInvalidValue;
+  trace(Kind::kWaitForNumber, stream, number, value);
+  stream->engine->add([=] {
+    while (int32_t(__atomic_load_n(number, __ATOMIC_ACQUIRE) - value) < 0) std::this_thread::yield();
+  });
+  return stream->engine->error;
+}
+inline int stream_write_value(cudaStream_t stream, unsigned long long address, uint32_t value, unsigned) {
+  const Lock lock(runtime().mutex);
+  auto* const number = reinterpret_cast<uint32_t*>(uintptr_t(address));
+  if (stream->engine == nullptr || !is_pinned(number)) return cudaErrorInvalidValue;
+  trace(Kind::kWriteNumber, stream, number, value);
+  stream->engine->add([=] { __atomic_store_n(number, value, __ATOMIC_RELEASE); });
+  return stream->engine->error;
+}
+}  // namespace cuda_on_host
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned, unsigned long long,
+                                                    cudaDriverEntryPointQueryResult* result) {
+  const bool waits = std::strcmp(name, "cuStreamWaitValue32") == 0;
+  if (!waits && std::strcmp(name, "cuStreamWriteValue32") != 0)
+    return *result = cudaDriverEntryPointSymbolNotFound, cudaSuccess;
+  *entry = reinterpret_cast<void*>(waits ? &cuda_on_host::stream_wait_value : &cuda_on_host::stream_write_value);
+  return *result = cudaDriverEntryPointSuccess, cudaSuccess;
 }
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   return std::swap(*mode, cuda_on_host::capture_mode), cudaSuccess;

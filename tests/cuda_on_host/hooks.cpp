@@ -22,3 +22,33 @@ HOOK int hook_device_sets() { return runtime().sets; }
 HOOK void hook_set_no_code(int device, int value) {
   runtime().attributes[device] = value != 0 ? cudaErrorNoKernelImageForDevice : cudaSuccess;
 }
+// Streams that work by themselves stand still, or go on.
+HOOK void hook_hold(int held) {
+  const Lock lock(runtime().mutex);
+  each_stream([&](Stream* stream) {
+    if (stream->engine != nullptr) stream->engine->hold(held != 0);
+  });
+}
+HOOK void hook_fail(int error) {
+  const Lock lock(runtime().mutex);
+  each_stream([&](Stream* stream) {
+    if (stream->engine != nullptr) stream->engine->error = error;
+  });
+}
+HOOK void hook_trace(int on) {
+  const Lock lock(runtime().mutex);
+  runtime().traces = on != 0;
+  if (on != 0) runtime().trace.clear();
+}
+// The i-th of what was traced: kind, whether the stream works by itself, and the value. Returns how many there are.
+HOOK int hook_traced(int i, int64_t* item) {
+  const Lock lock(runtime().mutex);
+  const std::vector<Traced>& all = runtime().trace;
+  if (size_t(i) < all.size()) {
+    const auto* const stream = static_cast<const Stream*>(all[size_t(i)].stream);
+    item[0] = int64_t(all[size_t(i)].kind);
+    item[1] = stream->engine != nullptr;
+    item[2] = int64_t(all[size_t(i)].value);
+  }
+  return int(all.size());
+}

@@ -8,17 +8,23 @@
 //   - a graph records launches and copies, and a replay runs them; memory that was freed since is poisoned and may not
 //   be
 //     used, nor may memory of another device;
+//   - a stream made with flags works by itself, on a thread: it copies between the device and pinned memory alone, and
+//   waits for events and for numbers in pinned memory; whoever waits for its events waits for that;
 //   - there are kDevices devices, and sets of one that was not current are counted.
 #pragma once
 
+#include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <set>
+#include <thread>
 #include <vector>
 
 using cudaError_t = int;
@@ -52,17 +58,90 @@ struct Graph {
   std::vector<Work> nodes;
 };
 
+// What a stream was given, for tests that follow what waits for what.
+enum class Kind { kDownload, kUpload, kOtherCopy, kRecord, kWaitForEvent, kWaitForNumber, kWriteNumber, kKernel };
+struct Traced {
+  Kind kind;
+  const void* stream;
+  const void* object;  // the event or the number, or the device's side of a copy
+  size_t value;        // of a number, or bytes
+};
+
+// A thread that does what a stream is given, in order.
+class Engine {
+ public:
+  Engine() : thread_(&Engine::work, this) {}
+  ~Engine() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    changed_.notify_all();
+    thread_.join();
+  }
+  void add(std::function<void()> work) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    work_.push_back(std::move(work));
+    ++given_;
+    changed_.notify_all();
+  }
+  uint64_t given() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return given_;
+  }
+  bool has_done(uint64_t count) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return done_ >= count;
+  }
+  void wait_for(uint64_t count) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return done_ >= count; });
+  }
+  // While held, it does nothing: a device that is busy.
+  void hold(bool held) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    held_ = held;
+    changed_.notify_all();
+  }
+  // Its stream fails from now on, as after an illegal access.
+  std::atomic<int> error{0};
+
+ private:
+  void work() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      changed_.wait(lock, [&] { return stop_ || (!work_.empty() && !held_); });
+      if (work_.empty()) return;
+      const std::function<void()> next = std::move(work_.front());
+      work_.pop_front();
+      lock.unlock();
+      if (error == 0) next();
+      lock.lock();
+      ++done_;
+      changed_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::function<void()>> work_;
+  uint64_t given_ = 0, done_ = 0;
+  bool held_ = false, stop_ = false;
+  std::thread thread_;  // last: it uses the others
+};
+
 struct Stream {
   int device;
   std::vector<Work> copies;  // not run yet
   uint64_t enqueued = 0, waited_for = 0;
   std::unique_ptr<Graph> captured;  // while a capture is on
   bool invalidated = false;
+  std::unique_ptr<Engine> engine;  // of a stream that works by itself
 };
 
 struct Event {
   Stream* stream = nullptr;  // null: not recorded
-  uint64_t at = 0;
+  uint64_t at = 0;           // among what the stream was given
   bool captured = false;
 };
 
@@ -77,10 +156,12 @@ struct Runtime {
   std::map<char*, Allocation> memory;
   std::set<Graph*> graphs;  // that can still be replayed
   std::set<Stream*> streams;
-  Stream default_stream[kDevices] = {{0, {}, 0, 0, nullptr, false}, {1, {}, 0, 0, nullptr, false}};
+  Stream default_stream[kDevices] = {{0, {}, 0, 0, nullptr, false, nullptr}, {1, {}, 0, 0, nullptr, false, nullptr}};
   cudaError_t attributes[kDevices] = {};  // what cudaFuncGetAttributes answers there
   int sets = 0;                           // of a device that was not current
   int allocations = 0;                    // ever made
+  bool traces = false;
+  std::vector<Traced> trace;
 };
 inline Runtime& runtime() {
   static Runtime& all = *new Runtime;  // never destroyed, as a driver
@@ -141,19 +222,40 @@ inline cudaError_t run_copies(Stream* stream) {
   return cudaSuccess;
 }
 
+// By whoever enqueues, under the lock.
+inline void trace(Kind kind, const Stream* stream, const void* object, size_t value) {
+  if (runtime().traces) runtime().trace.push_back({kind, stream, object, value});
+}
+
+inline bool is_pinned(const void* address) {
+  const auto found = runtime().memory.upper_bound(static_cast<char*>(const_cast<void*>(address)));
+  if (found == runtime().memory.begin()) return false;
+  const auto& [start, allocation] = *std::prev(found);
+  return !allocation.freed && allocation.device == kHost && address < start + allocation.bytes;
+}
+
 inline cudaError_t wait_for(Stream* stream) {
   stream->waited_for = stream->enqueued;
   return run_copies(stream);
 }
 inline void wait_for_everything() {
-  each_stream([](Stream* stream) { wait_for(stream); });
+  each_stream([](Stream* stream) {
+    if (stream->engine == nullptr) wait_for(stream);
+  });
 }
 
 inline cudaError_t enqueue(Stream* handle, Work work, bool now) {
   const Lock lock(runtime().mutex);
   Stream* const stream = stream_of(handle);
   if (stream->device != current_device) return cudaErrorInvalidResourceHandle;
+  if (stream->engine != nullptr) {
+    if (now) return cudaErrorInvalidValue;  // of kernels nothing here is its own
+    if (const cudaError_t error = check(work, stream->device)) return error;
+    stream->engine->add(std::move(work.run));
+    return stream->engine->error.load();
+  }
   ++stream->enqueued;
+  if (now) trace(Kind::kKernel, stream, nullptr, 0);
   if (stream->captured != nullptr) {
     stream->captured->nodes.push_back(std::move(work));
     return cudaSuccess;

@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,6 +69,20 @@ class RealDevice:
             torch.cuda.set_sync_debug_mode("default")
 
 
+#: Kind in tests/cuda_on_host/runtime.h.
+KINDS = ("download", "upload", "other copy", "record", "wait for event", "wait for number", "write number", "kernel")
+
+
+class Traced(NamedTuple):
+    """Something that a stream was given."""
+
+    kind: str
+    #: The stream works by itself.
+    apart: bool
+    #: Bytes of a copy, or a number.
+    value: int
+
+
 class EmulatedDevice:
     """The runtime of tests/cuda_on_host, which refuses what a GPU would."""
 
@@ -91,6 +106,38 @@ class EmulatedDevice:
     def enqueued(self, stream: int) -> int:
         """How many copies, launches and events a stream was ever given."""
         return int(self.hooks.hook_enqueued(ctypes.c_void_p(stream)))
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Streams that were made by themselves stand still."""
+        self.hooks.hook_hold(1)
+        try:
+            yield
+        finally:
+            self.hooks.hook_hold(0)
+
+    @contextlib.contextmanager
+    def failing(self, error: int) -> Iterator[None]:
+        """They fail."""
+        self.hooks.hook_fail(error)
+        try:
+            yield
+        finally:
+            self.hooks.hook_fail(0)
+
+    @contextlib.contextmanager
+    def traced(self) -> Iterator[list[Traced]]:
+        """What streams are given."""
+        found: list[Traced] = []
+        self.hooks.hook_trace(1)
+        try:
+            yield found
+        finally:
+            self.hooks.hook_trace(0)
+            item = (ctypes.c_int64 * 3)()
+            for i in range(self.hooks.hook_traced(1 << 30, item)):
+                self.hooks.hook_traced(i, item)
+                found.append(Traced(KINDS[item[0]], bool(item[1]), item[2]))
 
     @contextlib.contextmanager
     def on(self, stream: int) -> Iterator[None]:

@@ -1,0 +1,68 @@
+// See offload.h.
+#include "python/offload.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace precond {
+
+#if defined(PRECOND_CUDA)
+
+HostLink::HostLink(int device, size_t slot) : link_(std::make_unique<Link>(device, slot)) {}
+
+HostLink::~HostLink() { link_.reset(); }
+
+void HostLink::drop() {
+  const auto done = [](const auto& item) { return item.first->done(); };
+  held_.erase(std::remove_if(held_.begin(), held_.end(), done), held_.end());
+}
+
+void HostLink::join(uintptr_t stream) {
+  const py::gil_scoped_release release;
+  link_->join(stream);
+}
+
+void HostLink::wait() {
+  {
+    const py::gil_scoped_release release;
+    link_->wait();
+  }
+  drop();
+}
+
+uintptr_t HostLink::reads() const { return link_->reads(); }
+
+std::shared_ptr<HostJob> HostLink::submit(const HostStep& step, py::object held) {
+  drop();
+  std::shared_ptr<HostJob> job;
+  {
+    const py::gil_scoped_release release;
+    job = link_->submit(step);
+  }
+  held_.emplace_back(job, std::move(held));
+  return job;
+}
+
+void declare_offload(py::module_& m) {
+  py::class_<Pinned>(m, "Pinned", py::buffer_protocol())
+      .def(py::init<size_t>(), py::arg("bytes"))
+      .def_static(
+          "has", [](uintptr_t address) { return Pinned::has(reinterpret_cast<const void*>(address)); },
+          py::arg("address"))
+      .def_buffer([](const Pinned& p) {
+        return py::buffer_info(p.data(), 1, py::format_descriptor<uint8_t>::format(), py::ssize_t(p.bytes()));
+      });
+  py::class_<HostLink>(m, "Link")
+      .def(py::init<int, size_t>(), py::arg("device"), py::arg("slot"))
+      .def("join", &HostLink::join, py::arg("stream"))
+      .def("wait", &HostLink::wait)
+      .def_property_readonly("reads", &HostLink::reads);
+}
+
+#else
+
+void declare_offload(py::module_&) {}
+
+#endif
+
+}  // namespace precond

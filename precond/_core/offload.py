@@ -1,0 +1,260 @@
+"""Steps whose states are the host's: which parameters they concern, and how a step is shared with the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import compress
+from typing import Any
+
+from torch import Tensor
+
+from .clipping import Begun, Report
+from .engine import Engine
+from .norm import NOTHING
+from .offloaded import HostChecks
+from .passes import Beginning
+from .plan import first_differs
+from .rows import Group, Step, name_of
+from .sharding import aligned_gradients, local
+from .states import ParamStates
+from .statistics import Collected
+from .twins import HostStates, Twins, contiguous, to_device, to_host, why_not
+
+
+class Offload:
+    """What of an optimizer the host has: it takes its parameters out of each step and steps their twins."""
+
+    def __init__(
+        self, engine: Engine, states: ParamStates, seed: int, away: Callable[[Tensor], bool], written: Iterable[Tensor]
+    ) -> None:
+        """``engine``, ``states``: the optimizer's own. ``away``: whether a parameter's states are the host's. ``written``: its
+        split weights that others are known to write.
+        """
+        self._engine, self._states, self._away = engine, states, away
+        self._written = {id(p) for p in written}
+        self.twins = Twins()
+        self.states = HostStates(states.recipe, seed, self.twins, states.key_of)
+        checks = engine.checks
+        own = {**checks.settings, "max_grad_norm": None, "nonfinite": "propagate", "backend": None}
+        self._host = Engine(
+            self.states,
+            HostChecks(checks.owner, frozenset(), own),
+            Report(),
+            may_only_make_states=True,
+        )
+        self._beginning = Beginning(engine)
+        #: By the ids of an optimizer's groups: those of the same parameters' twins, and of what stays on the device.
+        self._groups: dict[int, tuple[Group, Group]] = {}
+
+    # The step.
+
+    def concerns(self, groups: list[Group]) -> bool:
+        """True where a step of these groups has parameters whose states are the host's."""
+        return any(self._away(p) for group in groups for p in group["params"])
+
+    def run(self, step: Step, *, alone: bool) -> None:
+        """A step of some parameters of the host and others. ``alone``: others of the same step come, or came, by themselves."""
+        if not alone:
+            self.twins.wait()
+        begun = self._begin(step)
+        if begun is None:
+            return
+        step = step._replace(
+            control=begun.control, clip=begun.clip, inputs={**aligned_gradients(step.groups), **step.inputs}
+        )
+        into = None
+        if step.measured and step.into is None:
+            into = Collected(step.groups)
+            step = step._replace(into=into)
+        self._states.bind(step.state, step.groups)
+        try:
+            hosts, here = self._shared_out(step)
+            self._run_twins(hosts, step.state)
+            if here is not None:
+                self._engine.run_here(here)
+        finally:
+            self._states.bind({}, [])
+            self.twins.of = {}
+            for group in step.groups:  # which keep nothing alive
+                for kept in self._groups.get(id(group), ()):
+                    kept["params"] = []
+        if into is not None and (total := into.total()) is not None:
+            self._engine.report.note(total, into.labels)
+
+    def _begin(self, step: Step) -> Begun | None:
+        """What the step does with its gradients; None: it is skipped."""
+        if step.clip is not None:
+            return Begun(step.control, step.clip)
+        scaled = step.control.found_inf is not None or step.control.grad_scale is not None
+        if self._engine.settings["max_grad_norm"] is None and not scaled:
+            return Begun(step.control, NOTHING)
+        may_skip = step.control.found_inf is not None or self._engine.settings["nonfinite"] == "skip"
+        first = may_skip and any(
+            first_differs(row) and any(not step.state.get(p) for p in group["params"])
+            for group, row in zip(step.groups, step.rows, strict=True)
+        )
+        return self._beginning.find(step.groups, step.control, host_must_know=first)
+
+    def _shared_out(self, step: Step) -> tuple[Step, Step | None]:
+        """The step of twins, and that of what stays on the device; None where nothing does."""
+        hosts, here, inputs = [], [], {}
+        of: dict[int, Tensor] = {}
+        stays = False
+        for index, group in enumerate(step.groups):
+            number = index if step.numbers is None else step.numbers[index]
+            called = [name_of(group, number, position) for position in range(len(group["params"]))]
+            away = [self._away(p) for p in group["params"]]
+            of_host, of_device = self._groups.setdefault(id(group), ({}, {}))
+            _be_some_of(of_host, group, called, away)
+            _be_some_of(of_device, group, called, [not a for a in away])
+            stays = stays or not all(away)
+            twins = []
+            for p, name in zip(of_host["params"], of_host["_called"], strict=True):
+                h = self._up_to_date(p, name)
+                of[id(h)] = p
+                twins.append(h)
+                if (g := step.input_of(p)) is not None:
+                    inputs[h] = contiguous(g)
+            of_host["params"] = twins
+            hosts.append(of_host)
+            here.append(of_device)
+        self.twins.of = of
+        into = None if step.into is None else _OfTwins(step.into, of)
+        of_twins = step._replace(groups=hosts, state=self.states.own, inputs=inputs, into=into)
+        return of_twins, step._replace(groups=here) if stays else None
+
+    def _up_to_date(self, p: Tensor, name: str) -> Tensor:
+        """A parameter's twin, as the parameter is."""
+        if reason := why_not(local(p).device):
+            raise RuntimeError(f"offload must be None for {name}: {reason}")
+        twin = self.twins.get(p)
+        if twin is None:
+            self.twins.wait()
+            twin = self.twins.make(p)
+            twin.download(p)
+            self.states.remainders.forget(twin.host)
+            if id(p) in self._written:
+                self.states.remainders.expect(twin.host)
+        elif not twin.is_up_to_date(p):
+            self.twins.wait()
+            twin.download(p)
+        return twin.host
+
+    def _run_twins(self, hosts: Step, state: Any) -> None:
+        """Step the twins, with the dictionaries of their parameters' states."""
+        own = self.states.own
+        for number, p in self.twins.of.items():
+            h = self.twins.make(p).host
+            assert id(h) == number
+            held = state.get(p)
+            if held is None:
+                own.pop(h, None)
+            elif own.get(h) is not held:
+                own[h] = held
+        try:
+            self._host.run(hosts)
+        finally:
+            for p in self.twins.of.values():
+                held = own.get(self.twins.make(p).host)
+                if held is None:
+                    state.pop(p, None)
+                elif state.get(p) is not held:
+                    state[p] = held
+
+    def join(self) -> None:
+        """Have the current streams wait for the new parameters."""
+        self.twins.join()
+
+    def wait(self) -> None:
+        """Until the host has done its part of all steps; raises what went wrong."""
+        self.twins.wait()
+
+    def prepare(self, count: int) -> None:
+        """Before steps of so many parameters, one by one."""
+        self._host.plans_kept = max(self._host.plans_kept, 2 * count + 64)
+
+    # Between steps.
+
+    def moved(self, p: Tensor, state: dict[str, Any] | None) -> None:
+        """The states of a parameter are now the host's, or the device's."""
+        self.twins.wait()
+        device = local(p).device
+        if self._away(p):
+            if self._states.remainders.written([p]):
+                self._written.add(id(p))
+            self._states.remainders.forget(p)
+            if state is not None:
+                to_host(state, device)
+            return
+        twin = self.twins.get(p)
+        if twin is not None:
+            if self.states.remainders.written([twin.host]):
+                self._states.remainders.expect(p)
+            self.states.own.pop(twin.host, None)
+            self.twins.drop(p)
+        if state is not None:
+            to_device(state, device)
+
+    def begin(self, split: Iterable[Tensor]) -> list[Tensor]:
+        """Forget what split weights of the host lacked where somebody else has written them. Returns the others."""
+        others = []
+        for p in split:
+            twin = self.twins.get(p) if self._away(p) else None
+            if twin is None:
+                others.append(p)
+                continue
+            if not twin.is_up_to_date(p):
+                self.twins.wait()
+                twin.download(p)
+                self.states.remainders.drop_stale(self.states.own, [twin.host])
+        return others
+
+    def end(self, split: Iterable[Tensor]) -> list[Tensor]:
+        """Split weights of the host are as their remainders have them. Returns the others."""
+        others = []
+        for p in split:
+            twin = self.twins.get(p) if self._away(p) else None
+            if twin is None:
+                others.append(p)
+                continue
+            self.twins.wait()
+            twin.download(p)
+            self.states.remainders.note([twin.host])
+        return others
+
+    def watched(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Those of some parameters that are split weights of past steps of the host."""
+        remainders = self.states.remainders
+        return [p for p in params if (twin := self.twins.get(p)) is not None and remainders.watched([twin.host])]
+
+    def written(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Those of some parameters that others have written, too."""
+        remainders = self.states.remainders
+        return [p for p in params if (twin := self.twins.get(p)) is not None and remainders.written([twin.host])]
+
+    def keep(self, groups: list[Group]) -> None:
+        """Forget what is not in these groups."""
+        gone = self.twins.keep({id(p) for group in groups for p in group["params"]})
+        for h in gone:
+            self.states.own.pop(h, None)
+        if gone:
+            self.states.remainders.keep({*map(id, self.states.own)})
+
+
+def _be_some_of(own: Group, group: Group, called: list[str], chosen: list[bool]) -> None:
+    """Make a group that of some parameters of another."""
+    own.clear()
+    own.update(group, params=[*compress(group["params"], chosen)], _called=[*compress(called, chosen)])
+    if "param_names" in group:
+        own["param_names"] = [*compress(group["param_names"], chosen)]
+
+
+class _OfTwins:
+    """Collects statistics of twins as their parameters'."""
+
+    def __init__(self, into: Collected, of: dict[int, Tensor]) -> None:
+        self._into, self._of = into, of
+
+    def add(self, params: list[Tensor], found: Tensor) -> None:
+        """What a pass has found about these twins."""
+        self._into.add([self._of[id(h)] for h in params], found)

@@ -1,0 +1,250 @@
+"""What the host has of parameters on a device: twins in pinned memory, and the states that are stepped beside them."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend as _backend
+from .remainders import versions_of
+from .rows import Group, Row
+from .sharding import like, local
+from .states import ParamStates, Recipe
+
+#: The largest piece of gradients that is on its way at a time, in bytes; four of them are pinned.
+_SLOT = 64 << 20
+
+
+def why_not(device: torch.device) -> str:
+    """Why states of parameters on a device cannot be the host's; empty if they can."""
+    if _backend.cuda_on_host():
+        return ""
+    if device.type != "cuda":
+        return f"parameters must be on a CUDA device for that, got {device}"
+    if _backend._C is None or not _backend._C.cuda:
+        return _backend.why_not("cuda")
+    return ""
+
+
+def pinned_empty(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A contiguous tensor in memory that a device copies to and from by itself. torch's own allocator of such memory rounds up
+    to powers of two.
+    """
+    assert _backend._C is not None
+    shape = tuple(shape)
+    count = torch.Size(shape).numel()
+    with torch.inference_mode(False):
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        with _backend.current(device):
+            block = _backend._C.Pinned(count * dtype.itemsize)
+        return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
+
+
+def _pinned(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor in pinned memory; itself if it is there, or needs none."""
+    plain = local(t.detach())
+    assert _backend._C is not None
+    if not plain.numel() or (plain.device.type == "cpu" and _backend._C.Pinned.has(plain.data_ptr())):
+        return t
+    made = pinned_empty(plain.shape, plain.dtype, device)
+    made.copy_(plain)
+    return like(t, made, t.shape)
+
+
+class Twin:
+    """A parameter's copy on the host, contiguous and placed as the parameter. Of the device it keeps ``bounce`` alone."""
+
+    __slots__ = ("bounce", "device", "host", "seen")
+
+    def __init__(self, p: Tensor) -> None:
+        plain = local(p.detach())
+        self.device = plain.device
+        self.host = like(p, pinned_empty(plain.shape, plain.dtype, plain.device), p.shape)
+        #: Where new values arrive that the device then brings into the parameter's order; None where that is the twin's.
+        self.bounce: Tensor | None = None
+        #: What the parameter was when the twin was as it; None: the twin is not.
+        self.seen: tuple[int, ...] | None = None
+
+    def fits(self, p: Tensor) -> bool:
+        """True where it can be this parameter's."""
+        plain, own = local(p.detach()), local(self.host)
+        return (plain.shape, plain.dtype, plain.device) == (own.shape, own.dtype, self.device) and (
+            getattr(p, "placements", None) == getattr(self.host, "placements", None)
+        )
+
+    def is_up_to_date(self, p: Tensor) -> bool:
+        """True where nobody else has written the parameter."""
+        return self.seen == _seen(p)
+
+    def download(self, p: Tensor) -> None:
+        """Take the parameter's bits."""
+        with torch.no_grad():
+            local(self.host).copy_(local(p.detach()))
+        self.seen = _seen(p)
+
+    def address(self, p: Tensor) -> int:
+        """Where new values go to on the device."""
+        plain = local(p.detach())
+        if plain.is_contiguous():
+            self.bounce = None
+            return plain.data_ptr()
+        if self.bounce is None:
+            self.bounce = torch.empty(plain.shape, dtype=plain.dtype, device=plain.device)
+        return self.bounce.data_ptr()
+
+    def arrived(self, p: Tensor) -> None:
+        """The parameter has, or is about to have, what the twin has."""
+        self.seen = _seen(p)
+
+
+def _seen(p: Tensor) -> tuple[int, ...]:
+    return (*versions_of(p), local(p.detach()).data_ptr())
+
+
+class Twins:
+    """The twins of an optimizer's parameters, and what they reach the device by."""
+
+    def __init__(self) -> None:
+        #: By the parameter's id, without a reference: Remainders says why.
+        self._twins: dict[int, Twin] = {}
+        #: While a step is prepared or run: the parameters of the twins in it.
+        self.of: dict[int, Tensor] = {}
+        self._links: dict[torch.device, Any] = {}
+        #: Of steps whose parameters are not joined yet: those that bounce.
+        self._bouncing: list[tuple[Tensor, Twin]] = []
+        self._submitted: set[torch.device] = set()
+
+    def get(self, p: Tensor) -> Twin | None:
+        """A parameter's, if it has one that fits."""
+        twin = self._twins.get(id(p))
+        return twin if twin is not None and twin.fits(p) else None
+
+    def make(self, p: Tensor) -> Twin:
+        """A parameter's twin, as the parameter was."""
+        twin = self.get(p)
+        if twin is None:
+            twin = self._twins[id(p)] = Twin(p)
+        return twin
+
+    def drop(self, p: Tensor) -> None:
+        """A parameter has none any more."""
+        self._twins.pop(id(p), None)
+
+    def keep(self, alive: set[int]) -> list[Tensor]:
+        """Forget those of other parameters. Returns them."""
+        if self._twins.keys() <= alive:
+            return []
+        self.wait()
+        return [self._twins.pop(key).host for key in self._twins.keys() - alive]
+
+    def link(self, device: torch.device) -> Any:
+        """What goes between the host and a device."""
+        link = self._links.get(device)
+        if link is None:
+            assert _backend._C is not None
+            with _backend.current(device):
+                link = self._links[device] = _backend._C.Link(device.index or 0, _SLOT)
+        return link
+
+    def submitted(self, device: torch.device, params: list[Tensor]) -> None:
+        """New values of these parameters are on their way."""
+        self._submitted.add(device)
+        for p in params:
+            twin = self._twins[id(p)]
+            if twin.bounce is not None:
+                self._bouncing.append((p, twin))
+            twin.arrived(p)
+
+    def join(self) -> None:
+        """Have each device's current stream wait for the parameters that are on their way to it."""
+        for device in self._submitted:
+            with _backend.current(device):
+                self._links[device].join(_backend.current_stream(device))
+        self._submitted = set()
+        bouncing, self._bouncing = self._bouncing, []
+        for p, twin in bouncing:
+            if twin.bounce is not None:
+                with torch.no_grad():
+                    local(p.detach()).copy_(twin.bounce)
+                twin.arrived(p)
+
+    def wait(self) -> None:
+        """Until the host has done its part; raises what went wrong."""
+        for link in self._links.values():
+            link.wait()
+
+
+class HostStates(ParamStates):
+    """The states of twins: those of their parameters, the same dictionaries, in pinned memory."""
+
+    def __init__(self, recipe: Recipe, seed: int, twins: Twins, key_of: Callable[[Tensor], int]) -> None:
+        """``key_of``: what names the random bits of a parameter."""
+        super().__init__(recipe, seed)
+        self.twins, self._key_of = twins, key_of
+        #: Of twins.
+        self.own: dict[Tensor, dict[str, Any]] = collections.defaultdict(dict)
+
+    def keys(self, group: Group, rule: str) -> None:
+        """None: gradients are elsewhere, so that each twin is looked at."""
+
+    def key_of(self, p: Tensor) -> int:
+        """What names the stream of random bits of a twin: its parameter's."""
+        return self._key_of(self.twins.of[id(p)])
+
+    def ensure(self, name: str, p: Tensor, group: Group, row: Row) -> bool:
+        """Bring what exists to the host, make what is missing and convert what is stored otherwise than asked."""
+        device = local(self.twins.of[id(p)]).device
+        if self.missing(p, row.rule) or not _is_on_host(self.state[p]):
+            self._settle()
+            if p in self.state:
+                to_host(self.state[p], device)
+        fresh = super().ensure(name, p, group, row)
+        if p in self.state:
+            to_host(self.state[p], device)
+        return fresh
+
+    def _settle(self) -> None:
+        self.twins.wait()
+
+    def end(self, split: Iterable[Tensor]) -> None:
+        """Split weights are, or will be, as the step leaves them."""
+        split = list(split)
+        if self.remainders.written(split):  # whose bits are kept
+            self._settle()
+        super().end(split)
+
+
+def _is_on_host(state: dict[str, Any]) -> bool:
+    """True where all of a parameter's states are in pinned memory."""
+    has = _backend._C.Pinned.has  # type: ignore[union-attr]
+    tensors = [local(t) for t in state.values() if isinstance(t, Tensor)]
+    return all(t.device.type == "cpu" and (not t.dim() or not t.numel() or has(t.data_ptr())) for t in tensors)
+
+
+def to_host(state: dict[str, Any], device: torch.device) -> None:
+    """Bring a parameter's states, from a device or anywhere, into pinned memory of the host."""
+    for key, t in list(state.items()):
+        if isinstance(t, Tensor) and t.dim():
+            state[key] = _pinned(t, device)
+        elif isinstance(t, Tensor) and t.device.type != "cpu":
+            state[key] = t.cpu()
+
+
+def to_device(state: dict[str, Any], device: torch.device) -> None:
+    """Bring a parameter's states back to its device. Where its counter lies, the next step decides."""
+    for key, t in list(state.items()):
+        if isinstance(t, Tensor) and t.dim():
+            state[key] = like(t, local(t.detach()).to(device, copy=True), t.shape)
+
+
+def contiguous(g: Tensor) -> Tensor:
+    """A gradient in the order in which twins are."""
+    plain = local(g.detach())
+    if plain.layout != torch.strided or (plain.is_contiguous() and not plain.is_neg() and not plain.is_conj()):
+        return g
+    return like(g, plain.resolve_neg().resolve_conj().contiguous(), g.shape)

@@ -79,10 +79,9 @@ class Job : public HostJob {
     std::call_once(begun, [&] {
       if (reads_scale) control.grad_coef = float(1.0 / double(verdict.grad_scale)) * control.grad_coef;
       if (reads_inf && verdict.found_inf != 0.0f) control.skip = 1.0f;
-      const double total = verdict.total;
-      if (clip.total != nullptr) clip.total = const_cast<double*>(&total);
-      finish(clip, &control);
-      clip.total = nullptr;
+      double total = verdict.total;
+      if (clip.total != nullptr) clip.total = &total;
+      precond::finish(clip, &control);
     });
   }
   void end(std::exception_ptr error) {
@@ -153,7 +152,7 @@ class SomeGradients : public Piece {
  public:
   // slot: a Verdict, in a job's first piece, and gradients.
   SomeGradients(std::shared_ptr<Job> job, std::vector<Part> parts, const char* slot, bool is_first, const Flag* arrived,
-                Flag* updated, uint32_t ticket, cudaStream_t reads)
+                Flag* updated, uint32_t ticket, int device, cudaStream_t reads)
       : Piece(int64_t(parts.size())),
         job_(std::move(job)),
         parts_(std::move(parts)),
@@ -162,6 +161,7 @@ class SomeGradients : public Piece {
         arrived_(arrived),
         updated_(updated),
         ticket_(ticket),
+        device_(device),
         reads_(reads) {}
 
   bool is_there() override {
@@ -170,11 +170,7 @@ class SomeGradients : public Piece {
       return true;
     }
     thread_local int looks = 0;
-    if (++looks % kLooksBeforeAsking == 0) {
-      const cudaError_t answer = cudaStreamQuery(reads_);
-      if (answer != cudaErrorNotReady) check(answer, "cudaStreamQuery");
-      cudaGetLastError();
-    }
+    if (++looks % kLooksBeforeAsking == 0) ask();
     return false;
   }
 
@@ -201,6 +197,16 @@ class SomeGradients : public Piece {
   }
 
  private:
+  // Throws if the device has failed. This thread is the link's own: it may choose its device, and else the runtime
+  // would make a context on GPU 0.
+  void ask() const {
+    const RelaxedCapture relaxed;
+    PRECOND_CUDA_CHECK(cudaSetDevice(device_));
+    const cudaError_t answer = cudaStreamQuery(reads_);
+    if (answer != cudaErrorNotReady) check(answer, "cudaStreamQuery");
+    cudaGetLastError();
+  }
+
   const std::shared_ptr<Job> job_;
   const std::vector<Part> parts_;
   const char* const slot_;
@@ -208,6 +214,7 @@ class SomeGradients : public Piece {
   const Flag* const arrived_;
   Flag* const updated_;
   const uint32_t ticket_;
+  const int device_;
   const cudaStream_t reads_;
 };
 
@@ -274,9 +281,12 @@ struct Link::Impl {
   }
   ~Impl() {
     for (const std::shared_ptr<Job>& job : jobs) job->until_done();
-    cudaStreamSynchronize(writes);
+    auto mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    cudaStreamSynchronize(writes);  // which read p on the host
     cudaStreamDestroy(reads);
     cudaStreamDestroy(writes);
+    cudaThreadExchangeStreamCaptureMode(&mode);
     discard_event(ready);
     discard_event(written);
   }
@@ -429,6 +439,7 @@ void Link::Impl::upload(const Cut& cut, uint32_t ticket) {
 
 Link::Link(int device, size_t slot) {
   require_current(device);
+  const RelaxedCapture relaxed;
   MemoryOperations::of_process();
   impl_ = std::make_unique<Impl>(device, slot);
 }
@@ -438,6 +449,7 @@ Link::~Link() = default;
 std::shared_ptr<HostJob> Link::submit(const HostStep& step) {
   Impl& my = *impl_;
   require_current(my.device);
+  const RelaxedCapture relaxed;
   const auto stream = reinterpret_cast<cudaStream_t>(step.stream);
   if (is_capturing(stream))
     throw std::runtime_error("offload must be None for a step that is captured into a graph: the host has its states");
@@ -466,9 +478,10 @@ std::shared_ptr<HostJob> Link::submit(const HostStep& step) {
         const uint32_t ticket = first + uint32_t(k);
         const size_t slot = ticket % kSlots;
         my.download(cuts[k], step, ticket, k == 0);
-        my.workers.add(std::make_shared<SomeGradients>(job, std::move(cuts[k].parts), my.slot(slot), k == 0,
-                                                       &my.arrived(slot), &my.updated(slot), ticket, my.reads),
-                       step.threads);
+        my.workers.add(
+            std::make_shared<SomeGradients>(job, std::move(cuts[k].parts), my.slot(slot), k == 0, &my.arrived(slot),
+                                            &my.updated(slot), ticket, my.device, my.reads),
+            step.threads);
         my.tickets = ticket;
         ++enqueued;
       }

@@ -54,6 +54,7 @@ class Offload:
 
     def run(self, step: Step, *, alone: bool) -> None:
         """A step of some parameters of the host and others. ``alone``: others of the same step come, or came, by themselves."""
+        self.twins.alone = alone
         if not alone:
             self.twins.wait()
         begun = self._begin(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -96,11 +97,22 @@ class Offloaded(Compiled):
                 held=held,
             )
             if not _backend.cuda_on_host():
-                reads = torch.cuda.ExternalStream(link.reads, device=self.device)  # type: ignore[no-untyped-call]
-                for t in [local(g) for _, g in found] + [t for t in (*scaler, clip.total) if t is not None]:
-                    t.record_stream(reads)  # freed before, its memory is not used again before it is read
+                self._record(link.reads, zip(params, (g for _, g in found), strict=True))
         if not extras.only:
             torch.autograd.graph.increment_version(updated)
             torch.autograd.graph.increment_version(params)
             twins.submitted(self.device, params)
         return True
+
+    def _record(self, reads: int, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Tell the allocator which streams gradients are used on besides their own. The current stream waits for their copies at
+        the end of the step: one that is freed later can be used again at once.
+        """
+        own = torch.cuda.ExternalStream(reads, device=self.device)  # type: ignore[no-untyped-call]
+        current = torch.cuda.current_stream(self.device)
+        is_side = _backend.is_side_stream(self.device, current.cuda_stream)
+        for p, g in gradients:
+            if self._twins.alone or g is not p.grad:
+                local(g).record_stream(own)
+            elif is_side:
+                local(g).record_stream(current)

@@ -114,6 +114,8 @@ class Twins:
         self._twins: dict[int, Twin] = {}
         #: While a step is prepared or run: the parameters of the twins in it.
         self.of: dict[int, Tensor] = {}
+        #: True in a step of single parameters, whose gradients are freed before ``join``.
+        self.alone = False
         self._links: dict[torch.device, Any] = {}
         #: Of steps whose parameters are not joined yet: those that bounce.
         self._bouncing: list[tuple[Tensor, Twin]] = []

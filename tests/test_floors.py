@@ -26,6 +26,7 @@ _core.plan
 _core.engine
 _core.passes
 _core.offload
+_core.moves
 _core.optimizer
 _core.conversions
 _core.single

@@ -64,7 +64,7 @@ def test_every_part_runs_on_the_emulated_device(extension, tmp_path):
         names = [name.removeprefix("./") for name in logs.getnames()]
         assert {f"{name}.log" for name in PARTS} <= set(names)
         suites = [name for name in logs.getnames() if name.endswith(".xml")]
-        assert len(suites) == 4  # three suites, a capture
+        assert len(suites) == 5  # four suites, a capture
         for name in suites:
             (suite,) = xml.etree.ElementTree.parse(logs.extractfile(name)).iter("testsuite")
             assert int(suite.get("tests")) > int(suite.get("skipped"))

@@ -309,6 +309,57 @@ def test_what_converts_states_reads_the_hosts():
     assert all(bits_equal(a.cpu(), b.cpu()) for a, b in zip(*made.values(), strict=True))
 
 
+def test_a_write_that_no_counter_shows_is_read_by_move():
+    runs = []
+    for offload in (None, "cpu"):
+        params = parameters()
+        optimizer = precond.AdamW(params, offload=offload)
+        for step in range(3):
+            give(params, step)
+            optimizer.step()
+            optimizer.wait()
+            params[3].data.clamp_(-0.5, 0.5)
+            if offload is not None:
+                optimizer.move(params[3], "cpu")
+        runs.append((params, optimizer))
+    assert_same(*runs)
+
+
+def test_entries_of_others_stay_where_they_are():
+    """A wrapper's, and a user's, among the states of a parameter."""
+    p = nn.Parameter(random_values((64, 64)).to(CUDA.name))
+    optimizer = precond.AdamW([p], offload="cpu")
+    given = optimizer.state[p]["mine"] = torch.ones(64, 64, device=CUDA.name)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.move(p, "cuda")
+    optimizer.move(p, "cpu")
+    assert optimizer.state[p]["mine"] is given
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    optimizer.wait()
+    assert not _C.Pinned.has(optimizer.state[p]["mine"].data_ptr())
+    assert all(_C.Pinned.has(optimizer.state[p][name].data_ptr()) for name in ("exp_avg", "exp_avg_sq"))
+
+
+def test_a_step_per_group_keeps_the_twins_of_the_others():
+    """As DeepSpeed steps."""
+    params = parameters()
+    optimizer = precond.AdamW([{"params": params[:3]}, {"params": params[3:]}], offload="cpu")
+    kept = []
+    for step in range(3):
+        give(params, step)
+        groups = optimizer.param_groups
+        for group in groups:
+            optimizer.param_groups = [group]
+            optimizer.step()
+        optimizer.param_groups = groups
+        kept.append([optimizer._engine.offload.twins.get(p) for p in params])
+    assert None not in kept[0]
+    assert kept[0] == kept[1] == kept[2]
+
+
 def test_groups_and_gradients_that_come_and_go():
     runs = []
     for offload in (None, "cpu"):
@@ -328,10 +379,12 @@ def test_groups_and_gradients_that_come_and_go():
 
 @pytest.mark.parametrize("clip", [None, "previous"])
 def test_released_gradients(clip):
+    """Also of a parameter whose order is not its twin's, to which ``step`` brings what has arrived."""
     runs = []
     for offload in (None, "cpu"):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8)).to(CUDA.name)
+        net[2].weight = nn.Parameter(net[2].weight.detach().t().contiguous().t())
         norm = None if clip is None else 0.1
         optimizer = precond.AdamW(net.parameters(), max_grad_norm=norm, state_format="int8", offload=offload)
         precond.release_gradients(net, optimizer, clip=clip)
@@ -387,9 +440,57 @@ def test_a_backward_pass_goes_on_while_copies_and_updates_of_its_gradients_run()
     own = [item.kind for item in trace if not item.apart and item.kind != "upload"]
     assert own.count("record") >= 8
     assert "wait for event" not in own
-    optimizer.step()
+    with CUDA.traced() as trace:
+        optimizer.step()
+    assert [item.kind for item in trace if not item.apart and item.kind == "wait for event"] == ["wait for event"]
     optimizer.wait()
     assert all(optimizer.state[p]["step"].item() == 2 for p in net.parameters())
+
+
+@emulated
+def test_an_error_changes_nothing_and_leaves_nobody_waiting():
+    """Of what stays on the device, before anything of the host is enqueued; the counters of a step that was not are as before."""
+    a, b = parameters(shapes=[(300,), (40, 2)])
+    optimizer = precond.SGD([a, b], momentum=0.9)
+    optimizer.move(a, "cpu")
+    give([a, b], 0)
+    optimizer.step()
+    optimizer.wait()
+    before = found([a, b], optimizer)
+    b.grad = b.grad.to_sparse()
+    for p in (b, a):
+        p.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        precond.AdamW([a, b]).step()
+    adam = precond.AdamW([a, b])
+    adam.move(a, "cpu")
+    with CUDA.traced() as trace, pytest.raises(RuntimeError, match="sparse gradients"):
+        adam.step()
+    assert not trace
+    assert not adam.state.get(a)
+    assert all(bits_equal(x, y) for x, y in zip(before.values(), found([a, b], optimizer).values(), strict=True))
+    give([a, b], 1)
+    adam.step()
+    adam.wait()
+    give([a, b], 2)
+    with CUDA.failing(700), pytest.raises(RuntimeError, match="error 700"):
+        adam.step()
+    assert adam.state[a]["step"].item() == 1
+
+
+@emulated
+def test_states_of_a_step_live_until_it_is_done():
+    params, optimizer = train(lambda params: precond.AdamW(params, offload="cpu"), steps=[0])
+    optimizer._engine.offload.join = lambda: None
+    state = optimizer.state[params[5]]
+    moments = weakref.ref(state["exp_avg"])
+    give(params, 1)
+    with CUDA.busy():
+        optimizer.step()
+        state["exp_avg"] = torch.zeros_like(state["exp_avg"])
+        assert moments() is not None
+    optimizer.wait()
+    assert moments() is None
 
 
 @emulated
@@ -482,8 +583,19 @@ def test_errors():
         optimizer.move(w, "meta")
     wide = precond.SGD([nn.Parameter(torch.ones(8, device=CUDA.name, dtype=torch.float64))], offload="cpu")
     wide.param_groups[0]["params"][0].grad = torch.ones(8, device=CUDA.name, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="offload must get float32, bfloat16, float16 or complex64 tensors"):
+    with pytest.raises(
+        RuntimeError, match="offload must be None for parameter 0 of group 0: the host updates float32, "
+    ):
         wide.step()
+    with pytest.raises(
+        RuntimeError, match=r"parameter 0 of group 0 must keep its states on .* alone, got torch.float64"
+    ):
+        wide.move(wide.param_groups[0]["params"][0], "cpu")
+    w.grad_dtype = torch.float64
+    w.grad = torch.ones(8, device=CUDA.name, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="offload must get float32, bfloat16, float16 or complex64 tensors"):
+        optimizer.step()
+    w.grad = w.grad_dtype = None
     rows = nn.Parameter(torch.ones(4, 2, device=CUDA.name))
     sparse = precond.SGD([rows], offload="cpu")
     rows.grad = torch.ones(4, 2, device=CUDA.name).to_sparse()
@@ -510,7 +622,8 @@ def test_nothing_is_kept_alive():
     gone = weakref.ref(optimizer)
     give(params, 9)
     optimizer.step()
+    gc.disable()  # it is no cycle
     del optimizer  # while its last step may run
-    gc.collect()
+    gc.enable()
     assert gone() is None
     assert moments() is None

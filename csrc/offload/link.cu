@@ -13,9 +13,9 @@
 #include "cpu/dispatch.h"
 #include "cpu/statistics.h"
 #include "cuda/tables.h"
+#include "offload/job.h"
 #include "offload/link.h"
 #include "offload/memory_operations.h"
-#include "offload/workers.h"
 
 namespace precond {
 namespace {
@@ -27,196 +27,10 @@ constexpr size_t kPieces = 32;
 constexpr size_t kSmallestPiece = size_t(2) << 20;
 // What a thread takes at a time: kMinChunk in plan.h says why not less.
 constexpr int64_t kPart = 131072;
-constexpr size_t kLine = 64;
 // A slot has at least a block of the statistics, of the widest elements.
 constexpr size_t kSmallestSlot = size_t(kNormBlock) * sizeof(float);
-// After so many looks at a flag, 50 us apart, the device is asked whether it still works.
-constexpr int kLooksBeforeAsking = 20000;
-
-size_t item_bytes(const Operand& operand) { return size_t(item_bits(operand.format)) / 8; }
-size_t in_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
-
-// What a device has said of a step, at the head of the slot of its first piece.
-struct alignas(kLine) Verdict {
-  double total;
-  float grad_scale, found_inf;
-};
-
-// A number that streams and threads both read and write, alone in its line.
-struct alignas(kLine) Flag {
-  uint32_t value;
-  bool has_reached(uint32_t at) const { return int32_t(__atomic_load_n(&value, __ATOMIC_ACQUIRE) - at) >= 0; }
-  void set(uint32_t to) {
-    std::atomic_thread_fence(std::memory_order_seq_cst);  // what was written is there for a device before the flag
-    __atomic_store_n(&value, to, __ATOMIC_RELEASE);
-  }
-};
-
-struct Counted {
-  Number number;
-  double next;
-};
-
-class Job : public HostJob {
- public:
-  std::vector<Tensor> tensors;
-  std::vector<Strides> strides;
-  std::vector<float> scalars;
-  std::vector<float> signs;  // of each tensor
-  std::vector<Counted> counted;
-  const UpdateChunk* updates = nullptr;  // by number of the rule
-  Control control;
-  Clip clip;
-  bool reads_scale = false, reads_inf = false, only = false;
-  std::vector<int64_t> block_of;  // of each tensor, and a row of `table` for each block: with statistics
-  std::vector<double> table;
-  std::atomic<int64_t> pieces_left{0};
-  std::once_flag begun;
-  std::atomic<bool> failed{false};
-
-  // What every piece does first, once: the control, from what the device has said.
-  void begin(const Verdict& verdict) {
-    std::call_once(begun, [&] {
-      if (reads_scale) control.grad_coef = float(1.0 / double(verdict.grad_scale)) * control.grad_coef;
-      if (reads_inf && verdict.found_inf != 0.0f) control.skip = 1.0f;
-      double total = verdict.total;
-      if (clip.total != nullptr) clip.total = &total;
-      precond::finish(clip, &control);
-    });
-  }
-  void end(std::exception_ptr error) {
-    if (error == nullptr && control.skip == 0.0f && !only)
-      for (const Counted& c : counted) write_number(c.number.data, c.number.type, c.next);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    error_ = std::move(error);
-    done_ = true;
-    changed_.notify_all();
-  }
-  void note(std::exception_ptr error) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (noted_ == nullptr) noted_ = std::move(error);
-    failed = noted_ != nullptr;
-  }
-  std::exception_ptr noted() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return noted_;
-  }
-  bool done() const override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return done_;
-  }
-  void wait() override {
-    until_done();
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (const std::exception_ptr error = std::exchange(error_, nullptr)) std::rethrow_exception(error);
-  }
-  void until_done() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return done_; });
-  }
-
- private:
-  mutable std::mutex mutex_;
-  std::condition_variable changed_;
-  bool done_ = false;
-  std::exception_ptr noted_, error_;
-};
-
-// Elements of one tensor, and where in its slot the first of them has its gradient.
-struct Part {
-  int32_t tensor;  // of the job
-  int64_t begin, count;
-  size_t at;
-};
-
-struct Download {
-  size_t at;  // in the slot
-  const char* from;
-  size_t bytes;
-};
-struct Upload {
-  char* to;
-  const char* from;
-  size_t bytes;
-};
-
-// What one slot holds at a time.
-struct Cut {
-  std::vector<Part> parts;
-  std::vector<Download> downloads;
-  std::vector<Upload> uploads;
-  size_t used = 0;
-};
-
-class SomeGradients : public Piece {
- public:
-  // slot: a Verdict, in a job's first piece, and gradients.
-  SomeGradients(std::shared_ptr<Job> job, std::vector<Part> parts, const char* slot, bool is_first, const Flag* arrived,
-                Flag* updated, uint32_t ticket, int device, cudaStream_t reads)
-      : Piece(int64_t(parts.size())),
-        job_(std::move(job)),
-        parts_(std::move(parts)),
-        slot_(slot),
-        is_first_(is_first),
-        arrived_(arrived),
-        updated_(updated),
-        ticket_(ticket),
-        device_(device),
-        reads_(reads) {}
-
-  bool is_there() override {
-    if (arrived_->has_reached(ticket_) || job_->failed) {
-      if (!job_->failed && is_first_) job_->begin(*reinterpret_cast<const Verdict*>(slot_));
-      return true;
-    }
-    thread_local int looks = 0;
-    if (++looks % kLooksBeforeAsking == 0) ask();
-    return false;
-  }
-
-  void run(int64_t number) override {
-    if (job_->failed) return;
-    const Part& part = parts_[size_t(number)];
-    Tensor tensor = job_->tensors[size_t(part.tensor)];
-    // As if all of the gradient were there: kernels ask for elements by their numbers.
-    const auto first = reinterpret_cast<uintptr_t>(slot_ + sizeof(Verdict) + part.at);
-    tensor.g.data = reinterpret_cast<char*>(first - uintptr_t(part.begin) * item_bytes(tensor.g));
-    double* statistics = nullptr;
-    if (!job_->table.empty())
-      statistics =
-          &job_->table[size_t(job_->block_of[size_t(part.tensor)] + part.begin / kNormBlock) * kBlockStatistics];
-    job_->updates[tensor.rule]({&tensor, job_->strides.data(), &job_->scalars[size_t(tensor.scalars) * kScalarFloats],
-                                &job_->control, job_->signs[size_t(part.tensor)], part.begin, part.count, statistics,
-                                job_->only});
-  }
-
-  void finish(std::exception_ptr error) override {
-    if (error != nullptr) job_->note(std::move(error));
-    updated_->set(ticket_);
-    if (job_->pieces_left.fetch_sub(1) == 1) job_->end(job_->noted());
-  }
-
- private:
-  // Throws if the device has failed. This thread is the link's own: it may choose its device, and else the runtime
-  // would make a context on GPU 0.
-  void ask() const {
-    const RelaxedCapture relaxed;
-    PRECOND_CUDA_CHECK(cudaSetDevice(device_));
-    const cudaError_t answer = cudaStreamQuery(reads_);
-    if (answer != cudaErrorNotReady) check(answer, "cudaStreamQuery");
-    cudaGetLastError();
-  }
-
-  const std::shared_ptr<Job> job_;
-  const std::vector<Part> parts_;
-  const char* const slot_;
-  const bool is_first_;
-  const Flag* const arrived_;
-  Flag* const updated_;
-  const uint32_t ticket_;
-  const int device_;
-  const cudaStream_t reads_;
-};
+// How long a wait lasts before the device is asked whether it still works.
+constexpr std::chrono::milliseconds kPatience{500};
 
 // What is pinned, for Pinned::has.
 struct Blocks {
@@ -228,11 +42,29 @@ struct Blocks {
   }
 };
 
-cudaStream_t new_stream() {
-  cudaStream_t stream;
-  PRECOND_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  return stream;
-}
+// Streams are kept for the next link of a device: the allocator may still know one that a gradient was used on.
+struct Streams {
+  std::mutex mutex;
+  std::multimap<int, cudaStream_t> unused;
+  static Streams& of_process() {
+    static Streams& all = *new Streams;
+    return all;
+  }
+  cudaStream_t take(int device) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (const auto found = unused.find(device); found != unused.end()) {
+      const cudaStream_t stream = found->second;
+      return unused.erase(found), stream;
+    }
+    cudaStream_t stream;
+    PRECOND_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    return stream;
+  }
+  void give(int device, cudaStream_t stream) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    unused.emplace(device, stream);
+  }
+};
 cudaEvent_t new_event() {
   cudaEvent_t event;
   PRECOND_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
@@ -273,20 +105,21 @@ struct Link::Impl {
       : device(device_number),
         largest(std::max(in_lines(largest_slot), kSmallestSlot)),
         flags(sizeof(Flag) * 2 * kSlots),
-        reads(new_stream()),
-        writes(new_stream()),
+        reads(Streams::of_process().take(device_number)),
+        writes(Streams::of_process().take(device_number)),
         ready(new_event()),
         written(new_event()) {
     std::memset(flags.data(), 0, flags.bytes());
   }
   ~Impl() {
-    for (const std::shared_ptr<Job>& job : jobs) job->until_done();
+    for (const std::shared_ptr<Job>& job : jobs) until_done(*job);
     auto mode = cudaStreamCaptureModeRelaxed;
     cudaThreadExchangeStreamCaptureMode(&mode);
-    cudaStreamSynchronize(writes);  // which read p on the host
-    cudaStreamDestroy(reads);
-    cudaStreamDestroy(writes);
+    bool work = true;  // what writes reads p on the host
+    for (const cudaStream_t own : {reads, writes}) work = cudaStreamSynchronize(own) == cudaSuccess && work;
     cudaThreadExchangeStreamCaptureMode(&mode);
+    for (const cudaStream_t own : {reads, writes})
+      if (work) Streams::of_process().give(device, own);
     discard_event(ready);
     discard_event(written);
   }
@@ -295,6 +128,20 @@ struct Link::Impl {
   Flag& updated(size_t slot) { return static_cast<Flag*>(flags.data())[2 * slot + 1]; }
   char* slot(size_t number) { return static_cast<char*>(slots->data()) + number * (sizeof(Verdict) + slot_bytes); }
 
+  // Only whoever waits asks the device: the host's threads call nothing that could wait for it.
+  void until_done(Job& job) {
+    while (!job.is_done_within(kPatience)) {
+      const RelaxedCapture relaxed;
+      const cudaError_t answer = cudaStreamQuery(reads);
+      cudaGetLastError();
+      if (answer == cudaSuccess || answer == cudaErrorNotReady) continue;
+      try {
+        check(answer, "cudaStreamQuery");
+      } catch (...) {
+        job.fail(std::current_exception());
+      }
+    }
+  }
   // Lets go of jobs that are done, and throws the first error of theirs.
   void forget_done() {
     std::exception_ptr first;
@@ -305,7 +152,7 @@ struct Link::Impl {
         continue;
       }
       try {
-        job->wait();
+        job->rethrow();
       } catch (...) {
         if (first == nullptr) first = std::current_exception();
       }
@@ -314,7 +161,7 @@ struct Link::Impl {
     if (first != nullptr) std::rethrow_exception(first);
   }
   void wait() {
-    for (const std::shared_ptr<Job>& job : jobs) job->until_done();
+    for (const std::shared_ptr<Job>& job : jobs) until_done(*job);
     forget_done();
   }
 
@@ -463,7 +310,7 @@ std::shared_ptr<HostJob> Link::submit(const HostStep& step) {
   job->pieces_left = int64_t(count);
   my.jobs.push_back(job);
   if (count == 0) {
-    job->end(nullptr);
+    job->end();
     return job;
   }
   PRECOND_CUDA_CHECK(cudaEventRecord(my.ready, stream));
@@ -477,27 +324,29 @@ std::shared_ptr<HostJob> Link::submit(const HostStep& step) {
       if (k < count) {
         const uint32_t ticket = first + uint32_t(k);
         const size_t slot = ticket % kSlots;
-        my.download(cuts[k], step, ticket, k == 0);
-        my.workers.add(
-            std::make_shared<SomeGradients>(job, std::move(cuts[k].parts), my.slot(slot), k == 0, &my.arrived(slot),
-                                            &my.updated(slot), ticket, my.device, my.reads),
-            step.threads);
         my.tickets = ticket;
+        my.download(cuts[k], step, ticket, k == 0);
+        my.workers.add(std::make_shared<SomeGradients>(job, std::move(cuts[k].parts), my.slot(slot), k == 0,
+                                                       &my.arrived(slot), &my.updated(slot), ticket),
+                       step.threads);
         ++enqueued;
       }
       if (k >= kSlots - 1) my.upload(cuts[k - (kSlots - 1)], first + uint32_t(k - (kSlots - 1)));
     }
   } catch (...) {
-    job->failed = true;
+    job->fail(nullptr);
+    // A piece whose threads never heard of it.
+    if (my.tickets != first + uint32_t(enqueued) - 1) my.updated(my.tickets % kSlots).set(my.tickets);
     const auto rest = int64_t(count - enqueued);
-    if (rest > 0 && job->pieces_left.fetch_sub(rest) == rest) job->end(nullptr);
+    if (rest > 0 && job->pieces_left.fetch_sub(rest) == rest) job->end();
     throw;
   }
   if (!job->only)
     for (int64_t i = 0; i < step.plan->size(); ++i)
       if (step.plan->tensor(i).active) step.plan->tensor(i).fresh = false;
   if (step.extras.sums != nullptr) {
-    job->wait();
+    my.until_done(*job);
+    job->rethrow();
     if (job->control.skip == 0.0f)
       fold_statistics(*step.plan, statistic_blocks(*step.plan), job->table.data(), step.extras.sums);
   }
@@ -511,7 +360,16 @@ void Link::join(uintptr_t handle) {
   PRECOND_CUDA_CHECK(cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(handle), my.written, 0));
 }
 
-void Link::wait() { impl_->wait(); }
+void Link::wait() {
+  impl_->wait();
+  const RelaxedCapture relaxed;
+  Discarded::of_process().free_all();
+}
+
+void Link::wait_for(const std::shared_ptr<HostJob>& job) {
+  impl_->until_done(static_cast<Job&>(*job));
+  static_cast<Job&>(*job).rethrow();
+}
 
 uintptr_t Link::reads() const { return reinterpret_cast<uintptr_t>(impl_->reads); }
 

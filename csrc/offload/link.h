@@ -50,8 +50,6 @@ class HostJob {
  public:
   virtual ~HostJob() = default;
   virtual bool done() const = 0;
-  // Until it is; throws, once, what went wrong.
-  virtual void wait() = 0;
 };
 
 class Link {
@@ -66,8 +64,9 @@ class Link {
   std::shared_ptr<HostJob> submit(const HostStep& step);
   // Has a stream wait until the parameters of all jobs so far are on the device.
   void join(uintptr_t stream);
-  // Until all jobs are done; throws, once, the first error.
+  // Until all jobs are done, or one of this link's; throws an error of theirs, once.
   void wait();
+  void wait_for(const std::shared_ptr<HostJob>& job);
   // The stream that reads gradients.
   uintptr_t reads() const;
 

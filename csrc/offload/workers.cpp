@@ -48,10 +48,34 @@ std::vector<int> processors() {
   return all;
 }
 
-int number_in(const char* name, int otherwise) {
-  const char* const value = std::getenv(name);
-  return value == nullptr ? otherwise : std::atoi(value);
-}
+// Which of them are taken.
+struct Processors {
+  const std::vector<int> numbers = processors();
+  std::mutex mutex;
+  std::vector<bool> taken = std::vector<bool>(numbers.size());
+
+  static Processors& of_process() {
+    static Processors& all = *new Processors;
+    return all;
+  }
+  // Not where processes share them: each would take the first ones.
+  bool are_shared() const {
+    const char* const ranks = std::getenv("LOCAL_WORLD_SIZE");
+    return ranks != nullptr && std::atoi(ranks) > 1 && numbers.size() >= std::thread::hardware_concurrency();
+  }
+  int take() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = std::find(taken.begin(), taken.end(), false);
+    if (found == taken.end() || are_shared()) return -1;
+    *found = true;
+    return int(found - taken.begin());
+  }
+  void give(int place) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    taken[size_t(place)] = false;
+  }
+};
+
 #endif
 
 }  // namespace
@@ -68,9 +92,9 @@ Workers::~Workers() {
 void Workers::add(std::shared_ptr<Piece> piece, int threads) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    pieces_.push_back(std::move(piece));
     wanted_ = std::max(threads, 1);
-    while (int(threads_.size()) < wanted_) threads_.emplace_back(&Workers::work, this, int(threads_.size()), wanted_);
+    while (int(threads_.size()) < wanted_) threads_.emplace_back(&Workers::work, this, int(threads_.size()));
+    pieces_.push_back(std::move(piece));
   }
   changed_.notify_all();
 }
@@ -113,8 +137,8 @@ void Workers::take_from(Piece& piece) {
   }
 }
 
-void Workers::work(int index, int threads) {
-  stay_on_processor(index, threads);
+void Workers::work(int index) {
+  const OnOwnProcessor own;
   const IeeeDenormals ieee;
   while (const std::shared_ptr<Piece> piece = first(index)) {
     take_from(*piece);
@@ -123,24 +147,27 @@ void Workers::work(int index, int threads) {
   changed_.notify_all();
 }
 
-bool stay_on_processor(int i, int threads) {
 #if defined(__linux__)
-  const std::vector<int> all = processors();
-  const int ranks = std::max(number_in("LOCAL_WORLD_SIZE", 1), 1), rank = number_in("LOCAL_RANK", 0);
-  // A launcher that binds its processes has given each fewer than the machine has.
-  const bool shared = ranks > 1 && int(all.size()) >= int(std::thread::hardware_concurrency());
-  const int each = shared ? int(all.size()) / ranks : int(all.size());
-  const int begin = shared ? rank * each : 0;
-  const bool alone = threads <= each && i < each && rank >= 0 && begin + i < int(all.size());
-  cpu_set_t own;
-  CPU_ZERO(&own);
-  for (const int cpu : alone ? std::vector<int>{all[size_t(begin + i)]} : all) CPU_SET(cpu, &own);
-  return sched_setaffinity(0, sizeof own, &own) == 0 && alone;
-#else
-  static_cast<void>(i);
-  static_cast<void>(threads);
-  return false;
-#endif
+
+OnOwnProcessor::OnOwnProcessor() {
+  Processors& all = Processors::of_process();
+  place_ = all.take();
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  for (size_t i = 0; i < all.numbers.size(); ++i)
+    if (place_ < 0 || i == size_t(place_)) CPU_SET(all.numbers[i], &mask);
+  sched_setaffinity(0, sizeof mask, &mask);
 }
+
+OnOwnProcessor::~OnOwnProcessor() {
+  if (place_ >= 0) Processors::of_process().give(place_);
+}
+
+#else
+
+OnOwnProcessor::OnOwnProcessor() {}
+OnOwnProcessor::~OnOwnProcessor() {}
+
+#endif
 
 }  // namespace precond

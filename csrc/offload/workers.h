@@ -45,7 +45,7 @@ class Workers {
   void add(std::shared_ptr<Piece> piece, int threads);
 
  private:
-  void work(int index, int threads);
+  void work(int index);
   std::shared_ptr<Piece> first(int index);
   void take_from(Piece& piece);
   void drop(const std::shared_ptr<Piece>& piece);
@@ -58,9 +58,17 @@ class Workers {
   std::vector<std::thread> threads_;
 };
 
-// Keeps this thread on one processor of its own: the i-th of those that the process may use, and has for itself where
-// several of a launcher's share them (LOCAL_RANK, LOCAL_WORLD_SIZE). Returns false, and lets it go to all of them,
-// where these are fewer than the threads.
-bool stay_on_processor(int i, int threads);
+// Keeps this thread on a processor that no other of these has, of those that the process may use. Where none is left,
+// or several processes of a launcher use all of the machine (LOCAL_WORLD_SIZE), it may run on any of them.
+class OnOwnProcessor {
+ public:
+  OnOwnProcessor();
+  ~OnOwnProcessor();
+  OnOwnProcessor(const OnOwnProcessor&) = delete;
+  bool is_alone() const { return place_ >= 0; }
+
+ private:
+  int place_ = -1;  // among the processors of the process
+};
 
 }  // namespace precond

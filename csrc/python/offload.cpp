@@ -1,6 +1,8 @@
 // See offload.h.
 #include "python/offload.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <stdexcept>
 
@@ -8,9 +10,32 @@ namespace precond {
 
 #if defined(PRECOND_CUDA)
 
-HostLink::HostLink(int device, size_t slot) : link_(std::make_unique<Link>(device, slot)) {}
+HostLink::HostLink(int device, size_t slot) : link_(std::make_unique<Link>(device, slot)), process_(getpid()) {}
 
-HostLink::~HostLink() { link_.reset(); }
+HostLink::~HostLink() {
+  if (!is_here()) {
+    static_cast<void>(link_.release());
+    return;
+  }
+#if PY_VERSION_HEX >= 0x030d0000
+  const bool ends = Py_IsFinalizing() != 0;
+#else
+  const bool ends = _Py_IsFinalizing() != 0;
+#endif
+  // A device may wait for what another thread of Python has yet to launch; at the end there is none.
+  if (ends) {
+    link_.reset();
+  } else {
+    const py::gil_scoped_release release;
+    link_.reset();
+  }
+}
+
+bool HostLink::is_here() const { return getpid() == process_; }
+
+void HostLink::require_here() const {
+  if (!is_here()) throw std::runtime_error("offload must be None in a forked process: CUDA does not work there");
+}
 
 void HostLink::drop() {
   const auto done = [](const auto& item) { return item.first->done(); };
@@ -18,11 +43,13 @@ void HostLink::drop() {
 }
 
 void HostLink::join(uintptr_t stream) {
+  require_here();
   const py::gil_scoped_release release;
   link_->join(stream);
 }
 
 void HostLink::wait() {
+  if (!is_here()) return;
   {
     const py::gil_scoped_release release;
     link_->wait();
@@ -30,9 +57,16 @@ void HostLink::wait() {
   drop();
 }
 
+void HostLink::wait_for(const std::shared_ptr<HostJob>& job) {
+  require_here();
+  const py::gil_scoped_release release;
+  link_->wait_for(job);
+}
+
 uintptr_t HostLink::reads() const { return link_->reads(); }
 
 std::shared_ptr<HostJob> HostLink::submit(const HostStep& step, py::object held) {
+  require_here();
   drop();
   std::shared_ptr<HostJob> job;
   {

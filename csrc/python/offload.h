@@ -21,15 +21,20 @@ class HostLink {
 
   void join(uintptr_t stream);
   void wait();
+  void wait_for(const std::shared_ptr<HostJob>& job);
   uintptr_t reads() const;
   std::shared_ptr<HostJob> submit(const HostStep& step, py::object held);
 
  private:
   // Lets go of what is needed no more.
   void drop();
+  // CUDA does not work in a forked process, and the threads are not there.
+  bool is_here() const;
+  void require_here() const;
 
   std::vector<std::pair<std::shared_ptr<HostJob>, py::object>> held_;
   std::unique_ptr<Link> link_;
+  int process_;
 };
 
 // A block of pinned memory as a buffer, whose memory views keep it alive.

@@ -64,8 +64,7 @@ py::list TensorPlan::submit(HostLink* link, const std::vector<uintptr_t>& params
                             const Clip& clip, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream, int threads,
                             const Extras& extras, const py::object& held) {
   if (submitted_) {
-    const py::gil_scoped_release release;
-    submitted_->wait();  // its counters
+    link->wait_for(submitted_);  // its counters
   }
   HostStep step;
   step.plan = &plan_;

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ class _Hidden:
 def states_as_saved(
     optimizer: torch.optim.Optimizer,
     concerned: Callable[[object], bool] = lambda name: True,
-    away: Callable[[Tensor], bool] = lambda p: False,
+    away: Mapping[int, Collection[str]] = MappingProxyType({}),
 ) -> Iterator[None]:
     """While torch loads a checkpoint: states, or those of some names, have the dtype they were saved in and memory of their own.
-    torch casts and aliases them. ``away``: whether a parameter's are the host's.
+    torch casts and aliases them. ``away``: by the ids of parameters, which of their states are the host's.
     """
     # What torch loads is what the user's hooks made of the dictionary; ours sees it last, and mends before theirs.
     final: dict[str, Any] = {}
@@ -35,10 +36,10 @@ def states_as_saved(
         final.update(loaded)
         params = (p for group in optimizer.param_groups for p in group["params"])
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        hosts = {i for i, p in zip(ids, params, strict=False) if away(p)}
+        hosts = {i: away[id(p)] for i, p in zip(ids, params, strict=False) if id(p) in away}
         if not hosts:
             return None
-        states = {i: _hidden(state) if i in hosts else state for i, state in loaded["state"].items()}
+        states = {i: _hidden(state, hosts.get(i, ())) for i, state in loaded["state"].items()}
         return {**loaded, "state": states}
 
     def restore(_: torch.optim.Optimizer) -> None:
@@ -51,7 +52,9 @@ def states_as_saved(
                 if isinstance(saved, Tensor) and name == "step":
                     optimizer.state[p][name] = optimizer.state[p][name].clone()
                 elif isinstance(saved, Tensor):
-                    optimizer.state[p][name] = saved.detach().to("cpu" if away(p) else p.device, copy=True)
+                    optimizer.state[p][name] = saved.detach().to(
+                        "cpu" if name in away.get(id(p), ()) else p.device, copy=True
+                    )
 
     hooks = [
         optimizer.register_load_state_dict_pre_hook(look),
@@ -64,8 +67,8 @@ def states_as_saved(
             hook.remove()
 
 
-def _hidden(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: _Hidden(t) if isinstance(t, Tensor) and name != "step" else t for name, t in state.items()}
+def _hidden(state: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: _Hidden(t) if isinstance(t, Tensor) and name in names else t for name, t in state.items()}
 
 
 class KeptOptions:

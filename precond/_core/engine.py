@@ -27,8 +27,8 @@ class Offloads(Protocol):
     def concerns(self, groups: list[Group]) -> bool:
         """True where a step of these groups has such parameters."""
 
-    def run(self, step: Step, *, alone: bool) -> None:
-        """A step with such parameters. ``alone``: others of the same step come, or came, by themselves."""
+    def run(self, step: Step, *, partial: bool) -> None:
+        """A step with such parameters. ``partial``: others of the same step come, or came, by themselves."""
 
     def join(self) -> None:
         """Have the current streams wait for the new parameters."""
@@ -36,14 +36,14 @@ class Offloads(Protocol):
     def wait(self) -> None:
         """Until the host has done its part of all steps; raises what went wrong."""
 
-    def keep(self, groups: list[Group]) -> None:
-        """Forget what is not in these groups."""
+    def keep(self, alive: set[int]) -> None:
+        """Forget parameters with other ids."""
 
     def prepare(self, count: int) -> None:
         """Before steps of so many parameters, one by one."""
 
-    def moved(self, p: Tensor, state: dict[str, Any] | None) -> None:
-        """The states of a parameter are now the host's, or the device's."""
+    def moved(self, p: Tensor, state: dict[str, Any] | None, names: frozenset[str]) -> None:
+        """The states of a parameter with these names are now the host's, or the device's."""
 
 
 class Engine:
@@ -75,10 +75,10 @@ class Engine:
         """What concerns the whole step: :class:`precond.Settings`."""
         return self.checks.settings
 
-    def run(self, step: Step, *, alone: bool = False) -> None:
-        """Run each group's rule on its parameters. ``alone``: others of the same step come, or came, by themselves."""
+    def run(self, step: Step, *, partial: bool = False) -> None:
+        """Run each group's rule on its parameters. ``partial``: others of the same step come, or came, by themselves."""
         if self.offload is not None and self.offload.concerns(step.groups):
-            self.offload.run(step, alone=alone)
+            self.offload.run(step, partial=partial)
         else:
             self.run_here(step)
 
@@ -87,6 +87,16 @@ class Engine:
         self.states.bind(step.state, step.groups)
         try:
             self._run(step)
+        finally:
+            self.states.bind({}, [])
+
+    def check_here(self, step: Step) -> None:
+        """Raise what ``run_here`` would raise before it changes anything."""
+        self.states.bind(step.state, step.groups)
+        try:
+            plan = self.plans.get(_key(step))
+            if plan is None or not plan.holds(step):
+                self._new(step).forget(step)
         finally:
             self.states.bind({}, [])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from itertools import compress
 from typing import Any
@@ -18,7 +19,7 @@ from .rows import Group, Step, name_of
 from .sharding import aligned_gradients, local
 from .states import ParamStates
 from .statistics import Collected
-from .twins import HostStates, Twins, contiguous, to_device, to_host, why_not
+from .twins import HostStates, Twin, Twins, contiguous, to_device, to_host, why_not
 
 
 class Offload:
@@ -27,24 +28,34 @@ class Offload:
     def __init__(
         self, engine: Engine, states: ParamStates, seed: int, away: Callable[[Tensor], bool], written: Iterable[Tensor]
     ) -> None:
-        """``engine``, ``states``: the optimizer's own. ``away``: whether a parameter's states are the host's. ``written``: its
-        split weights that others are known to write.
+        """``engine``, ``states``: the optimizer's own, which have this object. ``away``: whether a parameter's states are the
+        host's. ``written``: its split weights that others are known to write.
         """
-        self._engine, self._states, self._away = engine, states, away
+        self._engine_of, self._states_of, self._away = weakref.ref(engine), weakref.ref(states), away
+        key_of = weakref.WeakMethod(states.key_of)
         self._written = {id(p) for p in written}
         self.twins = Twins()
-        self.states = HostStates(states.recipe, seed, self.twins, states.key_of)
+        self.states = HostStates(states.recipe, seed, self.twins, key_of)
         checks = engine.checks
         own = {**checks.settings, "max_grad_norm": None, "nonfinite": "propagate", "backend": None}
         self._host = Engine(
-            self.states,
-            HostChecks(checks.owner, frozenset(), own),
-            Report(),
-            may_only_make_states=True,
+            self.states, HostChecks(checks.owner, frozenset(), own), Report(), may_only_make_states=True
         )
         self._beginning = Beginning(engine)
         #: By the ids of an optimizer's groups: those of the same parameters' twins, and of what stays on the device.
         self._groups: dict[int, tuple[Group, Group]] = {}
+
+    @property
+    def _engine(self) -> Engine:
+        engine = self._engine_of()
+        assert engine is not None
+        return engine
+
+    @property
+    def _states(self) -> ParamStates:
+        states = self._states_of()
+        assert states is not None
+        return states
 
     # The step.
 
@@ -52,10 +63,10 @@ class Offload:
         """True where a step of these groups has parameters whose states are the host's."""
         return any(self._away(p) for group in groups for p in group["params"])
 
-    def run(self, step: Step, *, alone: bool) -> None:
-        """A step of some parameters of the host and others. ``alone``: others of the same step come, or came, by themselves."""
-        self.twins.alone = alone
-        if not alone:
+    def run(self, step: Step, *, partial: bool) -> None:
+        """A step of some parameters of the host and others. ``partial``: others of the same step come, or came, by themselves."""
+        self.twins.partial = partial
+        if not partial:
             self.twins.wait()
         begun = self._begin(step)
         if begun is None:
@@ -70,15 +81,17 @@ class Offload:
         self._states.bind(step.state, step.groups)
         try:
             hosts, here = self._shared_out(step)
+            if here is not None:
+                self._engine.check_here(here)
             self._run_twins(hosts, step.state)
             if here is not None:
                 self._engine.run_here(here)
         finally:
             self._states.bind({}, [])
-            self.twins.of = {}
+            self.twins.in_step = {}
             for group in step.groups:  # which keep nothing alive
                 for kept in self._groups.get(id(group), ()):
-                    kept["params"] = []
+                    kept.update(params=[], _called=())
         if into is not None and (total := into.total()) is not None:
             self._engine.report.note(total, into.labels)
 
@@ -99,37 +112,34 @@ class Offload:
     def _shared_out(self, step: Step) -> tuple[Step, Step | None]:
         """The step of twins, and that of what stays on the device; None where nothing does."""
         hosts, here, inputs = [], [], {}
-        of: dict[int, Tensor] = {}
+        in_step: dict[int, tuple[Tensor, Twin]] = {}
         stays = False
         for index, group in enumerate(step.groups):
             number = index if step.numbers is None else step.numbers[index]
-            called = [name_of(group, number, position) for position in range(len(group["params"]))]
             away = [self._away(p) for p in group["params"]]
             of_host, of_device = self._groups.setdefault(id(group), ({}, {}))
-            _be_some_of(of_host, group, called, away)
-            _be_some_of(of_device, group, called, [not a for a in away])
+            _be_some_of(of_host, group, number, away)
+            _be_some_of(of_device, group, number, [not a for a in away])
             stays = stays or not all(away)
-            twins = []
-            for p, name in zip(of_host["params"], of_host["_called"], strict=True):
-                h = self._up_to_date(p, name)
-                of[id(h)] = p
-                twins.append(h)
+            for position, p in enumerate(of_host["params"]):
+                twin = self._up_to_date(p, of_host, position)
+                in_step[id(twin.host)] = (p, twin)
                 if (g := step.input_of(p)) is not None:
-                    inputs[h] = contiguous(g)
-            of_host["params"] = twins
+                    inputs[twin.host] = contiguous(g)
+                of_host["params"][position] = twin.host
             hosts.append(of_host)
             here.append(of_device)
-        self.twins.of = of
-        into = None if step.into is None else _OfTwins(step.into, of)
+        self.twins.in_step = in_step
+        into = None if step.into is None else _OfTwins(step.into, in_step)
         of_twins = step._replace(groups=hosts, state=self.states.own, inputs=inputs, into=into)
         return of_twins, step._replace(groups=here) if stays else None
 
-    def _up_to_date(self, p: Tensor, name: str) -> Tensor:
+    def _up_to_date(self, p: Tensor, group: Group, position: int) -> Twin:
         """A parameter's twin, as the parameter is."""
-        if reason := why_not(local(p).device):
-            raise RuntimeError(f"offload must be None for {name}: {reason}")
         twin = self.twins.get(p)
         if twin is None:
+            if reason := why_not(p):
+                raise RuntimeError(f"offload must be None for {group['_called'][position]}: {reason}")
             self.twins.wait()
             twin = self.twins.make(p)
             twin.download(p)
@@ -137,26 +147,31 @@ class Offload:
             if id(p) in self._written:
                 self.states.remainders.expect(twin.host)
         elif not twin.is_up_to_date(p):
-            self.twins.wait()
-            twin.download(p)
-        return twin.host
+            self._download(p, twin)
+        return twin
+
+    def _download(self, p: Tensor, twin: Twin) -> None:
+        """Take over what somebody else has made of a parameter."""
+        self.twins.wait()
+        written = twin.was_written(p)
+        twin.download(p)
+        if not written and self.states.remainders.watched([twin.host]):
+            self.states.remainders.note([twin.host])  # as beside a parameter: only what a version counter shows is seen
 
     def _run_twins(self, hosts: Step, state: Any) -> None:
         """Step the twins, with the dictionaries of their parameters' states."""
         own = self.states.own
-        for number, p in self.twins.of.items():
-            h = self.twins.make(p).host
-            assert id(h) == number
+        for p, twin in self.twins.in_step.values():
             held = state.get(p)
             if held is None:
-                own.pop(h, None)
-            elif own.get(h) is not held:
-                own[h] = held
+                own.pop(twin.host, None)
+            elif own.get(twin.host) is not held:
+                own[twin.host] = held
         try:
             self._host.run(hosts)
         finally:
-            for p in self.twins.of.values():
-                held = own.get(self.twins.make(p).host)
+            for p, twin in self.twins.in_step.values():
+                held = own.get(twin.host)
                 if held is None:
                     state.pop(p, None)
                 elif state.get(p) is not held:
@@ -176,25 +191,26 @@ class Offload:
 
     # Between steps.
 
-    def moved(self, p: Tensor, state: dict[str, Any] | None) -> None:
-        """The states of a parameter are now the host's, or the device's."""
+    def moved(self, p: Tensor, state: dict[str, Any] | None, names: frozenset[str]) -> None:
+        """The states of a parameter with these names are now the host's, or the device's."""
         self.twins.wait()
-        device = local(p).device
+        device, twin = local(p).device, self.twins.get(p)
         if self._away(p):
             if self._states.remainders.written([p]):
                 self._written.add(id(p))
             self._states.remainders.forget(p)
+            if twin is not None:
+                twin.seen = None  # once more: the parameter is read again
             if state is not None:
-                to_host(state, device)
+                to_host(state, names, device)
             return
-        twin = self.twins.get(p)
         if twin is not None:
             if self.states.remainders.written([twin.host]):
                 self._states.remainders.expect(p)
             self.states.own.pop(twin.host, None)
             self.twins.drop(p)
         if state is not None:
-            to_device(state, device)
+            to_device(state, names, device)
 
     def begin(self, split: Iterable[Tensor]) -> list[Tensor]:
         """Forget what split weights of the host lacked where somebody else has written them. Returns the others."""
@@ -205,8 +221,7 @@ class Offload:
                 others.append(p)
                 continue
             if not twin.is_up_to_date(p):
-                self.twins.wait()
-                twin.download(p)
+                self._download(p, twin)
                 self.states.remainders.drop_stale(self.states.own, [twin.host])
         return others
 
@@ -233,19 +248,30 @@ class Offload:
         remainders = self.states.remainders
         return [p for p in params if (twin := self.twins.get(p)) is not None and remainders.written([twin.host])]
 
-    def keep(self, groups: list[Group]) -> None:
-        """Forget what is not in these groups."""
-        gone = self.twins.keep({id(p) for group in groups for p in group["params"]})
+    def keep(self, alive: set[int]) -> None:
+        """Forget parameters with other ids."""
+        gone = self.twins.keep(alive)
         for h in gone:
             self.states.own.pop(h, None)
         if gone:
             self.states.remainders.keep({*map(id, self.states.own)})
 
 
-def _be_some_of(own: Group, group: Group, called: list[str], chosen: list[bool]) -> None:
-    """Make a group that of some parameters of another."""
+class _Called:
+    """What errors call some parameters of a group: made when an error asks."""
+
+    def __init__(self, group: Group, number: int, positions: list[int]) -> None:
+        self._group, self._number, self._positions = group, number, positions
+
+    def __getitem__(self, position: int) -> str:
+        return name_of(self._group, self._number, self._positions[position])
+
+
+def _be_some_of(own: Group, group: Group, number: int, chosen: list[bool]) -> None:
+    """Make a group that of some parameters of another, whose number among all is given."""
+    positions = [*compress(range(len(chosen)), chosen)]
     own.clear()
-    own.update(group, params=[*compress(group["params"], chosen)], _called=[*compress(called, chosen)])
+    own.update(group, params=[*compress(group["params"], chosen)], _called=_Called(group, number, positions))
     if "param_names" in group:
         own["param_names"] = [*compress(group["param_names"], chosen)]
 
@@ -253,9 +279,9 @@ def _be_some_of(own: Group, group: Group, called: list[str], chosen: list[bool])
 class _OfTwins:
     """Collects statistics of twins as their parameters'."""
 
-    def __init__(self, into: Collected, of: dict[int, Tensor]) -> None:
-        self._into, self._of = into, of
+    def __init__(self, into: Collected, in_step: dict[int, tuple[Tensor, Twin]]) -> None:
+        self._into, self._in_step = into, in_step
 
     def add(self, params: list[Tensor], found: Tensor) -> None:
         """What a pass has found about these twins."""
-        self._into.add([self._of[id(h)] for h in params], found)
+        self._into.add([self._in_step[id(h)][0] for h in params], found)

@@ -27,7 +27,7 @@ class HostChecks(Checks):
     def backend_of(self, name: str, p: Tensor, step: Step, row: Row, states: States) -> str:
         """Check a twin, its states and its gradient."""
         assert isinstance(states, HostStates)
-        own = states.twins.of[id(p)]
+        own, _ = states.twins.in_step[id(p)]
         if (g := step.input_of(p)) is not None:
             self._check_layouts(name, own, g, row, False)
             if g.device != own.device:
@@ -51,7 +51,7 @@ class HostChecks(Checks):
     def device_of(self, p: Tensor, states: States) -> torch.device:
         """The device that has the parameter of a twin."""
         assert isinstance(states, HostStates)
-        return local(states.twins.of[id(p)]).device
+        return states.twins.in_step[id(p)][1].device
 
 
 class Offloaded(Compiled):
@@ -74,14 +74,17 @@ class Offloaded(Compiled):
         twins = self._twins
         link = twins.link(self.device)
         given = [(h, step.input_of(h)) for group in step.groups for h in group["params"]]
-        found = [(h, g) for h, g in given if g is not None and local(twins.of[id(h)]).device == self.device]
-        params = [twins.of[id(h)] for h, _ in found]
-        addresses = [twins.make(p).address(p) for p in params]
+        updating = [
+            (h, g, *twins.in_step[id(h)])
+            for h, g in given
+            if g is not None and twins.in_step[id(h)][1].device == self.device
+        ]
+        addresses = [twin.address(p) for _, _, p, twin in updating]
         clip = clip.to(self.device)
         scaler = [None if t is None else t.to(self.device) for t in (control.grad_scale, control.found_inf)]
-        held: list[Any] = [params, [(h, step.state.get(h)) for h, _ in found], scaler, clip.total]
-        if _backend.cuda_on_host():
-            held.append([g for _, g in found])  # whose memory knows no streams
+        # Gradients are the allocator's to keep, but for the emulated device, whose memory knows no streams.
+        held = [scaler, clip.total, [(h, p, tuple(step.state.get(h, {}).values())) for h, _, p, _ in updating]]
+        held += [g for _, g, _, _ in updating] if _backend.cuda_on_host() else []
         with _backend.current(self.device):
             updated = self.plan.submit(
                 link,
@@ -97,11 +100,11 @@ class Offloaded(Compiled):
                 held=held,
             )
             if not _backend.cuda_on_host():
-                self._record(link.reads, zip(params, (g for _, g in found), strict=True))
+                self._record(link.reads, ((p, g) for _, g, p, _ in updating))
         if not extras.only:
             torch.autograd.graph.increment_version(updated)
-            torch.autograd.graph.increment_version(params)
-            twins.submitted(self.device, params)
+            torch.autograd.graph.increment_version([p for _, _, p, _ in updating])
+            twins.submitted(self.device, [(p, twin) for _, _, p, twin in updating])
         return True
 
     def _record(self, reads: int, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -112,7 +115,7 @@ class Offloaded(Compiled):
         current = torch.cuda.current_stream(self.device)
         is_side = _backend.is_side_stream(self.device, current.cuda_stream)
         for p, g in gradients:
-            if self._twins.alone or g is not p.grad:
+            if self._twins.partial or g is not p.grad:
                 local(g).record_stream(own)
             elif is_side:
                 local(g).record_stream(current)

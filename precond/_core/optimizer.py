@@ -19,18 +19,16 @@ from .checks import Checks, check_capturable, check_defaults, check_numbers, che
 from .engine import Engine
 from .formats import StateFormat
 from .metric import Metric
+from .moves import MovesStates
 from .norm import group_of_sharder, sharder_among_callers
-from .offload import Offload
 from .precision import at_stated_precision
-from .rows import PartOfStep, Row, Step, name_among
+from .rows import PartOfStep, Row, Step
 from .saved import Saved, drop_settings
 from .scales import KEPT, SCALES, l1_decay_of, remember_lr, scale, warned_if_scaled
 from .settings import DEFAULTS, Settings, own_settings
-from .sharding import local
 from .states import ParamStates, Recipe
 from .states import PrecisionWarning as PrecisionWarning
 from .statistics import Statistics, made_of
-from .twins import why_not
 
 #: What an optimizer's class says, in the errors of one that does not.
 _DECLARATIONS = {
@@ -50,7 +48,7 @@ class Releases(Protocol):
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class FusedOptimizer(ShowsAverages, Saved):
+class FusedOptimizer(ShowsAverages, MovesStates, Saved):
     """Base class. A subclass says, per group and step, which rule runs with which numbers, and what its states are like.
 
     Everything is read from ``param_groups`` and ``state`` at each step; the engine only caches checks on them. Settings that
@@ -83,8 +81,6 @@ class FusedOptimizer(ShowsAverages, Saved):
     #: What steps parameters as soon as they have their gradients, and finishes the step.
     _releases: Releases | None = None
     _all_have_parts: bool = False
-    #: By the ids of parameters that were moved, whether their states are the host's.
-    _where: dict[int, bool]
     #: How many groups are before this one's where it only checks and completes some.
     _groups_before: int = 0
 
@@ -228,9 +224,11 @@ class FusedOptimizer(ShowsAverages, Saved):
     @at_stated_precision
     def _update_at_stated_precision(self) -> None:
         self._begin_step()
-        self._update()
+        try:
+            self._update()
+        finally:
+            self._join()  # also of what an error has left half enqueued
         self._forget_strangers()
-        self._join()
 
     def _begin_step(self) -> None:
         """What is decided once for a step of all parameters."""
@@ -244,13 +242,7 @@ class FusedOptimizer(ShowsAverages, Saved):
     def _forget_strangers(self) -> None:
         """Drop what is kept about parameters that this optimizer no longer has."""
         self._whole()._states.keep(self.param_groups)
-        if self._engine.offload is not None:
-            self._engine.offload.keep(self.param_groups)
-
-    def _join(self) -> None:
-        """Have the current streams wait for what the host updates in this step."""
-        if self._engine.offload is not None:
-            self._engine.offload.join()
+        self._keep_on_host()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
@@ -268,7 +260,7 @@ class FusedOptimizer(ShowsAverages, Saved):
         scaled = parts.scaled(groups)
         self._engine.run(
             Step(groups, self.state, {}, rows, part.control, part.clip, None, self._measures, scaled, part.into),
-            alone=self._partial is not None,
+            partial=self._partial is not None,
         )
 
     def _checked_row(self, group: dict[str, Any]) -> Row:
@@ -357,89 +349,6 @@ class FusedOptimizer(ShowsAverages, Saved):
         self._own["norm_process_group"] = group
         self._engine.forget_plans()
 
-    # What the host has.
-
-    def wait(self) -> None:
-        """Wait until the host has done its part of all steps so far, with ``offload="cpu"``; raise what went wrong there.
-
-        ``step()`` returns before that. Work that follows it on its streams waits for the new parameters by itself, and so do
-        ``state_dict``, copies and the next step; call this before you read ``optimizer.state`` on the host.
-
-        Example:
-            >>> import torch, precond
-            >>> w = torch.nn.Parameter(torch.ones(2))
-            >>> opt = precond.AdamW([w], offload="cpu")
-            >>> w.grad = torch.ones(2)
-            >>> opt.step()
-            >>> opt.wait()
-            >>> opt.state[w]["step"].item()
-            1.0
-        """
-        if self._engine.offload is not None:
-            self._engine.offload.wait()
-
-    def move(self, p: Tensor, to: str | torch.device) -> None:
-        """Move the states of a parameter to the host's memory or back to its device; its next steps have the same bits there.
-
-        Args:
-            p: a parameter of this optimizer, on a CUDA device.
-            to: "cpu", or the parameter's device. It overrules the setting ``offload`` for this parameter, in copies and pickles
-                too; checkpoints do not have it.
-
-        Raises:
-            ValueError: p is not a parameter of this optimizer, or ``to`` is neither.
-            RuntimeError: its states cannot be the host's.
-
-        Example:
-            >>> import torch, precond
-            >>> model = torch.nn.Linear(8, 8)
-            >>> if torch.cuda.is_available():
-            ...     model.cuda()
-            ...     opt = precond.AdamW(model.parameters())
-            ...     opt.move(model.weight, "cpu")
-        """
-        group = next((group for group in self.param_groups if any(p is q for q in group["params"])), None)
-        if group is None:
-            raise ValueError("p must be a parameter of this optimizer")
-        name, device = name_among(self.param_groups, p), local(p).device
-        home = torch.device("cuda") if _backend.cuda_on_host() else device
-        wanted = torch.device(to)
-        if wanted.type not in ("cpu", home.type) or (
-            wanted.type == home.type and wanted.index not in (None, home.index)
-        ):
-            raise ValueError(f"to must be 'cpu' or {str(home)!r}, the device of {name}, got {str(to)!r}")
-        away = wanted.type == "cpu"
-        if away and (reason := why_not(device) or self._why_not_away(group)):
-            raise RuntimeError(f"{name} must keep its states on {device}: {reason}")
-        self.states.begin([p])  # where they are; what others write from now on is noticed where they will be
-        self._where[id(p)] = away
-        if self._engine.offload is None:
-            self._set_offload(())
-        assert self._engine.offload is not None
-        self._engine.offload.moved(p, self.state.get(p))
-        self._engine.forget_plans()
-
-    def _is_away(self, p: Tensor) -> bool:
-        """True where the states of a parameter are the host's."""
-        if not self._where.get(id(p), self._own["offload"] is not None):
-            return False
-        return self._own["backend"] == "cuda" if _backend.cuda_on_host() else not p.is_cpu
-
-    def _why_not_away(self, group: dict[str, Any]) -> str:
-        """Why the states of a group's parameters cannot be the host's; empty if they can."""
-        return ""
-
-    def _set_offload(self, written: Iterable[Tensor]) -> None:
-        """Have the host update parameters. ``written``: split weights that others are known to write."""
-        own = weakref.ref(self)
-
-        def away(p: Tensor) -> bool:
-            found = own()
-            return found is not None and found._is_away(p)
-
-        offload = Offload(self._engine, self._states, self._own["seed"], away, written)
-        self._engine.offload = self._states.elsewhere = offload
-
     # Being a torch optimizer: groups, pickling, checkpoints.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -460,10 +369,10 @@ class FusedOptimizer(ShowsAverages, Saved):
         self._scaled_once = False
         before: Engine | None = self.__dict__.get("_engine")
         written = self.__dict__.pop("_written", None)
+        if before is not None:
+            self.wait()
         if written is None and "_states" in self.__dict__:
             written = self._states.written(self._all_params())
-        if before is not None and before.offload is not None:
-            before.offload.wait()
         self._states = ParamStates(self._recipe(), self._own["seed"], written or ())
         self._engine = Engine(
             self._states,
@@ -472,11 +381,7 @@ class FusedOptimizer(ShowsAverages, Saved):
             None if before is None else before.captured,
             may_only_make_states=True,
         )
-        self._where = {id(p): away for p, away in self.__dict__.pop("_moved_states", ())} or self.__dict__.get(
-            "_where", {}
-        )
-        if self._own["offload"] is not None or self._where:
-            self._set_offload(written or ())
+        self._take_over_moves(written or ())
         # GradScaler then leaves unscaling and skipping to the step. Only on request: Lightning refuses to clip otherwise.
         if self._is_fused():
             self._step_supports_amp_scaling = True

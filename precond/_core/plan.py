@@ -286,6 +286,17 @@ class StepPlan:
         self._forget(step)
         return False
 
+    def holds(self, step: Step) -> bool:
+        """True where a step can run by this plan as it is."""
+        try:
+            return self.rules == [row.rule for row in step.rows] and not self.in_python and self._refresh(step)
+        finally:
+            self._release()
+
+    def forget(self, step: Step) -> None:
+        """Of a plan that does not run: take back the states that it has made."""
+        self._forget(step)
+
     def norms(self, step: Step, classes: NormClasses, inf: bool) -> Tensor | None:
         """For each class the sum of squares of this process' gradients, or the largest magnitude; None where the plan no longer
         holds.

@@ -19,7 +19,6 @@ class Saved(torch.optim.Optimizer):
 
     _own: dict[str, Any]
     _states: ParamStates
-    _where: dict[int, bool]
     #: Group options that torch does not have, with their defaults.
     _group_options: ClassVar[dict[str, Any]]
     #: Options that groups of older checkpoints may lack, with what they were then. A drop-in's are in torch's ``__setstate__``.
@@ -39,8 +38,12 @@ class Saved(torch.optim.Optimizer):
         """The rule and the hyper-parameters of a group in this step."""
         raise NotImplementedError
 
-    def _is_away(self, p: Tensor) -> bool:
-        """True where the states of a parameter are the host's."""
+    def _moved_params(self) -> list[tuple[Tensor, bool]]:
+        """What copies know of moves."""
+        raise NotImplementedError
+
+    def _names_away(self) -> dict[int, frozenset[str]]:
+        """Of each parameter whose states the host has, by its id, their names."""
         raise NotImplementedError
 
     def _rebuild(self) -> None:
@@ -57,8 +60,8 @@ class Saved(torch.optim.Optimizer):
         lost = {} if self._own["norm_process_group"] is None else {"norm_process_group": LOST}
         written = self._states.written(self._all_params())
         kept: dict[str, Any] = {"_written": written} if written else {}
-        if self._where:
-            kept["_moved_states"] = [(p, self._where[id(p)]) for p in self._all_params() if id(p) in self._where]
+        if moved := self._moved_params():
+            kept["_moved_states"] = moved
         return {**super().__getstate__(), "_own": self._own | lost, **kept}
 
     def _all_params(self) -> list[Tensor]:
@@ -114,7 +117,7 @@ class Saved(torch.optim.Optimizer):
         """
         self._check_shows_weights("load_state_dict() must not be called")
         kept = KeptOptions(self.param_groups, self._states.recipe.options)
-        with states_as_saved(self, away=self._is_away):
+        with states_as_saved(self, away=self._names_away()):
             super().load_state_dict(state_dict)
         kept.restore(self.param_groups)
         formats.renew(self.state.items(), thorough=True)

@@ -203,6 +203,11 @@ class ParamStates:
         """A rule's states of one number, with their initial value."""
         return reference.RULES[rule].scalars
 
+    def stored(self, rule: str) -> frozenset[str]:
+        """The names of all tensors that a rule may have for each element, and of what lies beside them."""
+        names = self.names(rule)
+        return frozenset((*names, *(f"{name}_scale" for name in names), "remainder"))
+
     def keys(self, group: Group, rule: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
         """What there is of a parameter that has all its states; None where formats or numbers of Python's stand beside them, or a
         parameter that only counts, to which every step is its first.

@@ -19,8 +19,11 @@ from .states import ParamStates, Recipe
 _SLOT = 64 << 20
 
 
-def why_not(device: torch.device) -> str:
-    """Why states of parameters on a device cannot be the host's; empty if they can."""
+def why_not(p: Tensor) -> str:
+    """Why the states of a parameter cannot be the host's; empty if they can."""
+    device = local(p).device
+    if p.dtype not in _backend.FUSED_DTYPES:
+        return f"the host updates float32, bfloat16, float16 and complex64 alone, got {p.dtype}"
     if _backend.cuda_on_host():
         return ""
     if device.type != "cuda":
@@ -67,7 +70,7 @@ class Twin:
         self.host = like(p, pinned_empty(plain.shape, plain.dtype, plain.device), p.shape)
         #: Where new values arrive that the device then brings into the parameter's order; None where that is the twin's.
         self.bounce: Tensor | None = None
-        #: What the parameter was when the twin was as it; None: the twin is not.
+        #: The parameter's versions and address when the twin was last like it; None if it never was.
         self.seen: tuple[int, ...] | None = None
 
     def fits(self, p: Tensor) -> bool:
@@ -97,9 +100,13 @@ class Twin:
             self.bounce = torch.empty(plain.shape, dtype=plain.dtype, device=plain.device)
         return self.bounce.data_ptr()
 
-    def arrived(self, p: Tensor) -> None:
-        """The parameter has, or is about to have, what the twin has."""
+    def note(self, p: Tensor) -> None:
+        """The twin is like the parameter, or will be when the copies that are enqueued have run."""
         self.seen = _seen(p)
+
+    def was_written(self, p: Tensor) -> bool:
+        """True where a version counter shows that somebody else has written the parameter; its memory may be another too."""
+        return self.seen is None or self.seen[:2] != versions_of(p)
 
 
 def _seen(p: Tensor) -> tuple[int, ...]:
@@ -112,10 +119,10 @@ class Twins:
     def __init__(self) -> None:
         #: By the parameter's id, without a reference: Remainders says why.
         self._twins: dict[int, Twin] = {}
-        #: While a step is prepared or run: the parameters of the twins in it.
-        self.of: dict[int, Tensor] = {}
+        #: While a step is prepared or run: its parameters and their twins, by the ids of the twins' tensors.
+        self.in_step: dict[int, tuple[Tensor, Twin]] = {}
         #: True in a step of single parameters, whose gradients are freed before ``join``.
-        self.alone = False
+        self.partial = False
         self._links: dict[torch.device, Any] = {}
         #: Of steps whose parameters are not joined yet: those that bounce.
         self._bouncing: list[tuple[Tensor, Twin]] = []
@@ -153,14 +160,13 @@ class Twins:
                 link = self._links[device] = _backend._C.Link(device.index or 0, _SLOT)
         return link
 
-    def submitted(self, device: torch.device, params: list[Tensor]) -> None:
+    def submitted(self, device: torch.device, updated: list[tuple[Tensor, Twin]]) -> None:
         """New values of these parameters are on their way."""
         self._submitted.add(device)
-        for p in params:
-            twin = self._twins[id(p)]
+        for p, twin in updated:
             if twin.bounce is not None:
                 self._bouncing.append((p, twin))
-            twin.arrived(p)
+            twin.note(p)
 
     def join(self) -> None:
         """Have each device's current stream wait for the parameters that are on their way to it."""
@@ -173,7 +179,7 @@ class Twins:
             if twin.bounce is not None:
                 with torch.no_grad():
                     local(p.detach()).copy_(twin.bounce)
-                twin.arrived(p)
+                twin.note(p)
 
     def wait(self) -> None:
         """Until the host has done its part; raises what went wrong."""
@@ -184,8 +190,10 @@ class Twins:
 class HostStates(ParamStates):
     """The states of twins: those of their parameters, the same dictionaries, in pinned memory."""
 
-    def __init__(self, recipe: Recipe, seed: int, twins: Twins, key_of: Callable[[Tensor], int]) -> None:
-        """``key_of``: what names the random bits of a parameter."""
+    def __init__(
+        self, recipe: Recipe, seed: int, twins: Twins, key_of: Callable[[], Callable[[Tensor], int] | None]
+    ) -> None:
+        """``key_of``: a weak reference to what names the random bits of a parameter."""
         super().__init__(recipe, seed)
         self.twins, self._key_of = twins, key_of
         #: Of twins.
@@ -196,18 +204,20 @@ class HostStates(ParamStates):
 
     def key_of(self, p: Tensor) -> int:
         """What names the stream of random bits of a twin: its parameter's."""
-        return self._key_of(self.twins.of[id(p)])
+        key_of = self._key_of()
+        assert key_of is not None
+        return key_of(self.twins.in_step[id(p)][0])
 
     def ensure(self, name: str, p: Tensor, group: Group, row: Row) -> bool:
         """Bring what exists to the host, make what is missing and convert what is stored otherwise than asked."""
-        device = local(self.twins.of[id(p)]).device
-        if self.missing(p, row.rule) or not _is_on_host(self.state[p]):
+        device, names = self.twins.in_step[id(p)][1].device, self.stored(row.rule)
+        if self.missing(p, row.rule) or not _is_on_host(self.state[p], names):
             self._settle()
             if p in self.state:
-                to_host(self.state[p], device)
+                to_host(self.state[p], names, device)
         fresh = super().ensure(name, p, group, row)
         if p in self.state:
-            to_host(self.state[p], device)
+            to_host(self.state[p], names, device)
         return fresh
 
     def _settle(self) -> None:
@@ -221,27 +231,25 @@ class HostStates(ParamStates):
         super().end(split)
 
 
-def _is_on_host(state: dict[str, Any]) -> bool:
-    """True where all of a parameter's states are in pinned memory."""
+def _is_on_host(state: dict[str, Any], names: frozenset[str]) -> bool:
+    """True where these states of a parameter are in pinned memory."""
     has = _backend._C.Pinned.has  # type: ignore[union-attr]
-    tensors = [local(t) for t in state.values() if isinstance(t, Tensor)]
-    return all(t.device.type == "cpu" and (not t.dim() or not t.numel() or has(t.data_ptr())) for t in tensors)
+    tensors = [local(t) for name, t in state.items() if name in names and isinstance(t, Tensor)]
+    return all(t.device.type == "cpu" and (not t.numel() or has(t.data_ptr())) for t in tensors)
 
 
-def to_host(state: dict[str, Any], device: torch.device) -> None:
-    """Bring a parameter's states, from a device or anywhere, into pinned memory of the host."""
-    for key, t in list(state.items()):
-        if isinstance(t, Tensor) and t.dim():
-            state[key] = _pinned(t, device)
-        elif isinstance(t, Tensor) and t.device.type != "cpu":
-            state[key] = t.cpu()
+def to_host(state: dict[str, Any], names: frozenset[str], device: torch.device) -> None:
+    """Bring these states of a parameter, from a device or anywhere, into pinned memory of the host."""
+    for name in names & state.keys():
+        if isinstance(state[name], Tensor):
+            state[name] = _pinned(state[name], device)
 
 
-def to_device(state: dict[str, Any], device: torch.device) -> None:
-    """Bring a parameter's states back to its device. Where its counter lies, the next step decides."""
-    for key, t in list(state.items()):
-        if isinstance(t, Tensor) and t.dim():
-            state[key] = like(t, local(t.detach()).to(device, copy=True), t.shape)
+def to_device(state: dict[str, Any], names: frozenset[str], device: torch.device) -> None:
+    """Bring these states of a parameter back to its device. Where its counter lies, the next step decides."""
+    for name in names & state.keys():
+        if isinstance(t := state[name], Tensor):
+            state[name] = like(t, local(t.detach()).to(device, copy=True), t.shape)
 
 
 def contiguous(g: Tensor) -> Tensor:

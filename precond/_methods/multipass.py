@@ -179,7 +179,7 @@ class MultiPass(LastPass, abstract=True):
                     scaled=parts.scaled(straight),
                     into=self._into,
                 ),
-                alone=part is not None,
+                partial=part is not None,
             )
         if not still:
             self._step_in_passes(several, of_several, work, begun)

@@ -279,6 +279,7 @@ class Releasing:
                 else:
                     self._finish(self._begun)
             finally:
+                self._optimizer._join()
                 self._hits, self._released, self._passes, self._looked = {}, set(), 0, False
                 self._begun = self._parts = None
                 if self._clip == "measure":

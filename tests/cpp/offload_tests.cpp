@@ -99,7 +99,7 @@ void every_format_has_the_bits_of_the_cpu() {
     Link link(0, kSlot);
     for (int step = 0; step < 3; ++step) {
       const auto job = link.submit(step_of(&ours, &groups));
-      job->wait();
+      link.wait_for(job);
       link.join(0);
       run_on_cpu(&plain, groups, Control{}, 1);
     }
@@ -317,6 +317,7 @@ void errors_come_with_the_next_call() {
   engine_of(link.reads())->hold(false);
   CHECK(fails([&] { link.submit(step_of(&all, &groups)); }) == 1);  // a stream that failed fails for ever
   link.wait();
+  CHECK(all.tensors[0].any->step == 0.0f);
   cudaGetLastError();
 }
 
@@ -370,31 +371,40 @@ void workers_run_each_part_once() {
   for (const auto& count : counts) CHECK(count == 20);
 }
 
-// The processors that a thread of its own ends up on, and whether it has one for itself.
-std::pair<std::vector<int>, bool> placed(int i, int threads) {
-  std::pair<std::vector<int>, bool> found;
-  std::thread([&] {
-    found.second = stay_on_processor(i, threads);
-    cpu_set_t mask;
-    CHECK(sched_getaffinity(0, sizeof mask, &mask) == 0);
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
-      if (CPU_ISSET(cpu, &mask)) found.first.push_back(cpu);
-  }).join();
+// The processors that this thread may run on.
+std::vector<int> processors() {
+  std::vector<int> found;
+  cpu_set_t mask;
+  CHECK(sched_getaffinity(0, sizeof mask, &mask) == 0);
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (CPU_ISSET(cpu, &mask)) found.push_back(cpu);
   return found;
 }
 
 void threads_have_a_processor_each() {
-  const std::vector<int> all = placed(0, CPU_SETSIZE).first;
-  const int count = int(all.size());
-  CHECK(!placed(0, count + 1).second);
-  CHECK(placed(count - 1, count) == std::make_pair(std::vector<int>{all.back()}, true));
-  if (count < int(std::thread::hardware_concurrency())) return;  // this process is bound already
-  setenv("LOCAL_WORLD_SIZE", std::to_string(count).c_str(), 1);
-  setenv("LOCAL_RANK", std::to_string(count - 1).c_str(), 1);
-  CHECK(placed(0, 1) == std::make_pair(std::vector<int>{all.back()}, true));
-  CHECK(placed(0, 2) == std::make_pair(all, false));
+  const std::vector<int> all = processors();
+  for (int turn = 0; turn < 2; ++turn) {  // what a thread had is free after it
+    std::vector<int> seen;
+    const std::function<void(size_t)> more = [&](size_t i) {
+      std::thread([&] {
+        const OnOwnProcessor own;
+        CHECK(own.is_alone() == (i < all.size()));
+        if (!own.is_alone()) {
+          CHECK(processors() == all);
+          return;
+        }
+        CHECK(processors().size() == 1);
+        seen.push_back(processors()[0]);
+        more(i + 1);
+      }).join();
+    };
+    more(0);
+    CHECK(seen == all);
+  }
+  if (all.size() < std::thread::hardware_concurrency()) return;  // a launcher has bound this process
+  setenv("LOCAL_WORLD_SIZE", "2", 1);
+  std::thread([&] { CHECK(!OnOwnProcessor().is_alone() && processors() == all); }).join();
   unsetenv("LOCAL_WORLD_SIZE");
-  unsetenv("LOCAL_RANK");
 }
 
 }  // namespace

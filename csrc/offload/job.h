@@ -30,10 +30,8 @@ struct alignas(kLine) Verdict {
 struct alignas(kLine) Flag {
   uint32_t value;
   bool has_reached(uint32_t at) const { return int32_t(__atomic_load_n(&value, __ATOMIC_ACQUIRE) - at) >= 0; }
-  void set(uint32_t to) {
-    std::atomic_thread_fence(std::memory_order_seq_cst);  // what was written is there for a device before the flag
-    __atomic_store_n(&value, to, __ATOMIC_RELEASE);
-  }
+  // A full barrier: what was written is there for a device before the flag.
+  void set(uint32_t to) { __atomic_exchange_n(&value, to, __ATOMIC_SEQ_CST); }
 };
 
 struct Counted {

@@ -82,9 +82,12 @@ class Offloaded(Compiled):
         addresses = [twin.address(p) for _, _, p, twin in updating]
         clip = clip.to(self.device)
         scaler = [None if t is None else t.to(self.device) for t in (control.grad_scale, control.found_inf)]
-        # Gradients are the allocator's to keep, but for the emulated device, whose memory knows no streams.
-        held = [scaler, clip.total, [(h, p, tuple(step.state.get(h, {}).values())) for h, _, p, _ in updating]]
-        held += [g for _, g, _, _ in updating] if _backend.cuda_on_host() else []
+        # Gradients are the allocator's to keep, but for the emulated device, whose memory knows no streams. One flat list: the
+        # garbage collector looks at all that each new tuple makes it.
+        held: list[Any] = [*scaler, clip.total]
+        for h, g, p, _ in updating:
+            held += (h, p, g) if _backend.cuda_on_host() else (h, p)
+            held += step.state.get(h, {}).values()
         with _backend.current(self.device):
             updated = self.plan.submit(
                 link,

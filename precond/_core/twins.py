@@ -75,7 +75,7 @@ class Twin:
 
     def fits(self, p: Tensor) -> bool:
         """True where it can be this parameter's."""
-        plain, own = local(p.detach()), local(self.host)
+        plain, own = local(p), local(self.host)
         return (plain.shape, plain.dtype, plain.device) == (own.shape, own.dtype, self.device) and (
             getattr(p, "placements", None) == getattr(self.host, "placements", None)
         )
@@ -92,7 +92,7 @@ class Twin:
 
     def address(self, p: Tensor) -> int:
         """Where new values go to on the device."""
-        plain = local(p.detach())
+        plain = local(p)
         if plain.is_contiguous():
             self.bounce = None
             return plain.data_ptr()
@@ -110,7 +110,7 @@ class Twin:
 
 
 def _seen(p: Tensor) -> tuple[int, ...]:
-    return (*versions_of(p), local(p.detach()).data_ptr())
+    return (*versions_of(p), local(p).data_ptr())
 
 
 class Twins:
@@ -254,7 +254,7 @@ def to_device(state: dict[str, Any], names: frozenset[str], device: torch.device
 
 def contiguous(g: Tensor) -> Tensor:
     """A gradient in the order in which twins are."""
-    plain = local(g.detach())
+    plain = local(g)
     if plain.layout != torch.strided or (plain.is_contiguous() and not plain.is_neg() and not plain.is_conj()):
         return g
-    return like(g, plain.resolve_neg().resolve_conj().contiguous(), g.shape)
+    return like(g, plain.detach().resolve_neg().resolve_conj().contiguous(), g.shape)

@@ -214,12 +214,8 @@ class Offload:
 
     def begin(self, split: Iterable[Tensor]) -> list[Tensor]:
         """Forget what split weights of the host lacked where somebody else has written them. Returns the others."""
-        others = []
-        for p in split:
-            twin = self.twins.get(p) if self._away(p) else None
-            if twin is None:
-                others.append(p)
-                continue
+        own, others = self._own(split)
+        for p, twin in own:
             if not twin.is_up_to_date(p):
                 self._download(p, twin)
                 self.states.remainders.drop_stale(self.states.own, [twin.host])
@@ -227,16 +223,23 @@ class Offload:
 
     def end(self, split: Iterable[Tensor]) -> list[Tensor]:
         """Split weights of the host are as their remainders have them. Returns the others."""
-        others = []
-        for p in split:
-            twin = self.twins.get(p) if self._away(p) else None
-            if twin is None:
-                others.append(p)
-                continue
+        own, others = self._own(split)
+        for p, twin in own:
             self.twins.wait()
             twin.download(p)
             self.states.remainders.note([twin.host])
         return others
+
+    def _own(self, params: Iterable[Tensor]) -> tuple[list[tuple[Tensor, Twin]], list[Tensor]]:
+        """Those of some parameters that the host steps, with their twins, and the others."""
+        own, others = [], []
+        for p in params:
+            twin = self.twins.get(p) if self._away(p) else None
+            if twin is None:
+                others.append(p)
+            else:
+                own.append((p, twin))
+        return own, others
 
     def watched(self, params: Iterable[Tensor]) -> list[Tensor]:
         """Those of some parameters that are split weights of past steps of the host."""

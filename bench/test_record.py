@@ -101,7 +101,7 @@ def test_the_committed_record_has_the_cases_of_the_benchmark():
     """So that a run that replaces some of them leaves none of another name."""
     results = json.loads((record.ROOT / "bench" / "results" / "cpu.json").read_text())["results"]
     names = [case.name for case in bench_cpu.cases(quick=False)]
-    names += [*methods.cases(1.0, quick=False), bench_cpu.HOST, bench_cpu.PLANS, bench_cpu.IMPORT]
+    names += [*methods.cases(1.0, quick=False), bench_cpu.HOST, bench_cpu.PLANS, bench_cpu.IMPORT, bench_cpu.OFFLOAD]
     assert [result["case"] for result in results] == names
 
 

@@ -4,6 +4,7 @@
 #endif
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -100,19 +101,24 @@ bool Pinned::has(const void* address) {
   return static_cast<const char*>(address) < found->first + found->second;
 }
 
+// A job, what its stream has done once its parameters are on the device, and what lives until then.
+struct Submitted {
+  std::shared_ptr<Job> job;
+  cudaEvent_t uploaded;
+  std::shared_ptr<void> held;
+};
+
 struct Link::Impl {
   Impl(int device_number, size_t largest_slot)
       : device(device_number),
         largest(std::max(in_lines(largest_slot), kSmallestSlot)),
         flags(sizeof(Flag) * 2 * kSlots),
         reads(Streams::of_process().take(device_number)),
-        writes(Streams::of_process().take(device_number)),
-        ready(new_event()),
-        written(new_event()) {
+        writes(Streams::of_process().take(device_number)) {
     std::memset(flags.data(), 0, flags.bytes());
   }
   ~Impl() {
-    for (const std::shared_ptr<Job>& job : jobs) until_done(*job);
+    for (const Submitted& each : jobs) until_done(*each.job);
     auto mode = cudaStreamCaptureModeRelaxed;
     cudaThreadExchangeStreamCaptureMode(&mode);
     bool work = true;  // what writes reads p on the host
@@ -120,8 +126,8 @@ struct Link::Impl {
     cudaThreadExchangeStreamCaptureMode(&mode);
     for (const cudaStream_t own : {reads, writes})
       if (work) Streams::of_process().give(device, own);
-    discard_event(ready);
-    discard_event(written);
+    for (const Submitted& each : jobs) events.push_back(each.uploaded);
+    for (const cudaEvent_t event : events) discard_event(event);
   }
 
   Flag& arrived(size_t slot) { return static_cast<Flag*>(flags.data())[2 * slot]; }
@@ -142,27 +148,28 @@ struct Link::Impl {
       }
     }
   }
-  // Lets go of jobs that are done, and throws the first error of theirs.
+  // Lets go of the first jobs, as far as they are done and their parameters on the device; throws an error of theirs.
   void forget_done() {
-    std::exception_ptr first;
-    std::vector<std::shared_ptr<Job>> others;
-    for (const std::shared_ptr<Job>& job : jobs) {
-      if (!job->done()) {
-        others.push_back(job);
-        continue;
-      }
-      try {
-        job->rethrow();
-      } catch (...) {
-        if (first == nullptr) first = std::current_exception();
-      }
+    while (!jobs.empty() && jobs.front().job->done()) {
+      const Submitted& first = jobs.front();
+      first.job->rethrow();
+      if (!first.job->failed && !is_done(first.uploaded)) return;
+      events.push_back(first.uploaded);
+      jobs.pop_front();
     }
-    jobs.swap(others);
-    if (first != nullptr) std::rethrow_exception(first);
   }
   void wait() {
-    for (const std::shared_ptr<Job>& job : jobs) until_done(*job);
+    for (const Submitted& each : jobs) until_done(*each.job);
+    for (const Submitted& each : jobs) each.job->rethrow();
+    if (jobs.empty()) return;
+    const RelaxedCapture relaxed;
+    PRECOND_CUDA_CHECK(cudaStreamSynchronize(writes));  // a piece at most
     forget_done();
+  }
+  cudaEvent_t take_event() {
+    if (events.empty()) return new_event();
+    const cudaEvent_t event = events.back();
+    return events.pop_back(), event;
   }
 
   void make_room_for(size_t bytes) {
@@ -184,10 +191,10 @@ struct Link::Impl {
   std::unique_ptr<Pinned> slots;
   size_t slot_bytes = 0;  // of gradients in each, behind a Verdict
   cudaStream_t reads, writes;
-  cudaEvent_t ready, written;
-  uint32_t tickets = 0;  // of pieces so far
-  std::vector<std::shared_ptr<Job>> jobs;
-  Workers workers;  // the last member: its threads end before what they use
+  std::vector<cudaEvent_t> events;  // not in use
+  uint32_t tickets = 0;             // of pieces so far
+  std::deque<Submitted> jobs;       // that are not done, or whose parameters are not on the device
+  Workers workers;                  // the last member: its threads end before what they use
 };
 
 // What the job needs of the plan, and of each of its tensors p on the device and g.
@@ -308,13 +315,14 @@ std::shared_ptr<HostJob> Link::submit(const HostStep& step) {
   std::vector<Cut> cuts = my.cut(*job, devices);
   const size_t count = cuts.size();
   job->pieces_left = int64_t(count);
-  my.jobs.push_back(job);
   if (count == 0) {
     job->end();
     return job;
   }
-  PRECOND_CUDA_CHECK(cudaEventRecord(my.ready, stream));
-  for (const cudaStream_t own : {my.reads, my.writes}) PRECOND_CUDA_CHECK(cudaStreamWaitEvent(own, my.ready, 0));
+  const cudaEvent_t event = my.take_event();
+  my.jobs.push_back({job, event, step.held});
+  PRECOND_CUDA_CHECK(cudaEventRecord(event, stream));
+  for (const cudaStream_t own : {my.reads, my.writes}) PRECOND_CUDA_CHECK(cudaStreamWaitEvent(own, event, 0));
   const uint32_t first = my.tickets + 1;
   size_t enqueued = 0;
   try {
@@ -333,6 +341,7 @@ std::shared_ptr<HostJob> Link::submit(const HostStep& step) {
       }
       if (k >= kSlots - 1) my.upload(cuts[k - (kSlots - 1)], first + uint32_t(k - (kSlots - 1)));
     }
+    PRECOND_CUDA_CHECK(cudaEventRecord(event, my.writes));
   } catch (...) {
     job->fail(nullptr);
     // A piece whose threads never heard of it.
@@ -356,8 +365,10 @@ std::shared_ptr<HostJob> Link::submit(const HostStep& step) {
 void Link::join(uintptr_t handle) {
   Impl& my = *impl_;
   require_current(my.device);
-  PRECOND_CUDA_CHECK(cudaEventRecord(my.written, my.writes));
-  PRECOND_CUDA_CHECK(cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(handle), my.written, 0));
+  const cudaEvent_t event = my.take_event();
+  my.events.push_back(event);  // a wait is for what it was when that was enqueued
+  PRECOND_CUDA_CHECK(cudaEventRecord(event, my.writes));
+  PRECOND_CUDA_CHECK(cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(handle), event, 0));
 }
 
 void Link::wait() {

@@ -43,6 +43,7 @@ struct HostStep {
   Extras extras;
   uintptr_t stream = 0;  // whose work so far has the gradients, and has read the parameters
   int threads = 1;
+  std::shared_ptr<void> held;  // what lives until the job is done and its parameters are on the device
 };
 
 // A step that was handed in. Its states and counters are the host's to use once it is done.
@@ -59,12 +60,12 @@ class Link {
   ~Link();  // waits
   Link(const Link&) = delete;
 
-  // Returns as soon as everything is enqueued. The caller keeps all memory until the job is done, and p on the device
-  // until work behind join() has begun. `plan` may be used again at once, but not for a step before this one is done.
+  // Returns as soon as everything is enqueued. `plan` may be used again at once, but not for a step before this one is
+  // done.
   std::shared_ptr<HostJob> submit(const HostStep& step);
   // Has a stream wait until the parameters of all jobs so far are on the device.
   void join(uintptr_t stream);
-  // Until all jobs are done, or one of this link's; throws an error of theirs, once.
+  // Until all jobs are done and their parameters on the device, or until one job is done; throws an error, once.
   void wait();
   void wait_for(const std::shared_ptr<HostJob>& job);
   // The stream that reads gradients.

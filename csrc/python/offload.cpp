@@ -3,8 +3,8 @@
 
 #include <unistd.h>
 
-#include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 namespace precond {
 
@@ -37,11 +37,6 @@ void HostLink::require_here() const {
   if (!is_here()) throw std::runtime_error("offload must be None in a forked process: CUDA does not work there");
 }
 
-void HostLink::drop() {
-  const auto done = [](const auto& item) { return item.first->done(); };
-  held_.erase(std::remove_if(held_.begin(), held_.end(), done), held_.end());
-}
-
 void HostLink::join(uintptr_t stream) {
   require_here();
   const py::gil_scoped_release release;
@@ -50,11 +45,8 @@ void HostLink::join(uintptr_t stream) {
 
 void HostLink::wait() {
   if (!is_here()) return;
-  {
-    const py::gil_scoped_release release;
-    link_->wait();
-  }
-  drop();
+  const py::gil_scoped_release release;
+  link_->wait();
 }
 
 void HostLink::wait_for(const std::shared_ptr<HostJob>& job) {
@@ -65,16 +57,14 @@ void HostLink::wait_for(const std::shared_ptr<HostJob>& job) {
 
 uintptr_t HostLink::reads() const { return link_->reads(); }
 
-std::shared_ptr<HostJob> HostLink::submit(const HostStep& step, py::object held) {
+std::shared_ptr<HostJob> HostLink::submit(HostStep step, py::object held) {
   require_here();
-  drop();
-  std::shared_ptr<HostJob> job;
-  {
-    const py::gil_scoped_release release;
-    job = link_->submit(step);
-  }
-  held_.emplace_back(job, std::move(held));
-  return job;
+  step.held = std::shared_ptr<void>(new py::object(std::move(held)), [](void* object) {
+    const py::gil_scoped_acquire acquire;
+    delete static_cast<py::object*>(object);
+  });
+  const py::gil_scoped_release release;
+  return link_->submit(step);
 }
 
 void declare_offload(py::module_& m) {

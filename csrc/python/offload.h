@@ -4,8 +4,6 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
-#include <utility>
-#include <vector>
 
 #include "offload/link.h"
 
@@ -23,16 +21,14 @@ class HostLink {
   void wait();
   void wait_for(const std::shared_ptr<HostJob>& job);
   uintptr_t reads() const;
-  std::shared_ptr<HostJob> submit(const HostStep& step, py::object held);
+  // `held` lives until the device has the new parameters.
+  std::shared_ptr<HostJob> submit(HostStep step, py::object held);
 
  private:
-  // Lets go of what is needed no more.
-  void drop();
   // CUDA does not work in a forked process, and the threads are not there.
   bool is_here() const;
   void require_here() const;
 
-  std::vector<std::pair<std::shared_ptr<HostJob>, py::object>> held_;
   std::unique_ptr<Link> link_;
   int process_;
 };

@@ -46,6 +46,8 @@ SUITES = {
     "test_clipping_passes.py": "",
     "test_grouped.py": "not zero_redundancy",
     "test_gradient_release.py": "bit_for_bit and (adamw or muon or grouped)",
+    "test_offload.py": "",
+    "test_offload_steps.py": "",
     "test_gradient_release_clipping.py": "norm_of_the_step or backward_pass_clips",
     # Against Triton's interpreter, and that nothing else changes; the rest is the host's.
     "test_averages.py": "(changes_nothing or agree) and (amsgrad or sgd_momentum) or gives_every_bit and amsgrad",
@@ -70,20 +72,4 @@ def test_the_python_suites_pass_on_the_cuda_backend(extension):
     cases = xml.etree.ElementTree.parse(results).iter("testcase")
     assert {f"{case.get('classname').split('.')[-1]}.py" for case in cases if case.find("skipped") is None} == set(
         SUITES
-    )
-
-
-def test_the_suite_of_offload_passes_on_the_cuda_backend(extension):
-    """By itself: streams that work on threads of their own live as long as their process."""
-    env = {**os.environ, "PRECOND_TEST_EXTENSION": str(extension), "PRECOND_BACKEND": "cuda"}
-    run(
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        ROOT / "tests" / "test_offload.py",
-        env=env,
-        cwd=ROOT,
     )

@@ -18,8 +18,8 @@ import precond
 from precond._core import backend as _backend
 from precond._core import formats as _formats
 from precond._core.backend import table_of
+from precond._core.counters import make_counter
 from precond._core.rows import Row
-from precond._core.states import make_counter
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 emulated = pytest.mark.skipif(not _backend.cuda_on_host(), reason="run by tests/test_cuda_on_host.py")

@@ -18,7 +18,7 @@ PYTHON = """
 _C _version _core.extras _core.iteration _core.precision _core.rows _core.settings _core.sharding bases reference
 _core.backend _core.metric
 _core.amp _core.arguments _core.checkpoint _core.formats _core.remainders _core.scales
-_core.groups _core.memory _core.norm _core.parts _core.states _core.swapped
+_core.counters _core.groups _core.memory _core.norm _core.parts _core.states _core.swapped
 _core.statistics _core.twins
 _core.checks _core.clipping triton_kernels
 _core.averages _core.executors _core.offloaded _core.saved _core.updates

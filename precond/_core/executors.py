@@ -15,11 +15,12 @@ from ..reference.statistics import sums_of
 from . import backend as _backend
 from . import formats
 from .checks import Checks
+from .counters import counts_beside, is_counter, next_step
 from .formats import Layout
 from .norm import NOTHING, Clip, NormClasses, reference_part
 from .rows import Control, Entry, Step
 from .sharding import local
-from .states import States, counts_beside, is_counter, next_step
+from .states import States
 from .statistics import Extras, real
 
 # Elements per chunk; 0 lets the plan choose.

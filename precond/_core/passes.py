@@ -13,6 +13,7 @@ from .. import reference
 from . import formats
 from .checks import Checks
 from .clipping import Begun
+from .counters import make_counter
 from .engine import Engine
 from .formats import Layout, StateFormat
 from .norm import NormClasses
@@ -20,7 +21,7 @@ from .remainders import Remainders, State
 from .rows import Control, Group, Row, Scaled, Step
 from .settings import DEFAULTS
 from .sharding import reduce, shard_groups
-from .states import make_counter, present_of
+from .states import present_of
 from .statistics import Collected
 
 

@@ -1,5 +1,8 @@
 """From a step to what it touches. A plan is a cache of checks: the compiled part compares every address with what it saw and
-refuses to run when something changed; then a new plan is built, with every check."""
+refuses to run when something changed; then a new plan is built, with every check.
+
+One class of 400 lines: what is checked before anything changes, what is made, and what is taken back share one order.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from . import backend as _backend
 from . import formats, updates
 from .checks import Checks
 from .clipping import Begun, Executor, Report, begin, device_decides
+from .counters import counts_beside
 from .executors import Compiled, Home, Reference, Triton
 from .formats import Layout, is_half
 from .memory import Memory
@@ -22,7 +26,7 @@ from .norm import NormClasses, local_total, norm_classes
 from .offloaded import OFFLOADED, Offloaded
 from .rows import Entry, Row, Step, entries_of, parameters
 from .sharding import local
-from .states import States, counts_beside
+from .states import States
 from .statistics import Shared
 
 
@@ -99,7 +103,7 @@ class StepPlan:
                 for compiled in self.compiled:
                     compiled.set_norm_classes(self.norm_classes[0])
         except BaseException:
-            self._forget(step)
+            self.forget(step)
             raise
         self.executors: list[Executor] = [*self.compiled, *self.in_python]
 
@@ -228,7 +232,7 @@ class StepPlan:
         if made:
             self._memory.meeting(made)
 
-    def _forget(self, step: Step) -> None:
+    def forget(self, step: Step) -> None:
         """Take back the states that were made for a step that failed or was skipped, or the next one would not be the first."""
         for p, before in self._before:
             if before is None:
@@ -246,7 +250,7 @@ class StepPlan:
     def _undo(self, step: Step) -> None:
         """Leave no trace of a step that changed nothing."""
         if self.fresh:
-            self._forget(step)
+            self.forget(step)
 
     def _release(self) -> None:
         """Let go of every tensor, whatever has come of a step."""
@@ -279,11 +283,11 @@ class StepPlan:
             self._note_made(step)
             compiled.adopt(step, self.states, found, layouts, self.fresh)
         except BaseException:
-            self._forget(step)
+            self.forget(step)
             raise
         if self._refresh(step):
             return True
-        self._forget(step)
+        self.forget(step)
         return False
 
     def holds(self, step: Step) -> bool:
@@ -292,10 +296,6 @@ class StepPlan:
             return self.rules == [row.rule for row in step.rows] and not self.in_python and self._refresh(step)
         finally:
             self._release()
-
-    def forget(self, step: Step) -> None:
-        """Of a plan that does not run: take back the states that it has made."""
-        self._forget(step)
 
     def norms(self, step: Step, classes: NormClasses, inf: bool) -> Tensor | None:
         """For each class the sum of squares of this process' gradients, or the largest magnitude; None where the plan no longer

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .._core import parts
 from .._core.clipping import Begun
+from .._core.counters import make_counter, next_step
 from .._core.rows import Row
 from .._core.sharding import local
-from .._core.states import ParamStates, make_counter, next_step
+from .._core.states import ParamStates
 from .exchange import Exchange, Member
 from .held import State, held_of, out_of_place, take, tell_names
 from .kronecker import Rotation

@@ -67,7 +67,8 @@ def run(layers, width):
     optimizer = precond.AdamW(model.parameters(), weight_format="split24", state_format="int8")
     precond.release_gradients(model, optimizer)
     for _ in range(3):
-        model(torch.ones(1, width, dtype=torch.bfloat16)).sum().backward()
+        # No matrix products: without bf16 instructions oneDNN adds up a layer's gradient in fp32 beside it.
+        sum(p.sum() for p in model.parameters()).backward()
         optimizer.step()
     return model, optimizer
 torch.set_num_threads(1)
@@ -82,7 +83,7 @@ print((held("VmRSS") - before) / elements, (held("VmHWM") - before) / elements)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     resident, most = map(float, run.stdout.split())
     assert 4.9 < resident <= 5.13
-    assert most <= resident + 3 * 2 / 48
+    assert most <= resident + 1.5 * 2 / 48
 
 
 # Several backward passes for a step.

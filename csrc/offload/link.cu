@@ -153,9 +153,17 @@ struct Link::Impl {
     while (!jobs.empty() && jobs.front().job->done()) {
       const Submitted& first = jobs.front();
       first.job->rethrow();
-      if (!first.job->failed && !is_done(first.uploaded)) return;
+      if (!is_uploaded(first)) return;
       events.push_back(first.uploaded);
       jobs.pop_front();
+    }
+  }
+  static bool is_uploaded(const Submitted& each) {
+    try {
+      return is_done(each.uploaded);
+    } catch (...) {
+      if (!each.job->failed) throw;
+      return true;  // a device that failed copies nothing
     }
   }
   void wait() {
@@ -344,6 +352,7 @@ std::shared_ptr<HostJob> Link::submit(const HostStep& step) {
     PRECOND_CUDA_CHECK(cudaEventRecord(event, my.writes));
   } catch (...) {
     job->fail(nullptr);
+    cudaEventRecord(event, my.writes);  // behind what was enqueued
     // A piece whose threads never heard of it.
     if (my.tickets != first + uint32_t(enqueued) - 1) my.updated(my.tickets % kSlots).set(my.tickets);
     const auto rest = int64_t(count - enqueued);

@@ -248,6 +248,38 @@ void errors_come_with_the_next_call() {
   cudaGetLastError();
 }
 
+// A step that was enqueued in part keeps what that part needs.
+void what_fails_lives_until_its_copies_are_done() {
+  const int rule = rule_number("adamw");
+  const std::vector<GroupRow> groups{group_of(rule)};
+  Case all, other;
+  for (Case* each : {&all, &all, &other}) each->add(Shared(rule, 100000, B, B, {F}, 1));
+  CHECK(cudaSetDevice(1) == cudaSuccess);
+  CHECK(cudaMalloc(&all.params[1], 200000) == cudaSuccess);  // no copy of device 0 may reach it
+  CHECK(cudaSetDevice(0) == cudaSuccess);
+  Link link(0, kSlot);
+  const auto hold_uploads = [&](bool held) {
+    const cuda_on_host::Lock lock(cuda_on_host::runtime().mutex);
+    cuda_on_host::each_stream([&](cuda_on_host::Stream* stream) {
+      if (stream->engine != nullptr && stream->engine.get() != engine_of(link.reads())) stream->engine->hold(held);
+    });
+  };
+  hold_uploads(true);
+  const auto held = std::make_shared<int>();
+  {
+    HostStep step = step_of(&all, &groups);
+    step.held = held;
+    CHECK(fails([&] { link.submit(step); }) == 1);
+  }
+  link.wait_for(link.submit(step_of(&other, &groups)));  // behind which the first one is done
+  link.submit(step_of(&other, &groups));
+  CHECK(held.use_count() == 2);
+  hold_uploads(false);
+  link.wait();
+  CHECK(held.use_count() == 1 && other.tensors[0].any->step == 2.0f);
+  CHECK(cudaFree(all.params[1]) == cudaSuccess);
+}
+
 void a_capture_is_refused() {
   const int rule = rule_number("adamw");
   const std::vector<GroupRow> groups{group_of(rule)};
@@ -345,6 +377,7 @@ int main() {
   copies_overlap_the_update();
   the_caller_goes_on_while_the_device_is_busy();
   errors_come_with_the_next_call();
+  what_fails_lives_until_its_copies_are_done();
   a_capture_is_refused();
   std::printf("all passed\n");
 }

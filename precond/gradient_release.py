@@ -74,7 +74,8 @@ def release_gradients(
         optimizer = inner
     if not isinstance(optimizer, FusedOptimizer):
         why = " alone: it goes around an optimizer" if hasattr(optimizer, "base") else ""
-        raise TypeError(f"optimizer must be a method of precond, got {type(optimizer).__name__}{why}")
+        got = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        raise TypeError(f"optimizer must be a method of precond, got {got}{why}")
     if type(accumulation_steps) is not int or accumulation_steps < 1:
         raise ValueError(f"accumulation_steps must be an integer >= 1, got {accumulation_steps!r}")
     if clip not in _CLIPS:

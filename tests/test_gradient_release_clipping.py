@@ -61,6 +61,30 @@ def test_the_norm_of_the_step_before_clips(kind):
     assert all(bits_equal(p, q) for p, q in zip(resumed.parameters(), net.parameters(), strict=True))
 
 
+def test_the_norm_of_a_pass_that_an_exception_ended_clips_nothing():
+    net = model_of(0)
+    optimizer = precond.SGD(net.parameters(), lr=0.1, max_grad_norm=0.05)
+    release = precond.release_gradients(net, optimizer, clip="previous")
+    train(net, optimizer, range(2))
+    whole = release.state_dict()["total"].clone()
+
+    def fail(_):
+        raise ValueError("in a hook")
+
+    hook = next(net.parameters()).register_hook(fail)
+    with pytest.raises(ValueError, match="in a hook"):
+        backward(net, 2)
+    hook.remove()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert 0 < optimizer.grad_norm.item() ** 2 < whole.item()  # of what was released
+    assert torch.equal(release.state_dict()["total"], whole)
+    backward(net, 3)
+    optimizer.step()
+    assert optimizer.clip_coef.item() == pytest.approx(0.05 / (whole.item() ** 0.5 + 1e-6))
+    assert not torch.equal(release.state_dict()["total"], whole)
+
+
 @pytest.mark.parametrize("clip", ["measure", "previous"])
 @pytest.mark.parametrize("name", ["adamw", "muon", "grouped"])
 def test_a_second_backward_pass_clips_as_the_step_does(name, clip):

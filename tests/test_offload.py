@@ -304,6 +304,32 @@ def test_a_step_per_group_keeps_the_twins_of_the_others():
     assert kept[0] == kept[1] == kept[2]
 
 
+@pytest.mark.parametrize("first", ["both", "late", "resumed"])
+@pytest.mark.parametrize(
+    "options", [{"weight_format": "split24"}, {"weight_format": "stochastic"}, {"state_format": "bf16"}]
+)
+@pytest.mark.parametrize("moved", [0, 1])
+def test_random_bits_are_named_by_places_among_all(options, moved, first):
+    """Where states are moved before they exist, and where one parameter has them and another has not."""
+    runs = []
+    for moves in (False, True):
+        params = parameters(torch.bfloat16, [(40, 3), (50,)])
+        optimizer = precond.AdamW(params[:1] if first == "late" else params, **options)
+        if first != "both":
+            give(params[:1], 9)
+            optimizer.step()
+        if first == "late":
+            optimizer.add_param_group({"params": params[1:]})
+        if first == "resumed":
+            saved = optimizer.state_dict()
+            optimizer = precond.AdamW(params, **options)
+            optimizer.load_state_dict(saved)
+        if moves:
+            optimizer.move(params[moved], "cpu")
+        runs.append(train(lambda _, made=optimizer: made, params=params))
+    assert_same(*runs)
+
+
 def test_groups_and_gradients_that_come_and_go():
     runs = []
     for offload in (None, "cpu"):
@@ -344,3 +370,26 @@ def test_released_gradients(clip):
         optimizer.wait()
         runs.append((list(net.parameters()), optimizer))
     assert_same(*runs)
+
+
+def test_after_wait_parameters_whose_gradients_were_released_are_anybodys():
+    """Before ``step``, in their own order and in another."""
+    runs = []
+    for offload in (None, "cpu"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8)).to(CUDA.name)
+        net[1].weight = nn.Parameter(net[1].weight.detach().t().contiguous().t())
+        optimizer = precond.AdamW(net.parameters(), offload=offload)
+        precond.release_gradients(net, optimizer)
+        seen = []
+        for _ in range(STEPS):
+            net(torch.ones(4, 8, device=CUDA.name)).square().mean().backward()
+            optimizer.wait()
+            with torch.no_grad():
+                for p in net.parameters():
+                    seen.append(p.cpu().clone())
+                    p.mul_(0.5)
+            optimizer.step()
+        optimizer.wait()
+        runs.append([*seen, *(p.detach().cpu() for p in net.parameters())])
+    assert all(map(bits_equal, *runs))

@@ -243,6 +243,54 @@ def test_a_step_must_not_be_captured():
         CUDA.capture(optimizer.step)
 
 
+def test_parameters_that_share_memory_are_refused():
+    """Their twins share none. Nothing changes, however often it is tried."""
+    both = torch.ones(6, device=CUDA.name)
+    for params, message in (
+        ([nn.Parameter(torch.ones(1, 5, device=CUDA.name).expand(3, 5))], "0 of group 0 must not overlap itself"),
+        (
+            [nn.Parameter(both[:4]), nn.Parameter(both[2:])],
+            "0 of group 0 and parameter 1 of group 0 must not share memory",
+        ),
+    ):
+        optimizer = precond.AdamW(params, offload="cpu")
+        for _ in range(2):
+            give(params, 0)
+            with pytest.raises(RuntimeError, match=f"parameter {message}"):
+                optimizer.step()
+        assert not any(optimizer.state.values())
+
+
+def test_twins_that_no_longer_fit_are_let_go():
+    net = nn.Linear(64, 64).to(CUDA.name)
+    optimizer = precond.AdamW(net.parameters(), **FORMATS, offload="cpu")
+    offload = optimizer._engine.offload
+    for step in range(6):
+        net.to([torch.bfloat16, torch.float16][step % 2])
+        train(lambda _: optimizer, params=[*net.parameters()], steps=[step])
+        with torch.no_grad():
+            net.weight.clamp_(-1, 1)
+        if step % 3 == 0:
+            optimizer.move(net.weight, CUDA.name if not CUDA.emulated else "cuda")
+            assert len(offload.states.own) == len(offload.states.remainders) == 1
+            optimizer.move(net.weight, "cpu")
+    assert len(offload.states.own) == len(offload.states.remainders) == 2
+
+
+def test_a_wrapper_waits_and_moves_as_what_is_inside():
+    w = nn.Parameter(torch.ones(8, 8, device=CUDA.name))
+    base = precond.AdamW([w])
+    optimizer = precond.GradientRegularizer(base, rho=0.1)
+    optimizer.move(w, "cpu")
+    optimizer.step(lambda: (w.square().sum().backward(), w.sum())[1])
+    optimizer.wait()
+    assert on_host(base, w)
+    other = precond.FOP(torch.optim.SGD([w], lr=0.1), hyper_lr=0.1)
+    other.wait()
+    with pytest.raises(RuntimeError, match=r"move\(\) needs an optimizer of precond inside, got SGD"):
+        other.move(w, "cpu")
+
+
 def test_nothing_is_kept_alive():
     params, optimizer = train(lambda params: precond.AdamW(params, **FORMATS, offload="cpu"), torch.bfloat16)
     moments = weakref.ref(optimizer.state[params[5]]["exp_avg"])

@@ -47,7 +47,8 @@ class MovesStates:
         """Wait until the host has done its part of all steps so far, with ``offload="cpu"``; raise what went wrong there.
 
         ``step()`` returns before that. Work that follows it on its streams waits for the new parameters by itself, and so do
-        ``state_dict``, copies and the next step; call this before you read or replace what is in ``optimizer.state``.
+        ``state_dict``, copies and the next step; call this before you read or replace what is in ``optimizer.state``, and,
+        where gradients are released, before you read or write a parameter between the backward pass and ``step()``.
 
         Example:
             >>> import torch, precond
@@ -61,6 +62,7 @@ class MovesStates:
         """
         if self._engine.offload is not None:
             self._engine.offload.wait()
+            self._engine.offload.join()
 
     def move(self, p: Tensor, to: str | torch.device) -> None:
         """Move the states of a parameter to the host's memory or back to its device; its next steps have the same bits there.
@@ -88,6 +90,8 @@ class MovesStates:
             raise ValueError("p must be a parameter of this optimizer")
         name, device = name_among(self.param_groups, p), local(p).device
         home = torch.device("cuda") if _backend.cuda_on_host() else device
+        if home.type == "cpu":
+            raise RuntimeError(f"{name} must be on a CUDA device for its states to be moved, got {device}")
         wanted = torch.device(to)
         if wanted.type not in ("cpu", home.type) or (
             wanted.type == home.type and wanted.index not in (None, home.index)

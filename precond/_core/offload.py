@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .clipping import Begun, Report
 from .engine import Engine
+from .memory import Memory
 from .norm import NOTHING
 from .offloaded import HostChecks
 from .passes import Beginning
@@ -80,6 +81,7 @@ class Offload:
             step = step._replace(into=into)
         self._states.bind(step.state, step.groups)
         try:
+            self._states.name_streams()  # by places among all, of which the device's and the host's steps have a part
             hosts, here = self._shared_out(step)
             if here is not None:
                 self._engine.check_here(here)
@@ -113,7 +115,7 @@ class Offload:
         """The step of twins, and that of what stays on the device; None where nothing does."""
         hosts, here, inputs = [], [], {}
         in_step: dict[int, tuple[Tensor, Twin]] = {}
-        stays = False
+        stays, anew = False, False
         for index, group in enumerate(step.groups):
             number = index if step.numbers is None else step.numbers[index]
             away = [self._away(p) for p in group["params"]]
@@ -123,16 +125,37 @@ class Offload:
             stays = stays or not all(away)
             for position, p in enumerate(of_host["params"]):
                 twin = self._up_to_date(p, of_host, position)
+                anew = anew or twin.is_elsewhere()
                 in_step[id(twin.host)] = (p, twin)
                 if (g := step.input_of(p)) is not None:
                     inputs[twin.host] = contiguous(g)
                 of_host["params"][position] = twin.host
             hosts.append(of_host)
             here.append(of_device)
+        if anew:
+            self._check_memory(step, in_step.values())
         self.twins.in_step = in_step
         into = None if step.into is None else _OfTwins(step.into, in_step)
         of_twins = step._replace(groups=hosts, state=self.states.own, inputs=inputs, into=into)
         return of_twins, step._replace(groups=here) if stays else None
+
+    def _check_memory(self, step: Step, twins: Iterable[tuple[Tensor, Twin]]) -> None:
+        """Raise where parameters that the step writes share memory: their twins do not."""
+        numbers = range(len(step.groups)) if step.numbers is None else step.numbers
+        params = [
+            (p, group, number, position)
+            for group, number in zip(step.groups, numbers, strict=True)
+            for position, p in enumerate(group["params"])
+        ]
+
+        def about(i: int) -> tuple[str, bool]:
+            p, group, number, position = params[i]
+            return name_of(group, number, position), step.input_of(p) is not None
+
+        owners = [(i, "") for i in range(len(params))]
+        if not Memory().check([local(p) for p, *_ in params], owners, about):
+            for _, twin in twins:
+                twin.keep_place()
 
     def _up_to_date(self, p: Tensor, group: Group, position: int) -> Twin:
         """A parameter's twin, as the parameter is."""
@@ -140,7 +163,7 @@ class Offload:
         if twin is None:
             if reason := why_not(p):
                 raise RuntimeError(f"offload must be None for {group['_called'][position]}: {reason}")
-            self.twins.wait()
+            self._forget_twin(p)
             twin = self.twins.make(p)
             twin.download(p)
             self.states.remainders.forget(twin.host)
@@ -149,6 +172,17 @@ class Offload:
         elif not twin.is_up_to_date(p):
             self._download(p, twin)
         return twin
+
+    def _forget_twin(self, p: Tensor) -> None:
+        """A parameter's twin, if it has one, is of no use any more."""
+        self.twins.wait()
+        host = self.twins.drop(p)
+        if host is None:
+            return
+        if self.states.remainders.written([host]):
+            self._written.add(id(p))
+        self.states.remainders.forget(host)
+        self.states.own.pop(host, None)
 
     def _download(self, p: Tensor, twin: Twin) -> None:
         """Take over what somebody else has made of a parameter."""
@@ -194,21 +228,20 @@ class Offload:
     def moved(self, p: Tensor, state: dict[str, Any] | None, names: frozenset[str]) -> None:
         """The states of a parameter with these names are now the host's, or the device's."""
         self.twins.wait()
-        device, twin = local(p).device, self.twins.get(p)
+        device = local(p).device
         if self._away(p):
             if self._states.remainders.written([p]):
                 self._written.add(id(p))
             self._states.remainders.forget(p)
-            if twin is not None:
+            if (twin := self.twins.get(p)) is not None:
                 twin.seen = None  # once more: the parameter is read again
             if state is not None:
                 to_host(state, names, device)
             return
-        if twin is not None:
-            if self.states.remainders.written([twin.host]):
-                self._states.remainders.expect(p)
-            self.states.own.pop(twin.host, None)
-            self.twins.drop(p)
+        self._forget_twin(p)
+        if id(p) in self._written:
+            self._written.remove(id(p))
+            self._states.remainders.expect(p)
         if state is not None:
             to_device(state, names, device)
 
@@ -254,6 +287,7 @@ class Offload:
     def keep(self, alive: set[int]) -> None:
         """Forget parameters with other ids."""
         gone = self.twins.keep(alive)
+        self._written &= alive
         for h in gone:
             self.states.own.pop(h, None)
         if gone:

@@ -62,7 +62,7 @@ def _pinned(t: Tensor, device: torch.device) -> Tensor:
 class Twin:
     """A parameter's copy on the host, contiguous and placed as the parameter. Of the device it keeps ``bounce`` alone."""
 
-    __slots__ = ("bounce", "device", "host", "seen")
+    __slots__ = ("bounce", "device", "host", "place", "seen")
 
     def __init__(self, p: Tensor) -> None:
         plain = local(p.detach())
@@ -72,6 +72,8 @@ class Twin:
         self.bounce: Tensor | None = None
         #: The parameter's versions and address when the twin was last like it; None if it never was.
         self.seen: tuple[int, ...] | None = None
+        #: The address where the parameter is known to share no memory.
+        self.place: int | None = None
 
     def fits(self, p: Tensor) -> bool:
         """True where it can be this parameter's."""
@@ -83,6 +85,16 @@ class Twin:
     def is_up_to_date(self, p: Tensor) -> bool:
         """True where nobody else has written the parameter."""
         return self.seen == _seen(p)
+
+    def is_elsewhere(self) -> bool:
+        """True where the parameter may share memory by now."""
+        assert self.seen is not None
+        return self.seen[2] != self.place
+
+    def keep_place(self) -> None:
+        """The parameter shares no memory."""
+        assert self.seen is not None
+        self.place = self.seen[2]
 
     def download(self, p: Tensor) -> None:
         """Take the parameter's bits."""
@@ -135,14 +147,13 @@ class Twins:
 
     def make(self, p: Tensor) -> Twin:
         """A parameter's twin, as the parameter was."""
-        twin = self.get(p)
-        if twin is None:
-            twin = self._twins[id(p)] = Twin(p)
+        twin = self._twins[id(p)] = Twin(p)
         return twin
 
-    def drop(self, p: Tensor) -> None:
-        """A parameter has none any more."""
-        self._twins.pop(id(p), None)
+    def drop(self, p: Tensor) -> Tensor | None:
+        """A parameter has none any more. Returns the one it had, fitting or not."""
+        twin = self._twins.pop(id(p), None)
+        return None if twin is None else twin.host
 
     def keep(self, alive: set[int]) -> list[Tensor]:
         """Forget those of other parameters. Returns them."""
@@ -169,14 +180,16 @@ class Twins:
             twin.note(p)
 
     def join(self) -> None:
-        """Have each device's current stream wait for the parameters that are on their way to it."""
+        """Have each device's current stream wait for the parameters that are on their way to it. One that somebody has written
+        meanwhile stays as it is.
+        """
         for device in self._submitted:
             with _backend.current(device):
                 self._links[device].join(_backend.current_stream(device))
         self._submitted = set()
         bouncing, self._bouncing = self._bouncing, []
         for p, twin in bouncing:
-            if twin.bounce is not None:
+            if twin.bounce is not None and twin.is_up_to_date(p):
                 with torch.no_grad():
                     local(p.detach()).copy_(twin.bounce)
                 twin.note(p)

@@ -54,6 +54,8 @@ class Releasing:
         self._hits: dict[int, int] = {}
         self._released: set[int] = set()
         self._passes, self._looked = 0, False
+        #: The backward passes that have brought a gradient in this step and have not come to their end: an exception keeps them.
+        self._open: set[int] = set()
         #: Where a device has last worked for this step.
         self._streams: dict[torch.device, Any] = {}
         self._check(model)
@@ -166,10 +168,18 @@ class Releasing:
         part = self._begin()
         if part.control is not None:
             if self._clip == "previous":
+                self._notice_pass()
                 self._measure(place)
             self._single.step(place, part)
         self._released.add(id(p))
         p.grad = None
+
+    def _notice_pass(self) -> None:
+        """Learn whether this backward pass comes to its end: the norm of a part of the gradients would clip the next step."""
+        task = torch._C._current_graph_task_id()
+        if task != -1 and task not in self._open:  # -1: where communication calls
+            self._open.add(task)
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._open.discard(task))
 
     def _up_to_date(self) -> dict[int, Place]:
         """The places of all parameters, looked at once a step, and where groups were added or loaded."""
@@ -280,7 +290,7 @@ class Releasing:
                     self._finish(self._begun)
             finally:
                 self._optimizer._join()
-                self._hits, self._released, self._passes, self._looked = {}, set(), 0, False
+                self._hits, self._released, self._passes, self._looked, self._open = {}, set(), 0, False, set()
                 self._begun = self._parts = None
                 if self._clip == "measure":
                     self._known = None
@@ -323,9 +333,10 @@ class Releasing:
         if part.into is not None and (sums := part.into.total()) is not None:
             optimizer.engine.report.note(sums, part.into.labels)
         if self._clip is not None:
-            if self._clip == "previous":
-                self._known = self._total()
-            report_of(self._clip_by(self._known), self._coef, optimizer.engine.report)
+            total = self._total() if self._clip == "previous" else self._known
+            if not self._open:
+                self._known = total
+            report_of(self._clip_by(total), self._coef, optimizer.engine.report)
         optimizer._forget_strangers()
 
 

@@ -114,9 +114,21 @@ class Wrapper(torch.optim.Optimizer):
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Show the averages of the weights that ``base`` has in the parameters, as its own ``averaged`` does."""
-        if not isinstance(self.base, FusedOptimizer):
-            raise RuntimeError(f"averaged() needs an optimizer of precond inside, got {type(self.base).__name__}")
-        return self.base.averaged()
+        return self._fused("averaged").averaged()
+
+    def wait(self) -> None:
+        """Wait until the host has done its part of all steps so far, where ``base`` has ``offload="cpu"``."""
+        if isinstance(inner := self._innermost(), FusedOptimizer):
+            inner.wait()
+
+    def move(self, p: Tensor, to: str | torch.device) -> None:
+        """Move the states of a parameter to the host's memory or back to its device, as the method ``move`` of ``base`` does."""
+        self._fused("move").move(p, to)
+
+    def _fused(self, call: str) -> FusedOptimizer:
+        if not isinstance(inner := self._innermost(), FusedOptimizer):
+            raise RuntimeError(f"{call}() needs an optimizer of precond inside, got {type(inner).__name__}")
+        return inner
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to ``base``."""

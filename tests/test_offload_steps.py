@@ -6,7 +6,11 @@ On a GPU (``.ci/gpu``), and on every push on the emulated device, by test_cuda_o
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,6 +176,24 @@ def test_shards_have_their_states_there(tmp_path):
         assert all(map(bits_equal, *runs))
     finally:
         dist.destroy_process_group()
+
+
+@emulated
+def test_two_ranks_of_fsdp2(tmp_path):
+    # Not by support.ranks, whose server has imported the installed extension.
+    program = (
+        "import sys; from support import device; device.stand_in_extension(); from support.offloaded_ranks import main; "
+        "main(int(sys.argv[1]), sys.argv[2])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    commands = [[sys.executable, "-c", program, str(rank), f"{tmp_path}/store"] for rank in range(2)]
+    ranks = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
 
 
 # What is refused, and what is let go.

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from precond import _C
+from precond._core.sharding import local
 from support import device
 from support.cases import bits_equal, random_values
 
@@ -57,5 +58,5 @@ def assert_same(ours, theirs):
 
 def on_host(optimizer, p):
     """Whether a parameter's states are in pinned memory."""
-    states = [t for t in optimizer.state[p].values() if isinstance(t, torch.Tensor) and t.dim() and t.numel()]
+    states = [local(t) for t in optimizer.state[p].values() if isinstance(t, torch.Tensor) and t.dim() and t.numel()]
     return bool(states) and all(_C.Pinned.has(t.data_ptr()) for t in states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
@@ -59,6 +60,25 @@ def test_the_norm_of_the_step_before_clips(kind):
         optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
         train(resumed, optimizer, range(step, step + 1))
     assert all(bits_equal(p, q) for p, q in zip(resumed.parameters(), net.parameters(), strict=True))
+
+
+def test_compiled_backward_passes_clip_as_others():
+    runs = []
+    for compiled in (False, True):
+        net = model_of(0)
+        optimizer = precond.SGD(net.parameters(), lr=0.1, max_grad_norm=0.05)
+        precond.release_gradients(net, optimizer, clip="previous")
+        for step in range(3):
+            how = contextlib.nullcontext()
+            if compiled:
+                how = torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager"))
+            with how:
+                backward(net, step)
+            assert all(p.grad is None for p in net.parameters())
+            optimizer.step()
+        assert optimizer.clip_coef.item() < 1
+        runs.append([*net.parameters()])
+    torch.testing.assert_close(*runs)
 
 
 def test_the_norm_of_a_pass_that_an_exception_ended_clips_nothing():

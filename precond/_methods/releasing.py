@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -124,6 +125,7 @@ class Releasing:
 
     # Gradients that are complete.
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _arrived(self, p: Tensor) -> None:
         """A parameter's gradient is complete."""
         with self._lock, torch.no_grad():
@@ -176,6 +178,9 @@ class Releasing:
 
     def _notice_pass(self) -> None:
         """Learn whether this backward pass comes to its end: the norm of a part of the gradients would clip the next step."""
+        compiled: Any = sys.modules.get("torch._dynamo.compiled_autograd")
+        if compiled is not None and compiled.in_compiled_autograd_region:
+            return  # which calls nothing back
         task = torch._C._current_graph_task_id()
         if task != -1 and task not in self._open:  # -1: where communication calls
             self._open.add(task)

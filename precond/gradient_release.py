@@ -127,7 +127,8 @@ class GradientRelease(Releasing):
         others: list[tuple[Tensor, Tensor | None]] = [] if model is None else [(p, p.grad) for p in model.parameters()]
         for other, _ in others:
             other.grad = None
-        self._measuring, self._looked, self._known = True, False, None
+        before, self._known = self._known, None
+        self._measuring, self._looked = True, False
         try:
             yield
             with self._lock, torch.no_grad():
@@ -140,6 +141,9 @@ class GradientRelease(Releasing):
                 if self._parts is None and not any(self._norm_classes().groups):
                     raise RuntimeError("measure() must have a backward pass inside, got no gradient")
                 self._known = self._total()
+        except BaseException:
+            self._known = before if self._clip == "previous" else None
+            raise
         finally:
             self._measuring, self._parts = False, None
             for other, gradient in others:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.cases import bits_equal
 from support.methods import ALL
+from support.ranks import on_two_ranks
 from support.release_training import model_of
 from support.released import STEPS, assert_same, backward, everything, train
 
@@ -99,10 +100,51 @@ def test_the_norm_of_a_pass_that_an_exception_ended_clips_nothing():
     optimizer.step()
     assert 0 < optimizer.grad_norm.item() ** 2 < whole.item()  # of what was released
     assert torch.equal(release.state_dict()["total"], whole)
+    hook = next(net.parameters()).register_hook(fail)
+    with pytest.raises(ValueError, match="in a hook"), release.measure():
+        backward(net, 2)
+    hook.remove()
     backward(net, 3)
     optimizer.step()
     assert optimizer.clip_coef.item() == pytest.approx(0.05 / (whole.item() ** 0.5 + 1e-6))
     assert not torch.equal(release.state_dict()["total"], whole)
+
+
+def test_a_step_within_the_pass_has_its_norm():
+    net = model_of(0)
+    optimizer = precond.SGD(net.parameters(), lr=0.1, max_grad_norm=0.05)
+    precond.release_gradients(net, optimizer, clip="previous")
+    for _ in range(2):
+        x = torch.ones(4, 8, requires_grad=True)
+        x.register_hook(lambda _: optimizer.step())
+        net(x).square().mean().backward()
+    assert optimizer.clip_coef.item() < 1
+
+
+def test_ranks_clip_alike_where_an_exception_ended_the_pass_of_one(tmp_path):
+    code = """
+net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+optimizer = precond.SGD(net.parameters(), lr=0.1, max_grad_norm=0.05, norm_process_group=dist.group.WORLD)
+release = precond.release_gradients(net, optimizer, clip="previous")
+known = []
+for step in range(3):
+    def fail(_):
+        raise ValueError
+    hook = net[0].weight.register_hook(fail if (step, rank) == (1, 1) else lambda g: g)
+    try:
+        ((1 + 9 * step) * net(torch.ones(4, 8))).square().mean().backward()
+    except ValueError:
+        pass
+    hook.remove()
+    optimizer.zero_grad()
+    optimizer.step()
+    every = [torch.empty_like(release.state_dict()["total"]) for _ in range(ranks)]
+    dist.all_gather(every, release.state_dict()["total"])
+    assert torch.equal(*every), every
+    known.append(every[0])
+assert torch.equal(known[0], known[1]) and known[2] > known[1], known
+"""
+    on_two_ranks(code, tmp_path)
 
 
 @pytest.mark.parametrize("clip", ["measure", "previous"])

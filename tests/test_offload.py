@@ -304,6 +304,29 @@ def test_a_step_per_group_keeps_the_twins_of_the_others():
     assert kept[0] == kept[1] == kept[2]
 
 
+def test_writes_of_split_weights_are_seen_wherever_states_go():
+    """Right after a move, in either direction, and after one in a copy that changes nothing."""
+    runs = []
+    for moves in ({}, {1: "cpu"}, {0: "cpu", 2: "cuda"}, {1: "cpu", 2: "cuda", 4: "cpu"}, {3: "cuda", 4: "cuda"}):
+        params = parameters(torch.bfloat16, [(40, 32), (64,)])
+        optimizer = precond.AdamW(params, lr=1e-3, **FORMATS)
+        optimizer.move(params[1], "cpu")
+        for step in range(6):
+            if step == 3:
+                params, optimizer = copy.deepcopy((params, optimizer))
+            if step in moves:
+                optimizer.move(params[0], moves[step])
+            if step:
+                with torch.no_grad():
+                    params[0][::2].mul_(1.25)
+            give(params, step)
+            optimizer.step()
+        optimizer.wait()
+        runs.append((params, optimizer))
+    for run in runs[1:]:
+        assert_same(runs[0], run)
+
+
 @pytest.mark.parametrize("first", ["both", "late", "resumed"])
 @pytest.mark.parametrize(
     "options", [{"weight_format": "split24"}, {"weight_format": "stochastic"}, {"state_format": "bf16"}]

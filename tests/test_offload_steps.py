@@ -5,10 +5,12 @@ On a GPU (``.ci/gpu``), and on every push on the emulated device, by test_cuda_o
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -281,6 +283,14 @@ def test_parameters_that_share_memory_are_refused():
             with pytest.raises(RuntimeError, match=f"parameter {message}"):
                 optimizer.step()
         assert not any(optimizer.state.values())
+    here, there = parameters(shapes=[(6,), (6,)])
+    optimizer = precond.AdamW([here, there])
+    optimizer.move(there, "cpu")
+    give([here, there], 0)
+    optimizer.step()
+    here.data = there.data[:]
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 and parameter 1 of group 0 must not share memory"):
+        optimizer.step()
 
 
 def test_twins_that_no_longer_fit_are_let_go():
@@ -311,6 +321,39 @@ def test_a_wrapper_waits_and_moves_as_what_is_inside():
     other.wait()
     with pytest.raises(RuntimeError, match=r"move\(\) needs an optimizer of precond inside, got SGD"):
         other.move(w, "cpu")
+
+
+def test_another_thread_may_wait():
+    runs = []
+    interval = sys.getswitchinterval()
+    for waits in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6))).to(CUDA.name)
+        for layer in net:
+            layer.weight.data = layer.weight.data.t().contiguous().t()
+        optimizer = precond.AdamW(net.parameters(), offload="cpu")
+        precond.release_gradients(net, optimizer)
+        done = threading.Event()
+
+        def wait(optimizer=optimizer, done=done):
+            while not done.is_set():
+                optimizer.wait()
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            sys.setswitchinterval(1e-5)
+            waiting = pool.submit(wait) if waits else None
+            try:
+                for _ in range(30):
+                    net(torch.ones(4, 32, device=CUDA.name)).square().mean().backward()
+                    optimizer.step()
+            finally:
+                done.set()
+                sys.setswitchinterval(interval)
+            if waiting is not None:
+                waiting.result()
+        optimizer.wait()
+        runs.append([p.detach().cpu() for p in net.parameters()])
+    assert all(map(bits_equal, *runs))
 
 
 def test_nothing_is_kept_alive():

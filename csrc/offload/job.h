@@ -16,6 +16,7 @@
 
 namespace precond {
 
+constexpr int kSlots = 4;
 constexpr size_t kLine = 64;
 inline size_t item_bytes(const Operand& operand) { return size_t(item_bits(operand.format)) / 8; }
 inline size_t in_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
@@ -143,7 +144,7 @@ class SomeGradients : public Piece {
         ticket_(ticket) {}
 
   bool is_there() override {
-    if (job_->failed) return true;
+    if (job_->failed) return updated_->has_reached(ticket_ - kSlots);  // who had the slot before may still read it
     if (!arrived_->has_reached(ticket_)) return false;
     if (is_first_) job_->begin(*reinterpret_cast<const Verdict*>(slot_));
     return true;

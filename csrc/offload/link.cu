@@ -9,6 +9,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "cpu/dispatch.h"
@@ -21,7 +22,6 @@
 namespace precond {
 namespace {
 
-constexpr int kSlots = 4;
 // A step's gradients come in about so many pieces, so that what does not overlap, the first download and the last
 // upload, is a small part of it; the driver keeps some thousand things that were enqueued before it blocks the caller.
 constexpr size_t kPieces = 32;
@@ -151,10 +151,10 @@ struct Link::Impl {
   // Lets go of the first jobs, as far as they are done and their parameters on the device; throws an error of theirs.
   void forget_done() {
     while (!jobs.empty() && jobs.front().job->done()) {
-      const Submitted& first = jobs.front();
-      first.job->rethrow();
-      if (!is_uploaded(first)) return;
-      events.push_back(first.uploaded);
+      jobs.front().job->rethrow();
+      if (!is_uploaded(jobs.front())) return;
+      events.push_back(jobs.front().uploaded);
+      const Submitted gone = std::move(jobs.front());
       jobs.pop_front();
     }
   }
@@ -195,6 +195,7 @@ struct Link::Impl {
 
   const int device;
   const size_t largest;
+  std::recursive_mutex calls;  // of several threads; what is let go may call too
   Pinned flags;
   std::unique_ptr<Pinned> slots;
   size_t slot_bytes = 0;  // of gradients in each, behind a Verdict
@@ -310,6 +311,7 @@ Link::~Link() = default;
 
 std::shared_ptr<HostJob> Link::submit(const HostStep& step) {
   Impl& my = *impl_;
+  const std::lock_guard<std::recursive_mutex> lock(my.calls);
   require_current(my.device);
   const RelaxedCapture relaxed;
   const auto stream = reinterpret_cast<cudaStream_t>(step.stream);
@@ -352,9 +354,14 @@ std::shared_ptr<HostJob> Link::submit(const HostStep& step) {
     PRECOND_CUDA_CHECK(cudaEventRecord(event, my.writes));
   } catch (...) {
     job->fail(nullptr);
-    cudaEventRecord(event, my.writes);  // behind what was enqueued
-    // A piece whose threads never heard of it.
-    if (my.tickets != first + uint32_t(enqueued) - 1) my.updated(my.tickets % kSlots).set(my.tickets);
+    cudaEventRecord(event, my.writes);                   // behind what was enqueued
+    if (my.tickets != first + uint32_t(enqueued) - 1) {  // a piece whose threads never heard of it
+      for (const Submitted& each : my.jobs)
+        if (each.job != job) my.until_done(*each.job);
+      Flag& flag = my.updated(my.tickets % kSlots);
+      while (!flag.has_reached(my.tickets - kSlots)) std::this_thread::yield();
+      flag.set(my.tickets);
+    }
     const auto rest = int64_t(count - enqueued);
     if (rest > 0 && job->pieces_left.fetch_sub(rest) == rest) job->end();
     throw;
@@ -373,6 +380,7 @@ std::shared_ptr<HostJob> Link::submit(const HostStep& step) {
 
 void Link::join(uintptr_t handle) {
   Impl& my = *impl_;
+  const std::lock_guard<std::recursive_mutex> lock(my.calls);
   require_current(my.device);
   const cudaEvent_t event = my.take_event();
   my.events.push_back(event);  // a wait is for what it was when that was enqueued
@@ -381,6 +389,7 @@ void Link::join(uintptr_t handle) {
 }
 
 void Link::wait() {
+  const std::lock_guard<std::recursive_mutex> lock(impl_->calls);
   impl_->wait();
   const RelaxedCapture relaxed;
   Discarded::of_process().free_all();

@@ -55,7 +55,8 @@ class HostJob {
 
 class Link {
  public:
-  // slot: the largest piece of gradients in bytes. The device must be current here and in every call but wait().
+  // slot: the largest piece of gradients in bytes. The device must be current here and in every call but wait(). Calls
+  // of several threads follow each other; what is held is let go within them, so that none may have Python's lock.
   Link(int device, size_t slot);
   ~Link();  // waits
   Link(const Link&) = delete;

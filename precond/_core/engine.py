@@ -36,6 +36,9 @@ class Offloads(Protocol):
     def wait(self) -> None:
         """Until the host has done its part of all steps; raises what went wrong."""
 
+    def deliver(self) -> None:
+        """Until the new parameters are there too, for every stream."""
+
     def keep(self, alive: set[int]) -> None:
         """Forget parameters with other ids."""
 

@@ -61,8 +61,7 @@ class MovesStates:
             1.0
         """
         if self._engine.offload is not None:
-            self._engine.offload.wait()
-            self._engine.offload.join()
+            self._engine.offload.deliver()
 
     def move(self, p: Tensor, to: str | torch.device) -> None:
         """Move the states of a parameter to the host's memory or back to its device; its next steps have the same bits there.
@@ -100,6 +99,9 @@ class MovesStates:
         away = wanted.type == "cpu"
         if away and (reason := why_not(p) or self._why_not_away(group)):
             raise RuntimeError(f"{name} must keep its states on {device}: {reason}")
+        if not away and not self._is_away(p):
+            self._where[id(p)] = away
+            return
         self.states.begin([p])  # where they are; what others write from now on is noticed where they will be
         self._where[id(p)] = away
         if self._engine.offload is None:

@@ -45,6 +45,8 @@ class Offload:
         self._beginning = Beginning(engine)
         #: By the ids of an optimizer's groups: those of the same parameters' twins, and of what stays on the device.
         self._groups: dict[int, tuple[Group, Group]] = {}
+        #: The addresses of a step's parameters that are known to share no memory.
+        self._apart: list[int] = []
 
     @property
     def _engine(self) -> Engine:
@@ -115,7 +117,8 @@ class Offload:
         """The step of twins, and that of what stays on the device; None where nothing does."""
         hosts, here, inputs = [], [], {}
         in_step: dict[int, tuple[Tensor, Twin]] = {}
-        stays, anew = False, False
+        stays = False
+        places: list[int] = []
         for index, group in enumerate(step.groups):
             number = index if step.numbers is None else step.numbers[index]
             away = [self._away(p) for p in group["params"]]
@@ -125,22 +128,24 @@ class Offload:
             stays = stays or not all(away)
             for position, p in enumerate(of_host["params"]):
                 twin = self._up_to_date(p, of_host, position)
-                anew = anew or twin.is_elsewhere()
+                assert twin.seen is not None
+                places.append(twin.seen[2])
                 in_step[id(twin.host)] = (p, twin)
                 if (g := step.input_of(p)) is not None:
                     inputs[twin.host] = contiguous(g)
                 of_host["params"][position] = twin.host
             hosts.append(of_host)
             here.append(of_device)
-        if anew:
-            self._check_memory(step, in_step.values())
+            places += [local(p).data_ptr() for p in of_device["params"]]
+        if not self.twins.partial and places != self._apart:
+            self._apart = places if self._share_nothing(step) else []
         self.twins.in_step = in_step
         into = None if step.into is None else _OfTwins(step.into, in_step)
         of_twins = step._replace(groups=hosts, state=self.states.own, inputs=inputs, into=into)
         return of_twins, step._replace(groups=here) if stays else None
 
-    def _check_memory(self, step: Step, twins: Iterable[tuple[Tensor, Twin]]) -> None:
-        """Raise where parameters that the step writes share memory: their twins do not."""
+    def _share_nothing(self, step: Step) -> bool:
+        """Raise where parameters that the step writes share memory, which their twins do not. False where others do."""
         numbers = range(len(step.groups)) if step.numbers is None else step.numbers
         params = [
             (p, group, number, position)
@@ -153,9 +158,7 @@ class Offload:
             return name_of(group, number, position), step.input_of(p) is not None
 
         owners = [(i, "") for i in range(len(params))]
-        if not Memory().check([local(p) for p, *_ in params], owners, about):
-            for _, twin in twins:
-                twin.keep_place()
+        return not Memory().check([local(p) for p, *_ in params], owners, about)
 
     def _up_to_date(self, p: Tensor, group: Group, position: int) -> Twin:
         """A parameter's twin, as the parameter is."""
@@ -163,14 +166,18 @@ class Offload:
         if twin is None:
             if reason := why_not(p):
                 raise RuntimeError(f"offload must be None for {group['_called'][position]}: {reason}")
-            self._forget_twin(p)
-            twin = self.twins.make(p)
-            twin.download(p)
-            self.states.remainders.forget(twin.host)
-            if id(p) in self._written:
-                self.states.remainders.expect(twin.host)
+            twin = self._new_twin(p)
         elif not twin.is_up_to_date(p):
             self._download(p, twin)
+        return twin
+
+    def _new_twin(self, p: Tensor) -> Twin:
+        self._forget_twin(p)
+        twin = self.twins.make(p)
+        twin.download(p)
+        self.states.remainders.forget(twin.host)
+        if id(p) in self._written:
+            self.states.remainders.expect(twin.host)
         return twin
 
     def _forget_twin(self, p: Tensor) -> None:
@@ -219,6 +226,11 @@ class Offload:
         """Until the host has done its part of all steps; raises what went wrong."""
         self.twins.wait()
 
+    def deliver(self) -> None:
+        """Until the new parameters are there too, for every stream."""
+        self.twins.wait()
+        self.twins.join(everywhere=True)
+
     def prepare(self, count: int) -> None:
         """Before steps of so many parameters, one by one."""
         self._host.plans_kept = max(self._host.plans_kept, 2 * count + 64)
@@ -227,14 +239,17 @@ class Offload:
 
     def moved(self, p: Tensor, state: dict[str, Any] | None, names: frozenset[str]) -> None:
         """The states of a parameter with these names are now the host's, or the device's."""
-        self.twins.wait()
+        self.deliver()
         device = local(p).device
+        is_split = state is not None and "remainder" in state
         if self._away(p):
             if self._states.remainders.written([p]):
                 self._written.add(id(p))
             self._states.remainders.forget(p)
             if (twin := self.twins.get(p)) is not None:
                 twin.seen = None  # once more: the parameter is read again
+            elif is_split:
+                self.states.remainders.note([self._new_twin(p).host])
             if state is not None:
                 to_host(state, names, device)
             return
@@ -242,6 +257,8 @@ class Offload:
         if id(p) in self._written:
             self._written.remove(id(p))
             self._states.remainders.expect(p)
+        if is_split:
+            self._states.remainders.note([p])
         if state is not None:
             to_device(state, names, device)
 

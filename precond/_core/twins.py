@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -62,7 +63,7 @@ def _pinned(t: Tensor, device: torch.device) -> Tensor:
 class Twin:
     """A parameter's copy on the host, contiguous and placed as the parameter. Of the device it keeps ``bounce`` alone."""
 
-    __slots__ = ("bounce", "device", "host", "place", "seen")
+    __slots__ = ("bounce", "device", "host", "seen")
 
     def __init__(self, p: Tensor) -> None:
         plain = local(p.detach())
@@ -72,8 +73,6 @@ class Twin:
         self.bounce: Tensor | None = None
         #: The parameter's versions and address when the twin was last like it; None if it never was.
         self.seen: tuple[int, ...] | None = None
-        #: The address where the parameter is known to share no memory.
-        self.place: int | None = None
 
     def fits(self, p: Tensor) -> bool:
         """True where it can be this parameter's."""
@@ -85,16 +84,6 @@ class Twin:
     def is_up_to_date(self, p: Tensor) -> bool:
         """True where nobody else has written the parameter."""
         return self.seen == _seen(p)
-
-    def is_elsewhere(self) -> bool:
-        """True where the parameter may share memory by now."""
-        assert self.seen is not None
-        return self.seen[2] != self.place
-
-    def keep_place(self) -> None:
-        """The parameter shares no memory."""
-        assert self.seen is not None
-        self.place = self.seen[2]
 
     def download(self, p: Tensor) -> None:
         """Take the parameter's bits."""
@@ -139,6 +128,8 @@ class Twins:
         #: Of steps whose parameters are not joined yet: those that bounce.
         self._bouncing: list[tuple[Tensor, Twin]] = []
         self._submitted: set[torch.device] = set()
+        #: Of both: another thread may wait.
+        self._lock = threading.Lock()
 
     def get(self, p: Tensor) -> Twin | None:
         """A parameter's, if it has one that fits."""
@@ -173,26 +164,30 @@ class Twins:
 
     def submitted(self, device: torch.device, updated: list[tuple[Tensor, Twin]]) -> None:
         """New values of these parameters are on their way."""
-        self._submitted.add(device)
-        for p, twin in updated:
-            if twin.bounce is not None:
-                self._bouncing.append((p, twin))
-            twin.note(p)
-
-    def join(self) -> None:
-        """Have each device's current stream wait for the parameters that are on their way to it. One that somebody has written
-        meanwhile stays as it is.
-        """
-        for device in self._submitted:
-            with _backend.current(device):
-                self._links[device].join(_backend.current_stream(device))
-        self._submitted = set()
-        bouncing, self._bouncing = self._bouncing, []
-        for p, twin in bouncing:
-            if twin.bounce is not None and twin.is_up_to_date(p):
-                with torch.no_grad():
-                    local(p.detach()).copy_(twin.bounce)
+        with self._lock:
+            for p, twin in updated:
+                if twin.bounce is not None:
+                    self._bouncing.append((p, twin))
                 twin.note(p)
+            self._submitted.add(device)
+
+    def join(self, *, everywhere: bool = False) -> None:
+        """Have each device's current stream wait for the parameters that are on their way to it; or every stream, by waiting for
+        that one. A parameter that somebody has written meanwhile stays as it is.
+        """
+        with self._lock:
+            for device in self._submitted:
+                with _backend.current(device):
+                    self._links[device].join(_backend.current_stream(device))
+            for p, twin in self._bouncing:
+                if twin.bounce is not None and twin.is_up_to_date(p):
+                    with torch.no_grad():
+                        local(p.detach()).copy_(twin.bounce)
+                    twin.note(p)
+            if everywhere and not _backend.cuda_on_host():
+                for device in self._submitted:
+                    torch.cuda.current_stream(device).synchronize()
+            self._submitted, self._bouncing = set(), []
 
     def wait(self) -> None:
         """Until the host has done its part; raises what went wrong."""

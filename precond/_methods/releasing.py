@@ -186,6 +186,23 @@ class Releasing:
             self._open.add(task)
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._open.discard(task))
 
+    def _of_whole_passes(self, total: Tensor) -> Tensor | None:
+        """This step's norm, or the one before where an exception has ended a backward pass: on one process or another, since all
+        clip alike.
+        """
+        self._open.discard(torch._C._current_graph_task_id())  # a pass that calls step() has all it wants
+        classes = self._norm_classes()
+        if not any(classes.groups):
+            return self._known if self._open else total
+        if self._known is None:
+            return total
+        ended = total.new_zeros(len(classes.groups))
+        if self._open:
+            for index, over in enumerate(classes.groups):
+                if over:
+                    ended[index].fill_(1.0)
+        return torch.where(reduced(ended, classes, False) > 0.0, self._known.to(total.device), total)
+
     def _up_to_date(self) -> dict[int, Place]:
         """The places of all parameters, looked at once a step, and where groups were added or loaded."""
         groups = self._optimizer.param_groups
@@ -339,8 +356,8 @@ class Releasing:
             optimizer.engine.report.note(sums, part.into.labels)
         if self._clip is not None:
             total = self._total() if self._clip == "previous" else self._known
-            if not self._open:
-                self._known = total
+            if self._clip == "previous" and total is not None:
+                self._known = self._of_whole_passes(total)
             report_of(self._clip_by(total), self._coef, optimizer.engine.report)
         optimizer._forget_strangers()
 

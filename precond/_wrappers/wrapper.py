@@ -118,7 +118,9 @@ class Wrapper(torch.optim.Optimizer):
 
     def wait(self) -> None:
         """Wait until the host has done its part of all steps so far, where ``base`` has ``offload="cpu"``."""
-        if isinstance(inner := self._innermost(), FusedOptimizer):
+        inner = self._innermost()
+        inner = getattr(inner, "optim", inner)  # of ZeroRedundancyOptimizer
+        if isinstance(inner, FusedOptimizer):
             inner.wait()
 
     def move(self, p: Tensor, to: str | torch.device) -> None:

@@ -252,8 +252,8 @@ void errors_come_with_the_next_call() {
 void what_fails_lives_until_its_copies_are_done() {
   const int rule = rule_number("adamw");
   const std::vector<GroupRow> groups{group_of(rule)};
-  Case all, other;
-  for (Case* each : {&all, &all, &other}) each->add(Shared(rule, 100000, B, B, {F}, 1));
+  Case all, second, third;
+  for (Case* each : {&all, &all, &second, &third}) each->add(Shared(rule, 100000, B, B, {F}, 1));
   CHECK(cudaSetDevice(1) == cudaSuccess);
   CHECK(cudaMalloc(&all.params[1], 200000) == cudaSuccess);  // no copy of device 0 may reach it
   CHECK(cudaSetDevice(0) == cudaSuccess);
@@ -271,12 +271,12 @@ void what_fails_lives_until_its_copies_are_done() {
     step.held = held;
     CHECK(fails([&] { link.submit(step); }) == 1);
   }
-  link.wait_for(link.submit(step_of(&other, &groups)));  // behind which the first one is done
-  link.submit(step_of(&other, &groups));
+  link.wait_for(link.submit(step_of(&second, &groups)));  // behind which the first one is done
+  link.submit(step_of(&third, &groups));
   CHECK(held.use_count() == 2);
   hold_uploads(false);
   link.wait();
-  CHECK(held.use_count() == 1 && other.tensors[0].any->step == 2.0f);
+  CHECK(held.use_count() == 1 && second.tensors[0].any->step == 1.0f && third.tensors[0].any->step == 1.0f);
   CHECK(cudaFree(all.params[1]) == cudaSuccess);
 }
 

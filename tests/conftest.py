@@ -75,3 +75,11 @@ def extension():
     from support.builds import emulated_extension
 
     return emulated_extension()
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Gradients that are offloaded come in several pieces, and rings go round."""
+    from precond._core import twins
+
+    monkeypatch.setattr(twins, "_SLOT", 32768)

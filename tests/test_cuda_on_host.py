@@ -47,6 +47,7 @@ SUITES = {
     "test_grouped.py": "not zero_redundancy",
     "test_gradient_release.py": "bit_for_bit and (adamw or muon or grouped)",
     "test_offload.py": "",
+    "test_offload_moves.py": "",
     "test_offload_steps.py": "",
     "test_gradient_release_clipping.py": "norm_of_the_step or backward_pass_clips",
     # Against Triton's interpreter, and that nothing else changes; the rest is the host's.

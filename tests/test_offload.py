@@ -18,20 +18,13 @@ from torch import nn
 
 import precond
 from precond import _C
-from precond._core import twins
 
 if CUDA is None:
     pytest.skip("needs a CUDA device: run by tests/test_cuda_on_host.py and .ci/gpu", allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore::precond.PrecisionWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::precond.PrecisionWarning"), pytest.mark.usefixtures("small_pieces")]
 rows = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 #: How each parameter's states move in a run, by the step before which they do.
 MOVES = {1: "cuda", 2: "cpu", 3: "cuda"}
-
-
-@pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch):
-    """A tensor comes in several of them, and rings go round."""
-    monkeypatch.setattr(twins, "_SLOT", 32768)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -80,29 +73,6 @@ def test_layouts(layout, options):
         held.check()
         runs.append(([p], optimizer))
     assert_same(*runs)
-
-
-@pytest.mark.parametrize("weight_format", ["split24", "stochastic"])
-def test_a_parameter_that_others_write(weight_format):
-    """A clamp after each step, which leaves most elements alone: their remainders stay."""
-    runs = []
-    for offload, moves in ((None, {}), ("cpu", {}), ("cpu", {1: "cuda", 3: "cpu"})):
-        params = parameters(torch.bfloat16)
-        optimizer = precond.AdamW(params, lr=1e-3, weight_format=weight_format, offload=offload)
-        for step in range(6):
-            if step in moves:
-                optimizer.move(params[3], moves[step])
-            give(params, step)
-            optimizer.step()
-            with torch.no_grad():
-                params[3].clamp_(-0.5, 0.5)
-            if step == 3:
-                optimizer = copy.deepcopy(optimizer)
-                params = [p for group in optimizer.param_groups for p in group["params"]]
-        optimizer.state_dict()
-        runs.append((params, optimizer))
-    for run in runs[1:]:
-        assert_same(runs[0], run)
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
@@ -154,15 +124,11 @@ def test_a_loss_scaler_on_the_device_skips():
 def test_what_rides_along(options):
     runs = []
     for offload, moves in ((None, None), ("cpu", None), ("cpu", {2: "cuda"})):
-        params = parameters()
-        optimizer = precond.AdamW(params, **options, offload=offload)
-        for step in range(STEPS):
-            if moves and step in moves:
-                optimizer.move(params[3], moves[step])
-            give(params, step)
-            optimizer.step()
-        optimizer.wait()
-        runs.append((params, optimizer))
+
+        def made(params, offload=offload):
+            return precond.AdamW(params, **options, offload=offload)
+
+        runs.append(train(made, moves=moves, moving=slice(3, 4)))
     for run in runs[1:]:
         assert_same(runs[0], run)
         if options.get("statistics"):
@@ -253,22 +219,6 @@ def test_what_converts_states_reads_the_hosts():
     assert all(bits_equal(a.cpu(), b.cpu()) for a, b in zip(*made.values(), strict=True))
 
 
-def test_a_write_that_no_counter_shows_is_read_by_move():
-    runs = []
-    for offload in (None, "cpu"):
-        params = parameters()
-        optimizer = precond.AdamW(params, offload=offload)
-        for step in range(3):
-            give(params, step)
-            optimizer.step()
-            optimizer.wait()
-            params[3].data.clamp_(-0.5, 0.5)
-            if offload is not None:
-                optimizer.move(params[3], "cpu")
-        runs.append((params, optimizer))
-    assert_same(*runs)
-
-
 def test_entries_of_others_stay_where_they_are():
     """A wrapper's, and a user's, among the states of a parameter."""
     p = nn.Parameter(random_values((64, 64)).to(CUDA.name))
@@ -302,55 +252,6 @@ def test_a_step_per_group_keeps_the_twins_of_the_others():
         kept.append([optimizer._engine.offload.twins.get(p) for p in params])
     assert None not in kept[0]
     assert kept[0] == kept[1] == kept[2]
-
-
-def test_writes_of_split_weights_are_seen_wherever_states_go():
-    """Right after a move, in either direction, and after one in a copy that changes nothing."""
-    runs = []
-    for moves in ({}, {1: "cpu"}, {0: "cpu", 2: "cuda"}, {1: "cpu", 2: "cuda", 4: "cpu"}, {3: "cuda", 4: "cuda"}):
-        params = parameters(torch.bfloat16, [(40, 32), (64,)])
-        optimizer = precond.AdamW(params, lr=1e-3, **FORMATS)
-        optimizer.move(params[1], "cpu")
-        for step in range(6):
-            if step == 3:
-                params, optimizer = copy.deepcopy((params, optimizer))
-            if step in moves:
-                optimizer.move(params[0], moves[step])
-            if step:
-                with torch.no_grad():
-                    params[0][::2].mul_(1.25)
-            give(params, step)
-            optimizer.step()
-        optimizer.wait()
-        runs.append((params, optimizer))
-    for run in runs[1:]:
-        assert_same(runs[0], run)
-
-
-@pytest.mark.parametrize("first", ["both", "late", "resumed"])
-@pytest.mark.parametrize(
-    "options", [{"weight_format": "split24"}, {"weight_format": "stochastic"}, {"state_format": "bf16"}]
-)
-@pytest.mark.parametrize("moved", [0, 1])
-def test_random_bits_are_named_by_places_among_all(options, moved, first):
-    """Where states are moved before they exist, and where one parameter has them and another has not."""
-    runs = []
-    for moves in (False, True):
-        params = parameters(torch.bfloat16, [(40, 3), (50,)])
-        optimizer = precond.AdamW(params[:1] if first == "late" else params, **options)
-        if first != "both":
-            give(params[:1], 9)
-            optimizer.step()
-        if first == "late":
-            optimizer.add_param_group({"params": params[1:]})
-        if first == "resumed":
-            saved = optimizer.state_dict()
-            optimizer = precond.AdamW(params, **options)
-            optimizer.load_state_dict(saved)
-        if moves:
-            optimizer.move(params[moved], "cpu")
-        runs.append(train(lambda _, made=optimizer: made, params=params))
-    assert_same(*runs)
 
 
 def test_groups_and_gradients_that_come_and_go():

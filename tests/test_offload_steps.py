@@ -25,18 +25,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import precond
 from precond import _C
-from precond._core import twins
 
 if CUDA is None:
     pytest.skip("needs a CUDA device: run by tests/test_cuda_on_host.py and .ci/gpu", allow_module_level=True)
 emulated = pytest.mark.skipif(not CUDA.emulated, reason="looks into the emulated runtime")
-pytestmark = pytest.mark.filterwarnings("ignore::precond.PrecisionWarning")
-
-
-@pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch):
-    """A tensor comes in several of them, and rings go round."""
-    monkeypatch.setattr(twins, "_SLOT", 32768)
+pytestmark = [pytest.mark.filterwarnings("ignore::precond.PrecisionWarning"), pytest.mark.usefixtures("small_pieces")]
 
 
 @emulated

@@ -62,7 +62,7 @@ tests() {
   PRECOND_BACKEND=cuda suite tests-formats 60 "${on[@]}" ${dry:+-k "adamw-split24 or (adamw and beside)"} \
     tests/test_formats_cuda.py tests/test_device_scalars.py || failed=1
   PRECOND_BACKEND=cuda suite tests-offload 60 "${on[@]}" ${dry:+-k "wherever and float32-adamw or errors"} \
-    tests/test_offload.py tests/test_offload_steps.py || failed=1
+    tests/test_offload.py tests/test_offload_moves.py tests/test_offload_steps.py || failed=1
   # Compiles for about 40 s on 14 cores.
   suite tests-triton 95 "${on[@]}" -k "triton${dry:+ and place_of_a_tensor and adamw and not amsgrad}" \
     tests/test_gpu.py tests/test_triton_device.py || failed=1

@@ -16,7 +16,7 @@
 
 namespace precond {
 
-constexpr int kSlots = 4;
+constexpr int kSlots = 4;  // pieces that are on their way at a time
 constexpr size_t kLine = 64;
 inline size_t item_bytes(const Operand& operand) { return size_t(item_bits(operand.format)) / 8; }
 inline size_t in_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }

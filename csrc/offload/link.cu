@@ -33,16 +33,6 @@ constexpr size_t kSmallestSlot = size_t(kNormBlock) * sizeof(float);
 // How long a wait lasts before the device is asked whether it still works.
 constexpr std::chrono::milliseconds kPatience{500};
 
-// What is pinned, for Pinned::has.
-struct Blocks {
-  std::mutex mutex;
-  std::map<const char*, size_t> bytes;
-  static Blocks& of_process() {
-    static Blocks& all = *new Blocks;
-    return all;
-  }
-};
-
 // Streams are kept for the next link of a device: the allocator may still know one that a gradient was used on.
 struct Streams {
   std::mutex mutex;
@@ -73,33 +63,6 @@ cudaEvent_t new_event() {
 }
 
 }  // namespace
-
-Pinned::Pinned(size_t bytes) : bytes_(bytes) {
-  const RelaxedCapture relaxed;
-  PRECOND_CUDA_CHECK(cudaHostAlloc(&data_, std::max(bytes, size_t(1)), cudaHostAllocDefault));
-  Blocks& blocks = Blocks::of_process();
-  const std::lock_guard<std::mutex> lock(blocks.mutex);
-  blocks.bytes[static_cast<const char*>(data_)] = bytes;
-}
-
-Pinned::~Pinned() {
-  if (data_ == nullptr) return;
-  {
-    Blocks& blocks = Blocks::of_process();
-    const std::lock_guard<std::mutex> lock(blocks.mutex);
-    blocks.bytes.erase(static_cast<const char*>(data_));
-  }
-  discard_pinned(data_);
-}
-
-bool Pinned::has(const void* address) {
-  Blocks& blocks = Blocks::of_process();
-  const std::lock_guard<std::mutex> lock(blocks.mutex);
-  auto found = blocks.bytes.upper_bound(static_cast<const char*>(address));
-  if (found == blocks.bytes.begin()) return false;
-  --found;
-  return static_cast<const char*>(address) < found->first + found->second;
-}
 
 // A job, what its stream has done once its parameters are on the device, and what lives until then.
 struct Submitted {
@@ -331,11 +294,11 @@ std::shared_ptr<HostJob> Link::submit(const HostStep& step) {
   }
   const cudaEvent_t event = my.take_event();
   my.jobs.push_back({job, event, step.held});
-  PRECOND_CUDA_CHECK(cudaEventRecord(event, stream));
-  for (const cudaStream_t own : {my.reads, my.writes}) PRECOND_CUDA_CHECK(cudaStreamWaitEvent(own, event, 0));
   const uint32_t first = my.tickets + 1;
   size_t enqueued = 0;
   try {
+    PRECOND_CUDA_CHECK(cudaEventRecord(event, stream));
+    for (const cudaStream_t own : {my.reads, my.writes}) PRECOND_CUDA_CHECK(cudaStreamWaitEvent(own, event, 0));
     // Uploads are kSlots - 1 pieces behind downloads: also where a driver makes one queue of all streams
     // (CUDA_DEVICE_MAX_CONNECTIONS=1), a download is then not behind the upload of the piece before it.
     for (size_t k = 0; k < count + kSlots - 1; ++k) {

@@ -55,6 +55,12 @@ def counts_beside(group: Group, backend: str) -> bool:
     return backend in ("cuda", "triton") and bool(group.get("capturable") or group.get("fused"))
 
 
+def check_one(name: str, param: str, value: object) -> None:
+    """Raise for a counter, or another state of one number, that has several elements."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise RuntimeError(f"{name} of {param} must have one element, got shape {tuple(value.shape)}")
+
+
 def make_counter(
     param: str,
     p: Tensor,
@@ -73,9 +79,8 @@ def make_counter(
         if is_counter(name, value, device):
             continue
         dtype = torch.float64 if wide and name != "step" else counter_dtype(p)
+        check_one(name, param, value)
         if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise RuntimeError(f"{name} of {param} must have one element, got shape {tuple(value.shape)}")
             kept = value.dtype in COUNTER_DTYPES and (name == "step" or value.dtype.is_floating_point)
             state[name] = value.detach().to(device, value.dtype if kept else dtype, copy=True)
         else:

@@ -355,8 +355,9 @@ class Releasing:
         if part.into is not None and (sums := part.into.total()) is not None:
             optimizer.engine.report.note(sums, part.into.labels)
         if self._clip is not None:
-            total = self._total() if self._clip == "previous" else self._known
-            if self._clip == "previous" and total is not None:
+            total = self._known
+            if self._clip == "previous":
+                total = self._total()
                 self._known = self._of_whole_passes(total)
             report_of(self._clip_by(total), self._coef, optimizer.engine.report)
         optimizer._forget_strangers()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._core import parts
 from .._core.clipping import Begun
-from .._core.counters import make_counter, next_step
+from .._core.counters import check_one, make_counter, next_step
 from .._core.rows import Row
 from .._core.sharding import local
 from .._core.states import ParamStates
@@ -137,7 +137,7 @@ class Share:
             if not away and error is None:
                 try:
                     for member, state in zip(self.members, self._states, strict=True):
-                        _check_counter(member, state)
+                        check_one("step", member.name, state.get("step"))
                     found = [self._found(i, is_ready) if mine else found[i] for i, mine in enumerate(self._mine)]
                 except Exception as wrong:  # whatever it is, the other ranks wait for ours
                     error = wrong
@@ -393,9 +393,3 @@ class Share:
 
 def _aligned(t: Tensor) -> Tensor:
     return t if t.device.type != "cpu" or t.data_ptr() % ALIGNED == 0 else t.clone()
-
-
-def _check_counter(member: Member, state: State) -> None:
-    step = state.get("step")
-    if isinstance(step, Tensor) and step.numel() != 1:
-        raise RuntimeError(f"step of {member.name} must have one element, got shape {tuple(step.shape)}")

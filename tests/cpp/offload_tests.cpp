@@ -256,6 +256,8 @@ void what_fails_lives_until_its_copies_are_done() {
   for (Case* each : {&all, &all, &second, &third}) each->add(Shared(rule, 100000, B, B, {F}, 1));
   CHECK(cudaSetDevice(1) == cudaSuccess);
   CHECK(cudaMalloc(&all.params[1], 200000) == cudaSuccess);  // no copy of device 0 may reach it
+  cudaStream_t elsewhere;
+  CHECK(cudaStreamCreate(&elsewhere) == cudaSuccess);
   CHECK(cudaSetDevice(0) == cudaSuccess);
   Link link(0, kSlot);
   const auto hold_uploads = [&](bool held) {
@@ -270,6 +272,9 @@ void what_fails_lives_until_its_copies_are_done() {
     HostStep step = step_of(&all, &groups);
     step.held = held;
     CHECK(fails([&] { link.submit(step); }) == 1);
+    step.held = nullptr;
+    step.stream = reinterpret_cast<uintptr_t>(elsewhere);
+    CHECK(fails([&] { link.submit(step); }) == 1);  // of which nothing was enqueued: nobody waits for it
   }
   link.wait_for(link.submit(step_of(&second, &groups)));  // behind which the first one is done
   link.submit(step_of(&third, &groups));

@@ -90,6 +90,7 @@ inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
   using namespace cuda_on_host;
   const Lock lock(runtime().mutex);
   Stream* const stream = stream_of(handle);
+  if (stream->device != current_device) return answer(cudaErrorInvalidResourceHandle);  // where the event was made
   trace(Kind::kRecord, stream, event, 0);
   if (stream->engine != nullptr) {
     *event = {stream, stream->engine->given(), false};

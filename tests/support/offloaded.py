@@ -28,12 +28,13 @@ def give(params, step, dtype=None):
         p.grad = random_values(p.shape, p.grad_dtype).to(CUDA.name)
 
 
-def train(make, dtype=torch.float32, moves=None, steps=range(STEPS), params=None, gradients=None):
+def train(make, dtype=torch.float32, moves=None, steps=range(STEPS), params=None, gradients=None, moving=slice(None)):
+    """``moves``: by the step before which it happens, where the states of the parameters ``moving`` go."""
     params = parameters(dtype) if params is None else params
     optimizer = make(params)
     for step in steps:
         if moves and step in moves:
-            for p in params:
+            for p in params[moving]:
                 optimizer.move(p, moves[step])
         give(params, step, gradients)
         optimizer.step()

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._core.arguments import check_nonnegative
-from ._core.backend import on_device
 from ._core.precision import at_stated_precision
-from ._core.sharding import aligned_gradients, like, local
-from ._methods import spectral_norm
+from ._core.sharding import aligned_gradients, local
+from ._methods import hypergradient
+from ._methods.hypergradient import Rule, Work
 from ._wrappers.wrapper import T, Wrapper
 
 MODES = ("spatial", "input", "output", "diagonal")
 NORMALIZATIONS = ("step", "matrix", "hypergradient")
-#: Elements of M and G that are worked on together: what is allocated meanwhile has five times as many.
-BATCH = 1 << 20
 
 
 class FOP(Wrapper):
@@ -114,7 +112,7 @@ class FOP(Wrapper):
 
     def _make_entries(self) -> None:
         for p in self._params():
-            if p.requires_grad and not p.is_complex() and not self._why_not_sharded(p) and not self._has_m(p):
+            if p.requires_grad and not p.is_complex() and not self._why_not_sharded(p) and self._own_of(p) is None:
                 self._make_m(
                     p, torch.zeros_like(p, dtype=getattr(p, "grad_dtype", None) or p.dtype, requires_grad=False)
                 )
@@ -139,14 +137,12 @@ class FOP(Wrapper):
             self._make_entries()
             return loss
         aligned = aligned_gradients(self.param_groups)
-        gradients = {
-            p: (aligned.get(p, p.grad), lr)
+        gradients = [
+            (p, grad := aligned.get(p, p.grad), self._checked(p, grad), lr)
             for group, lr in zip(self.param_groups, map(self._lr_of, self.param_groups), strict=True)
             for p in group["params"]
             if p.grad is not None
-        }
-        for p, (grad, _) in gradients.items():
-            self._check(p, grad)
+        ]
         self._with_gradients(self._preconditioned(gradients))
         return loss
 
@@ -164,18 +160,19 @@ class FOP(Wrapper):
         r = math.prod(p.shape[dim] for dim in dims)
         return torch.Size((r, r)) if dims else p.shape
 
-    def _check(self, p: Tensor, grad: Tensor) -> None:
-        """Raise for a gradient that this class cannot precondition, and for an M of another mode."""
+    def _checked(self, p: Tensor, grad: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What ``_own_of`` says. Raise for a gradient that this class cannot precondition, and for an M of another mode."""
         if grad.layout != torch.strided or grad.is_complex():
             raise RuntimeError(
                 f"the gradient of {self._name_of(p)} must be dense and real for FOP, got layout {grad.layout} and {grad.dtype}"
             )
         self._check_shards(p)
-        if self._has_m(p) and (shape := self.own[p]["preconditioner"].shape) != self._shape(p):
+        if (own := self._own_of(p)) is not None and (shape := own[0].shape) != self._shape(p):
             raise RuntimeError(
                 f"M of {self._name_of(p)} must have shape {tuple(self._shape(p))} with mode={self.mode!r}, got {tuple(shape)}: "
                 "it is of another mode, or the parameter was resized"
             )
+        return own
 
     def _check_shards(self, p: Tensor) -> None:
         if why := self._why_not_sharded(p):
@@ -183,6 +180,8 @@ class FOP(Wrapper):
 
     def _why_not_sharded(self, p: Tensor) -> str:
         """What is wrong with the way a parameter is sharded; nothing where M is elementwise."""
+        if type(p) in (Tensor, torch.nn.Parameter):  # nearly all; what has no placements takes long to say so
+            return ""
         cut = [
             dim
             for dim, placement in enumerate(getattr(p, "placements", ()))
@@ -195,11 +194,11 @@ class FOP(Wrapper):
             f"got {self.mode!r} and {sorted(self.normalize)} for shape {tuple(p.shape)}"
         )
 
-    def _has_m(self, p: Tensor) -> bool:
-        """True for a parameter with an M and a last gradient, which is 0 until there was one."""
-        names = (f"{self._start}preconditioner", f"{self._start}previous_grad")
+    def _own_of(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
+        """M and the last gradient of a parameter that has both; the last gradient is 0 until there was one."""
         state = self.state.get(p) or {}
-        return all(name in state for name in names)
+        M, previous = state.get(f"{self._start}preconditioner"), state.get(f"{self._start}previous_grad")
+        return None if M is None or previous is None else (M, previous)
 
     def _make_m(self, p: Tensor, previous: Tensor) -> None:
         """The first M."""
@@ -213,155 +212,17 @@ class FOP(Wrapper):
         self.own[p] = {"preconditioner": M, "previous_grad": previous}
 
     @at_stated_precision
-    def _preconditioned(self, gradients: dict[Tensor, tuple[Tensor, float | Tensor]]) -> dict[Tensor, Tensor]:
+    def _preconditioned(
+        self, gradients: Iterable[tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, float | Tensor]]
+    ) -> dict[Tensor, Tensor]:
         """M M^T g of each parameter, after M was updated by g and the gradient before; g itself at the first one."""
         found: dict[Tensor, Tensor] = {}
-        alike: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, Mapping[str, Tensor]]]] = {}
-        for p, (grad, lr) in gradients.items():
-            if not self._has_m(p):
+        works: list[Work] = []
+        for p, grad, own, lr in gradients:
+            if own is None:
                 self._make_m(p, grad.clone())
                 found[p] = grad
-                continue
-            own = self.own[p]
-            if not self._mixed(p):
-                found[p] = self._elementwise(_Work(p, grad, own, ()), self._rate(lr))
-                continue
-            M = own["preconditioner"]
-            r, columns = len(M), p.numel() // len(M)
-            order = 3 * columns < r, columns >= r
-            key = (M.dtype, M.device, r, order, id(lr) if isinstance(lr, Tensor) else lr)
-            alike.setdefault(key, []).append((p, grad, own))
-        for items in alike.values():
-            for part in _parts(items):
-                works = [_Work(p, grad, own, self._mixed(p)) for p, grad, own in part]
-                Us = self._together(works, self._rate(gradients[works[0].p][1]))
-                found.update(zip((work.p for work in works), Us, strict=True))
+            else:
+                works.append(Work(p, local(own[0]), local(grad), local(own[1]), self._mixed(p), lr))
+        found.update(hypergradient.preconditioned(works, Rule(self.hyper_lr, self.normalize, self.max_norm)))
         return found
-
-    def _rate(self, lr: float | Tensor) -> float | Tensor:
-        """rho gamma."""
-        return self.hyper_lr * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
-
-    def _largest(self, M: Tensor) -> float:
-        """``max_norm``, which M's dtype may not have."""
-        return min(self.max_norm, torch.finfo(M.dtype).max)
-
-    def _elementwise(self, work: _Work, rate: float | Tensor) -> Tensor:
-        """M M^T g where M has a factor for every element."""
-        M, G, last = work.M, work.G, work.last
-        if "hypergradient" in self.normalize:
-            rate = self.hyper_lr / torch.linalg.vector_norm(G) / torch.linalg.vector_norm(last)
-        new = M + 2.0 * rate * G * last * M
-        if "matrix" in self.normalize:
-            scaled = new * (math.sqrt(M.numel()) / torch.linalg.vector_norm(new))
-            new = torch.where(last.any(), scaled, M)  # the first gradient leaves M at 1, to the bit
-        size = new.abs()
-        M.copy_(torch.where((size > 0.0) & (size <= self._largest(M)), new, M))
-        work.previous.copy_(work.g)
-        U = M * M * G
-        if "step" in self.normalize:
-            U = U * _scales(torch.linalg.vector_norm(G), torch.linalg.vector_norm(U), (M == 1.0).all())
-        return work.result(U)
-
-    def _together(self, works: list[_Work], rate: float | Tensor) -> list[Tensor]:
-        """M M^T G of matrices whose M have one size and whose G take the same order of products.
-
-        Each of G's r x c elements takes part in 2 r operations of a product. With S = A + A^T, the order is that of the fewest:
-        S M from A, or as [G, last] ([last, G]^T M), which has no product of r^3, for c < r / 3; (M M^T) G, or M (M^T G) for
-        c < r.
-        """
-        M = torch.stack([work.M for work in works])
-        r, columns = len(M[0]), works[0].G.shape[1]
-        wide = columns >= r
-        if "hypergradient" in self.normalize:
-            norms = _norms([work.G for work in works]), _norms([work.last for work in works])
-            rate = (self.hyper_lr / norms[0] / norms[1])[:, None, None]
-        product = torch.empty_like(M)
-        if 3 * columns < r:
-            for work, before, after in zip(works, M, product, strict=True):
-                other = torch.cat((work.last, work.G), 1).T @ before
-                torch.mm(torch.cat((work.G, work.last), 1), other, out=after)
-            new = product.mul_(rate).add_(M)
-        else:
-            for work, S in zip(works, product, strict=True):
-                A = work.G @ work.last.T
-                S.copy_(A.T).add_(A)
-            new = torch.baddbmm(M, product.mul_(rate), M)
-        if "matrix" in self.normalize:
-            scaled = new * (math.sqrt(r) / torch.linalg.vector_norm(new, dim=(1, 2), keepdim=True))
-            # The first gradient leaves M at I, to the bit.
-            new = torch.where(torch.stack([work.last.any() for work in works])[:, None, None], scaled, M)
-        P = spectral_norm.square(new) if wide and not on_device(new) else None
-        allowed = spectral_norm.allowed(new, P, self._largest(M))
-        if on_device(new) or not bool(allowed.all()):
-            new = torch.where(allowed[:, None, None], new, M)
-            if P is not None:
-                P[~allowed] = spectral_norm.square(new[~allowed])
-        if P is None and wide:
-            P = spectral_norm.square(new)
-        for work, kept in zip(works, new, strict=True):
-            work.M.copy_(kept)
-            work.previous.copy_(work.g)
-        if P is None:
-            Us = [kept @ (kept.T @ work.G) for work, kept in zip(works, new, strict=True)]
-        else:
-            Us = [square @ work.G for work, square in zip(works, P, strict=True)]
-        if "step" in self.normalize:
-            ones = torch.count_nonzero(new.diagonal(dim1=1, dim2=2) == 1.0, dim=1)
-            identity = (ones == r) & (torch.count_nonzero(new, dim=(1, 2)) == r)
-            for U, scale in zip(Us, _scales(_norms([work.G for work in works]), _norms(Us), identity), strict=True):
-                U.mul_(scale)
-        return [work.result(_tensor(U, work.dims, work.g.shape)) for work, U in zip(works, Us, strict=True)]
-
-
-class _Work:
-    """A parameter with an M: the gradient and the one before, also as matrices in M's dtype whose rows M mixes."""
-
-    def __init__(self, p: Tensor, grad: Tensor, own: Mapping[str, Tensor], dims: tuple[int, ...]) -> None:
-        self.p, self.dims = p, dims
-        self.M, self.g, self.previous = local(own["preconditioner"]), local(grad), local(own["previous_grad"])
-        self.G, self.last = (_matrix(t.to(self.M.dtype), dims) for t in (self.g, self.previous))
-
-    def result(self, U: Tensor) -> Tensor:
-        """U as a gradient of the parameter: its dtype, layout in memory and placement."""
-        same = U.dtype == self.g.dtype and U.stride() == torch.empty_like(self.g).stride()
-        return like(self.p, U if same else torch.empty_like(self.g).copy_(U))
-
-
-def _matrix(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """A tensor as a matrix whose rows are these dimensions; as it is without any."""
-    if not dims:
-        return tensor
-    return tensor.movedim(dims, tuple(range(len(dims)))).flatten(len(dims)).flatten(0, len(dims) - 1)
-
-
-def _tensor(matrix: Tensor, dims: tuple[int, ...], shape: torch.Size) -> Tensor:
-    """The inverse of ``_matrix``."""
-    if not dims:
-        return matrix
-    rest = [n for dim, n in enumerate(shape) if dim not in dims]
-    return matrix.reshape([shape[dim] for dim in dims] + rest).movedim(tuple(range(len(dims))), dims)
-
-
-def _parts(items: list[Any]) -> Iterator[list[Any]]:
-    """Consecutive items, each a parameter first and its states last, of at most ``BATCH`` elements; of one at least."""
-    part: list[Any] = []
-    left = BATCH
-    for item in items:
-        size = max(item[0].numel(), item[-1]["preconditioner"].numel())
-        if part and size > left:
-            yield part
-            part, left = [], BATCH
-        part.append(item)
-        left -= size
-    yield part
-
-
-def _norms(matrices: list[Tensor]) -> Tensor:
-    """The Frobenius norm of each."""
-    return torch.stack(torch._foreach_norm(matrices))
-
-
-def _scales(before: Tensor, after: Tensor, identity: Tensor) -> Tensor:
-    """What scales U to the norm of G. Where M M^T G is G, 1: sums of squares in another order differ by the last bit."""
-    return torch.where((after > 0.0) & ~identity, before / after, torch.ones_like(after))

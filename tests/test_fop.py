@@ -5,6 +5,7 @@ Over 400 lines: all of it is one class, against the same explicit matrix.
 
 from __future__ import annotations
 
+import collections
 import copy
 import io
 import itertools
@@ -19,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import precond
-from precond import fop
-from precond._methods import spectral_norm
+from precond._methods import hypergradient, spectral_norm
 
 F64 = torch.float64
 BASES = {
@@ -417,7 +417,7 @@ def test_every_order_of_products_is_the_formula_with_its_number_of_operations(sh
 @pytest.mark.parametrize("per", [1, 100, 1 << 20])
 def test_parameters_together_are_the_same_apart(normalize, dtype, per, monkeypatch):
     """With sizes of M, learning rates and dtypes that differ, some alike, in batches of one, of a few and of all."""
-    monkeypatch.setattr(fop, "BATCH", per)
+    monkeypatch.setattr(hypergradient, "BATCH", per)
     shapes = [(5, 7), (6, 5), (5, 5), (5, 1), (7, 5), (5, 7), (4, 5, 1), (5, 2, 3, 3), (2, 5, 3, 3), (3,)]
     together, apart = ([start(shape, dtype, seed) for seed, shape in enumerate(shapes)] for _ in range(2))
     lrs = [0.1, 0.2, 0.1, 0.1, 0.1, torch.tensor(0.3), 0.1, torch.tensor([0.2]), 0.4, 0.1]
@@ -441,6 +441,81 @@ def test_parameters_together_are_the_same_apart(normalize, dtype, per, monkeypat
         torch.testing.assert_close(p, q)
 
 
+# What one network of the next tests has: sizes of M and forms of G that differ or are alike, and the scale of gradients.
+NETWORK = [(8, 1, 3, 3), (8,), (6, 8, 3, 3), (6,), (8, 6, 3, 3), (5, 12), (12, 5), (5,), (), (3, 40), (1,)]
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS, ids=named)
+@pytest.mark.parametrize("mode", ["spatial", "output", "diagonal"])
+def test_networks_together_do_not_see_each_other(mode, normalize):
+    """Elementwise to the bit. Each parameter has gradients of another size, so a neighbour's factor would be far off."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, F64]
+    kinds = [(shape, dtypes[i], i) for i in range(4) for shape in NETWORK]
+    together, apart = ([start(shape, dtype, i) for shape, dtype, i in kinds] for _ in range(2))
+    for params in (together, apart):
+        for p in filter(lambda p: p.dim() == 4 and len(p) == 6, params):
+            p.data = p.data.to(memory_format=torch.channels_last)
+    # The base of one takes all, those of the others one each; none of them matters here.
+    made = dict(hyper_lr=0.05, mode=mode, normalize=normalize)
+    base = torch.optim.SGD(together, lr=0.1)
+    optimizer, seen = precond.FOP(base, **made), [seen_by(base, p) for p in together]
+    bases = [torch.optim.SGD([q], lr=0.1) for q in apart]
+    alone, expected = [precond.FOP(one, **made) for one in bases], list(map(seen_by, bases, apart))
+    broken = {4, 25, 8, 40}  # matrices and elementwise ones, at the fourth step
+    still = {2, 7, 16, 23, 27, 35}  # those that have every second gradient only, and so never learn
+    last: list[torch.Tensor] = []
+    for step in range(6):
+        for i, (p, q) in enumerate(zip(together, apart, strict=True)):
+            size = 1.5 ** ((7 * i) % 11) / max(p.numel(), 8) ** 0.5 / 4
+            q.grad = size * torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(q)
+            if step % 2 and i in still:
+                q.grad.zero_()
+            if step == 3 and i in broken:
+                q.grad.view(-1)[-1:] = math.nan
+            p.grad = q.grad.clone()
+        last = [q.grad for q in apart] if step == 4 else last
+        optimizer.step()
+        for one in alone:
+            one.step()
+    moved = 0
+    for i, (p, q, one) in enumerate(zip(together, apart, alone, strict=True)):
+        ours, theirs = optimizer.own[p], one.own[q]
+        M, name = theirs["preconditioner"], (tuple(p.shape), p.dtype, i)
+        moved += not torch.equal(M, torch.eye(len(M), dtype=M.dtype) if optimizer._mixed(p) else torch.ones_like(M))
+        assert bits_equal(ours["previous_grad"], theirs["previous_grad"]), name
+        if i in still and "matrix" not in (normalize or ()):
+            assert bits_equal(seen[i][-2], last[i]), name
+        for step, (U, by) in enumerate(zip(seen[i], expected[i], strict=True)):
+            assert U.isfinite().all() == (step != 3 or i not in broken), (step, *name)
+            assert U.stride() == by.stride() == torch.empty_like(q.grad).stride(), name
+            if optimizer._mixed(p):
+                rtol = 8 * torch.finfo(p.dtype).eps
+                torch.testing.assert_close(U, by, rtol=rtol, atol=rtol * float(by.nan_to_num().norm()), equal_nan=True)
+            else:
+                assert bits_equal(U, by), (step, *name)
+        if optimizer._mixed(p):
+            rtol = 8 * torch.finfo(M.dtype).eps
+            torch.testing.assert_close(ours["preconditioner"], M, rtol=rtol, atol=rtol)
+        else:
+            assert bits_equal(ours["preconditioner"], M), name
+    assert moved >= 28  # with "matrix" an M of one element stays 1
+
+
+@pytest.mark.parametrize("mode", ["spatial", "output", "diagonal"])
+def test_a_step_of_many_networks_has_the_products_of_one(mode):
+    def operations(networks):
+        params = [start(shape, torch.float32, seed) for seed in range(networks) for shape in NETWORK]
+        optimizer = precond.FOP(precond.SGD(params, lr=0.1), 0.05, mode, normalize="hypergradient")
+        train(optimizer, params, 2)
+        with Counts() as counts:
+            optimizer.step()
+        return [counts.of[name] for name in ("bmm", "baddbmm", "mul", "add", "where", "cat", "linalg_vector_norm")]
+
+    counted = operations(2)
+    assert sum(counted) > 10
+    assert operations(20) == counted
+
+
 @pytest.mark.parametrize("columns", [3, 12, 40])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e18])
 def test_a_refused_m_beside_others_stays_to_the_bit_and_they_move(columns, bad):
@@ -460,6 +535,18 @@ def test_a_refused_m_beside_others_stays_to_the_bit_and_they_move(columns, bad):
             assert not seen[i][-1].isfinite().all()
         else:
             torch.testing.assert_close(seen[i][-1], M @ (M.T @ p.grad), rtol=1e-4, atol=1e-3)
+
+
+class Counts(TorchDispatchMode):
+    """How often each operation is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.of[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Waits(TorchDispatchMode):
@@ -482,7 +569,7 @@ def test_on_a_device_nothing_is_read_and_the_same_m_are_refused(normalize, mode,
         before = [one.own[p]["preconditioner"].clone() for p in ours] if step else []
         train(one, ours, 1, first=step)
         with monkeypatch.context() as patch, Waits():
-            for module in (fop, spectral_norm):
+            for module in (hypergradient, spectral_norm):
                 patch.setattr(module, "on_device", lambda t: True)
             patch.setattr(precond.FOP, "_asked_for_states_only", lambda self: False)
             for p, q in zip(ours, theirs, strict=True):

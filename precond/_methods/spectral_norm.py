@@ -31,7 +31,9 @@ def bounds(M: Tensor, P: Tensor | None = None) -> Iterator[tuple[Tensor, float]]
     """
     r = M.shape[-1]
     if P is None:
-        sums = [M.abs().sum(dim).amax(-1) for dim in (-1, -2)]
+        magnitudes = M.abs()
+        sums = [magnitudes.sum(dim).amax(-1) for dim in (-1, -2)]
+        del magnitudes
         yield (sums[0] * sums[1]).sqrt(), r**0.5
         P = square(M)
     largest = P.abs().sum(-1).amax(-1)

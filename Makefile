@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 CPP := $(wildcard csrc/*/* tests/cpp/*.cpp tests/cpp/*.h tests/cpp/rules/*.h tests/cuda_on_host/* tests/machine_code/*.c* bench/*.cu)
 TOOLS := torch triton numpy scipy scikit-learn pybind11 ninja cmake setuptools pytest pytest-xdist filelock pytest-benchmark hypothesis expecttest \
-	schedulefree matplotlib tqdm ruff mypy clang-format build
+	schedulefree gymnasium matplotlib tqdm ruff mypy clang-format build
 
 # Of torchtitan's requirements its optimizers import two; the others (datasets, wandb, tensorboard) are left out.
 TRAINERS := transformers accelerate lightning deepspeed tyro spmd-types

@@ -135,8 +135,7 @@ def moskovitz(figures, tasks):
         ax.set(yscale="log", xlabel="step", ylabel="loss", ylim=(1e-60, 1e4))
         ax.set_title("A quadratic of condition number 100", fontsize=10)
 
-    panels = [quadratic] if "fop" in figures else []
-    return [*panels, *(digit_curves(tasks, size, ("", "FOP")) for size in (64, 4) if "digits" in tasks)]
+    return [quadratic] if "fop" in figures else []
 
 
 def digit_curves(tasks, size, names):

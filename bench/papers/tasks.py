@@ -1,6 +1,6 @@
 """The papers' own tasks at small size, for ``python -m bench theory --tasks``: sparse parity and staircase
-(docs/theory.md, C.5) for Adam or Gauss-Newton, and a convolutional classifier of digits for FOP and BNP, with one grid of
-learning rates for every side.
+(docs/theory.md, C.5) for Adam or Gauss-Newton, and a convolutional classifier of digits for BNP, with one grid of learning
+rates for every side.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class _First:
         self.optimizer, self.param_groups, self.step = optimizer, groups, optimizer.step
 
 
-# Digits: FOP and BNP against their bases.
+# Digits: BNP against its base. FOP has experiments of its own: bench/claims.py.
 
 LRS = {"SGD": [0.003, 0.01, 0.03, 0.1, 0.3], "Adam": [0.0003, 0.001, 0.003, 0.01, 0.03]}
 BASES = {
@@ -214,7 +214,6 @@ BASES = {
 #: None of these has a grid beyond that of its base.
 AROUND: dict[str, Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer]] = {
     "": lambda model, base: base,
-    "FOP": lambda model, base: precond.FOP(base, 1e-2, normalize="hypergradient"),
     "BNP": lambda model, base: precond.BNP(model, base, compose="direction"),
 }
 EPOCHS = 8

@@ -1,0 +1,147 @@
+"""What the papers claim, tried: searches on validation that end at no edge, reports on the test set with seeds of their own.
+
+One JSON file for each task, rewritten after each search and each report: a run that was cut off goes on where it stopped.
+The tasks take about an hour on two cores. Fashion-MNIST needs Debian's dataset-fashion-mnist (or PRECOND_FASHION_MNIST, a
+folder with its files), reinforcement learning gymnasium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from . import ROOT, record, timing
+from .papers import jobs
+from .papers.contenders import METHODS, Method
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: all")
+    parser.add_argument(
+        "--only", metavar="REGEX", default="", help="only the methods whose name contains or matches this"
+    )
+    parser.add_argument("--fresh", action="store_true", help="search and report again what the files have already")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes of one thread; default: the cores"
+    )
+    parser.add_argument("--searches", action="store_true", help="no reports, for instance before a default is chosen")
+    parser.add_argument("--show", action="store_true", help="only tables and pictures, of what the files have")
+    parser.add_argument("--overhead", action="store_true", help="only the time of a step, which needs a quiet machine")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "claims", help="folder of the files")
+
+
+class Experiment:
+    """The file of a task: cases "search NAME" and "report NAME"."""
+
+    def __init__(self, folder: Path, task: str, *, fresh: bool = False) -> None:
+        self.task = task
+        settings = {
+            "task": jobs.TASKS[task].settings(),
+            "searched": jobs.TASKS[task].searched,
+            "reported": jobs.TASKS[task].reported,
+        }
+        environment = timing.environment()
+        # Losses hang on torch's kernels; where the rest was measured stands in each case.
+        self.record = record.Record(folder / f"{task}.json", {"torch": environment.pop("torch")}, settings, fresh=fresh)
+        self.where = {key: environment[key] for key in ("cpu", "precond", "commit")}
+
+    def get(self, kind: str, name: str) -> dict[str, Any] | None:
+        """The case, if it is of these settings."""
+        return self.record.by_name[f"{kind} {name}"][1] if self.record.has(f"{kind} {name}") else None
+
+    def left(self, method: Method) -> int:
+        """Jobs that are left of a method. A report is of its search, and of the class's default."""
+        searched, reported = self.get("search", method.name), self.get("report", method.name)
+        if searched is None:
+            return 2
+        current = reported and reported["searched"] == searched["best"]
+        return 0 if current and reported["default"] in (None, jobs.default_hyper_lr()) else 1
+
+    def todo(self, method: Method) -> str:
+        """The next job of a method, empty where there is none, or where it waits for its base."""
+        left = self.left(method)
+        if left == 1 and method.mode and self.get("search", method.base) is None:
+            return ""
+        return ("", "report", "search")[left]
+
+    def job(self, kind: str, method: Method) -> functools.partial[dict[str, Any]]:
+        if kind == "search":
+            return functools.partial(jobs.search, self.task, method.name)
+        searched, base = self.get("search", method.name), self.get("search", method.base)
+        return functools.partial(jobs.report, self.task, method.name, searched, base)
+
+    def add(self, kind: str, method: Method, found: dict[str, Any], seconds: float) -> None:
+        if kind == "report":
+            found["searched"] = self.get("search", method.name)["best"]  # type: ignore[index]
+        self.record.add(f"{kind} {method.name}", {**found, "seconds": round(seconds), "where": self.where})
+
+
+def timed(job: functools.partial[dict[str, Any]], position: int) -> tuple[dict[str, Any], float]:
+    started = time.perf_counter()
+    return job(position=position), time.perf_counter() - started
+
+
+def work(
+    experiments: dict[str, Experiment], methods: dict[str, list[Method]], workers: int, kinds: Sequence[str]
+) -> None:
+    """Every job that is left, ``workers`` at a time; a report follows the searches it needs."""
+    context = multiprocessing.get_context("spawn")
+    pairs = [(task, method) for task, of in methods.items() for method in of]
+    left = sum(experiments[task].left(method) for task, method in pairs)
+    if "report" not in kinds:
+        left = sum(experiments[task].left(method) == 2 for task, method in pairs)
+    free, running = list(range(1, workers + 1)), {}
+    with (
+        concurrent.futures.ProcessPoolExecutor(workers, context) as pool,
+        tqdm(total=left, desc="searches and reports") as bar,
+    ):
+        while True:
+            busy = {(task, method) for task, method, *_ in running.values()}
+            for task, method in pairs:
+                if free and (task, method) not in busy and (kind := experiments[task].todo(method)) in kinds:
+                    job = experiments[task].job(kind, method)
+                    future = pool.submit(timed, job, free[0])
+                    running[future] = task, method, kind, free.pop(0)
+            if not running:
+                return
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                task, method, kind, position = running.pop(future)
+                free.append(position)
+                experiments[task].add(kind, method, *future.result())
+                bar.update()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.overhead:
+        from .papers import overhead
+
+        overhead.measure(arguments.out / "overhead.json")
+        return
+    experiments = {
+        task: Experiment(arguments.out, task, fresh=arguments.fresh and not arguments.show) for task in arguments.tasks
+    }
+    methods = {}
+    for task in arguments.tasks:
+        chosen = record.chosen((method.name for method in METHODS[task]), arguments.only)
+        # A method is compared with its base, and takes its learning rate.
+        bases = {method.base for method in METHODS[task] if method.name in chosen}
+        methods[task] = [method for method in METHODS[task] if method.name in chosen or method.name in bases]
+    if not arguments.show:
+        work(
+            experiments, methods, max(arguments.workers, 1), ("search",) if arguments.searches else ("search", "report")
+        )
+    from .papers import pictures, tables
+
+    print(tables.text(experiments))
+    pictures.draw(experiments, arguments.out)

@@ -1,0 +1,129 @@
+"""What the experiments compare: optimizers with the axes on which their hyper-parameters are searched."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import precond
+
+from .search import Axis, Point
+from .stacked import Networks
+
+Groups = list[dict[str, Any]]
+
+#: Factors of 4 between neighbours at first, of 2 at last.
+LR = Axis("lr", 0.05, 4.0, (-2, -1, 0, 1, 2), halvings=1)
+LR_ADAPTIVE = dataclasses.replace(LR, start=0.005)
+#: Each base has a second hyper-parameter of its own to search, so that it has as many points as FOP around it.
+SECOND = {
+    "SGD": (),
+    "momentum": (Axis("one_minus_momentum", 0.1, 10**0.5, (-2, -1, 0, 1, 2), lowest=(-4, 1e-3), highest=(2, 1.0)),),
+    "Adam": (Axis("one_minus_beta2", 0.01, 10.0, (-2, -1, 0, 1), lowest=(-3, 1e-5), highest=(2, 1.0)),),
+    "RMSprop": (Axis("one_minus_alpha", 0.01, 10.0, (-2, -1, 0, 1), lowest=(-3, 1e-5), highest=(2, 1.0)),),
+}
+FIRST = {"SGD": LR, "momentum": dataclasses.replace(LR, start=0.0125), "Adam": LR_ADAPTIVE, "RMSprop": LR_ADAPTIVE}
+#: What a base takes where its second hyper-parameter is not searched: the defaults of torch.
+USUAL = {
+    "SGD": {},
+    "momentum": {"one_minus_momentum": 0.1},
+    "Adam": {"one_minus_beta2": 1e-3},
+    "RMSprop": {"one_minus_alpha": 1e-2},
+}
+
+
+def base_optimizer(name: str, groups: Groups) -> torch.optim.Optimizer:
+    """Groups have the point's names; precond's classes take theirs."""
+    for group in groups:
+        if name == "momentum":
+            group["momentum"] = 1.0 - group.pop("one_minus_momentum")
+        elif name == "Adam":
+            group["betas"] = (0.9, 1.0 - group.pop("one_minus_beta2"))
+        elif name == "RMSprop":
+            group["alpha"] = 1.0 - group.pop("one_minus_alpha")
+    kinds = {"SGD": precond.SGD, "momentum": precond.SGD, "Adam": precond.Adam, "RMSprop": precond.RMSprop}
+    return kinds[name](groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A base, alone or with FOP around it. ``normalize`` is a tuple, so that a method has a hash."""
+
+    base: str
+    mode: str = ""
+    normalize: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        if not self.mode:
+            return self.base
+        return f"FOP({self.base}), {self.mode}" + "".join(f", {name}" for name in self.normalize or ("raw",))
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        lr = FIRST[self.base]
+        if not self.mode:
+            return lr, *SECOND[self.base]
+        if "hypergradient" in self.normalize:
+            return lr, Axis("hyper_lr", 1e-2, 10**0.5, (-2, -1, 0, 1, 2), lowest=(-6, 0.0))
+        return lr, Axis("hyper_lr", 1.0, 10.0, (-2, -1, 0, 1, 2), lowest=(-6, 0.0))
+
+    def optimizers(
+        self, parameters: list[list[list[nn.Parameter]]], points: Sequence[Point]
+    ) -> list[torch.optim.Optimizer]:
+        """A group for each point. A whole FOP has one ``hyper_lr``, so there is one FOP for each of its values."""
+        made = []
+        order = sorted(range(len(points)), key=lambda i: points[i].get("hyper_lr", 0.0))
+        for hyper_lr, at in itertools.groupby(order, key=lambda i: points[i].get("hyper_lr", 0.0)):
+            groups = []
+            for i in at:
+                options = {k: v for k, v in {**USUAL[self.base], **points[i]}.items() if k != "hyper_lr"}
+                groups.append({**options, "params": [p for of_seed in parameters[i] for p in of_seed]})
+            optimizer = base_optimizer(self.base, groups)
+            if self.mode:
+                optimizer = precond.FOP(optimizer, hyper_lr, self.mode, normalize=self.normalize)
+            made.append(optimizer)
+        return made
+
+    def inspect(
+        self, optimizers: list[torch.optim.Optimizer], networks: Networks, records: list[list[dict[str, Any]]]
+    ) -> None:
+        """Add to each record the eigenvalues of every layer's M M^T, and of the first seed those of at most 9 rows themselves."""
+        owns = [optimizer.own for optimizer in optimizers if isinstance(optimizer, precond.FOP)]
+        for i, j in itertools.product(range(len(records)), range(len(records[0]))):
+            found: dict[str, Any] = {}
+            for name, p in zip(networks.names, networks.parameters[i][j], strict=True):
+                M = next((own[p]["preconditioner"] for own in owns if p in own), None)
+                if M is None or p.dim() < 2:
+                    continue
+                P = (M @ M.T).double() if len(M) == len(M.T) == M.numel() ** 0.5 else None
+                values = torch.linalg.eigvalsh(P) if P is not None else M.square().flatten().sort().values
+                found[name] = {"eigenvalues": values.tolist()}
+                if P is not None and len(P) <= 9 and j == 0:
+                    found[name]["matrix"] = P.tolist()
+            if found:
+                records[i][j]["preconditioners"] = found
+
+
+BASES = tuple(SECOND)
+PLAIN = tuple(Method(base) for base in BASES)
+#: "input" is the paper's channel mode of a convolution.
+MODES = ("spatial", "input")
+NORMALIZED = tuple(Method(base, mode, ("hypergradient",)) for base in BASES for mode in MODES)
+OTHERS = tuple(
+    Method(base, "spatial", normalize)
+    for base in BASES
+    for normalize in ((), ("matrix", "hypergradient"), ("step", "hypergradient"))
+)
+INPUT = tuple(method for method in NORMALIZED if method.mode == "input")
+METHODS = {
+    "digits": (*PLAIN, *NORMALIZED, *OTHERS),
+    "cartpole": (*PLAIN, *INPUT),
+    "acrobot": (*PLAIN, *INPUT),
+    "fashion": (*PLAIN, *NORMALIZED),
+}

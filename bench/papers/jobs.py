@@ -1,0 +1,160 @@
+"""The two parts of an experiment, each a job of its own process: a search on validation, and a report on other seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import precond
+
+from . import control, images
+from .contenders import METHODS, USUAL, Method
+from .search import At, Axis, Point, Search
+
+TASKS: dict[str, images.Images | control.Control] = {**images.TASKS, **control.TASKS}
+#: The normalisation of the class's default, for which reports have the default ``hyper_lr`` too.
+DEFAULT_NORMALIZE = ("hypergradient",)
+#: Networks that are trained at once: bounds memory.
+TOGETHER = 200
+
+
+def default_hyper_lr() -> float:
+    """That of the class."""
+    return inspect.signature(precond.FOP).parameters["hyper_lr"].default
+
+
+def named(task: str, name: str) -> Method:
+    return next(method for method in METHODS[task] if method.name == name)
+
+
+def rounded(value: Any) -> Any:
+    """With five significant digits; what is not finite is None, since JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: rounded(of) for key, of in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(of) for of in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
+
+
+class Trainer:
+    """Trains points in parts of at most ``TOGETHER`` networks, under a progress bar."""
+
+    def __init__(self, task: str, method: Method, seeds: Sequence[int], bar: tqdm) -> None:
+        self.task, self.method, self.seeds, self.bar = TASKS[task], method, seeds, bar
+
+    def __call__(self, points: Sequence[Point], *, test: bool = False) -> list[list[dict[str, Any]]]:
+        size = max(TOGETHER // len(self.seeds), 1)
+        self.bar.total = round(self.bar.n) + len(points)
+        records = []
+        for i in range(0, len(points), size):
+            part = points[i : i + size]
+            records += self.task.train(self.method, part, self.seeds, test=test, tick=self.tick(len(part)))
+        return records
+
+    def tick(self, count: int) -> Callable[[float], Any]:
+        """Move the bar by a share of so many points."""
+        return lambda share: self.bar.update(share * count)
+
+
+def progress(task: str, name: str, position: int) -> tqdm:
+    layout = "{desc} {bar:20} {n:.0f}/{total_fmt} points {elapsed}"
+    return tqdm(desc=f"{task}: {name}", position=position, leave=False, bar_format=layout, total=1, mininterval=1.0)
+
+
+def fixed(axis: Axis, at: float) -> Axis:
+    """The axis with one coordinate alone."""
+    end = at, axis.value(at)
+    return dataclasses.replace(axis, first=(int(at),), lowest=end, highest=end)
+
+
+def coordinate(axis: Axis, value: float) -> float:
+    """The coordinate of a value that the axis has."""
+    ends = [end[0] for end in (axis.lowest, axis.highest) if end and end[1] == value]
+    # Records have five digits, coordinates are multiples of a quarter.
+    return ends[0] if ends else round(4 * math.log(value / axis.start, axis.factor)) / 4
+
+
+class Searcher:
+    """A search of a method on a task, with the scores of every seed."""
+
+    def __init__(self, task: str, method: Method, bar: tqdm) -> None:
+        self.train = Trainer(task, method, TASKS[task].searched, bar)
+        self.whole, self.found = Search(method.axes), dict[At, list[float]]()
+
+    def evaluate(self, wanted: list[At]) -> list[float]:
+        for at, records in zip(wanted, self.train([self.whole.point(at) for at in wanted]), strict=True):
+            self.found[at] = [record["score"] for record in records]
+        return [self.score(at) for at in wanted]
+
+    def score(self, at: At) -> float:
+        """The mean over seeds, of which one that diverged counts as infinite."""
+        mean = statistics.fmean(self.found[at])
+        return mean if math.isfinite(mean) else math.inf
+
+    def know(self, points: list[dict[str, Any]]) -> None:
+        """Take over what a search has recorded."""
+        for point in points:
+            at = tuple(coordinate(axis, point["at"][axis.name]) for axis in self.whole.axes)
+            self.found[at] = [math.inf if score is None else score for score in point["scores"]]
+            self.whole.scores[at] = self.score(at)
+
+
+def search(task: str, name: str, position: int = 1) -> dict[str, Any]:
+    """All points with their scores, the best one, and for a base the best one with its usual second hyper-parameter."""
+    torch.set_num_threads(1)
+    method = named(task, name)
+    with progress(task, name, position) as bar:
+        search = Searcher(task, method, bar)
+        best = usual = search.whole.run(search.evaluate)
+        if not method.mode and len(method.axes) > 1:
+            at = coordinate(method.axes[1], *USUAL[method.base].values())
+            usual = along_lr(search.whole, method.axes, at, search.evaluate)
+    whole = search.whole
+    points = [{"at": whole.point(at), "scores": scores} for at, scores in sorted(search.found.items())]
+    return rounded({"best": whole.point(best), "usual": whole.point(usual), "count": len(points), "points": points})
+
+
+def along_lr(whole: Search, axes: Sequence[Axis], at: float, evaluate: Callable[[list[At]], list[float]]) -> At:
+    """The best point with this coordinate on the second axis, found with what is known already."""
+    line = Search((axes[0], fixed(axes[1], at)))
+    known = {point: score for point, score in whole.scores.items() if point[1] == at}
+    if any(map(math.isfinite, known.values())):
+        line.scores = known
+    best = line.run(evaluate)
+    whole.scores.update(line.scores)
+    return best
+
+
+def report(task: str, name: str, searched: dict[str, Any], base: dict[str, Any], position: int = 1) -> dict[str, Any]:
+    """Records of fresh seeds at the best point. For a base also with its usual second hyper-parameter; for FOP also with the
+    default ``hyper_lr``, at the best learning rate for it and at that of the base.
+    """
+    torch.set_num_threads(1)
+    method = named(task, name)
+    points, default = {"best": searched["best"]}, None
+    with progress(task, f"{name}, report", position) as bar:
+        if not method.mode:
+            points["usual"] = searched["usual"]
+        elif method.normalize == DEFAULT_NORMALIZE:
+            default = default_hyper_lr()
+            search = Searcher(task, method, bar)
+            search.know(searched["points"])
+            at = along_lr(search.whole, method.axes, coordinate(method.axes[1], default), search.evaluate)
+            points["default"] = search.whole.point(at)
+            points["swapped"] = {"lr": base["usual"]["lr"], "hyper_lr": default}
+        distinct = [point for i, point in enumerate(points.values()) if point not in list(points.values())[:i]]
+        records = Trainer(task, method, TASKS[task].reported, bar)(distinct, test=True)
+    runs = {kind: records[distinct.index(point)] for kind, point in points.items()}
+    for kind in runs:
+        if kind != "best":
+            runs[kind] = [{key: of for key, of in record.items() if key != "preconditioners"} for record in runs[kind]]
+    return rounded({"points": points, "default": default, "runs": runs})

@@ -1,0 +1,138 @@
+"""Pictures of bench/claims.py: curves over steps and over time, the price of a ``hyper_lr``, learnt preconditioners."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import compare, jobs, tables
+from .contenders import BASES, METHODS, Method
+
+if TYPE_CHECKING:
+    from ..claims import Experiment
+
+COLOURS = {"base": "#64748b", "tuned": "#0f172a", "spatial": "#c2410c", "input": "#0f766e"}
+
+
+def draw(experiments: dict[str, Experiment], folder: Path) -> None:
+    """Write what there is data for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    overhead = folder / "overhead.json"
+    per_step = json.loads(overhead.read_text())["ms"] if overhead.exists() else {}
+    pictures = {"fop-steps": curves(plt, experiments, {}), "fop-hyper-lr": prices(plt, experiments)}
+    if per_step:
+        pictures["fop-time"] = curves(plt, experiments, per_step)
+    if "fashion" in experiments:
+        pictures["fop-spatial"] = preconditioners(plt, experiments["fashion"])
+    for name, figure in pictures.items():
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png", dpi=100)
+            plt.close(figure)
+
+
+def grid(plt: Any, rows: int, columns: int, **options: Any) -> Any:
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.6 * columns, 2.9 * rows), layout="constrained", squeeze=False, **options
+    )
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def milliseconds(per_step: dict[str, dict[str, float]], task: str, method: Method) -> float:
+    """Of a training step of one network."""
+    of = per_step[task]
+    name = f"FOP({method.base}), {method.mode}" if method.mode else method.base
+    return of["forward and backward"] + of[name]
+
+
+def curves(plt: Any, experiments: dict[str, Experiment], per_step: dict[str, dict[str, float]]) -> Any:
+    """Means over seeds: a row of panels for each task, a column for each base; over seconds where times of a step are given."""
+    tasks = [task for task, experiment in experiments.items() if experiment.get("report", "SGD")]
+    if not tasks:
+        return None
+    figure, axes = grid(plt, len(tasks), len(BASES))
+    for row, task in zip(axes, tasks, strict=True):
+        experiment, kind = experiments[task], jobs.TASKS[task]
+        for ax, base in zip(row, BASES, strict=True):
+            shown = [(Method(base), "usual", "base"), (Method(base), "best", "tuned")]
+            shown += [
+                (method, "best", method.mode)
+                for method in METHODS[task]
+                if method.base == base and method.normalize == jobs.DEFAULT_NORMALIZE
+            ]
+            for method, point, colour in shown:
+                case = experiment.get("report", method.name)
+                if not case or point not in case["runs"]:
+                    continue
+                scale = milliseconds(per_step, task, method) / 1e3 if per_step else 1.0
+                label = method.name if method.mode else f"{base}, {'its defaults' if point == 'usual' else 'tuned'}"
+                x = [scale * at for at in kind.positions()]
+                ax.plot(x, compare.mean_curve(case["runs"][point]), color=COLOURS[colour], label=label, linewidth=1.4)
+            if kind.unit == "loss":
+                ax.set_yscale("log")
+            ax.set_title(f"{task}: {base}", fontsize=9)
+            ax.set_xlabel("seconds" if per_step else "step", fontsize=8)
+            ax.tick_params(labelsize=7, which="both")
+            ax.legend(frameon=False, fontsize=6)
+        row[0].set_ylabel("validation loss" if kind.unit == "loss" else "return", fontsize=8)
+    return figure
+
+
+def prices(plt: Any, experiments: dict[str, Experiment]) -> Any:
+    """For every ``hyper_lr`` the best score over learning rates, as a factor of the best."""
+    tasks = [task for task, experiment in experiments.items() if experiment.get("search", "SGD")]
+    figure, axes = grid(plt, 1, len(tasks), sharey=True)
+    for ax, task in zip(axes[0], tasks, strict=True):
+        for method in METHODS[task]:
+            if method.mode and method.normalize == jobs.DEFAULT_NORMALIZE:
+                of = {h: y for h, y in tables.by_hyper_lr(experiments[task], method).items() if h}
+                style = "o-" if method.mode == "input" else "s--"
+                ax.plot(list(of), list(of.values()), style, label=method.name, markersize=3, linewidth=1)
+        ax.axhline(tables.ALLOWED, color="#0f172a", linewidth=0.6)
+        ax.set(xscale="log", ylim=(0.98, 2.0), title=task, xlabel="hyper_lr")
+        ax.legend(frameon=False, fontsize=6)
+    axes[0][0].set_ylabel("worse than tuned by")
+    return figure
+
+
+def preconditioners(plt: Any, experiment: Experiment) -> Any:
+    """M M^T of every 3 x 3 convolution of one network: the matrix, its first and last eigenvectors as kernels, and spectra."""
+    import torch
+
+    cases = {}
+    for base in BASES:
+        case = experiment.get("report", Method(base, "spatial", jobs.DEFAULT_NORMALIZE).name)
+        if case and "preconditioners" in case["runs"]["best"][0]:
+            cases[base] = [record["preconditioners"] for record in case["runs"]["best"]]
+    if not cases:
+        return None
+    layers = [name for name, of in next(iter(cases.values()))[0].items() if "matrix" in of]
+    figure, axes = grid(plt, len(cases), 4 * len(layers) + 1, width_ratios=[*[2, 1, 1, 1] * len(layers), 3])
+    figure.set_size_inches(2.1 * len(layers) * 2.4 + 3.4, 2.0 * len(cases))
+    for row, (base, records) in zip(axes, cases.items(), strict=True):
+        for k, layer in enumerate(layers):
+            P = torch.tensor(records[0][layer]["matrix"], dtype=torch.float64)
+            values, vectors = torch.linalg.eigh(P)
+            shown = [(P, f"{base}, layer {layer.partition('.')[0]}")]
+            shown += [(vectors[:, i].view(3, 3), f"{values[i]:.2g}") for i in (-1, -2, 0)]
+            for ax, (image, title) in zip(row[4 * k : 4 * k + 4], shown, strict=True):
+                size = image.abs().max()
+                ax.imshow(image, cmap="RdBu_r", vmin=-size, vmax=size)
+                ax.set_title(title, fontsize=7)
+                ax.set_axis_off()
+        for layer in records[0]:
+            spectra = [sorted(record[layer]["eigenvalues"], reverse=True) for record in records]
+            middle = [sorted(of)[len(of) // 2] for of in zip(*spectra, strict=True)]
+            places = [i / max(len(middle) - 1, 1) for i in range(len(middle))]
+            row[-1].plot(places, middle, label=f"{layer.partition('.')[0]}: {len(middle)} rows", linewidth=1)
+        row[-1].set(yscale="log")
+        row[-1].set_title("eigenvalues, median of seeds", fontsize=7)
+        row[-1].tick_params(labelsize=6, which="both")
+        row[-1].legend(frameon=False, fontsize=6)
+    return figure

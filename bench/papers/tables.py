@@ -1,0 +1,123 @@
+"""The tables of bench/claims.py: tuned against tuned, the default against tuned, and what each ``hyper_lr`` costs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from . import compare, jobs
+from .contenders import METHODS, Method
+
+if TYPE_CHECKING:
+    from ..claims import Experiment
+
+#: How much worse than tuned a default may be.
+ALLOWED = 1.1
+
+
+def values(case: dict[str, Any], kind: str) -> list[float | None]:
+    return [record["test"] for record in case["runs"][kind]]
+
+
+def mean(of: list[float | None]) -> float:
+    return math.nan if None in of else statistics.fmean(x for x in of if x is not None)
+
+
+def against(
+    experiment: Experiment, case: dict[str, Any], kind: str, base: dict[str, Any], of: str
+) -> compare.Difference:
+    ratios = jobs.TASKS[experiment.task].ratios
+    return compare.paired(values(case, kind), values(base, of), ratios=ratios)
+
+
+def written(experiment: Experiment, difference: compare.Difference) -> str:
+    """The difference with its interval and what it says."""
+    ratios = jobs.TASKS[experiment.task].ratios
+    digits = "{:.2f}" if ratios else "{:+.1f}"
+    verdict = difference.verdict(1.0 if ratios else 0.0, rising=not ratios)
+    return f"{digits} [{digits}, {digits}] {verdict}".format(*difference).rstrip()
+
+
+def level(experiment: Experiment, base: dict[str, Any]) -> float:
+    """A loss near that of the base's end, or the return that the task names."""
+    task = jobs.TASKS[experiment.task]
+    return task.target if task.unit == "return" else compare.NEAR * compare.mean_curve(base["runs"]["usual"])[-1]
+
+
+def steps_to(experiment: Experiment, records: list[dict[str, Any]], goal: float) -> float:
+    """The median over seeds of the steps to a level."""
+    task = jobs.TASKS[experiment.task]
+    found = (compare.crossing(r["curve"], task.positions(), goal, rising=task.unit == "return") for r in records)
+    return statistics.median(found)
+
+
+def point(at: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2g}" for name, value in at.items())
+
+
+def tuned(experiment: Experiment) -> Iterator[list[str]]:
+    """A row for every method with a report: on the test set, against its base."""
+    for method in METHODS[experiment.task]:
+        case, base = experiment.get("report", method.name), experiment.get("report", method.base)
+        searched = experiment.get("search", method.name)
+        if not case or not base or not searched:
+            continue
+        goal = level(experiment, base)
+        for kind in ("usual", "best") if not method.mode else ("best", "default", "swapped"):
+            if kind not in case["runs"]:
+                continue
+            of = values(case, kind)
+            row = [method.name if kind == "best" else f"  {kind}", point(case["points"][kind]), f"{mean(of):.4g}"]
+            if None not in of:
+                row[-1] += f" +- {statistics.stdev(of):.2g}"  # type: ignore[type-var]
+            row.append(f"{steps_to(experiment, case['runs'][kind], goal):.0f}")
+            for other in ("usual", "best"):
+                itself = case is base and kind == other
+                row.append("" if itself else written(experiment, against(experiment, case, kind, base, other)))
+            yield [*row, str(searched["count"]) if kind == "best" else ""]
+
+
+def by_hyper_lr(experiment: Experiment, method: Method) -> dict[float, float]:
+    """The best score of the search over learning rates for every ``hyper_lr``, as a factor of the best of all."""
+    searched = experiment.get("search", method.name)
+    best: dict[float, float] = {}
+    for of in searched["points"] if searched else ():
+        if None not in of["scores"]:
+            hyper_lr = of["at"]["hyper_lr"]
+            best[hyper_lr] = min(statistics.fmean(of["scores"]), best.get(hyper_lr, math.inf))
+    return {h: compare.shortfall(score, min(best.values())) for h, score in sorted(best.items())}
+
+
+def defaults(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    """What every ``hyper_lr`` that all searches have costs, and the worst of each."""
+    found = {
+        (task, method): by_hyper_lr(experiment, method)
+        for task, experiment in experiments.items()
+        for method in METHODS[task]
+        if method.mode and method.normalize == jobs.DEFAULT_NORMALIZE and experiment.get("search", method.name)
+    }
+    common = sorted(set.intersection(*(set(of) for of in found.values()))) if found else []
+    yield ["task", "method", *(f"{h:.2g}" for h in common)]
+    for (task, method), of in found.items():
+        yield [task, method.name, *(f"{of[h]:.2f}" for h in common)]
+    yield ["worst", "", *(f"{max(of[h] for of in found.values()):.2f}" for h in common)]
+
+
+def aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def text(experiments: dict[str, Experiment]) -> str:
+    parts = []
+    for task, experiment in experiments.items():
+        unit = jobs.TASKS[task].unit
+        head = [task, "hyper-parameters", f"test {unit}", "steps", "to base, usual", "to base, tuned", "points"]
+        if rows := list(tuned(experiment)):
+            parts.append(aligned([head, *rows]))
+    parts.append(f"Worse than tuned by (allowed: {ALLOWED}), best learning rate of the search for each hyper_lr:")
+    parts.append(aligned(list(defaults(experiments))))
+    return "\n\n".join(parts)

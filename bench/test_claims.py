@@ -1,0 +1,321 @@
+"""The harness of bench/claims.py: searches end inside, networks do not know of each other, environments are gymnasium's."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bench import claims
+from bench.papers import compare, control, images, jobs
+from bench.papers.contenders import METHODS, Method
+from bench.papers.search import Axis, Search
+from bench.papers.stacked import Networks
+
+# The search.
+
+LR = Axis("lr", 0.1, 4.0, (-1, 0, 1), halvings=2)
+SECOND = Axis("second", 1.0, 10.0, (-1, 0, 1), lowest=(-3, 0.0))
+
+
+@pytest.mark.parametrize("optimum", [(0.0, 0.0), (7.3, -2.2), (-5.8, 4.1), (0.4, -9.0)])
+def test_a_search_ends_with_a_best_point_that_has_worse_neighbours_on_every_side(optimum):
+    search = Search([LR, SECOND])
+
+    def bowl(at):
+        # Correlated, so that neighbours along the axes alone would not do.
+        x, y = at[0] - optimum[0], at[1] - max(optimum[1], -3.0)
+        return x * x + y * y + 1.6 * x * y
+
+    best = search.run(lambda wanted: [bowl(at) for at in wanted])
+    around = search.neighbours() - {best}
+    assert around <= set(search.scores)
+    assert all(search.scores[at] >= search.scores[best] for at in around)
+    assert {at[0] - best[0] for at in around} >= {-0.25, 0.25}
+    assert abs(best[0] - optimum[0]) <= 0.5
+    if optimum[1] < -3:
+        assert search.point(best)["second"] == 0.0
+    else:
+        assert {at[1] - best[1] for at in around} >= {-1.0, 1.0}
+
+
+def test_a_search_that_improves_for_ever_says_so():
+    with pytest.raises(RuntimeError, match="edge of the grid"):
+        Search([LR]).run(lambda wanted: [-at[0] for at in wanted])
+    with pytest.raises(RuntimeError, match="finite score"):
+        Search([LR]).run(lambda wanted: [math.inf for _ in wanted])
+
+
+def test_a_point_is_evaluated_once_and_a_diverged_one_is_none_to_choose():
+    seen = []
+
+    def evaluate(wanted):
+        seen.extend(wanted)
+        return [math.inf if at[0] > 0.3 else (at[0] - 1.0) ** 2 for at in wanted]
+
+    best = Search([LR]).run(evaluate)
+    assert len(seen) == len(set(seen))
+    assert best == (0.25,)
+
+
+# Networks side by side.
+
+
+def build():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 36, 10))
+
+
+def test_stacked_networks_have_the_gradients_that_each_has_alone():
+    networks = Networks(build, 3, (5, 6))
+    with torch.no_grad():
+        for i, j in itertools.product(range(3), range(2)):
+            for p in networks.parameters[i][j]:
+                p.mul_(1.0 + 0.1 * i)
+    x, y = torch.randn(2, 7, 1, 8, 8), torch.randint(0, 10, (2, 7))
+    networks.backward(networks.each(images.loss_of, x, y))
+    for i, j in itertools.product(range(3), range(2)):
+        torch.manual_seed((5, 6)[j])
+        alone = build()
+        with torch.no_grad():
+            for p in alone.parameters():
+                p.mul_(1.0 + 0.1 * i)
+        F.cross_entropy(alone(x[j]), y[j]).backward()
+        for p, expected in zip(networks.parameters[i][j], alone.parameters(), strict=True):
+            torch.testing.assert_close(p.detach(), expected.detach(), rtol=0, atol=0)
+            torch.testing.assert_close(p.grad, expected.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_that_diverged_leaves_the_others_alone():
+    networks = Networks(build, 3, (5,))
+    with torch.no_grad():
+        networks.parameters[1][0][0].fill_(math.nan)
+    x, y = torch.randn(1, 7, 1, 8, 8), torch.randint(0, 10, (1, 7))
+    networks.backward(networks.each(images.loss_of, x, y))
+    for i in range(3):
+        assert all(p.grad.isfinite().all() for p in networks.parameters[i][0]) == (i != 1)
+    for p, q in zip(networks.parameters[0][0], networks.parameters[2][0], strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+SMALL = {
+    "digits": dataclasses.replace(images.TASKS["digits"], epochs=1, searched=(0, 1)),
+    "cartpole": dataclasses.replace(control.TASKS["cartpole"], updates=40),
+}
+
+
+@pytest.mark.parametrize("task", SMALL)
+def test_a_run_depends_on_its_point_and_seed_alone(task, monkeypatch):
+    # Two windows, each as long as an episode may be.
+    monkeypatch.setattr(control, "WINDOWS", 1)
+    method = Method("Adam", "input", ("hypergradient",))
+    points = [{"lr": 0.003, "hyper_lr": h} for h in (0.0, 0.03, 0.1)]
+
+    def train(points, seeds):
+        return SMALL[task].train(method, points, seeds, test=False, tick=lambda share: None)
+
+    together, alone = train(points, (3, 4)), train(points[1:2], (4,))
+    # Other products for another number of networks: their last bits differ.
+    assert together[1][1]["score"] == pytest.approx(alone[0][0]["score"], rel=1e-2)
+    assert len({of[0]["score"] for of in together}) == 3
+    base = SMALL[task].train(Method("Adam"), [{"lr": 0.003}], (3, 4), test=False, tick=lambda share: None)
+    assert base[0][0]["score"] == pytest.approx(together[0][0]["score"], rel=1e-3)
+
+
+def test_only_a_report_sees_the_test_set():
+    def data():
+        parts = images.digits()
+        return dataclasses.replace(parts, test=(None, None))
+
+    task = dataclasses.replace(SMALL["digits"], data=data)
+    record = task.train(Method("SGD"), [{"lr": 0.1}], (0,), test=False, tick=lambda share: None)[0][0]
+    assert math.isfinite(record["score"])
+    assert "test" not in record
+    with pytest.raises(AttributeError):
+        task.train(Method("SGD"), [{"lr": 0.1}], (0,), test=True, tick=lambda share: None)
+
+
+def test_every_option_of_a_point_reaches_its_parameters():
+    for method in {method for of in METHODS.values() for method in of}:
+        points = [{axis.name: axis.value(at) for axis in method.axes} for at in (1, 0, -1)]
+        parameters = [[[nn.Parameter(torch.ones(2, 2))]] for _ in points]
+        for optimizer in method.optimizers(parameters, points):
+            for group in optimizer.param_groups:
+                index = next(i for i, of in enumerate(parameters) if of[0][0] is group["params"][0])
+                assert group["lr"] == points[index]["lr"]
+                assert getattr(optimizer, "hyper_lr", None) == points[index].get("hyper_lr")
+                second = {
+                    "momentum": lambda g: ("one_minus_momentum", 1 - g["momentum"]),
+                    "Adam": lambda g: ("one_minus_beta2", 1 - g["betas"][1]),
+                    "RMSprop": lambda g: ("one_minus_alpha", 1 - g["alpha"]),
+                    "SGD": lambda g: ("", g["momentum"]),
+                }[method.base](group)
+                usual = {"momentum": 0.1, "Adam": 1e-3, "RMSprop": 1e-2, "SGD": 0.0}[method.base]
+                assert second[1] == pytest.approx(points[index].get(second[0], usual))
+
+
+def test_fashion_mnist_is_read_from_a_folder(tmp_path, monkeypatch):
+    import gzip
+
+    monkeypatch.setenv("PRECOND_FASHION_MNIST", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
+        images.fashion()
+    for name, count in (("train", 15_000), ("t10k", 30)):
+        for kind, header, size in (("images-idx3", 16, 784), ("labels-idx1", 8, 1)):
+            values = (np.arange(count * size) // size % 10).astype(np.uint8)
+            (tmp_path / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(bytes(header) + values.tobytes(), 1))
+    monkeypatch.setenv("PRECOND_FASHION_MNIST", str(tmp_path))
+    data = images.fashion()
+    for (x, y), count in ((data.train, 10_000), (data.validation, 5_000), (data.test, 30)):
+        assert x.shape == (count, 1, 28, 28)
+        assert torch.equal(((x + 0.286) * 255)[:, 0, 3, 5].round().long(), y)
+
+
+# Environments.
+
+
+@pytest.mark.parametrize(("kind", "name"), [(control.CartPole, "CartPole-v1"), (control.Acrobot, "Acrobot-v1")])
+def test_environments_take_the_steps_of_gymnasiums(kind, name):
+    draw = np.random.default_rng(0)
+    # A start that falls at once, one that is cut off, one in between.
+    starts = draw.uniform(-1, 1, (3, 4, 4)) * kind.spread
+    ours, theirs = kind(starts), [gymnasium.make(name) for _ in starts]
+    for env, start in zip(theirs, starts, strict=True):
+        env.reset()
+        env.unwrapped.state = start[0].copy()
+    waiting, ends = [False] * 3, 0
+    for _ in range(1200):
+        # Against the pole's fall in the third, so that its episode is long.
+        actions = draw.integers(0, kind.actions, 3)
+        if kind is control.CartPole:
+            actions[2] = ours.state[2, 2] + ours.state[3, 2] > 0
+        seen, alive, terminated, cut = ours.step(actions)
+        rewards = ours.rewards(alive, terminated)
+        for i, env in enumerate(theirs):
+            assert alive[i] == (not waiting[i])
+            if waiting[i]:
+                env.reset()
+                env.unwrapped.state = starts[i, ours.episode[i] % 4].copy()
+                assert rewards[i] == 0.0
+                waiting[i] = False
+                continue
+            expected, reward, over, truncated, _ = env.step(int(actions[i]))
+            np.testing.assert_allclose(seen[i], expected, rtol=1e-5, atol=1e-5)
+            assert (rewards[i], terminated[i], cut[i]) == (reward, over, truncated and not over)
+            waiting[i] = over or truncated
+            ends += waiting[i]
+            # Chaotic: each step from gymnasium's state.
+            ours.state[:, i] = env.unwrapped.state
+    assert ends > 3
+    assert cut.dtype == bool
+
+
+def test_goals_are_discounted_returns():
+    draw = torch.Generator().manual_seed(0)
+    reward, value = torch.randn(9, 4, generator=draw), torch.randn(9, 4, generator=draw)
+    last, terminated, cut = torch.randn(4, generator=draw), torch.zeros(9, 4).bool(), torch.zeros(9, 4).bool()
+    terminated[3, 1] = cut[5, 2] = cut[8, 3] = True
+    found = control.goals(reward, value, terminated, cut, last)
+    for t, e in itertools.product(range(9), range(4)):
+        expected, discount = 0.0, 1.0
+        for s in range(t, 9):
+            expected += discount * reward[s, e].item()
+            discount *= control.GAMMA
+            if terminated[s, e]:
+                break
+            if cut[s, e] or s == 8:
+                expected += discount * (value[s + 1, e] if s < 8 else last[e]).item()
+                break
+        assert found[t, e].item() == pytest.approx(expected, abs=1e-5)
+
+
+# Comparisons.
+
+
+def test_differences_are_paired_and_intervals_are_students():
+    base = [1.0, 2.0, 4.0, 8.0]
+    smaller = compare.paired([x * y for x, y in zip(base, (0.9, 0.92, 0.88, 0.9), strict=True)], base, ratios=True)
+    assert smaller == pytest.approx((0.9, 0.87, 0.93), abs=5e-3)
+    assert smaller.verdict(1.0, rising=False) == "better"
+    assert smaller.verdict(1.0, rising=True) == "worse"
+    found = compare.paired([1.0, 3.0, 3.0, 9.0], base, ratios=False)
+    # The mean of 0, 1, -1, 1 is 1/4, their deviation 0.957; t of 3 degrees at 97.5 % is 3.182.
+    assert found == pytest.approx((0.25, 0.25 - 3.182 * 0.957 / 2, 0.25 + 3.182 * 0.957 / 2), rel=1e-3)
+    assert not found.verdict(0.0, rising=True)
+    assert compare.paired(base, base, ratios=True) == (1.0, 1.0, 1.0)
+    assert math.isnan(compare.paired([1.0, None], [1.0, 2.0], ratios=True).mean)
+
+
+def test_a_curve_reaches_a_level_between_its_points():
+    assert compare.crossing([4.0, 2.0, 1.0], [0, 10, 20], 3.0, rising=False) == pytest.approx(5.0)
+    assert compare.crossing([0.0, 2.0, 1.0], [0, 10, 20], 2.0, rising=True) == 10.0
+    assert compare.crossing([4.0, None, 1.0], [0, 10, 20], 2.0, rising=False) == math.inf
+    assert compare.crossing([4.0, 3.5], [0, 10], 3.0, rising=False) == math.inf
+    assert compare.shortfall(1.2, 1.0) == pytest.approx(1.2)
+    assert compare.shortfall(-200.0, -250.0) == pytest.approx(1.25)
+    assert compare.shortfall(110.0, 100.0) == pytest.approx(1.1)
+
+
+# The command.
+
+
+def test_a_run_that_was_cut_off_goes_on_and_a_new_default_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setitem(jobs.TASKS, "digits", SMALL["digits"])
+    base, fop = Method("SGD"), Method("SGD", "spatial", ("hypergradient",))
+    done = []
+
+    def job(kind, result):
+        def run(task, name, *given, position=1):
+            done.append((kind, name))
+            return dict(result, default=jobs.default_hyper_lr() if kind == "report" and "FOP" in name else None)
+
+        return run
+
+    def go():
+        experiment = claims.Experiment(tmp_path, "digits")
+        while todo := [(kind, method) for method in (fop, base) if (kind := experiment.todo(method))]:
+            kind, method = todo[0]
+            result, seconds = claims.timed(experiment.job(kind, method), 1)
+            experiment.add(kind, method, result, seconds)
+            if len(done) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "search", job("search", {"best": {"lr": 0.1}}))
+    monkeypatch.setattr(jobs, "report", job("report", {"runs": {}}))
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    go()
+    assert done == [("search", fop.name), ("search", "SGD"), ("report", fop.name), ("report", "SGD")]
+    monkeypatch.setattr(jobs, "default_hyper_lr", lambda: 0.5)
+    go()
+    assert done[4:] == [("report", fop.name)]
+    cases = {result["case"]: result for result in json.loads((tmp_path / "digits.json").read_text())["results"]}
+    assert cases[f"report {fop.name}"]["default"] == 0.5
+    assert cases["search SGD"]["where"]["commit"]
+
+
+def test_a_search_and_its_report_are_in_the_tables_and_the_pictures(tmp_path, monkeypatch, capsys):
+    """Everything from end to end in one process, at the smallest size."""
+    monkeypatch.setitem(jobs.TASKS, "digits", SMALL["digits"])
+    from bench.papers import pictures, tables
+
+    experiment = claims.Experiment(tmp_path, "digits")
+    for method in (Method("SGD"), Method("SGD", "spatial", ("hypergradient",))):
+        while kind := experiment.todo(method):
+            experiment.add(kind, method, *claims.timed(experiment.job(kind, method), 1))
+    text = tables.text({"digits": experiment})
+    assert text.count("FOP(SGD), spatial, hypergradient") == 2
+    assert "swapped" in text
+    pictures.draw({"digits": experiment}, tmp_path)
+    for name in ("fop-steps", "fop-hyper-lr"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    spectra = experiment.get("report", "FOP(SGD), spatial, hypergradient")["runs"]["best"][0]["preconditioners"]
+    assert len(spectra["0.weight"]["matrix"]) == 9
+    assert len(spectra["5.weight"]["eigenvalues"]) == 64

@@ -12,6 +12,7 @@ import concurrent.futures
 import functools
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,13 @@ def timed(job: functools.partial[dict[str, Any]], position: int) -> tuple[dict[s
     return job(position=position), time.perf_counter() - started
 
 
+def end_with_the_parent() -> None:
+    """Let a worker end when the command is killed: it would train on, and wait for more."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def work(
     experiments: dict[str, Experiment], methods: dict[str, list[Method]], workers: int, kinds: Sequence[str]
 ) -> None:
@@ -101,7 +109,7 @@ def work(
         left = sum(experiments[task].left(method) == 2 for task, method in pairs)
     free, running = list(range(1, workers + 1)), {}
     with (
-        concurrent.futures.ProcessPoolExecutor(workers, context) as pool,
+        concurrent.futures.ProcessPoolExecutor(workers, context, end_with_the_parent) as pool,
         tqdm(total=left, desc="searches and reports") as bar,
     ):
         while True:

@@ -229,7 +229,7 @@ def fop(census: Census, target: float | None, seconds: float) -> dict[str, Any]:
     """Around AdamW, against the formulas as they are written, and beside AdamW alone."""
     ours, theirs = parameters(census), parameters(census)
     base = precond.AdamW(ours, lr=1e-6)
-    optimizer = precond.FOP(base, 1e-3, mode="output", normalize="hypergradient")
+    optimizer = precond.FOP(base, 1e-3, mode="output", compose="gradient")
     plain = PlainFOP(theirs, 1e-3)
     for _ in range(3):
         optimizer.step()

@@ -208,7 +208,7 @@ def there_and_back(seconds: float, side: int) -> dict[str, object]:
 def fop_around_adamw(seconds: float, side: int) -> dict[str, object]:
     """FOP's step beside its base's."""
     base = precond.AdamW(parameters(side), lr=1e-6)
-    fop = precond.FOP(precond.AdamW(parameters(side), lr=1e-6), 1e-3, mode="output", normalize="hypergradient")
+    fop = precond.FOP(precond.AdamW(parameters(side), lr=1e-6), 1e-3, mode="output", compose="gradient")
     fop.step()
     times = timing.interleaved({"FOP": fop.step, "AdamW": base.step}, seconds)
     return {

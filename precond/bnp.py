@@ -52,15 +52,15 @@ class BNP(Wrapper):
         eps2: epsilon_2 > 0, absolute (default 1e-4).
         compose: "gradient" (default) gives ``base`` the transformed gradient P P^T g. "direction" lets ``base`` step in z, on the
             gradient P^T g. For SGD without momentum both are the same. Adam undoes any scaling of its input, so with "gradient"
-            only the centring has an effect on it. "direction" needs float32 or float64 parameters, and three copies of them
-            during a step.
+            only the centring has an effect on it. "direction" needs float32 or float64 parameters without ``ema_decay``, and
+            three copies of them during a step.
         process_group: the ``torch.distributed`` processes that train replicas (DDP). Their statistics are pooled; without that
             the replicas drift apart. None (default): one process. Neither copied nor pickled.
 
     Raises:
         TypeError: ``module`` or ``base`` is something else.
-        ValueError: an argument is out of range, the module has no such layer, a layer is lazy or sharded, or layers that share a
-            weight differ in their numbers of input channels.
+        ValueError: an argument is out of range, a group has an ``ema_decay`` with ``compose="direction"``, the module has no
+            such layer, a layer is lazy or sharded, or layers that share a weight differ in their numbers of input channels.
 
     State: per weight, "bnp_mean" (starts at 0), "bnp_var" (starts at 1) and "bnp_rows" (the N of the last step; 0: not seen),
     among the states of ``base``. ``own[weight]`` has them without the prefix.
@@ -118,6 +118,8 @@ class BNP(Wrapper):
             raise ValueError(f"compose must be 'gradient' or 'direction', got {compose!r}")
         super().__init__(base)
         self._check_steps_alone()
+        if compose == "direction":
+            self._check_no_average()
         self.module, self.compose, self.process_group = module, compose, process_group
         self.stat_momentum, self.eps1, self.eps2 = stat_momentum, eps1, eps2
         self._pending = {}
@@ -181,6 +183,12 @@ class BNP(Wrapper):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to ``base``; its layers are preconditioned too."""
         super().add_param_group(param_group)
+        if self.compose == "direction":
+            try:
+                self._check_no_average()
+            except ValueError:
+                del self.param_groups[-1]
+                raise
         self._find_again()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

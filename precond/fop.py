@@ -1,4 +1,4 @@
-"""First-order preconditioning (FOP): a preconditioner learnt from gradients alone, in front of any optimizer."""
+"""First-order preconditioning (FOP): a preconditioner learnt from gradients alone, around any optimizer."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from torch import Tensor
 
 from ._core.arguments import check_nonnegative
 from ._core.precision import at_stated_precision
-from ._core.sharding import aligned_gradients, local
+from ._core.sharding import aligned_gradients, like, local
 from ._methods import hypergradient
 from ._methods.hypergradient import Rule, Work
+from ._wrappers.decays import decoupled_decays
 from ._wrappers.wrapper import T, Wrapper
 
 MODES = ("spatial", "input", "output", "diagonal")
 NORMALIZATIONS = ("step", "matrix", "hypergradient")
+COMPOSITIONS = ("direction", "gradient")
 
 
 class FOP(Wrapper):
-    r"""First-order preconditioning: every gradient is multiplied by a learnt :math:`M M^\top`, and ``base`` steps on that.
+    r"""First-order preconditioning: every step of ``base`` is multiplied by a learnt :math:`M M^\top`.
 
     .. math::
-        A_t = G_t G_{t-1}^\top, \quad M_t = M_{t-1} + \rho\gamma\, (A_t + A_t^\top) M_{t-1}, \quad U_t = M_t M_t^\top G_t
+        A_t = \frac{G_t D_{t-1}^\top}{\|G_t\| \|D_{t-1}\|}, \quad M_t = M_{t-1} + \rho\, (A_t + A_t^\top) M_{t-1}, \quad
+        p_{t+1} = p_t - M_t M_t^\top D_t
 
-    G is the gradient as a matrix of r rows, gamma the lr of the group's present step, and M_1 = I. Where ``base`` is plain SGD,
-    :math:`-\gamma (A_t + A_t^\top) M_{t-1}` is the derivative of the loss at p_t by the M that led there, its hypergradient;
-    with momentum or an adaptive ``base`` it approximates that. The first step is a plain step of ``base``, and with
-    ``hyper_lr=0`` every step is.
+    G is the gradient and D the step of ``base``, without its decoupled weight decay, as matrices of r rows; M_1 = I.
+    :math:`-(G_t D_{t-1}^\top + D_{t-1} G_t^\top) M_{t-1}` is the derivative of the loss at p_t by the M that led there, its
+    hypergradient. The first step is a plain step of ``base``, and with ``hyper_lr=0`` every step is.
 
     ============  ==========================  ==============================  =================
     mode          rows: the dimensions        r, convolution O x C x k x k    r, linear out x in
@@ -41,30 +43,37 @@ class FOP(Wrapper):
     ============  ==========================  ==============================  =================
 
     A parameter of less than two dimensions (bias, scale) has an elementwise M in every mode,
-    :math:`m_t = m_{t-1} + 2\rho\gamma\, g_t g_{t-1} m_{t-1}`. A 1 x 1 convolution is a linear layer: "spatial" is its "input".
+    :math:`m_t = m_{t-1} + 2\rho\, g_t d_{t-1} m_{t-1} / (\|g_t\| \|d_{t-1}\|)`. A 1 x 1 convolution is a linear layer:
+    "spatial" is its "input".
 
     Args:
-        base: any ``torch.optim.Optimizer`` with an ``lr`` in its groups and a step that needs no closure. It steps on U instead
-            of the gradient and keeps its groups, states and hyper-parameters. Its weight decay, coupled or not, is added after
-            M and is not part of the hypergradient.
-        hyper_lr: rho >= 0. Its unit is 1 / gradient^2, so it must be tuned for each problem. With ``normalize="hypergradient"``
-            it has no unit: try 1e-3 to 1e-1 (1e-2 is this project's proposal).
+        base: any ``torch.optim.Optimizer`` with an ``lr`` in its groups and a step that needs no closure. It keeps its groups,
+            states and hyper-parameters. Its decoupled weight decay is left as it is.
+        hyper_lr: rho >= 0 (default 1e-2). Without unit; try 1e-3 to 1e-1. Without
+            ``normalize="hypergradient"`` its unit is 1 / gradient^2, and it must be tuned for each problem.
         mode: the dimensions that M mixes: "spatial" (default), "input", "output" or "diagonal".
-        normalize: None (default), one name or several. "step": U is scaled to the norm of G. "matrix": after each change M is
-            scaled to the Frobenius norm of I. "hypergradient": A becomes ``A / (norm(G_t) * norm(G_{t-1}))``, without gamma, so
-            that M depends neither on the scale of the loss nor on lr.
+        normalize: None, one name or several. "hypergradient" (default): A is divided by both norms, so that M depends neither on
+            the scale of the loss nor on lr; without it A is that of G and D as they are. "matrix": after each change M is scaled
+            to the Frobenius norm of I. "step": M M^T D is scaled to the norm of D.
         max_norm: > 1 and finite, a bound of M's spectral norm (default 10.0: steps grow at most 100 times). A change beyond it,
             or to a value that is not finite, is not made; where M is elementwise, this holds per element. The norm is
             overestimated by at most a factor :math:`r^{1/32}`: 1.07 for 9 rows, 1.3 for 4096.
+        compose: "direction" (default) applies M to the step of ``base``, as above. It needs float32 or float64 parameters, and a
+            ``base`` without ``l1_decay``, ``cautious`` and ``ema_decay`` that is not schedule-free. "gradient" gives ``base``
+            the gradient M M^T G: D is the gradient times the lr of the group's present step, and all decays of ``base`` are
+            added after M. Around plain SGD both are one method; with momentum or an adaptive ``base`` the hypergradient of
+            "gradient" is an approximation that needs a smaller ``hyper_lr``.
 
     Raises:
         TypeError: ``base`` is not an optimizer, or one that needs a closure.
-        ValueError: an argument is out of range, or a group of ``base`` has no ``lr``.
-        RuntimeError: for a sharded parameter, unless ``mode="diagonal"`` and ``normalize=None``; at the step, for a sparse or
-            complex gradient, and for an M that was saved in another mode and has another shape.
+        ValueError: an argument is out of range, a group of ``base`` has no ``lr``, or an option that "direction" does not take.
+        RuntimeError: for a sharded parameter, unless ``mode="diagonal"`` and ``normalize=None``; for a parameter of 16 bits,
+            unless ``compose="gradient"``; at the step, for a sparse or complex gradient, and for an M that was saved in another
+            mode and has another shape.
 
-    State: per parameter, "fop_preconditioner" (M, in float32, or float64 where gradients are) and "fop_previous_grad", among
-    the states of ``base``; a checkpoint does not have the arguments. ``own[p]`` has them without the prefix.
+    State: per parameter, "fop_preconditioner" (M, in float32, or float64 where gradients are) and "fop_previous_step", or with
+    "gradient" "fop_previous_grad", among the states of ``base``; a checkpoint does not have the arguments. ``own[p]`` has them
+    without the prefix.
 
     Source: Moskovitz et al. 2019, arXiv 1910.08461, for the method; the formulas are derived in docs/theory.md, D, and what an
     M of a linear layer mixes, the normalisations and the defaults are this project's.
@@ -73,7 +82,7 @@ class FOP(Wrapper):
         >>> import torch, precond
         >>> w = torch.nn.Parameter(torch.ones(2, 1))
         >>> base = torch.optim.SGD([w], lr=0.1)
-        >>> opt = precond.FOP(base, hyper_lr=0.02, mode="output", normalize="hypergradient")
+        >>> opt = precond.FOP(base, hyper_lr=0.02, mode="output")
         >>> for _ in range(100):
         ...     opt.zero_grad()
         ...     (torch.tensor([[0.01], [1.0]]) * w**2).sum().backward()
@@ -87,11 +96,12 @@ class FOP(Wrapper):
     def __init__(
         self,
         base: torch.optim.Optimizer,
-        hyper_lr: float,
+        hyper_lr: float = 1e-2,
         mode: str = "spatial",
         *,
-        normalize: str | Iterable[str] | None = None,
+        normalize: str | Iterable[str] | None = "hypergradient",
         max_norm: float = 10.0,
+        compose: str = "direction",
     ) -> None:
         super().__init__(base)
         self._check_steps_alone()
@@ -101,13 +111,17 @@ class FOP(Wrapper):
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         if unknown := [name for name in names if name not in NORMALIZATIONS]:
             raise ValueError(f"normalize must be None or of {NORMALIZATIONS}, got {unknown[0]!r}")
+        if compose not in COMPOSITIONS:
+            raise ValueError(f"compose must be one of {COMPOSITIONS}, got {compose!r}")
         if not 1.0 < max_norm < math.inf:
             raise ValueError(f"max_norm must be finite and > 1, the norm of the first M, got {max_norm}")
         if any("lr" not in group for group in base.param_groups):
             raise ValueError(f"base must have an lr in each of its groups, got {type(base).__name__}")
         self.hyper_lr, self.mode, self.normalize, self.max_norm = hyper_lr, mode, frozenset(names), max_norm
+        self.compose = compose
         for p in self._params():
-            self._check_shards(p)
+            self._check_param(p)
+        self._check_groups()
         self._join_states()
 
     def _make_entries(self) -> None:
@@ -122,8 +136,9 @@ class FOP(Wrapper):
         super().add_param_group(param_group)
         try:
             for p in self.param_groups[-1]["params"]:
-                self._check_shards(p)
-        except RuntimeError:
+                self._check_param(p)
+            self._check_groups()
+        except (RuntimeError, ValueError):
             del self.param_groups[-1]
             raise
 
@@ -143,7 +158,10 @@ class FOP(Wrapper):
             for p in group["params"]
             if p.grad is not None
         ]
-        self._with_gradients(self._preconditioned(gradients))
+        if self.compose == "gradient":
+            self._with_gradients(self._preconditioned(gradients))
+        else:
+            self._step_and_turn(gradients)
         return loss
 
     def _mixed(self, p: Tensor) -> tuple[int, ...]:
@@ -166,7 +184,7 @@ class FOP(Wrapper):
             raise RuntimeError(
                 f"the gradient of {self._name_of(p)} must be dense and real for FOP, got layout {grad.layout} and {grad.dtype}"
             )
-        self._check_shards(p)
+        self._check_param(p)
         if (own := self._own_of(p)) is not None and (shape := own[0].shape) != self._shape(p):
             raise RuntimeError(
                 f"M of {self._name_of(p)} must have shape {tuple(self._shape(p))} with mode={self.mode!r}, got {tuple(shape)}: "
@@ -174,9 +192,25 @@ class FOP(Wrapper):
             )
         return own
 
-    def _check_shards(self, p: Tensor) -> None:
+    def _check_param(self, p: Tensor) -> None:
         if why := self._why_not_sharded(p):
             raise RuntimeError(why)
+        if self.compose == "direction" and p.dtype not in (torch.float32, torch.float64):
+            raise RuntimeError(
+                f"{self._name_of(p)} must be float32 or float64 with compose='direction', which measures its steps, got {p.dtype}"
+            )
+
+    def _check_groups(self) -> None:
+        """Raise for bases whose steps are not a direction and a decay that can be told apart."""
+        if self.compose != "direction":
+            return
+        self._check_no_average()
+        if hasattr(self._innermost(), "train"):
+            raise ValueError(f"compose='direction' takes no schedule-free base, got {type(self._innermost()).__name__}")
+        for group in self.param_groups:
+            for name in ("l1_decay", "cautious"):
+                if value := group.get(name):
+                    raise ValueError(f"{name} must be off with compose='direction', got {value!r}")
 
     def _why_not_sharded(self, p: Tensor) -> str:
         """What is wrong with the way a parameter is sharded; nothing where M is elementwise."""
@@ -194,22 +228,29 @@ class FOP(Wrapper):
             f"got {self.mode!r} and {sorted(self.normalize)} for shape {tuple(p.shape)}"
         )
 
+    @property
+    def _previous(self) -> str:
+        return "previous_grad" if self.compose == "gradient" else "previous_step"
+
     def _own_of(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
-        """M and the last gradient of a parameter that has both; the last gradient is 0 until there was one."""
+        """M and the last gradient or step of a parameter that has both; the last one is 0 until there was one."""
         state = self.state.get(p) or {}
-        M, previous = state.get(f"{self._start}preconditioner"), state.get(f"{self._start}previous_grad")
+        M, previous = state.get(f"{self._start}preconditioner"), state.get(f"{self._start}{self._previous}")
         return None if M is None or previous is None else (M, previous)
 
     def _make_m(self, p: Tensor, previous: Tensor) -> None:
-        """The first M."""
+        """The first M, or the one of a checkpoint of the other ``compose``, whose previous gradient or step is another."""
         if not self.hyper_lr or not p.numel():
             return
         dtype = torch.promote_types(previous.dtype, torch.float32)
-        if self._mixed(p):
+        kept = (self.state.get(p) or {}).get(f"{self._start}preconditioner")
+        if kept is not None:
+            M = kept
+        elif self._mixed(p):
             M = torch.eye(self._shape(p)[0], dtype=dtype, device=previous.device)
         else:
             M = torch.ones_like(previous, dtype=dtype)
-        self.own[p] = {"preconditioner": M, "previous_grad": previous}
+        self.own[p] = {"preconditioner": M, self._previous: previous}
 
     @at_stated_precision
     def _preconditioned(
@@ -223,6 +264,37 @@ class FOP(Wrapper):
                 self._make_m(p, grad.clone())
                 found[p] = grad
             else:
-                works.append(Work(p, local(own[0]), local(grad), local(own[1]), self._mixed(p), lr))
-        found.update(hypergradient.preconditioned(works, Rule(self.hyper_lr, self.normalize, self.max_norm)))
+                g = local(grad)
+                works.append(Work(p, local(own[0]), g, local(own[1]), self._mixed(p), lr, g))
+        found.update(hypergradient.preconditioned(works, self._rule()))
         return found
+
+    def _rule(self) -> Rule:
+        return Rule(self.hyper_lr, self.normalize, self.max_norm)
+
+    @at_stated_precision
+    def _step_and_turn(
+        self, gradients: Iterable[tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, float | Tensor]]
+    ) -> None:
+        """Step ``base``, and then take M M^T s for s, the step that it took without its decoupled decay."""
+        decays, rises = (
+            decoupled_decays(self.base),
+            {p for group in self.param_groups if group.get("maximize") for p in group["params"]},
+        )
+        before = {p: local(p).clone() for p, *_ in gradients}
+        self._with_gradients({p: grad for p, grad, *_ in gradients})
+        self.wait()
+        works: list[Work] = []
+        for p, grad, own, _ in gradients:
+            s = before[p]
+            if p in decays:
+                s.sub_(s * decays[p])
+            s.sub_(local(p))
+            if own is None:
+                self._make_m(p, like(p, s))
+            else:
+                g = -local(grad) if p in rises else local(grad)
+                # The step has lr in it already.
+                works.append(Work(p, local(own[0]), g, local(own[1]), self._mixed(p), 1.0, s))
+        for p, turned in hypergradient.preconditioned(works, self._rule()):
+            local(p).add_(before[p].sub_(local(turned)))

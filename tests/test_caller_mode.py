@@ -330,7 +330,11 @@ SUBJECTS = {
     **{
         f"FOP {mode}": Training(
             lambda ps, mode=mode: precond.FOP(
-                torch.optim.SGD(ps, lr=0.1), hyper_lr=0.1, mode=mode, normalize=("step", "matrix", "hypergradient")
+                torch.optim.SGD(ps, lr=0.1),
+                hyper_lr=0.1,
+                mode=mode,
+                normalize=("step", "matrix", "hypergradient"),
+                compose="gradient",
             )
         )
         for mode in ("output", "diagonal")

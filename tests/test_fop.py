@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import io
 import itertools
 import math
@@ -23,6 +24,8 @@ import precond
 from precond._methods import hypergradient, spectral_norm
 
 F64 = torch.float64
+#: Most tests are of the formula as it is in theory.md, D.1; what they take of the defaults they say.
+FOP = functools.partial(precond.FOP, normalize=None, compose="gradient")
 BASES = {
     "AdamW": lambda ps: precond.AdamW(ps, lr=0.02),
     "SGD": lambda ps: precond.SGD(ps, lr=0.02, weight_decay=0.1),
@@ -108,7 +111,7 @@ def layers(dtype=torch.float32):
 @layouts
 def test_m_moves_against_the_hypergradient_that_autograd_finds_through_the_step(shape, mode, around):
     w, loss, lr, rho = start(shape), loss_of(shape), 0.05, 0.6 / math.prod(shape)
-    optimizer = precond.FOP(torch.optim.SGD([w], lr=lr), rho, mode)
+    optimizer = FOP(torch.optim.SGD([w], lr=lr), rho, mode)
     then = last = None
     for _ in range(6):
         before, M = w.detach().clone(), copy.deepcopy(optimizer.own.get(w, {}).get("preconditioner"))
@@ -130,11 +133,128 @@ def test_m_moves_against_the_hypergradient_that_autograd_finds_through_the_step(
     assert (new - (torch.eye(len(new)) if around else 1.0)).norm() > 0.02
 
 
+#: Bases with a step of their own, and their decay, which M leaves alone.
+STEPS = {
+    "momentum": (lambda ps: torch.optim.SGD(ps, lr=0.02, momentum=0.9), 0.0),
+    "maximize": (lambda ps: torch.optim.SGD(ps, lr=0.02, momentum=0.9, maximize=True), 0.0),
+    "Adam": (lambda ps: torch.optim.Adam(ps, lr=0.02, weight_decay=0.3), 0.0),
+    "AdamW": (lambda ps: torch.optim.AdamW(ps, lr=0.02, weight_decay=0.5), 0.02 * 0.5),
+    "precond AdamW": (lambda ps: precond.AdamW(ps, lr=0.02, weight_decay=0.5), 0.02 * 0.5),
+    "scaled": (
+        lambda ps: precond.AdamW([dict(params=ps, lr_scale=0.5, decay_scale=0.25)], lr=0.04, weight_decay=2.0),
+        0.02 * 0.5,
+    ),
+    "independent": (
+        lambda ps: precond.AdamW([dict(params=ps, decoupled="independent", lr_max=0.1)], lr=0.02, weight_decay=0.05),
+        0.02 / 0.1 * 0.05,
+    ),
+}
+
+
+@layouts
+@pytest.mark.parametrize("base", STEPS)
+def test_in_direction_m_is_applied_to_the_bases_step_and_its_hypergradient_is_exact(base, shape, mode, around):
+    make, decay = STEPS[base]
+    w, loss, rho = start(shape), loss_of(shape), 3.0 / max(math.prod(shape), 7)
+    sign = -1.0 if base == "maximize" else 1.0
+    twin = torch.nn.Parameter(w.detach().clone())
+    optimizer, alone = FOP(make([w]), rho, mode, compose="direction"), make([twin])
+    then = last = None
+    for t in range(6):
+        before, M = w.detach().clone(), copy.deepcopy(optimizer.own.get(w, {}).get("preconditioner"))
+        optimizer.zero_grad()
+        (sign * loss(w)).backward()
+        # The same base at the same place: an elementwise step has no memory of the parameter.
+        twin.grad = w.grad.clone()
+        with torch.no_grad():
+            twin.copy_(before)
+        alone.step()
+        optimizer.step()
+        step = before * (1.0 - decay) - twin.detach()
+        if t == 0:
+            assert torch.equal(w, twin)
+        else:
+            new = optimizer.own[w]["preconditioner"]
+            whole = explicit(new, around)
+            there = before * (1.0 - decay) - (whole @ whole.T @ step.flatten()).reshape(shape)
+            torch.testing.assert_close(w.detach(), there, rtol=1e-10, atol=1e-13)
+            M.requires_grad_()
+            whole = explicit(M, around)
+            there = then * (1.0 - decay) - (whole @ whole.T @ last.flatten()).reshape(shape)
+            torch.testing.assert_close(there.detach(), before, rtol=1e-10, atol=1e-13)
+            (hypergradient,) = torch.autograd.grad(loss(there), M)
+            moved = new - M.detach()
+            assert moved.norm() > 1e-6
+            assert (moved + rho * hypergradient).norm() <= 1e-8 * moved.norm()
+        then, last = before, step
+    assert (new - (torch.eye(len(new)) if around else 1.0)).norm() > 3e-3
+
+
+def test_around_plain_sgd_both_compositions_are_one_method():
+    a, b = layers(torch.float64), layers(torch.float64)
+    made = {"normalize": "hypergradient"}
+    one = FOP(torch.optim.SGD(a, lr=0.1), 0.05, **made)
+    other = FOP(torch.optim.SGD(b, lr=0.1), 0.05, compose="direction", **made)
+    train(one, a, 6)
+    train(other, b, 6)
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("params", "make", "message"),
+    [
+        (
+            [start((3, 2), torch.bfloat16)],
+            lambda ps: torch.optim.SGD(ps, lr=0.1),
+            "must be float32 or float64 with compose=",
+        ),
+        (
+            [start((3, 2))],
+            lambda ps: precond.AdamW(ps, l1_decay=0.1),
+            "l1_decay must be off with compose='direction', got 0.1",
+        ),
+        ([start((3, 2))], lambda ps: precond.AdamW(ps, cautious="both"), "cautious must be off with compose="),
+        ([start((3, 2))], lambda ps: precond.ScheduleFreeSGD(ps), "takes no schedule-free base, got ScheduleFreeSGD"),
+    ],
+    ids=lambda of: of if isinstance(of, str) else "",
+)
+def test_in_direction_a_base_whose_step_is_no_direction_raises(params, make, message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        FOP(make(params), 0.1, compose="direction")
+    first = torch.optim.SGD([start((3, 2))], lr=0.1) if params[0].dtype == torch.bfloat16 else None
+    if first is not None:
+        optimizer = FOP(first, 0.1, compose="direction")
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.add_param_group({"params": params})
+        assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("compose", ["gradient", "direction"])
+def test_a_checkpoint_of_the_other_composition_brings_its_m(compose):
+    a, b = layers(), layers()
+    other = "direction" if compose == "gradient" else "gradient"
+    optimizer, resumed = (
+        FOP(torch.optim.SGD(ps, lr=0.1, momentum=0.9), 0.1, normalize="hypergradient", compose=of)
+        for ps, of in ((a, other), (b, compose))
+    )
+    train(optimizer, a, 4)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(resumed, b, 1, first=4)
+    previous = {"gradient": "previous_grad", "direction": "previous_step"}[compose]
+    for p, q in zip(a, b, strict=True):
+        assert torch.equal(resumed.own[q]["preconditioner"], optimizer.own[p]["preconditioner"])
+        assert set(resumed.own[q]) == {"preconditioner", previous}
+    train(resumed, b, 1, first=5)
+    for p, q in zip(a, b, strict=True):
+        assert not torch.equal(resumed.own[q]["preconditioner"], optimizer.own[p]["preconditioner"])
+
+
 @layouts
 def test_the_base_steps_on_the_explicit_preconditioner_times_the_gradient(shape, mode, around):
     w = start(shape)
     base = torch.optim.Adam([w], lr=0.1)
-    optimizer, seen = precond.FOP(base, 0.03, mode, normalize="hypergradient"), seen_by(base, w)
+    optimizer, seen = FOP(base, 0.03, mode, normalize="hypergradient"), seen_by(base, w)
     for _ in range(5):
         w.grad = torch.randn(shape, dtype=F64)
         given = w.grad
@@ -154,7 +274,7 @@ def test_normalizations_are_those_of_the_text(normalize, mode):
     w, lr, rho = start((4, 6)), 0.5, 0.02
     names = {normalize} if isinstance(normalize, str) else set(normalize or ())
     base = torch.optim.SGD([w], lr=lr)
-    optimizer, seen = precond.FOP(base, rho, mode, normalize=normalize), seen_by(base, w)
+    optimizer, seen = FOP(base, rho, mode, normalize=normalize), seen_by(base, w)
     M, last = (torch.eye(4, dtype=F64) if mode == "output" else torch.ones(4, 6, dtype=F64)), None
     for _ in range(6):
         w.grad = G = torch.randn(4, 6, dtype=F64)
@@ -180,7 +300,7 @@ def test_a_normalized_hypergradient_knows_neither_loss_scale_nor_lr(mode):
     found = []
     for scale, lr in ((1.0, 0.1), (2.0**40, 0.7), (2.0**-40, 0.0)):
         w = start((4, 6), torch.float32)
-        optimizer = precond.FOP(torch.optim.SGD([w], lr=lr), 0.05, mode, normalize="hypergradient")
+        optimizer = FOP(torch.optim.SGD([w], lr=lr), 0.05, mode, normalize="hypergradient")
         for step in range(5):
             w.grad = scale * torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
             optimizer.step()
@@ -194,7 +314,7 @@ def test_maximizing_minus_the_loss_is_minimizing_it():
     loss, found = loss_of((5, 3)), []
     for sign in (1.0, -1.0):
         w = start((5, 3))
-        optimizer = precond.FOP(torch.optim.SGD([w], lr=0.05, maximize=sign < 0), 0.2, "input")
+        optimizer = FOP(torch.optim.SGD([w], lr=0.05, maximize=sign < 0), 0.2, "input")
         for _ in range(5):
             optimizer.zero_grad()
             (sign * loss(w)).backward()
@@ -221,7 +341,7 @@ def test_an_ill_conditioned_quadratic_becomes_better_conditioned(normalize, lr, 
     basis, _ = torch.linalg.qr(torch.randn(10, 10, generator=generator, dtype=F64))
     H = basis @ torch.diag(torch.logspace(-2, 0, 10, dtype=F64)) @ basis.T
     x = torch.nn.Parameter(torch.ones(10, 1, dtype=F64))
-    optimizer = precond.FOP(torch.optim.SGD([x], lr=lr), rho, "output", normalize=normalize)
+    optimizer = FOP(torch.optim.SGD([x], lr=lr), rho, "output", normalize=normalize)
     losses = []
     for _ in range(200):
         optimizer.zero_grad()
@@ -279,7 +399,7 @@ def test_what_is_no_preconditioner_has_no_norm(bad):
 @pytest.mark.parametrize("mode", ["output", "diagonal"])
 def test_an_infinite_m_is_refused_also_where_max_norm_is_beyond_the_dtype(mode, columns):
     p = start((3, columns), torch.float32)
-    optimizer = precond.FOP(torch.optim.SGD([p], lr=1e4), 1e4, mode, max_norm=1e300)
+    optimizer = FOP(torch.optim.SGD([p], lr=1e4), 1e4, mode, max_norm=1e300)
     train(optimizer, [p], 1)
     p.grad = torch.full_like(p, 1e36)
     optimizer.step()
@@ -302,7 +422,7 @@ def test_an_early_answer_is_that_of_the_last_bound(r, with_square):
 def test_the_guard_multiplies_only_where_the_norm_is_in_doubt(columns, expected, monkeypatch):
     """Of the squares of a step, M M^T is one that is needed anyway for a G with more columns than rows."""
     p = start((300, columns), torch.float32)
-    optimizer = precond.FOP(torch.optim.SGD([p], lr=0.1), 0.05, "output", normalize="hypergradient")
+    optimizer = FOP(torch.optim.SGD([p], lr=0.1), 0.05, "output", normalize="hypergradient")
     train(optimizer, [p], 2)
     M, counted, square = optimizer.own[p]["preconditioner"], [], spectral_norm.square
     monkeypatch.setattr(spectral_norm, "square", lambda a: (counted.append(len(a)), square(a))[1])
@@ -317,7 +437,7 @@ def test_the_guard_multiplies_only_where_the_norm_is_in_doubt(columns, expected,
 @pytest.mark.parametrize("mode", ["output", "diagonal"])
 def test_m_grows_to_its_limit_and_no_further(mode):
     w = start((3, 4))
-    optimizer = precond.FOP(torch.optim.SGD([w], lr=0.1), 0.1, mode, normalize="hypergradient", max_norm=3.0)
+    optimizer = FOP(torch.optim.SGD([w], lr=0.1), 0.1, mode, normalize="hypergradient", max_norm=3.0)
     w.grad = torch.ones(3, 4, dtype=F64)
     for _ in range(400):
         optimizer.step()
@@ -330,7 +450,7 @@ def test_m_grows_to_its_limit_and_no_further(mode):
 @pytest.mark.parametrize("normalize", [None, "matrix", "step"])
 def test_a_hyper_lr_far_too_large_changes_nothing(base, normalize):
     a, b = layers(), layers()
-    optimizer = precond.FOP(base(a), 1e30, normalize=normalize, max_norm=1.5)
+    optimizer = FOP(base(a), 1e30, normalize=normalize, max_norm=1.5)
     train(optimizer, a, 4)
     train(base(b), b, 4)
     if normalize is None:  # the others may differ by a rounding of I G
@@ -342,7 +462,7 @@ def test_a_hyper_lr_far_too_large_changes_nothing(base, normalize):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_m_does_not_learn_from_what_is_not_finite(normalize, bad):
     w, b = start((3, 4)), start((4,))
-    optimizer = precond.FOP(torch.optim.SGD([w, b], lr=0.1), 0.05, "input", normalize=normalize)
+    optimizer = FOP(torch.optim.SGD([w, b], lr=0.1), 0.05, "input", normalize=normalize)
     train(optimizer, [w, b], 3)
     before = [optimizer.own[p]["preconditioner"].clone() for p in (w, b)]
     for value in (bad, 1.0):  # bad itself, and then the one before
@@ -362,7 +482,7 @@ def test_m_does_not_learn_from_what_is_not_finite(normalize, bad):
 @pytest.mark.parametrize("normalize", NORMALIZATIONS, ids=named)
 def test_a_gradient_of_zeros_moves_nothing(normalize):
     params = layers()
-    optimizer = precond.FOP(torch.optim.SGD(params, lr=0.1), 0.05, normalize=normalize)
+    optimizer = FOP(torch.optim.SGD(params, lr=0.1), 0.05, normalize=normalize)
     train(optimizer, params, 3)
     before, Ms = copy.deepcopy(params), copy.deepcopy([optimizer.own[p]["preconditioner"] for p in params])
     for _ in range(2):
@@ -397,7 +517,7 @@ SIZES = [
 def test_every_order_of_products_is_the_formula_with_its_number_of_operations(shape, products):
     params, (r, _) = [start(shape, seed=seed) for seed in range(3)], shape
     base = torch.optim.SGD(params, lr=0.1)
-    optimizer, seen = precond.FOP(base, 0.3, "output", normalize="hypergradient"), [seen_by(base, p) for p in params]
+    optimizer, seen = FOP(base, 0.3, "output", normalize="hypergradient"), [seen_by(base, p) for p in params]
     Ms, last = [torch.eye(r, dtype=F64)] * 3, None
     for step in range(4):
         train(optimizer, params, 1, first=step)
@@ -422,10 +542,9 @@ def test_parameters_together_are_the_same_apart(normalize, dtype, per, monkeypat
     together, apart = ([start(shape, dtype, seed) for seed, shape in enumerate(shapes)] for _ in range(2))
     lrs = [0.1, 0.2, 0.1, 0.1, 0.1, torch.tensor(0.3), 0.1, torch.tensor([0.2]), 0.4, 0.1]
     groups = [{"params": [p], "lr": lr} for p, lr in zip(together, lrs, strict=True)]
-    optimizer = precond.FOP(precond.SGD(groups), 0.05, "output", normalize=normalize)
+    optimizer = FOP(precond.SGD(groups), 0.05, "output", normalize=normalize)
     alone = [
-        precond.FOP(precond.SGD([p], lr=lr), 0.05, "output", normalize=normalize)
-        for p, lr in zip(apart, lrs, strict=True)
+        FOP(precond.SGD([p], lr=lr), 0.05, "output", normalize=normalize) for p, lr in zip(apart, lrs, strict=True)
     ]
     for step in range(5):
         for i, (p, q) in enumerate(zip(together, apart, strict=True)):
@@ -458,9 +577,9 @@ def test_networks_together_do_not_see_each_other(mode, normalize):
     # The base of one takes all, those of the others one each; none of them matters here.
     made = dict(hyper_lr=0.05, mode=mode, normalize=normalize)
     base = torch.optim.SGD(together, lr=0.1)
-    optimizer, seen = precond.FOP(base, **made), [seen_by(base, p) for p in together]
+    optimizer, seen = FOP(base, **made), [seen_by(base, p) for p in together]
     bases = [torch.optim.SGD([q], lr=0.1) for q in apart]
-    alone, expected = [precond.FOP(one, **made) for one in bases], list(map(seen_by, bases, apart))
+    alone, expected = [FOP(one, **made) for one in bases], list(map(seen_by, bases, apart))
     broken = {4, 25, 8, 40}  # matrices and elementwise ones, at the fourth step
     still = {2, 7, 16, 23, 27, 35}  # those that have every second gradient only, and so never learn
     last: list[torch.Tensor] = []
@@ -505,7 +624,7 @@ def test_networks_together_do_not_see_each_other(mode, normalize):
 def test_a_step_of_many_networks_has_the_products_of_one(mode):
     def operations(networks):
         params = [start(shape, torch.float32, seed) for seed in range(networks) for shape in NETWORK]
-        optimizer = precond.FOP(precond.SGD(params, lr=0.1), 0.05, mode, normalize="hypergradient")
+        optimizer = FOP(precond.SGD(params, lr=0.1), 0.05, mode, normalize="hypergradient")
         train(optimizer, params, 2)
         with Counts() as counts:
             optimizer.step()
@@ -521,7 +640,7 @@ def test_a_step_of_many_networks_has_the_products_of_one(mode):
 def test_a_refused_m_beside_others_stays_to_the_bit_and_they_move(columns, bad):
     params = [start((12, columns), torch.float32, seed) for seed in range(4)]
     base = torch.optim.SGD(params, lr=1e-4)
-    optimizer, seen = precond.FOP(base, 0.05, "output"), [seen_by(base, p) for p in params]
+    optimizer, seen = FOP(base, 0.05, "output"), [seen_by(base, p) for p in params]
     train(optimizer, params, 3)
     before = [optimizer.own[p]["preconditioner"].clone() for p in params]
     for p in params:
@@ -563,7 +682,7 @@ def test_on_a_device_nothing_is_read_and_the_same_m_are_refused(normalize, mode,
     shapes = [(9, 9), (9, 2), (9, 30), (4, 9, 3, 3), (9,)]
     ours, theirs = ([start(shape, torch.float32, seed) for seed, shape in enumerate(shapes)] for _ in range(2))
     made = {"mode": mode, "normalize": normalize, "max_norm": 1.1}
-    one, other = (precond.FOP(torch.optim.SGD(ps, lr=0.05), 0.3, **made) for ps in (ours, theirs))
+    one, other = (FOP(torch.optim.SGD(ps, lr=0.05), 0.3, **made) for ps in (ours, theirs))
     moved = set()
     for step in range(8):
         before = [one.own[p]["preconditioner"].clone() for p in ours] if step else []
@@ -587,9 +706,10 @@ def test_on_a_device_nothing_is_read_and_the_same_m_are_refused(normalize, mode,
 
 @bases
 @pytest.mark.parametrize("mode", ["spatial", "input", "output", "diagonal"])
-def test_without_hyper_lr_it_is_the_base_bit_for_bit(base, mode):
+@pytest.mark.parametrize("compose", ["gradient", "direction"])
+def test_without_hyper_lr_it_is_the_base_bit_for_bit(base, mode, compose):
     a, b = layers(), layers()
-    optimizer, alone = precond.FOP(base(a), 0.0, mode, normalize="step"), base(b)
+    optimizer, alone = FOP(base(a), 0.0, mode, normalize="step", compose=compose), base(b)
     train(optimizer, a, 5)
     train(alone, b, 5)
     assert all(map(bits_equal, a, b))
@@ -599,9 +719,10 @@ def test_without_hyper_lr_it_is_the_base_bit_for_bit(base, mode):
 
 @bases
 @pytest.mark.parametrize("normalize", NORMALIZATIONS, ids=named)
-def test_the_first_step_is_the_bases_and_the_third_is_not(base, normalize):
+@pytest.mark.parametrize("compose", ["gradient", "direction"])
+def test_the_first_step_is_the_bases_and_the_third_is_not(base, normalize, compose):
     a, b = layers(), layers()
-    optimizer, alone = precond.FOP(base(a), 0.05, normalize=normalize), base(b)
+    optimizer, alone = FOP(base(a), 0.05, normalize=normalize, compose=compose), base(b)
     train(optimizer, a, 1)
     train(alone, b, 1)
     assert all(map(bits_equal, a, b))
@@ -612,7 +733,7 @@ def test_the_first_step_is_the_bases_and_the_third_is_not(base, normalize):
 
 def test_hyper_lr_may_be_set_to_zero_to_keep_m_as_it_is():
     params = layers()
-    optimizer = precond.FOP(torch.optim.SGD(params, lr=0.1), 0.05)
+    optimizer = FOP(torch.optim.SGD(params, lr=0.1), 0.05)
     train(optimizer, params, 3)
     Ms = copy.deepcopy([optimizer.own[p]["preconditioner"] for p in params])
     optimizer.hyper_lr = 0.0
@@ -625,13 +746,13 @@ def test_hyper_lr_may_be_set_to_zero_to_keep_m_as_it_is():
 @pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
 def test_it_is_resumed_bit_for_bit(base, dtype, way):
     a = layers(dtype)
-    optimizer = precond.FOP(base(a), 0.05, normalize=("matrix", "hypergradient"))
+    optimizer = FOP(base(a), 0.05, normalize=("matrix", "hypergradient"))
     train(optimizer, a, 3)
     if way == "state_dict":
         b, file = copy.deepcopy(a), io.BytesIO()
         torch.save(optimizer.state_dict(), file)
         file.seek(0)
-        resumed = precond.FOP(base(b), 0.05, normalize=("matrix", "hypergradient"))
+        resumed = FOP(base(b), 0.05, normalize=("matrix", "hypergradient"))
         resumed.load_state_dict(torch.load(file, weights_only=True))
     else:
         b, resumed = copy.deepcopy((a, optimizer)) if way == "deepcopy" else pickle.loads(pickle.dumps((a, optimizer)))
@@ -646,7 +767,7 @@ def test_it_is_resumed_bit_for_bit(base, dtype, way):
 
 def test_a_checkpoint_names_what_is_ours():
     params = layers()
-    optimizer = precond.FOP(torch.optim.SGD(params, lr=0.1), 0.05)
+    optimizer = FOP(torch.optim.SGD(params, lr=0.1), 0.05)
     train(optimizer, params, 2)
     states = optimizer.state_dict()["state"]
     assert [list(state) for state in states.values()] == [["fop_preconditioner", "fop_previous_grad"]] * 4
@@ -655,7 +776,7 @@ def test_a_checkpoint_names_what_is_ours():
 
 def test_a_closure_is_evaluated_once_and_its_value_returned():
     a, b, loss = start((5, 3)), start((5, 3)), loss_of((5, 3))
-    one, other = (precond.FOP(torch.optim.SGD([p], lr=0.05), 0.2, "input") for p in (a, b))
+    one, other = (FOP(torch.optim.SGD([p], lr=0.05), 0.2, "input") for p in (a, b))
     calls = []
 
     def closure():
@@ -680,7 +801,7 @@ def test_the_rule_follows_the_lr_of_each_group_and_a_scheduler():
         a, b = start((4, 3)), start((4, 3), seed=2)
         lrs = (torch.tensor([0.1], dtype=F64), torch.tensor(0.4, dtype=F64)) if tensor else (0.1, 0.4)
         groups = [{"params": [a], "lr": lrs[0]}]
-        optimizer = precond.FOP(torch.optim.SGD(groups, foreach=False), 0.03, "output")
+        optimizer = FOP(torch.optim.SGD(groups, foreach=False), 0.03, "output")
         optimizer.add_param_group({"params": [b], "lr": lrs[1]})
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
         M, last = [torch.eye(4, dtype=F64)] * 2, None
@@ -701,7 +822,7 @@ def test_the_rule_follows_the_lr_of_each_group_and_a_scheduler():
 
 def test_a_learning_rate_of_one_element_fits_a_scalar():
     a, b = start(()), start(())
-    one, other = (precond.FOP(precond.SGD([p], lr=lr), 0.125) for p, lr in ((a, torch.tensor([0.5])), (b, 0.5)))
+    one, other = (FOP(precond.SGD([p], lr=lr), 0.125) for p, lr in ((a, torch.tensor([0.5])), (b, 0.5)))
     train(one, [a], 3)
     train(other, [b], 3)
     assert bits_equal(a, b)
@@ -709,7 +830,7 @@ def test_a_learning_rate_of_one_element_fits_a_scalar():
 
 def test_a_grad_scaler_changes_nothing_and_skips_what_overflows():
     (a, *_), (b, *_) = layers(), layers()
-    one, other = (precond.FOP(precond.AdamW([p], lr=0.1, fused=True), 0.05, "input") for p in (a, b))
+    one, other = (FOP(precond.AdamW([p], lr=0.1, fused=True), 0.05, "input") for p in (a, b))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for step in range(5):
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
@@ -731,7 +852,7 @@ def test_a_grad_scaler_changes_nothing_and_skips_what_overflows():
 
 def test_a_parameter_without_a_gradient_waits():
     a, b = start((4, 3)), start((4, 3))
-    one, other = (precond.FOP(torch.optim.SGD([p], lr=0.1), 0.05) for p in (a, b))
+    one, other = (FOP(torch.optim.SGD([p], lr=0.1), 0.05) for p in (a, b))
     train(one, [a], 2)
     a.grad = None
     one.step()
@@ -744,7 +865,7 @@ def test_a_parameter_without_a_gradient_waits():
 def test_16_bit_parameters_have_an_m_in_float32(dtype):
     w = start((5, 3, 3, 3), dtype)
     base = torch.optim.SGD([w], lr=0.1)
-    optimizer, seen = precond.FOP(base, 0.05), seen_by(base, w)
+    optimizer, seen = FOP(base, 0.05), seen_by(base, w)
     train(optimizer, [w], 1)
     last = w.grad
     train(optimizer, [w], 1, first=1)
@@ -764,7 +885,7 @@ def test_the_layout_in_memory_does_not_matter():
     a = start((4, 3, 3, 3), torch.float32)
     b = torch.nn.Parameter(a.detach().to(memory_format=torch.channels_last))
     base = precond.AdamW([b], lr=0.1)
-    one, other, seen = precond.FOP(precond.AdamW([a], lr=0.1), 0.05), precond.FOP(base, 0.05), seen_by(base, b)
+    one, other, seen = FOP(precond.AdamW([a], lr=0.1), 0.05), FOP(base, 0.05), seen_by(base, b)
     for _ in range(3):
         a.grad = torch.randn(4, 3, 3, 3)
         b.grad = a.grad.to(memory_format=torch.channels_last)
@@ -776,7 +897,7 @@ def test_the_layout_in_memory_does_not_matter():
 
 def test_an_empty_parameter_is_left_alone():
     p = torch.nn.Parameter(torch.empty(0, 3))
-    optimizer = precond.FOP(torch.optim.SGD([p], lr=0.1), 0.05)
+    optimizer = FOP(torch.optim.SGD([p], lr=0.1), 0.05)
     for _ in range(3):
         p.grad = torch.empty(0, 3)
         optimizer.step()
@@ -785,12 +906,15 @@ def test_an_empty_parameter_is_left_alone():
 
 def test_only_an_elementwise_m_is_for_sharded_parameters(tmp_path):
     code = """
+import itertools
 whole, plain = torch.randn(5, 3), torch.nn.Parameter(torch.randn(5, 3))
 def place(t, placement=Shard(0)):
     return distribute_tensor(t, mesh, [placement])
-for mode, placement in (("diagonal", Shard(0)), ("output", Replicate()), ("diagonal", Replicate())):
+places = (("diagonal", Shard(0)), ("output", Replicate()), ("diagonal", Replicate()))
+previous = {"gradient": "previous_grad", "direction": "previous_step"}
+for (mode, placement), compose in itertools.product(places, previous):
     a, b = torch.nn.Parameter(whole.clone()), torch.nn.Parameter(place(whole.clone(), placement))
-    one, other = (precond.FOP(torch.optim.SGD([p], lr=0.1), 0.05, mode) for p in (a, b))
+    one, other = (precond.FOP(torch.optim.SGD([p], lr=0.1), 0.5, mode, normalize=None, compose=compose) for p in (a, b))
     for _ in range(4):
         a.grad = torch.randn(5, 3)
         b.grad = place(a.grad.clone(), placement)
@@ -799,7 +923,7 @@ for mode, placement in (("diagonal", Shard(0)), ("output", Replicate()), ("diago
         one.step()
         other.step()
     assert torch.equal(a, b.full_tensor()), mode
-    assert other.own[b]["previous_grad"].placements == b.placements
+    assert other.own[b][previous[compose]].placements == b.placements
 for mode, normalize in (("output", None), ("diagonal", "step")):
     p = torch.nn.Parameter(place(whole))
     p.grad = place(torch.ones(5, 3))
@@ -830,23 +954,23 @@ for mode, normalize in (("output", None), ("diagonal", "step")):
 )
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
-        precond.FOP(torch.optim.SGD([start((2, 2))], lr=0.1), **dict(hyper_lr=0.1) | arguments)
+        FOP(torch.optim.SGD([start((2, 2))], lr=0.1), **dict(hyper_lr=0.1) | arguments)
 
 
 def test_a_base_is_an_optimizer_with_a_learning_rate():
     with pytest.raises(TypeError, match=r"base must be a torch\.optim\.Optimizer, got list"):
-        precond.FOP([start((2, 2))], 0.1)
+        FOP([start((2, 2))], 0.1)
     base = torch.optim.SGD([start((2, 2))], lr=0.1)
     del base.param_groups[0]["lr"]
     with pytest.raises(ValueError, match="base must have an lr in each of its groups, got SGD"):
-        precond.FOP(base, 0.1)
+        FOP(base, 0.1)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "complex"])
 def test_gradients_without_a_rule_are_named_before_anything_moves(kind):
     first = start((4, 3), torch.float32)
     p = torch.nn.Parameter(torch.ones(4, 3, dtype=torch.complex64 if kind == "complex" else torch.float32))
-    optimizer = precond.FOP(torch.optim.SGD([first, p], lr=0.1), 0.1)
+    optimizer = FOP(torch.optim.SGD([first, p], lr=0.1), 0.1)
     first.grad = torch.ones(4, 3)
     p.grad = torch.ones_like(p) if kind == "complex" else torch.eye(4, 3).to_sparse()
     with pytest.raises(
@@ -859,7 +983,7 @@ def test_gradients_without_a_rule_are_named_before_anything_moves(kind):
 
 def test_a_checkpoint_of_another_mode_is_named():
     a, b = start((4, 3)), start((4, 3))
-    one, other = (precond.FOP(torch.optim.SGD([p], lr=0.1), 0.1, mode) for p, mode in ((a, "input"), (b, "output")))
+    one, other = (FOP(torch.optim.SGD([p], lr=0.1), 0.1, mode) for p, mode in ((a, "input"), (b, "output")))
     train(one, [a], 2)
     other.load_state_dict(one.state_dict())
     with pytest.raises(RuntimeError, match=r"M of parameter 0 of group 0 must have shape \(4, 4\) .*got \(3, 3\)"):

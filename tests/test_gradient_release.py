@@ -21,7 +21,7 @@ import precond
 
 pytestmark = pytest.mark.filterwarnings("ignore::precond.PrecisionWarning", "ignore::UserWarning")
 #: What must see all gradients at once.
-TOGETHER = {"dual_global", "bnp", "fop", "gradient_regularizer"}
+TOGETHER = {"dual_global", "bnp", "fop", "fop_direction", "gradient_regularizer"}
 ALONE = [method for method in ALL if method.name not in TOGETHER]
 
 

@@ -281,9 +281,9 @@ def test_old_codes_go_to_another_format(weight_format, state_format, asked):
 
 
 WRAPPERS = {
-    "fop": lambda base: precond.FOP(base, 0.05, mode="diagonal"),
+    "fop": lambda base: precond.FOP(base, 0.05, mode="diagonal", compose="gradient"),
     "gradient_regularizer": lambda base: precond.GradientRegularizer(base, rho=0.05),
-    "two": lambda base: precond.FOP(precond.FOP(base, 0.05, mode="output"), 0.05, mode="output"),
+    "two": lambda base: precond.FOP(precond.FOP(base, 0.05, compose="gradient"), 0.05, compose="gradient"),
 }
 
 

@@ -119,9 +119,15 @@ def test_groups_of_grouped_have_scales():
 def test_wrappers_see_scaled_numbers():
     ours, theirs = twins()
     kwargs = dict(lr=0.05, weight_decay=0.1)
-    a = precond.FOP(precond.SGD([dict(params=ours, **SCALES)], **kwargs), 0.1, mode="output")
+    a = precond.FOP(
+        precond.SGD([dict(params=ours, **SCALES)], **kwargs), 0.1, mode="output", normalize=None, compose="gradient"
+    )
     b = precond.FOP(
-        precond.SGD([dict(params=theirs, **by_hand(precond.SGD, kwargs, **SCALES))], **kwargs), 0.1, mode="output"
+        precond.SGD([dict(params=theirs, **by_hand(precond.SGD, kwargs, **SCALES))], **kwargs),
+        0.1,
+        mode="output",
+        normalize=None,
+        compose="gradient",
     )
     steps(ours, theirs, a, b)
     # BNP takes the coupled decay from here. torch's classes do not know the options, and ours of intrinsic decay have none.

@@ -487,7 +487,7 @@ def test_torchs_distributed_checkpoints_of_either_mode_go_on_bit_for_bit(cls, fl
 def test_grouped_and_wrappers_pass_the_mode_on():
     params = params_of()
     group = dict(params=params[:1], optimizer=ADAMW, lr=0.01), dict(params=params[1:], optimizer=precond.AdamW)
-    for optimizer in (precond.Grouped(list(group)), precond.FOP(made(SGD, params), 0.1)):
+    for optimizer in (precond.Grouped(list(group)), precond.FOP(made(SGD, params), 0.1, compose="gradient")):
         step(optimizer, params, range(3))
         y = copies(params)
         optimizer.eval()

@@ -26,17 +26,18 @@ from torch.distributed.checkpoint.state_dict import (
 
 import precond
 
-HYPER = {"mode": "output", "normalize": "hypergradient"}
+HYPER = {"mode": "output", "compose": "gradient"}
 #: A wrapper around a base of a model; what is given to GradientRegularizer is of precond.
 WRAPS = {
     "FOP": lambda net, base: precond.FOP(base, 0.05, **HYPER),
-    "FOP matrix": lambda net, base: precond.FOP(base, 0.5, "input", normalize=("matrix", "step")),
-    "FOP diagonal": lambda net, base: precond.FOP(base, 0.5, "diagonal"),
+    "FOP matrix": lambda net, base: precond.FOP(base, 0.5, "input", normalize=("matrix", "step"), compose="gradient"),
+    "FOP diagonal": lambda net, base: precond.FOP(base, 0.5, "diagonal", normalize=None, compose="gradient"),
+    "FOP direction": lambda net, base: precond.FOP(base, 0.05, "output"),
     "BNP": lambda net, base: precond.BNP(net, base, stat_momentum=0.5),
     "BNP direction": lambda net, base: precond.BNP(net, base, stat_momentum=0.5, compose="direction"),
     "FOP of BNP": lambda net, base: precond.FOP(precond.BNP(net, base, stat_momentum=0.5), 0.05, **HYPER),
     "BNP of FOP": lambda net, base: precond.BNP(net, precond.FOP(base, 0.05, **HYPER), stat_momentum=0.5),
-    "FOP of FOP": lambda net, base: precond.FOP(precond.FOP(base, 0.05, **HYPER), 0.05, "input"),
+    "FOP of FOP": lambda net, base: precond.FOP(precond.FOP(base, 0.05, **HYPER), 0.05, **HYPER),
     "regularizer": lambda net, base: precond.GradientRegularizer(base, rho=0.1, radius=0.1),
 }
 #: With and without states; torch's and ours.
@@ -280,7 +281,7 @@ def test_hooks_of_checkpoints_and_steps_run_once(wrap, base):
     assert calls == ["state_dict pre", "state_dict post", "load pre", "load post", "step pre", "step post"]
 
 
-@pytest.mark.parametrize("wrap", [name for name in WRAPS if name not in ("regularizer", "BNP direction")])
+@pytest.mark.parametrize("wrap", [name for name in WRAPS if name != "regularizer" and not name.endswith("direction")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("base", ["AdamW", "torch momentum"])
 def test_entries_keep_their_dtype_in_a_checkpoint(wrap, dtype, base):
@@ -336,6 +337,19 @@ def test_a_base_that_needs_a_closure_is_refused(make, wrap):
     with pytest.raises(TypeError, match="base must be an optimizer that steps without a closure, got"):
         WRAPS[wrap](net, make(net.parameters()))
     assert not any(layer._forward_hooks for layer in net)
+
+
+@pytest.mark.parametrize("wrap", ["FOP direction", "BNP direction"])
+def test_an_average_of_what_is_changed_afterwards_is_refused(wrap):
+    """It was an average of the variables that base steps in."""
+    net, message = model(), "ema_decay must be None with compose='direction', .* got 0.5"
+    with pytest.raises(ValueError, match=message):
+        WRAPS[wrap](net, precond.AdamW(net.parameters(), ema_decay=0.5))
+    first, *others = net.parameters()
+    optimizer = WRAPS[wrap](net, precond.AdamW([first]))
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": others, "ema_decay": 0.5})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_old_pickles_bring_their_entries():

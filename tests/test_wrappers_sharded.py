@@ -18,7 +18,7 @@ net = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linea
 for layer in (net[0], net[2], net):
     fully_shard(layer, mesh=mesh)
 make = {"SGD": precond.SGD, "AdamW": precond.AdamW, "torch": torch.optim.Adam}[base]
-opt = precond.FOP(make(net.parameters(), lr=0.05), 50.0, "diagonal")
+opt = precond.FOP(make(net.parameters(), lr=0.05), 50.0, "diagonal", normalize=None, compose="gradient")
 def states():
     return dict(zip(("model", "optimizer"), get_state_dict(net, opt, options=options)))
 if load != "-":

@@ -50,6 +50,9 @@ def base_optimizer(name: str, groups: Groups) -> torch.optim.Optimizer:
     return kinds[name](groups)
 
 
+SCALE_FREE = ("hypergradient",)
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A base, alone or with FOP around it. ``normalize`` is a tuple, so that a method has a hash."""
@@ -57,12 +60,19 @@ class Method:
     base: str
     mode: str = ""
     normalize: tuple[str, ...] = ()
+    compose: str = "gradient"
 
     @property
     def name(self) -> str:
         if not self.mode:
             return self.base
-        return f"FOP({self.base}), {self.mode}" + "".join(f", {name}" for name in self.normalize or ("raw",))
+        names = (self.mode, *(self.normalize or ("raw",)), *(("direction",) if self.compose == "direction" else ()))
+        return f"FOP({self.base}), {', '.join(names)}"
+
+    @property
+    def is_default(self) -> bool:
+        """Whether FOP's own defaults are of this kind: around plain SGD, M of steps and M of gradients are one method."""
+        return self.normalize == SCALE_FREE and (self.compose == "direction" or self.base == "SGD")
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -82,11 +92,12 @@ class Method:
         for hyper_lr, at in itertools.groupby(order, key=lambda i: points[i].get("hyper_lr", 0.0)):
             groups = []
             for i in at:
-                options = {k: v for k, v in {**USUAL[self.base], **points[i]}.items() if k != "hyper_lr"}
-                groups.append({**options, "params": [p for of_seed in parameters[i] for p in of_seed]})
+                of_base = {k: v for k, v in {**USUAL[self.base], **points[i]}.items() if k != "hyper_lr"}
+                groups.append({**of_base, "params": [p for of_seed in parameters[i] for p in of_seed]})
             optimizer = base_optimizer(self.base, groups)
             if self.mode:
-                optimizer = precond.FOP(optimizer, hyper_lr, self.mode, normalize=self.normalize)
+                options = {"normalize": self.normalize, "compose": self.compose}
+                optimizer = precond.FOP(optimizer, hyper_lr, self.mode, **options)
             made.append(optimizer)
         return made
 
@@ -114,16 +125,18 @@ BASES = tuple(SECOND)
 PLAIN = tuple(Method(base) for base in BASES)
 #: "input" is the paper's channel mode of a convolution.
 MODES = ("spatial", "input")
-NORMALIZED = tuple(Method(base, mode, ("hypergradient",)) for base in BASES for mode in MODES)
-OTHERS = tuple(
-    Method(base, "spatial", normalize)
-    for base in BASES
-    for normalize in ((), ("matrix", "hypergradient"), ("step", "hypergradient"))
+OF_GRADIENTS = tuple(Method(base, mode, SCALE_FREE) for base in BASES for mode in MODES)
+#: Around plain SGD, whose step is the gradient, M of steps and M of gradients are one method.
+OF_STEPS = tuple(Method(base, mode, SCALE_FREE, "direction") for base in BASES[1:] for mode in MODES)
+OTHERS = (
+    *(Method(base, "spatial") for base in BASES),
+    *(Method(base, "spatial", (name, *SCALE_FREE)) for base in ("SGD", "Adam") for name in ("matrix", "step")),
 )
-INPUT = tuple(method for method in NORMALIZED if method.mode == "input")
+#: Where every layer is dense, "spatial" is "input".
+DENSE = (*PLAIN, *(method for method in (*OF_GRADIENTS, *OF_STEPS) if method.mode == "input"))
 METHODS = {
-    "digits": (*PLAIN, *NORMALIZED, *OTHERS),
-    "cartpole": (*PLAIN, *INPUT),
-    "acrobot": (*PLAIN, *INPUT),
-    "fashion": (*PLAIN, *NORMALIZED),
+    "digits": (*PLAIN, *OF_GRADIENTS, *OF_STEPS, *OTHERS),
+    "cartpole": DENSE,
+    "acrobot": DENSE,
+    "fashion": (*PLAIN, *OF_GRADIENTS, *OF_STEPS),
 }

@@ -19,8 +19,6 @@ from .contenders import METHODS, USUAL, Method
 from .search import At, Axis, Point, Search
 
 TASKS: dict[str, images.Images | control.Control] = {**images.TASKS, **control.TASKS}
-#: The normalisation of the class's default, for which reports have the default ``hyper_lr`` too.
-DEFAULT_NORMALIZE = ("hypergradient",)
 #: Networks that are trained at once: bounds memory.
 TOGETHER = 200
 
@@ -144,7 +142,7 @@ def report(task: str, name: str, searched: dict[str, Any], base: dict[str, Any],
     with progress(task, f"{name}, report", position) as bar:
         if not method.mode:
             points["usual"] = searched["usual"]
-        elif method.normalize == DEFAULT_NORMALIZE:
+        elif method.is_default:
             default = default_hyper_lr()
             search = Searcher(task, method, bar)
             search.know(searched["points"])

@@ -40,7 +40,9 @@ def fop(figures: dict[str, Any]) -> Iterator[Row]:
 
     def descend(normalize: Any, lr: float, rho: float, max_norm: float = 10.0) -> tuple[list[float], float]:
         x = nn.Parameter(torch.ones(10, 1, dtype=F64))
-        optimizer = precond.FOP(torch.optim.SGD([x], lr=lr), rho, "output", normalize=normalize, max_norm=max_norm)
+        optimizer = precond.FOP(
+            torch.optim.SGD([x], lr=lr), rho, "output", normalize=normalize, max_norm=max_norm, compose="gradient"
+        )
         losses = []
         for _ in range(200):
             x.grad = H @ x.detach()
@@ -83,7 +85,9 @@ def fop_noise(figures: dict[str, Any]) -> Iterator[Row]:
                 draw = generator(1)
                 x = torch.ones(seeds, 10, dtype=F64)
                 params = [nn.Parameter(row.view(10, 1)) for row in x]
-                optimizer = precond.FOP(torch.optim.SGD(params, lr=lr), rho, "output", normalize=normalize)
+                optimizer = precond.FOP(
+                    torch.optim.SGD(params, lr=lr), rho, "output", normalize=normalize, compose="gradient"
+                )
                 for _ in range(400):
                     G = x @ H + 0.05 * torch.randn(seeds, 10, generator=draw, dtype=F64)
                     for p, g in zip(params, G, strict=True):

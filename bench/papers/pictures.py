@@ -62,9 +62,7 @@ def curves(plt: Any, experiments: dict[str, Experiment], per_step: dict[str, dic
         for ax, base in zip(row, BASES, strict=True):
             shown = [(Method(base), "usual", "base"), (Method(base), "best", "tuned")]
             shown += [
-                (method, "best", method.mode)
-                for method in METHODS[task]
-                if method.base == base and method.normalize == jobs.DEFAULT_NORMALIZE
+                (method, "best", method.mode) for method in METHODS[task] if method.base == base and method.is_default
             ]
             for method, point, colour in shown:
                 case = experiment.get("report", method.name)
@@ -90,7 +88,7 @@ def prices(plt: Any, experiments: dict[str, Experiment]) -> Any:
     figure, axes = grid(plt, 1, len(tasks), sharey=True)
     for ax, task in zip(axes[0], tasks, strict=True):
         for method in METHODS[task]:
-            if method.mode and method.normalize == jobs.DEFAULT_NORMALIZE:
+            if method.is_default:
                 of = {h: y for h, y in tables.by_hyper_lr(experiments[task], method).items() if h}
                 style = "o-" if method.mode == "input" else "s--"
                 ax.plot(list(of), list(of.values()), style, label=method.name, markersize=3, linewidth=1)
@@ -107,7 +105,8 @@ def preconditioners(plt: Any, experiment: Experiment) -> Any:
 
     cases = {}
     for base in BASES:
-        case = experiment.get("report", Method(base, "spatial", jobs.DEFAULT_NORMALIZE).name)
+        default = next(m for m in METHODS[experiment.task] if (m.base, m.mode) == (base, "spatial") and m.is_default)
+        case = experiment.get("report", default.name)
         if case and "preconditioners" in case["runs"]["best"][0]:
             cases[base] = [record["preconditioners"] for record in case["runs"]["best"]]
     if not cases:

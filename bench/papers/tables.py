@@ -96,7 +96,7 @@ def defaults(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
         (task, method): by_hyper_lr(experiment, method)
         for task, experiment in experiments.items()
         for method in METHODS[task]
-        if method.mode and method.normalize == jobs.DEFAULT_NORMALIZE and experiment.get("search", method.name)
+        if method.is_default and experiment.get("search", method.name)
     }
     common = sorted(set.intersection(*(set(of) for of in found.values()))) if found else []
     yield ["task", "method", *(f"{h:.2g}" for h in common)]

@@ -40,7 +40,10 @@ class Rule(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A parameter with an M: local tensors, the dimensions that M mixes, none where it is elementwise, and gamma."""
+    """A parameter with an M: local tensors, the dimensions that M mixes, none where it is elementwise, and gamma.
+
+    M learns from ``g`` and ``previous``, is applied to ``u``, and ``u`` is the next ``previous``. In "gradient" mode u is g.
+    """
 
     p: Tensor
     M: Tensor
@@ -48,10 +51,11 @@ class Work(NamedTuple):
     previous: Tensor
     dims: tuple[int, ...]
     lr: float | Tensor
+    u: Tensor
 
 
 def preconditioned(works: Iterable[Work], rule: Rule) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each parameter with M M^T g, after M was updated by g and the gradient before.
+    """Each parameter with M M^T u, after M was updated by g and the u before.
 
     What is worked on together has one dtype of M, device and lr, and if M is a matrix, its size and the order of products. None
     of them sees another's numbers: a product of a batch has a matrix for each, and a factor is spread over its own elements.
@@ -63,10 +67,10 @@ def preconditioned(works: Iterable[Work], rule: Rule) -> Iterator[tuple[Tensor, 
         if work.dims:
             r, columns = len(M), g.numel() // len(M)
             key += r, 3 * columns < r, columns >= r
-            form = (g.shape, g.stride(), g.dtype) if g.numel() <= SMALL else id(work.p)
+            form = (g.shape, g.stride(), g.dtype, work.u.stride(), work.u.dtype) if g.numel() <= SMALL else id(work.p)
         else:
-            flat = g.numel() <= SMALL_FLAT and M.is_contiguous() and g.is_contiguous() and work.previous.is_contiguous()
-            key += (g.dtype if flat else id(work.p),)
+            flat = g.numel() <= SMALL_FLAT and all(t.is_contiguous() for t in (M, g, work.previous, work.u))
+            key += ((g.dtype, work.u.dtype) if flat else id(work.p),)
             form = None
         alike.setdefault(key, {}).setdefault(form, []).append(work)
     for forms in alike.values():
@@ -96,7 +100,7 @@ def _parts(forms: Iterable[list[Work]]) -> Iterator[list[list[Work]]]:
 
 
 def _elementwise(works: list[Work], rate: float | Tensor, rule: Rule) -> Iterator[tuple[Tensor, Tensor]]:
-    """M M^T g where M has a factor for every element; several as one flat tensor, one as it lies."""
+    """M M^T u where M has a factor for every element; several as one flat tensor, one as it lies."""
     alone, sizes = len(works) == 1, [work.g.numel() for work in works]
 
     def whole(tensors: list[Tensor]) -> Tensor:
@@ -120,11 +124,11 @@ def _elementwise(works: list[Work], rate: float | Tensor, rule: Rule) -> Iterato
         torch._foreach_copy_(cut(out), values.unbind())
         return out
 
-    Ms, gs, before = ([work.M for work in works], [work.g for work in works], [work.previous for work in works])
-    if not alone:
-        Ms, gs, before = ([tensor.view(-1) for tensor in tensors] for tensors in (Ms, gs, before))
+    columns = [[getattr(work, name) for work in works] for name in ("M", "g", "previous", "u")]
+    Ms, gs, before, us = columns if alone else [[tensor.view(-1) for tensor in column] for column in columns]
     M = whole(Ms)
     G, last = whole(gs).to(M.dtype), whole(before).to(M.dtype)
+    target = G if works[0].u is works[0].g else whole(us).to(M.dtype)
     if "hypergradient" in rule.normalize:
         rate = spread(rule.rho / norms(G) / norms(last))
     new = M + 2.0 * rate * G * last * M
@@ -136,44 +140,46 @@ def _elementwise(works: list[Work], rate: float | Tensor, rule: Rule) -> Iterato
     magnitude = new.abs()
     new = torch.where((magnitude > 0.0) & (magnitude <= rule.largest(M)), new, M)
     torch._foreach_copy_(Ms, cut(new))
-    torch._foreach_copy_(before, gs)
-    U = new * new * G
+    torch._foreach_copy_(before, us)
+    U = new * new * target
     if "step" in rule.normalize:
-        U = U * spread(_scales(norms(G), norms(U), norms(new - 1.0, math.inf) == 0.0))
+        U = U * spread(_scales(norms(target), norms(U), norms(new - 1.0, math.inf) == 0.0))
     if alone:
-        yield works[0].p, like(works[0].p, _in_form(U[None], works[0].g)[0])
+        yield works[0].p, like(works[0].p, _in_form(U[None], works[0].u)[0])
         return
-    for work, u in zip(works, cut(U.to(works[0].g.dtype)), strict=True):
-        yield work.p, like(work.p, u.view(work.g.shape))
+    for work, u in zip(works, cut(U.to(works[0].u.dtype)), strict=True):
+        yield work.p, like(work.p, u.view(work.u.shape))
 
 
 # Matrices.
 
 
 class _Run:
-    """Parameters of one form, whose matrices are stacked: where they are in the part; G and last of n x r x c."""
+    """Parameters of one form, whose matrices are stacked: where they are in the part; G, last and target of n x r x c."""
 
     def __init__(self, works: list[Work], start: int) -> None:
         self.works, self.at = works, slice(start, start + len(works))
         first = self.first = works[0]
         stride = torch.empty_like(first.g).stride() if len(works) > 1 else ()
-        self.G, self.last = (
-            _matrix(_stacked(tensors, first.M.dtype, stride), first.dims, len(first.M))
-            for tensors in ([work.g for work in works], [work.previous for work in works])
-        )
+
+        def matrices(tensors: list[Tensor]) -> Tensor:
+            return _matrix(_stacked(tensors, first.M.dtype, stride), first.dims, len(first.M))
+
+        self.G, self.last = matrices([work.g for work in works]), matrices([work.previous for work in works])
+        self.target = self.G if first.u is first.g else matrices([work.u for work in works])
 
     def results(self, U: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each parameter with its U as a gradient."""
-        Us = _in_form(_tensor(U, self.first.dims, self.first.g.shape), self.first.g).unbind()
+        Us = _in_form(_tensor(U, self.first.dims, self.first.u.shape), self.first.u).unbind()
         return ((work.p, like(work.p, u)) for work, u in zip(self.works, Us, strict=True))
 
 
 def _matrices(forms: list[list[Work]], rate: float | Tensor, rule: Rule) -> Iterator[tuple[Tensor, Tensor]]:
-    """M M^T G of matrices whose M have one size and whose G take the same order of products.
+    """M M^T times the targets, of matrices whose M have one size and whose G take the same order of products.
 
     Each of G's r x c elements takes part in 2 r operations of a product. With S = A + A^T, the order is that of the fewest:
-    S M from A, or as [G, last] ([last, G]^T M), which has no product of r^3, for c < r / 3; (M M^T) G, or M (M^T G) for
-    c < r.
+    S M from A, or as [G, last] ([last, G]^T M), which has no product of r^3, for c < r / 3; (M M^T) times the target, or
+    M (M^T target) for c < r.
     """
     works = list(itertools.chain(*forms))
     starts = itertools.accumulate(map(len, forms), initial=0)
@@ -211,15 +217,15 @@ def _matrices(forms: list[list[Work]], rate: float | Tensor, rule: Rule) -> Iter
     if P is None and wide:
         P = spectral_norm.square(new)
     torch._foreach_copy_([work.M for work in works], new.unbind())
-    torch._foreach_copy_([work.previous for work in works], [work.g for work in works])
+    torch._foreach_copy_([work.previous for work in works], [work.u for work in works])
     if P is None:
-        Us = [torch.bmm(new[run.at], torch.bmm(new[run.at].mT, run.G)) for run in runs]
+        Us = [torch.bmm(new[run.at], torch.bmm(new[run.at].mT, run.target)) for run in runs]
     else:
-        Us = [torch.bmm(P[run.at], run.G) for run in runs]
+        Us = [torch.bmm(P[run.at], run.target) for run in runs]
     if "step" in rule.normalize:
         ones = torch.count_nonzero(new.diagonal(dim1=1, dim2=2) == 1.0, dim=1)
         identity = (ones == r) & (torch.count_nonzero(new, dim=(1, 2)) == r)
-        scales = _scales(_norms([run.G for run in runs]), _norms(Us), identity)
+        scales = _scales(_norms([run.target for run in runs]), _norms(Us), identity)
         for run, U in zip(runs, Us, strict=True):
             U.mul_(scales[run.at, None, None])
     for run, U in zip(runs, Us, strict=True):

@@ -122,7 +122,16 @@ WRAPPERS = [
         of_class(precond.AdamW, lr=0.01),
         whole=True,
     ),
-    wrapper("fop", lambda model, base: precond.FOP(base, 0.05, mode="diagonal"), of_class(precond.AdamW, lr=0.01)),
+    wrapper(
+        "fop",
+        lambda model, base: precond.FOP(base, 0.05, "diagonal", normalize=None, compose="gradient"),
+        of_class(precond.AdamW, lr=0.01),
+    ),
+    wrapper(
+        "fop_direction",
+        lambda model, base: precond.FOP(base, 5.0, "diagonal", normalize=None),
+        of_class(precond.AdamW, lr=0.01),
+    ),
     wrapper(
         "gradient_regularizer",
         lambda model, base: precond.GradientRegularizer(base, rho=0.05),
@@ -134,7 +143,7 @@ WRAPPERS = [
 AROUND_STATES = [
     wrapper(
         "fop_adagrad",
-        lambda model, base: precond.FOP(base, 0.05, mode="output"),
+        lambda model, base: precond.FOP(base, 0.05, "output", compose="gradient"),
         of_class(torch.optim.Adagrad),
         whole=True,
     ),

@@ -447,7 +447,10 @@ def what_fails_in_a_small_set_of_ranks_is_said_in_larger_ones():
 @scenario(2, 3)
 def what_else_is_kept_of_a_parameter():
     """A wrapper's states stay where they are, formats' go when they are not asked for, and passes do not pile up."""
-    pair = Pair(lambda params: precond.FOP(soap()(params), 0.05, mode="diagonal"), ((12, 10), (7, 16)))
+    pair = Pair(
+        lambda params: precond.FOP(soap()(params), 0.05, "diagonal", normalize=None, compose="gradient"),
+        ((12, 10), (7, 16)),
+    )
     for _ in range(3):
         pair.step()
     saved = pair.optimizer.state_dict()

@@ -18,7 +18,7 @@ import precond
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = sorted((ROOT / "docs" / "trainers").glob("*.md"))
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), *TRAINERS]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "methods").glob("*.md")), *TRAINERS]
 WITHOUT_EXAMPLES = ("README", "design", "theory")
 PUBLIC = [getattr(precond, name) for name in precond.__all__]
 OPTIMIZERS = [item for item in PUBLIC if isinstance(item, type) and issubclass(item, torch.optim.Optimizer)]

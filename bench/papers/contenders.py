@@ -132,11 +132,16 @@ OTHERS = (
     *(Method(base, "spatial") for base in BASES),
     *(Method(base, "spatial", (name, *SCALE_FREE)) for base in ("SGD", "Adam") for name in ("matrix", "step")),
 )
-#: Where every layer is dense, "spatial" is "input".
-DENSE = (*PLAIN, *(method for method in (*OF_GRADIENTS, *OF_STEPS) if method.mode == "input"))
+#: Where every layer is dense, "spatial" is "input". M of gradients has shown what it does on images.
+DENSE = (*PLAIN, *(method for method in (*OF_GRADIENTS, *OF_STEPS) if method.is_default and method.mode == "input"))
 METHODS = {
     "digits": (*PLAIN, *OF_GRADIENTS, *OF_STEPS, *OTHERS),
     "cartpole": DENSE,
     "acrobot": DENSE,
-    "fashion": (*PLAIN, *OF_GRADIENTS, *OF_STEPS),
+    "fashion": (
+        *PLAIN,
+        *OF_GRADIENTS[:2],
+        *(method for method in OF_GRADIENTS[2:] if method.mode == "spatial"),
+        *OF_STEPS,
+    ),
 }

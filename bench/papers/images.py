@@ -122,9 +122,9 @@ class Images:
     def steps(self) -> int:
         return len(self.parts.train[1]) // self.batch * self.epochs
 
-    def positions(self) -> list[float]:
+    def positions(self) -> list[int]:
         """Steps at which a curve has its points."""
-        return [-(-k * self.steps // MARKS) for k in range(MARKS + 1)]
+        return sorted({-(-k * self.steps // MARKS) for k in range(MARKS + 1)})
 
     def batches(self, seeds: Sequence[int]) -> Iterator[Tensor]:
         """Rows (seeds, batch), an order of its own for each seed; the same ones for every method."""
@@ -152,10 +152,10 @@ class Images:
         optimizers = method.optimizers(networks.parameters, points)
         groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
         x, y = self.parts.train
-        curve = []
+        curve, positions = [], set(self.positions())
         few = [t[:1000] for t in self.parts.validation]
         for step, rows in enumerate(self.batches(seeds)):
-            if step * MARKS // self.steps != (step - 1) * MARKS // self.steps:
+            if step in positions:
                 curve.append(self.evaluate(networks, *few)[0])
             if self.decay:
                 for group, lr in groups:

@@ -44,6 +44,11 @@ def grid(plt: Any, rows: int, columns: int, **options: Any) -> Any:
     return figure, axes
 
 
+def legend(ax: Any) -> None:
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize=6)
+
+
 def milliseconds(per_step: dict[str, dict[str, float]], task: str, method: Method) -> float:
     """Of a training step of one network."""
     of = per_step[task]
@@ -77,7 +82,7 @@ def curves(plt: Any, experiments: dict[str, Experiment], per_step: dict[str, dic
             ax.set_title(f"{task}: {base}", fontsize=9)
             ax.set_xlabel("seconds" if per_step else "step", fontsize=8)
             ax.tick_params(labelsize=7, which="both")
-            ax.legend(frameon=False, fontsize=6)
+            legend(ax)
         row[0].set_ylabel("validation loss" if kind.unit == "loss" else "return", fontsize=8)
     return figure
 
@@ -94,7 +99,7 @@ def prices(plt: Any, experiments: dict[str, Experiment]) -> Any:
                 ax.plot(list(of), list(of.values()), style, label=method.name, markersize=3, linewidth=1)
         ax.axhline(tables.ALLOWED, color="#0f172a", linewidth=0.6)
         ax.set(xscale="log", ylim=(0.98, 2.0), title=task, xlabel="hyper_lr")
-        ax.legend(frameon=False, fontsize=6)
+        legend(ax)
     axes[0][0].set_ylabel("worse than tuned by")
     return figure
 
@@ -133,5 +138,5 @@ def preconditioners(plt: Any, experiment: Experiment) -> Any:
         row[-1].set(yscale="log")
         row[-1].set_title("eigenvalues, median of seeds", fontsize=7)
         row[-1].tick_params(labelsize=6, which="both")
-        row[-1].legend(frameon=False, fontsize=6)
+        legend(row[-1])
     return figure

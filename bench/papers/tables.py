@@ -105,6 +105,15 @@ def defaults(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
     yield ["worst", "", *(f"{max(of[h] for of in found.values()):.2f}" for h in common)]
 
 
+def kept(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    """How the default ``hyper_lr`` at its best learning rate compares with the tuned one."""
+    for task, experiment in experiments.items():
+        for method in METHODS[task]:
+            case = experiment.get("report", method.name) if method.is_default else None
+            if case:
+                yield [task, method.name, written(experiment, against(experiment, case, "default", case, "best"))]
+
+
 def aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -120,4 +129,6 @@ def text(experiments: dict[str, Experiment]) -> str:
             parts.append(aligned([head, *rows]))
     parts.append(f"Worse than tuned by (allowed: {ALLOWED}), best learning rate of the search for each hyper_lr:")
     parts.append(aligned(list(defaults(experiments))))
+    parts.append("The class's defaults against tuned, on fresh seeds:")
+    parts.append(aligned([["task", "method", "default / tuned"], *kept(experiments)]))
     return "\n\n".join(parts)

@@ -31,7 +31,7 @@ $(VENV)/.installed: $(VENV)/.ready setup.py pyproject.toml
 test: build
 	python -m precond
 	python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not large"
-	python -m pytest -q bench --benchmark-enable --benchmark-columns=median,rounds --benchmark-warmup=on
+	python -m pytest -q bench -m "not large" --benchmark-enable --benchmark-columns=median,rounds --benchmark-warmup=on
 
 # Everything, the long tests too.
 test-all: build

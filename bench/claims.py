@@ -12,6 +12,7 @@ import concurrent.futures
 import functools
 import multiprocessing
 import os
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -34,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="processes of one thread; default: the cores"
     )
-    parser.add_argument("--searches", action="store_true", help="no reports, for instance before a default is chosen")
+    parser.add_argument("--no-reports", action="store_true", help="only what a default is chosen by")
     parser.add_argument("--show", action="store_true", help="only tables and pictures, of what the files have")
     parser.add_argument("--overhead", action="store_true", help="only the time of a step, which needs a quiet machine")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "claims", help="folder of the files")
 
 
 class Experiment:
-    """The file of a task: cases "search NAME" and "report NAME"."""
+    """The file of a task: cases "search NAME", "prices NAME" and "report NAME"."""
 
     def __init__(self, folder: Path, task: str, *, fresh: bool = False) -> None:
         self.task = task
@@ -53,37 +54,57 @@ class Experiment:
         environment = timing.environment()
         # Losses hang on torch's kernels; where the rest was measured stands in each case.
         self.record = record.Record(folder / f"{task}.json", {"torch": environment.pop("torch")}, settings, fresh=fresh)
+        self.failed: set[tuple[str, Method]] = set()
         self.where = {key: environment[key] for key in ("cpu", "precond", "commit")}
 
-    def get(self, kind: str, name: str) -> dict[str, Any] | None:
-        """The case, if it is of these settings."""
-        return self.record.by_name[f"{kind} {name}"][1] if self.record.has(f"{kind} {name}") else None
+    def get(self, kind: str, method: Method | str) -> dict[str, Any] | None:
+        """The case of these settings, if it is of the method as it is now."""
+        if isinstance(method, str):
+            method = jobs.named(self.task, method)
+        name = f"{kind} {method.name}"
+        if not self.record.has(name) or "error" in (case := self.record.by_name[name][1]):
+            return None
+        return case if case["method"] == method.described() else None
 
-    def left(self, method: Method) -> int:
-        """Jobs that are left of a method. A report is of its search, and of the class's default."""
-        searched, reported = self.get("search", method.name), self.get("report", method.name)
-        if searched is None:
-            return 2
-        current = reported and reported["searched"] == searched["best"]
-        return 0 if current and reported["default"] in (None, jobs.default_hyper_lr()) else 1
+    def todo(self, method: Method) -> list[str]:
+        """The jobs that are left of a method, in their order. What follows a search is of its best point, and of the default."""
+        searched = self.get("search", method)
+        left = [] if searched else ["search"]
+        if method.is_default:
+            priced = self.get("prices", method)
+            if left or not priced or priced["searched"] != searched["best"]:
+                left.append("prices")
+        reported, default = self.get("report", method), jobs.default_hyper_lr() if method.is_default else None
+        if left or not reported or (reported["searched"], reported["default"]) != (searched["best"], default):
+            left.append("report")
+        return left
 
-    def todo(self, method: Method) -> str:
-        """The next job of a method, empty where there is none, or where it waits for its base."""
-        left = self.left(method)
-        if left == 1 and method.mode and self.get("search", method.base) is None:
+    def ready(self, method: Method) -> str:
+        """The next job, empty where there is none, where it waits for its base, and where one has failed."""
+        kind = next(iter(self.todo(method)), "")
+        if kind == "report" and method.mode and self.get("search", method.base) is None:
             return ""
-        return ("", "report", "search")[left]
+        return "" if (kind, method) in self.failed else kind
 
     def job(self, kind: str, method: Method) -> functools.partial[dict[str, Any]]:
+        searched = self.get("search", method)
         if kind == "search":
             return functools.partial(jobs.search, self.task, method.name)
-        searched, base = self.get("search", method.name), self.get("search", method.base)
-        return functools.partial(jobs.report, self.task, method.name, searched, base)
+        if kind == "prices":
+            return functools.partial(jobs.prices, self.task, method.name, searched)
+        priced = self.get("prices", method) if method.is_default else None
+        return functools.partial(jobs.report, self.task, method.name, searched, self.get("search", method.base), priced)
 
     def add(self, kind: str, method: Method, found: dict[str, Any], seconds: float) -> None:
-        if kind == "report":
-            found["searched"] = self.get("search", method.name)["best"]  # type: ignore[index]
-        self.record.add(f"{kind} {method.name}", {**found, "seconds": round(seconds), "where": self.where})
+        if kind != "search":
+            found["searched"] = self.get("search", method)["best"]  # type: ignore[index]
+        about = {"seconds": round(seconds), "where": self.where, "method": method.described()}
+        self.record.add(f"{kind} {method.name}", {**found, **about})
+
+    def fail(self, kind: str, method: Method, error: Exception) -> None:
+        """Remember a job as failed, in this run: the next one tries again."""
+        self.failed.add((kind, method))
+        tqdm.write(f"{self.task}: {kind} {method.name}: {record.short(error)}")
 
 
 def timed(job: functools.partial[dict[str, Any]], position: int) -> tuple[dict[str, Any], float]:
@@ -104,9 +125,7 @@ def work(
     """Every job that is left, ``workers`` at a time; a report follows the searches it needs."""
     context = multiprocessing.get_context("spawn")
     pairs = [(task, method) for task, of in methods.items() for method in of]
-    left = sum(experiments[task].left(method) for task, method in pairs)
-    if "report" not in kinds:
-        left = sum(experiments[task].left(method) == 2 for task, method in pairs)
+    left = sum(len([kind for kind in experiments[task].todo(method) if kind in kinds]) for task, method in pairs)
     free, running = list(range(1, workers + 1)), {}
     with (
         concurrent.futures.ProcessPoolExecutor(workers, context, end_with_the_parent) as pool,
@@ -115,7 +134,7 @@ def work(
         while True:
             busy = {(task, method) for task, method, *_ in running.values()}
             for task, method in pairs:
-                if free and (task, method) not in busy and (kind := experiments[task].todo(method)) in kinds:
+                if free and (task, method) not in busy and (kind := experiments[task].ready(method)) in kinds:
                     job = experiments[task].job(kind, method)
                     future = pool.submit(timed, job, free[0])
                     running[future] = task, method, kind, free.pop(0)
@@ -125,7 +144,12 @@ def work(
             for future in done:
                 task, method, kind, position = running.pop(future)
                 free.append(position)
-                experiments[task].add(kind, method, *future.result())
+                if (error := future.exception()) is None:
+                    experiments[task].add(kind, method, *future.result())
+                elif isinstance(error, Exception):
+                    experiments[task].fail(kind, method, error)
+                else:
+                    raise error
                 bar.update()
 
 
@@ -140,14 +164,22 @@ def run(arguments: argparse.Namespace) -> None:
         task: Experiment(arguments.out, task, fresh=arguments.fresh and not arguments.show) for task in arguments.tasks
     }
     methods = {}
+    record.chosen((method.name for task in arguments.tasks for method in METHODS[task]), arguments.only)
     for task in arguments.tasks:
-        chosen = record.chosen((method.name for method in METHODS[task]), arguments.only)
+        chosen = [
+            method
+            for method in METHODS[task]
+            if arguments.only in method.name or re.search(arguments.only, method.name)
+        ]
         # A method is compared with its base, and takes its learning rate.
-        bases = {method.base for method in METHODS[task] if method.name in chosen}
-        methods[task] = [method for method in METHODS[task] if method.name in chosen or method.name in bases]
+        bases = {method.base for method in chosen}
+        methods[task] = [method for method in METHODS[task] if method in chosen or method.name in bases]
     if not arguments.show:
         work(
-            experiments, methods, max(arguments.workers, 1), ("search",) if arguments.searches else ("search", "report")
+            experiments,
+            methods,
+            max(arguments.workers, 1),
+            ("search", "prices") if arguments.no_reports else ("search", "prices", "report"),
         )
     from .papers import pictures, tables
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench import claims
-from bench.papers import compare, control, images, jobs
+from bench.papers import compare, contenders, control, images, jobs
 from bench.papers.contenders import METHODS, Method
 from bench.papers.search import Axis, Search
 from bench.papers.stacked import Networks
@@ -119,13 +119,13 @@ def test_a_run_depends_on_its_point_and_seed_alone(task, monkeypatch):
     points = [{"lr": 0.003, "hyper_lr": h} for h in (0.0, 0.03, 0.1)]
 
     def train(points, seeds):
-        return SMALL[task].train(method, points, seeds, test=False, tick=lambda share: None)
+        return SMALL[task].train(method, points, seeds, test=False, tick=lambda: None)
 
     together, alone = train(points, (3, 4)), train(points[1:2], (4,))
     # Other products for another number of networks: their last bits differ.
     assert together[1][1]["score"] == pytest.approx(alone[0][0]["score"], rel=1e-2)
     assert len({of[0]["score"] for of in together}) == 3
-    base = SMALL[task].train(Method("Adam"), [{"lr": 0.003}], (3, 4), test=False, tick=lambda share: None)
+    base = SMALL[task].train(Method("Adam"), [{"lr": 0.003}], (3, 4), test=False, tick=lambda: None)
     assert base[0][0]["score"] == pytest.approx(together[0][0]["score"], rel=1e-3)
 
 
@@ -135,11 +135,11 @@ def test_only_a_report_sees_the_test_set():
         return dataclasses.replace(parts, test=(None, None))
 
     task = dataclasses.replace(SMALL["digits"], data=data)
-    record = task.train(Method("SGD"), [{"lr": 0.1}], (0,), test=False, tick=lambda share: None)[0][0]
+    record = task.train(Method("SGD"), [{"lr": 0.1}], (0,), test=False, tick=lambda: None)[0][0]
     assert math.isfinite(record["score"])
     assert "test" not in record
     with pytest.raises(AttributeError):
-        task.train(Method("SGD"), [{"lr": 0.1}], (0,), test=True, tick=lambda share: None)
+        task.train(Method("SGD"), [{"lr": 0.1}], (0,), test=True, tick=lambda: None)
 
 
 def test_every_option_of_a_point_reaches_its_parameters():
@@ -217,6 +217,13 @@ def test_environments_take_the_steps_of_gymnasiums(kind, name):
     assert cut.dtype == bool
 
 
+@pytest.mark.parametrize("lr", [0.01, 1e30])
+def test_a_policy_that_diverged_has_no_score(lr, monkeypatch):
+    monkeypatch.setattr(control, "WINDOWS", 1)
+    record = SMALL["cartpole"].train(Method("SGD"), [{"lr": lr}], (0,), test=False, tick=lambda: None)[0][0]
+    assert math.isfinite(record["score"]) == (lr < 1)
+
+
 def test_goals_are_discounted_returns():
     draw = torch.Generator().manual_seed(0)
     reward, value = torch.randn(9, 4, generator=draw), torch.randn(9, 4, generator=draw)
@@ -258,47 +265,72 @@ def test_a_curve_reaches_a_level_between_its_points():
     assert compare.crossing([0.0, 2.0, 1.0], [0, 10, 20], 2.0, rising=True) == 10.0
     assert compare.crossing([4.0, None, 1.0], [0, 10, 20], 2.0, rising=False) == math.inf
     assert compare.crossing([4.0, 3.5], [0, 10], 3.0, rising=False) == math.inf
-    assert compare.shortfall(1.2, 1.0) == pytest.approx(1.2)
-    assert compare.shortfall(-200.0, -250.0) == pytest.approx(1.25)
-    assert compare.shortfall(110.0, 100.0) == pytest.approx(1.1)
+    assert compare.excess([1.1, 1.3], [1.0, 1.0]).mean == pytest.approx(0.2)
+    assert compare.excess([-200.0, -190.0], [-250.0, -250.0]).mean == pytest.approx(0.22)
 
 
 # The command.
 
 
-def test_a_run_that_was_cut_off_goes_on_and_a_new_default_is_reported(tmp_path, monkeypatch):
+def test_a_run_that_was_cut_off_goes_on_and_what_changed_is_done_again(tmp_path, monkeypatch):
     monkeypatch.setitem(jobs.TASKS, "digits", SMALL["digits"])
     base, fop = Method("SGD"), Method("SGD", "spatial", ("hypergradient",))
-    done = []
+    done, changes = [], {}
 
     def job(kind, result):
         def run(task, name, *given, position=1):
             done.append((kind, name))
+            if changes.get("fails") == (kind, name):
+                raise RuntimeError("at the edge")
             return dict(result, default=jobs.default_hyper_lr() if kind == "report" and "FOP" in name else None)
 
         return run
 
-    def go():
+    def go(until=99):
         experiment = claims.Experiment(tmp_path, "digits")
-        while todo := [(kind, method) for method in (fop, base) if (kind := experiment.todo(method))]:
-            kind, method = todo[0]
-            result, seconds = claims.timed(experiment.job(kind, method), 1)
+        while ready := [(kind, method) for method in (fop, base) if (kind := experiment.ready(method))]:
+            kind, method = ready[0]
+            try:
+                result, seconds = claims.timed(experiment.job(kind, method), 1)
+            except RuntimeError as error:
+                experiment.fail(kind, method, error)
+                continue
             experiment.add(kind, method, result, seconds)
-            if len(done) == 2:
+            if len(done) == until:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(jobs, "search", job("search", {"best": {"lr": 0.1}}))
-    monkeypatch.setattr(jobs, "report", job("report", {"runs": {}}))
+    for kind, result in (("search", {"best": {"lr": 0.1}}), ("prices", {"points": []}), ("report", {"runs": {}})):
+        monkeypatch.setattr(jobs, kind, job(kind, result))
     with pytest.raises(KeyboardInterrupt):
-        go()
+        go(until=2)
     go()
-    assert done == [("search", fop.name), ("search", "SGD"), ("report", fop.name), ("report", "SGD")]
+    expected = [("search", fop.name), ("prices", fop.name), ("search", "SGD"), ("report", fop.name), ("report", "SGD")]
+    assert done == expected
     monkeypatch.setattr(jobs, "default_hyper_lr", lambda: 0.5)
     go()
-    assert done[4:] == [("report", fop.name)]
+    assert done[5:] == [("report", fop.name)]
     cases = {result["case"]: result for result in json.loads((tmp_path / "digits.json").read_text())["results"]}
     assert cases[f"report {fop.name}"]["default"] == 0.5
     assert cases["search SGD"]["where"]["commit"]
+    # Another axis is another method; a job that fails is tried again by the next run.
+    done.clear()
+    monkeypatch.setitem(contenders.FIRST, "SGD", dataclasses.replace(contenders.LR, start=0.1))
+    changes["fails"] = "report", "SGD"
+    go()
+    assert sorted(done) == sorted(expected)
+    changes.clear()
+    go()
+    assert done[5:] == [("report", "SGD")]
+
+
+def test_a_default_is_of_the_first_grid_or_says_so():
+    axis = Axis("hyper_lr", 1e-2, 10**0.5, (-2, -1, 0, 1, 2), lowest=(-6, 0.0))
+    assert [jobs.coordinate(axis, of) for of in (0.01, 0.0031623, 0.1, 0.0)] == [0, -1, 2, -6]
+    assert jobs.fixed(axis, -1.0).near(-1.0, 1.0) == [-1.0]
+    with pytest.raises(ValueError, match=r"hyper_lr must be on its axis of factor .*, got 0.003"):
+        jobs.coordinate(axis, 0.003)
+    with pytest.raises(ValueError, match=r"hyper_lr must be of the first grid .* got coordinate -0.5"):
+        jobs.fixed(axis, jobs.coordinate(axis, 0.0056234))
 
 
 def test_a_search_and_its_report_are_in_the_tables_and_the_pictures(tmp_path, monkeypatch, capsys):
@@ -308,10 +340,10 @@ def test_a_search_and_its_report_are_in_the_tables_and_the_pictures(tmp_path, mo
 
     experiment = claims.Experiment(tmp_path, "digits")
     for method in (Method("SGD"), Method("SGD", "spatial", ("hypergradient",))):
-        while kind := experiment.todo(method):
+        while kind := experiment.ready(method):
             experiment.add(kind, method, *claims.timed(experiment.job(kind, method), 1))
     text = tables.text({"digits": experiment})
-    assert text.count("FOP(SGD), spatial, hypergradient") == 2
+    assert text.count("FOP(SGD), spatial, hypergradient") == 3
     assert "swapped" in text
     pictures.draw({"digits": experiment}, tmp_path)
     for name in ("fop-steps", "fop-hyper-lr"):

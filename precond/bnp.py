@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._core.precision import at_stated_precision
-from ._wrappers.decays import coupled_decays
+from ._wrappers.decays import check_direction, coupled_decays
 from ._wrappers.inputs import Inputs, Observer, add_seen, pooled, statistics_dtype
 from ._wrappers.layers import Layer, layers_of, plain_layers
 from ._wrappers.standardised import Coordinates, step_in_z
@@ -52,15 +52,15 @@ class BNP(Wrapper):
         eps2: epsilon_2 > 0, absolute (default 1e-4).
         compose: "gradient" (default) gives ``base`` the transformed gradient P P^T g. "direction" lets ``base`` step in z, on the
             gradient P^T g. For SGD without momentum both are the same. Adam undoes any scaling of its input, so with "gradient"
-            only the centring has an effect on it. "direction" needs float32 or float64 parameters without ``ema_decay``, and
-            three copies of them during a step.
+            only the centring has an effect on it. "direction" needs float32 or float64 parameters, three copies of them during
+            a step, and a ``base`` without averages (``ema_decay``, schedule-free).
         process_group: the ``torch.distributed`` processes that train replicas (DDP). Their statistics are pooled; without that
             the replicas drift apart. None (default): one process. Neither copied nor pickled.
 
     Raises:
         TypeError: ``module`` or ``base`` is something else.
-        ValueError: an argument is out of range, a group has an ``ema_decay`` with ``compose="direction"``, the module has no
-            such layer, a layer is lazy or sharded, or layers that share a weight differ in their numbers of input channels.
+        ValueError: an argument is out of range, ``base`` averages weights with ``compose="direction"``, the module has no such
+            layer, a layer is lazy or sharded, or layers that share a weight differ in their numbers of input channels.
 
     State: per weight, "bnp_mean" (starts at 0), "bnp_var" (starts at 1) and "bnp_rows" (the N of the last step; 0: not seen),
     among the states of ``base``. ``own[weight]`` has them without the prefix.
@@ -119,7 +119,7 @@ class BNP(Wrapper):
         super().__init__(base)
         self._check_steps_alone()
         if compose == "direction":
-            self._check_no_average()
+            check_direction(base)
         self.module, self.compose, self.process_group = module, compose, process_group
         self.stat_momentum, self.eps1, self.eps2 = stat_momentum, eps1, eps2
         self._pending = {}
@@ -185,7 +185,7 @@ class BNP(Wrapper):
         super().add_param_group(param_group)
         if self.compose == "direction":
             try:
-                self._check_no_average()
+                check_direction(self.base)
             except ValueError:
                 del self.param_groups[-1]
                 raise
@@ -271,6 +271,8 @@ class BNP(Wrapper):
     @torch.no_grad()
     def _update(self) -> None:
         self._find_again()
+        if self.compose == "direction":
+            check_direction(self.base)
         if self._asked_for_states_only():
             self._step_base()
             self._make_entries()

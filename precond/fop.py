@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ._core.arguments import check_nonnegative
+from ._core.optimizer import FusedOptimizer
 from ._core.precision import at_stated_precision
 from ._core.sharding import aligned_gradients, like, local
 from ._methods import hypergradient
 from ._methods.hypergradient import Rule, Work
-from ._wrappers.decays import decoupled_decays
+from ._wrappers.decays import check_direction, decoupled_decays
 from ._wrappers.wrapper import T, Wrapper
 
 MODES = ("spatial", "input", "output", "diagonal")
@@ -122,14 +123,14 @@ class FOP(Wrapper):
         for p in self._params():
             self._check_param(p)
         self._check_groups()
+        self._decays()
         self._join_states()
 
     def _make_entries(self) -> None:
         for p in self._params():
             if p.requires_grad and not p.is_complex() and not self._why_not_sharded(p) and self._own_of(p) is None:
-                self._make_m(
-                    p, torch.zeros_like(p, dtype=getattr(p, "grad_dtype", None) or p.dtype, requires_grad=False)
-                )
+                of_grad = self.compose == "gradient" and getattr(p, "grad_dtype", None)
+                self._make_m(p, torch.zeros_like(p, dtype=of_grad or p.dtype, requires_grad=False))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to ``base``."""
@@ -138,6 +139,7 @@ class FOP(Wrapper):
             for p in self.param_groups[-1]["params"]:
                 self._check_param(p)
             self._check_groups()
+            self._decays()
         except (RuntimeError, ValueError):
             del self.param_groups[-1]
             raise
@@ -147,6 +149,7 @@ class FOP(Wrapper):
     def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
         """Update each M by the last two gradients, and step ``base`` on the preconditioned ones."""
         loss = self._evaluated(closure)
+        self._check_groups()
         if self._asked_for_states_only():
             self._step_base()
             self._make_entries()
@@ -185,7 +188,8 @@ class FOP(Wrapper):
                 f"the gradient of {self._name_of(p)} must be dense and real for FOP, got layout {grad.layout} and {grad.dtype}"
             )
         self._check_param(p)
-        if (own := self._own_of(p)) is not None and (shape := own[0].shape) != self._shape(p):
+        own, M = self._own_of(p), self._m_of(p)
+        if (M is not None and (shape := M.shape) != self._shape(p)) or (own and (shape := own[1].shape) != p.shape):
             raise RuntimeError(
                 f"M of {self._name_of(p)} must have shape {tuple(self._shape(p))} with mode={self.mode!r}, got {tuple(shape)}: "
                 "it is of another mode, or the parameter was resized"
@@ -195,7 +199,7 @@ class FOP(Wrapper):
     def _check_param(self, p: Tensor) -> None:
         if why := self._why_not_sharded(p):
             raise RuntimeError(why)
-        if self.compose == "direction" and p.dtype not in (torch.float32, torch.float64):
+        if self.compose == "direction" and p.requires_grad and p.dtype not in (torch.float32, torch.float64):
             raise RuntimeError(
                 f"{self._name_of(p)} must be float32 or float64 with compose='direction', which measures its steps, got {p.dtype}"
             )
@@ -204,9 +208,7 @@ class FOP(Wrapper):
         """Raise for bases whose steps are not a direction and a decay that can be told apart."""
         if self.compose != "direction":
             return
-        self._check_no_average()
-        if hasattr(self._innermost(), "train"):
-            raise ValueError(f"compose='direction' takes no schedule-free base, got {type(self._innermost()).__name__}")
+        check_direction(self.base)
         for group in self.param_groups:
             for name in ("l1_decay", "cautious"):
                 if value := group.get(name):
@@ -228,23 +230,28 @@ class FOP(Wrapper):
             f"got {self.mode!r} and {sorted(self.normalize)} for shape {tuple(p.shape)}"
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or a pickle, also one of the time when there was no ``compose``."""
+        super().__setstate__({"compose": "gradient"} | state)
+
     @property
     def _previous(self) -> str:
         return "previous_grad" if self.compose == "gradient" else "previous_step"
 
     def _own_of(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
         """M and the last gradient or step of a parameter that has both; the last one is 0 until there was one."""
-        state = self.state.get(p) or {}
-        M, previous = state.get(f"{self._start}preconditioner"), state.get(f"{self._start}{self._previous}")
+        M, previous = self._m_of(p), (self.state.get(p) or {}).get(f"{self._start}{self._previous}")
         return None if M is None or previous is None else (M, previous)
+
+    def _m_of(self, p: Tensor) -> Tensor | None:
+        return (self.state.get(p) or {}).get(f"{self._start}preconditioner")
 
     def _make_m(self, p: Tensor, previous: Tensor) -> None:
         """The first M, or the one of a checkpoint of the other ``compose``, whose previous gradient or step is another."""
         if not self.hyper_lr or not p.numel():
             return
         dtype = torch.promote_types(previous.dtype, torch.float32)
-        kept = (self.state.get(p) or {}).get(f"{self._start}preconditioner")
-        if kept is not None:
+        if (kept := self._m_of(p)) is not None:
             M = kept
         elif self._mixed(p):
             M = torch.eye(self._shape(p)[0], dtype=dtype, device=previous.device)
@@ -272,29 +279,37 @@ class FOP(Wrapper):
     def _rule(self) -> Rule:
         return Rule(self.hyper_lr, self.normalize, self.max_norm)
 
+    def _decays(self) -> dict[Tensor, float | Tensor]:
+        """What M leaves alone of a step: factors of parameters. Raises where that cannot be known."""
+        return decoupled_decays(self.base) if self.compose == "direction" else {}
+
     @at_stated_precision
     def _step_and_turn(
         self, gradients: Iterable[tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, float | Tensor]]
     ) -> None:
         """Step ``base``, and then take M M^T s for s, the step that it took without its decoupled decay."""
-        decays, rises = (
-            decoupled_decays(self.base),
-            {p for group in self.param_groups if group.get("maximize") for p in group["params"]},
-        )
+        decays = self._decays()
+        rises = {p for group in self.param_groups if group.get("maximize") for p in group["params"]}
+        # Bases of others write gradients, such as torch's SGD with Nesterov's momentum.
+        ours = isinstance(self._innermost(), FusedOptimizer)
+        seen = {p: local(grad) if ours else local(grad).clone() for p, grad, *_ in gradients}
         before = {p: local(p).clone() for p, *_ in gradients}
         self._with_gradients({p: grad for p, grad, *_ in gradients})
         self.wait()
         works: list[Work] = []
-        for p, grad, own, _ in gradients:
-            s = before[p]
+        for p, _, own, _ in gradients:
+            old, new = before[p], local(p)
+            s = old - new
             if p in decays:
-                s.sub_(s * decays[p])
-            s.sub_(local(p))
+                # Where nothing moved, base skipped the step and its decay.
+                s.sub_(old * decays[p] * (new != old).any())
+            before[p] = s
             if own is None:
                 self._make_m(p, like(p, s))
             else:
-                g = -local(grad) if p in rises else local(grad)
+                g = -seen[p] if p in rises else seen[p]
                 # The step has lr in it already.
                 works.append(Work(p, local(own[0]), g, local(own[1]), self._mixed(p), 1.0, s))
         for p, turned in hypergradient.preconditioned(works, self._rule()):
-            local(p).add_(before[p].sub_(local(turned)))
+            # In this order a -0 stays one where M is I.
+            local(p).sub_(local(turned).sub_(before[p]))

@@ -215,7 +215,11 @@ def test_around_plain_sgd_both_compositions_are_one_method():
             "l1_decay must be off with compose='direction', got 0.1",
         ),
         ([start((3, 2))], lambda ps: precond.AdamW(ps, cautious="both"), "cautious must be off with compose="),
-        ([start((3, 2))], lambda ps: precond.ScheduleFreeSGD(ps), "takes no schedule-free base, got ScheduleFreeSGD"),
+        (
+            [start((3, 2))],
+            lambda ps: precond.ScheduleFreeSGD(ps),
+            "must keep no average of its own .*, got ScheduleFreeSGD",
+        ),
     ],
     ids=lambda of: of if isinstance(of, str) else "",
 )
@@ -248,6 +252,146 @@ def test_a_checkpoint_of_the_other_composition_brings_its_m(compose):
     train(resumed, b, 1, first=5)
     for p, q in zip(a, b, strict=True):
         assert not torch.equal(resumed.own[q]["preconditioner"], optimizer.own[p]["preconditioner"])
+
+
+class OfOthers(torch.optim.Optimizer):
+    """Plain SGD with a coupled decay, which it adds to the gradient in place."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.02, "weight_decay": 0.5})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.add_(p, alpha=group["weight_decay"])
+                p.sub_(group["lr"] * p.grad)
+
+
+def made_and_run(make, steps=4, **options):
+    params = layers(torch.float64)
+    optimizer = precond.FOP(make(params), 0.05, **options)
+    train(optimizer, params, steps)
+    return params, optimizer
+
+
+def test_in_direction_m_learns_from_the_gradient_that_base_was_given():
+    """torch's foreach form of Nesterov's momentum adds the buffer to the gradient."""
+    runs = [
+        made_and_run(lambda ps, foreach=foreach: torch.optim.SGD(ps, 0.1, 0.9, nesterov=True, foreach=foreach))[0]
+        for foreach in (True, False)
+    ]
+    for p, q in zip(*runs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_in_direction_a_skipped_step_moves_nothing():
+    params = layers()
+    optimizer = precond.FOP(precond.AdamW(params, lr=0.05, weight_decay=0.5, nonfinite="skip", max_grad_norm=1.0), 0.05)
+    train(optimizer, params, 4)
+    before = copy.deepcopy(params)
+    Ms = [optimizer.own[p]["preconditioner"].clone() for p in params]
+    for p in params:
+        p.grad.fill_(math.nan)
+    optimizer.step()
+    for p, q, M in zip(params, before, Ms, strict=True):
+        assert bits_equal(p, q)
+        assert torch.equal(optimizer.own[p]["preconditioner"], M)
+        assert not optimizer.own[p]["previous_step"].any()
+    train(optimizer, params, 1, first=4)
+    assert all(torch.equal(optimizer.own[p]["preconditioner"], M) for p, M in zip(params, Ms, strict=True))
+    train(optimizer, params, 1, first=5)
+    assert not any(torch.equal(optimizer.own[p]["preconditioner"], M) for p, M in zip(params, Ms, strict=True))
+
+
+def test_in_direction_a_foreign_decay_is_asked_for():
+    message = "decoupled_weight_decay must be True or False in the groups of OfOthers with compose='direction'"
+    with pytest.raises(ValueError, match=message):
+        precond.FOP(OfOthers(layers()), 0.05)
+
+    def told(ps):
+        return OfOthers([{"params": ps, "decoupled_weight_decay": False}])
+
+    ours, _ = made_and_run(told)
+    theirs, _ = made_and_run(lambda ps: torch.optim.SGD(ps, lr=0.02, weight_decay=0.5))
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_in_direction_the_class_inside_a_sharding_optimizer_says_what_a_decay_is():
+    class Around(torch.optim.AdamW):
+        """As ZeroRedundancyOptimizer: the groups of all, and what steps is inside."""
+
+        def __init__(self, params):
+            self.optim = torch.optim.Adagrad(params, lr=0.02, weight_decay=0.5)
+            super().__init__(params, lr=0.02, weight_decay=0.5)
+            for group in self.param_groups:
+                del group["decoupled_weight_decay"]
+
+        def step(self, closure=None):
+            self.optim.step()
+
+    ours, _ = made_and_run(Around)
+    theirs, _ = made_and_run(lambda ps: torch.optim.Adagrad(ps, lr=0.02, weight_decay=0.5))
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_in_direction_methods_of_groups_are_judged_one_by_one():
+    def grouped(other):
+        def make(ps):
+            return precond.Grouped(
+                [
+                    {"params": ps[:1], "optimizer": precond.AdamW, "weight_decay": 0.1},
+                    {"params": ps[1:], "optimizer": other},
+                ]
+            )
+
+        return make
+
+    params = layers()
+    optimizer = precond.FOP(grouped(precond.SGD)(params), 0.05)
+    train(optimizer, params, 3)
+    assert len(optimizer.own) == len(params)
+    with pytest.raises(ValueError, match=r"must keep no average .* got ScheduleFreeSGD"):
+        precond.FOP(grouped(precond.ScheduleFreeSGD)(layers()), 0.05)
+    with pytest.raises(ValueError, match=r"must keep no average .* got ASGD"):
+        precond.FOP(torch.optim.ASGD(layers()), 0.05)
+
+
+def test_in_direction_an_option_that_comes_later_raises_before_anything_moves():
+    params, optimizer = made_and_run(lambda ps: precond.AdamW(ps))
+    before = copy.deepcopy(params)
+    for name, value in (("l1_decay", 50.0), ("ema_decay", 0.5), ("cautious", "both")):
+        old = optimizer.param_groups[0].get(name)
+        optimizer.param_groups[0][name] = value
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            train(optimizer, params, 1)
+        optimizer.param_groups[0][name] = old
+    assert all(map(torch.equal, params, before))
+
+
+def test_in_direction_a_minus_zero_stays_one_and_frozen_parameters_may_be_of_any_dtype():
+    p, frozen = torch.nn.Parameter(torch.tensor([-0.0, 1.0])), torch.nn.Parameter(torch.ones(2).bfloat16(), False)
+    optimizer = precond.FOP(torch.optim.AdamW([p, frozen], lr=torch.tensor([0.1]), weight_decay=0.1), 0.05)
+    for _ in range(2):
+        p.grad = torch.zeros(2)
+        optimizer.step()
+    assert p[0] == 0.0 and torch.signbit(p[0])  # noqa: PT018
+    scalar = torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = precond.FOP(torch.optim.AdamW([scalar], lr=torch.tensor([0.1]), weight_decay=0.1), 0.05)
+    train(optimizer, [scalar], 3)
+    assert scalar.isfinite()
+
+
+def test_a_pickle_of_the_time_before_compositions_goes_on():
+    params = layers()
+    optimizer = FOP(torch.optim.SGD(params, lr=0.1), 0.05)
+    train(optimizer, params, 2)
+    old = {name: value for name, value in optimizer.__getstate__().items() if name != "compose"}
+    new = precond.FOP.__new__(precond.FOP)
+    new.__setstate__(old)
+    train(new, params, 1, first=2)
+    assert new.compose == "gradient"
 
 
 @layouts

@@ -61,6 +61,10 @@ def mean_curve(records: Sequence[dict[str, Any]]) -> list[float]:
     return [statistics.fmean(of) for of in zip(*rows, strict=True)]
 
 
-def shortfall(score: float, best: float) -> float:
-    """By which factor a score is worse than the best one, >= 1. Scores of returns that are positive are negative."""
-    return score / best if best > 0.0 else best / score if score < 0.0 else math.inf
+def excess(ours: Sequence[float | None], best: Sequence[float | None]) -> Difference:
+    """By which share of the best mean score ours are worse, paired over seeds. Scores: the lower, the better."""
+    found = paired(ours, best, ratios=False)
+    if math.isnan(found.mean):
+        return found
+    unit = abs(statistics.fmean(x for x in best if x is not None))
+    return Difference(*(x / unit for x in found))

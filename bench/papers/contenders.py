@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +21,14 @@ Groups = list[dict[str, Any]]
 #: Factors of 4 between neighbours at first, of 2 at last.
 LR = Axis("lr", 0.05, 4.0, (-2, -1, 0, 1, 2), halvings=1)
 LR_ADAPTIVE = dataclasses.replace(LR, start=0.005)
-#: Each base has a second hyper-parameter of its own to search, so that it has as many points as FOP around it.
+#: Each base but plain SGD has a second hyper-parameter of its own to search, so that it has about as many points as FOP around
+#: it. SGD has a quarter of FOP's; "momentum" contains it.
 SECOND = {
     "SGD": (),
-    "momentum": (Axis("one_minus_momentum", 0.1, 10**0.5, (-2, -1, 0, 1, 2), lowest=(-4, 1e-3), highest=(2, 1.0)),),
+    "momentum": (Axis("one_minus_momentum", 0.1, 10**0.5, (-2, -1, 0, 1, 2), highest=(2, 1.0)),),
+    # With 1 - beta2 far below 1 / steps a corrected second moment is the mean of all squares, whatever beta2 is.
     "Adam": (Axis("one_minus_beta2", 0.01, 10.0, (-2, -1, 0, 1), lowest=(-3, 1e-5), highest=(2, 1.0)),),
-    "RMSprop": (Axis("one_minus_alpha", 0.01, 10.0, (-2, -1, 0, 1), lowest=(-3, 1e-5), highest=(2, 1.0)),),
+    "RMSprop": (Axis("one_minus_alpha", 0.01, 10.0, (-2, -1, 0, 1), highest=(2, 1.0)),),
 }
 FIRST = {"SGD": LR, "momentum": dataclasses.replace(LR, start=0.0125), "Adam": LR_ADAPTIVE, "RMSprop": LR_ADAPTIVE}
 #: What a base takes where its second hyper-parameter is not searched: the defaults of torch.
@@ -82,6 +85,12 @@ class Method:
         if "hypergradient" in self.normalize:
             return lr, Axis("hyper_lr", 1e-2, 10**0.5, (-2, -1, 0, 1, 2), lowest=(-6, 0.0))
         return lr, Axis("hyper_lr", 1.0, 10.0, (-2, -1, 0, 1, 2), lowest=(-6, 0.0))
+
+    def described(self) -> dict[str, Any]:
+        """What a record is of: the options, what a base has by default, and the axes."""
+        axes = [dataclasses.asdict(axis) for axis in self.axes]
+        # As JSON gives it back, so that it compares equal.
+        return json.loads(json.dumps({**dataclasses.asdict(self), "axes": axes, "usual": USUAL[self.base]}))
 
     def optimizers(
         self, parameters: list[list[list[nn.Parameter]]], points: Sequence[Point]

@@ -179,7 +179,7 @@ class Control:
     updates: int = 800
 
     unit = "return"
-    searched, reported = tuple(range(5)), tuple(range(100, 120))
+    searched, reported, priced = tuple(range(5)), tuple(range(100, 120)), tuple(range(200, 220))
     ratios = False
 
     @property
@@ -205,7 +205,7 @@ class Control:
         return ActorCritic(self.kind.sees, self.kind.actions)
 
     def train(
-        self, method: Method, points: Sequence[Point], seeds: Sequence[int], *, test: bool, tick: Callable[[float], Any]
+        self, method: Method, points: Sequence[Point], seeds: Sequence[int], *, test: bool, tick: Callable[[], Any]
     ) -> list[list[dict[str, Any]]]:
         """The record of every point and seed."""
         networks = Networks(self.build, len(points), seeds)
@@ -244,9 +244,11 @@ class Control:
             networks.backward(networks.each(loss_of, *inputs, shared=False))
             for optimizer in optimizers:
                 optimizer.step()
-            tick(1 / self.updates)
+            tick()
         # Every window is longer than an episode can be, so that each environment ends one.
         curve = finished[..., 0] / finished[..., 1]
+        # A network of NaN goes on with its first action.
+        curve[~networks.finite()] = torch.nan
         mean, end = curve.mean(-1).tolist(), curve[..., -WINDOWS // 5 :].mean(-1).tolist()
         records = [
             [

@@ -102,7 +102,7 @@ class Images:
     searched: tuple[int, ...] = tuple(range(5))
 
     unit = "loss"
-    reported = tuple(range(100, 110))
+    reported, priced = tuple(range(100, 110)), tuple(range(200, 210))
     #: Ratios of losses are compared, differences of returns.
     ratios = True
 
@@ -145,7 +145,7 @@ class Images:
         return loss / len(y), wrong / len(y)
 
     def train(
-        self, method: Method, points: Sequence[Point], seeds: Sequence[int], *, test: bool, tick: Callable[[float], Any]
+        self, method: Method, points: Sequence[Point], seeds: Sequence[int], *, test: bool, tick: Callable[[], Any]
     ) -> list[list[dict[str, Any]]]:
         """The record of every point and seed. The test set is touched only with ``test``, after the last step."""
         networks = Networks(self.build, len(points), seeds)
@@ -163,7 +163,7 @@ class Images:
             networks.backward(networks.each(loss_of, x[rows], y[rows]))
             for optimizer in optimizers:
                 optimizer.step()
-            tick(1 / self.steps)
+            tick()
         validation, error = self.evaluate(networks, *self.parts.validation)
         curve.append(self.evaluate(networks, *few)[0])
         found = {"score": validation, "validation_error": error, "curve": torch.stack(curve, -1)}

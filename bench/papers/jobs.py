@@ -16,7 +16,7 @@ import precond
 
 from . import control, images
 from .contenders import METHODS, USUAL, Method
-from .search import At, Axis, Point, Search
+from .search import At, Axis, Point, Search, run_together
 
 TASKS: dict[str, images.Images | control.Control] = {**images.TASKS, **control.TASKS}
 #: Networks that are trained at once: bounds memory.
@@ -51,25 +51,27 @@ class Trainer:
 
     def __call__(self, points: Sequence[Point], *, test: bool = False) -> list[list[dict[str, Any]]]:
         size = max(TOGETHER // len(self.seeds), 1)
-        self.bar.total = round(self.bar.n) + len(points)
+        self.bar.total = self.bar.n + len(points) * self.task.steps
         records = []
         for i in range(0, len(points), size):
             part = points[i : i + size]
             records += self.task.train(self.method, part, self.seeds, test=test, tick=self.tick(len(part)))
         return records
 
-    def tick(self, count: int) -> Callable[[float], Any]:
-        """Move the bar by a share of so many points."""
-        return lambda share: self.bar.update(share * count)
+    def tick(self, count: int) -> Callable[[], Any]:
+        """Move the bar by a step of so many points."""
+        return lambda: self.bar.update(count)
 
 
 def progress(task: str, name: str, position: int) -> tqdm:
-    layout = "{desc} {bar:20} {n:.0f}/{total_fmt} points {elapsed}"
-    return tqdm(desc=f"{task}: {name}", position=position, leave=False, bar_format=layout, total=1, mininterval=1.0)
+    layout = "{desc} {bar:20} {n_fmt}/{total_fmt} steps {elapsed}"
+    return tqdm(desc=f"{task}: {name}", position=position, leave=False, bar_format=layout, mininterval=1.0)
 
 
 def fixed(axis: Axis, at: float) -> Axis:
-    """The axis with one coordinate alone."""
+    """The axis with one coordinate alone, of the first grid's."""
+    if at not in axis.first:
+        raise ValueError(f"{axis.name} must be of the first grid {axis.first}, got coordinate {at}")
     end = at, axis.value(at)
     return dataclasses.replace(axis, first=(int(at),), lowest=end, highest=end)
 
@@ -77,8 +79,13 @@ def fixed(axis: Axis, at: float) -> Axis:
 def coordinate(axis: Axis, value: float) -> float:
     """The coordinate of a value that the axis has."""
     ends = [end[0] for end in (axis.lowest, axis.highest) if end and end[1] == value]
-    # Records have five digits, coordinates are multiples of a quarter.
-    return ends[0] if ends else round(4 * math.log(value / axis.start, axis.factor)) / 4
+    if ends:
+        return ends[0]
+    # Records have five digits, coordinates are multiples of a half.
+    at = round(2 * math.log(value / axis.start, axis.factor)) / 2
+    if not math.isclose(axis.value(at), value, rel_tol=1e-3):
+        raise ValueError(f"{axis.name} must be on its axis of factor {axis.factor:g} around {axis.start}, got {value}")
+    return at
 
 
 class Searcher:
@@ -115,40 +122,69 @@ def search(task: str, name: str, position: int = 1) -> dict[str, Any]:
         best = usual = search.whole.run(search.evaluate)
         if not method.mode and len(method.axes) > 1:
             at = coordinate(method.axes[1], *USUAL[method.base].values())
-            usual = along_lr(search.whole, method.axes, at, search.evaluate)
+            (usual,) = along_lr(search, [at])
+            best = search.whole.run(search.evaluate)
     whole = search.whole
     points = [{"at": whole.point(at), "scores": scores} for at, scores in sorted(search.found.items())]
     return rounded({"best": whole.point(best), "usual": whole.point(usual), "count": len(points), "points": points})
 
 
-def along_lr(whole: Search, axes: Sequence[Axis], at: float, evaluate: Callable[[list[At]], list[float]]) -> At:
-    """The best point with this coordinate on the second axis, found with what is known already."""
-    line = Search((axes[0], fixed(axes[1], at)))
-    known = {point: score for point, score in whole.scores.items() if point[1] == at}
-    if any(map(math.isfinite, known.values())):
-        line.scores = known
-    best = line.run(evaluate)
-    whole.scores.update(line.scores)
+def along_lr(search: Searcher, coordinates: Sequence[float]) -> list[At]:
+    """The best point for each of these coordinates of the second axis, found with what is known already."""
+    lr, second = search.whole.axes
+    lines = []
+    for at in coordinates:
+        line = Search((lr, fixed(second, at)))
+        known = {point: score for point, score in search.whole.scores.items() if point[1] == at}
+        if any(map(math.isfinite, known.values())):
+            line.scores = known
+        lines.append(line)
+    best = run_together(lines, search.evaluate)
+    for line in lines:
+        search.whole.scores.update(line.scores)
     return best
 
 
-def report(task: str, name: str, searched: dict[str, Any], base: dict[str, Any], position: int = 1) -> dict[str, Any]:
+def prices(task: str, name: str, searched: dict[str, Any], position: int = 1) -> dict[str, Any]:
+    """What every ``hyper_lr`` of the first grid costs: each at a learning rate of its own search, scores of other seeds than the
+    search's and the report's. For the choice of a default: the test set is not touched.
+    """
+    torch.set_num_threads(1)
+    method = named(task, name)
+    with progress(task, f"{name}, prices", position) as bar:
+        search = Searcher(task, method, bar)
+        search.know(searched["points"])
+        points = [search.whole.point(at) for at in along_lr(search, [float(at) for at in method.axes[1].first])]
+        records = Trainer(task, method, TASKS[task].priced, bar)([*points, searched["best"]])
+    *scores, best = [[record["score"] for record in of] for of in records]
+    found = [{"at": point, "scores": of} for point, of in zip(points, scores, strict=True)]
+    best_one = {"at": searched["best"], "scores": best}
+    return rounded({"points": found, "best": best_one, "seeds": TASKS[task].priced})
+
+
+def report(
+    task: str,
+    name: str,
+    searched: dict[str, Any],
+    base: dict[str, Any],
+    priced: dict[str, Any] | None,
+    position: int = 1,
+) -> dict[str, Any]:
     """Records of fresh seeds at the best point. For a base also with its usual second hyper-parameter; for FOP also with the
     default ``hyper_lr``, at the best learning rate for it and at that of the base.
     """
     torch.set_num_threads(1)
-    method = named(task, name)
-    points, default = {"best": searched["best"]}, None
+    method, default = named(task, name), None
+    points = {"best": searched["best"]}
+    if not method.mode:
+        points["usual"] = searched["usual"]
+    elif priced is not None:
+        default = default_hyper_lr()
+        points["default"] = next(
+            of["at"] for of in priced["points"] if math.isclose(of["at"]["hyper_lr"], default, rel_tol=1e-3)
+        )
+        points["swapped"] = {"lr": base["usual"]["lr"], "hyper_lr": points["default"]["hyper_lr"]}
     with progress(task, f"{name}, report", position) as bar:
-        if not method.mode:
-            points["usual"] = searched["usual"]
-        elif method.is_default:
-            default = default_hyper_lr()
-            search = Searcher(task, method, bar)
-            search.know(searched["points"])
-            at = along_lr(search.whole, method.axes, coordinate(method.axes[1], default), search.evaluate)
-            points["default"] = search.whole.point(at)
-            points["swapped"] = {"lr": base["usual"]["lr"], "hyper_lr": default}
         distinct = [point for i, point in enumerate(points.values()) if point not in list(points.values())[:i]]
         records = Trainer(task, method, TASKS[task].reported, bar)(distinct, test=True)
     runs = {kind: records[distinct.index(point)] for kind, point in points.items()}

@@ -79,7 +79,9 @@ def measure(path: Path, seconds: float = 4.0) -> dict[str, dict[str, dict[str, f
             calls[base] = make(list(model.parameters())).step
             for mode in ("spatial", "input"):
                 # A hyper_lr so small that M, and with it the work, stays as at the start.
-                fop = precond.FOP(make(list(model.parameters())), 1e-6, mode, normalize="hypergradient")
+                # Around plain SGD "gradient" is the same method and copies no parameters.
+                compose = "gradient" if base == "SGD" else "direction"
+                fop = precond.FOP(make(list(model.parameters())), 1e-6, mode, compose=compose)
                 calls[f"FOP({base}), {mode}"] = fop.step
         both()
         times = timing.interleaved(calls, seconds, least=9)

@@ -88,19 +88,36 @@ def curves(plt: Any, experiments: dict[str, Experiment], per_step: dict[str, dic
 
 
 def prices(plt: Any, experiments: dict[str, Experiment]) -> Any:
-    """For every ``hyper_lr`` the best score over learning rates, as a factor of the best."""
-    tasks = [task for task, experiment in experiments.items() if experiment.get("search", "SGD")]
+    """What every ``hyper_lr`` costs against the tuned one, with intervals."""
+    tasks = [
+        task
+        for task, experiment in experiments.items()
+        if any(experiment.get("prices", m) for m in METHODS[task] if m.is_default)
+    ]
+    if not tasks:
+        return None
     figure, axes = grid(plt, 1, len(tasks), sharey=True)
     for ax, task in zip(axes[0], tasks, strict=True):
-        for method in METHODS[task]:
-            if method.is_default:
-                of = {h: y for h, y in tables.by_hyper_lr(experiments[task], method).items() if h}
-                style = "o-" if method.mode == "input" else "s--"
-                ax.plot(list(of), list(of.values()), style, label=method.name, markersize=3, linewidth=1)
+        for k, method in enumerate(method for method in METHODS[task] if method.is_default):
+            of = tables.price(experiments[task], method)
+            style = "o-" if method.mode == "input" else "s--"
+            middle = [100 * d.mean for d in of.values()]
+            errors = [[100 * (d.mean - d.low) for d in of.values()], [100 * (d.high - d.mean) for d in of.values()]]
+            x = [h * (1.0 + 0.04 * k) for h in of]
+            ax.errorbar(
+                x,
+                middle,
+                errors,
+                fmt=style,
+                label=f"{method.base}, {method.mode}",
+                markersize=3,
+                linewidth=1,
+                elinewidth=0.5,
+            )
         ax.axhline(tables.ALLOWED, color="#0f172a", linewidth=0.6)
-        ax.set(xscale="log", ylim=(0.98, 2.0), title=task, xlabel="hyper_lr")
+        ax.set(xscale="log", ylim=(-20, 60), title=task, xlabel="hyper_lr")
         legend(ax)
-    axes[0][0].set_ylabel("worse than tuned by")
+    axes[0][0].set_ylabel("worse than tuned by, %")
     return figure
 
 

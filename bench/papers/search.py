@@ -81,11 +81,25 @@ class Search:
             self.halved += 1
         return missing
 
-    def run(self, evaluate: Callable[[list[At]], Iterable[float]], rounds: int = 25) -> At:
-        """The best point. Raises RuntimeError where it is at an edge after so many rounds."""
-        for _ in range(rounds):
-            wanted = self.wanted()
-            if not wanted:
-                return self.best
-            self.scores.update(zip(wanted, evaluate(wanted), strict=True))
-        raise RuntimeError(f"after {rounds} rounds {self.point(self.best)} is at the edge of the grid still")
+    def run(self, evaluate: Callable[[list[At]], Iterable[float]]) -> At:
+        """The best point."""
+        return run_together([self], evaluate)[0]
+
+
+def run_together(
+    searches: Sequence[Search], evaluate: Callable[[list[At]], Iterable[float]], rounds: int = 25
+) -> list[At]:
+    """The best point of every search; what they want at a time is evaluated at once, and each point once.
+
+    Raises RuntimeError where one is at an edge after so many rounds.
+    """
+    for _ in range(rounds):
+        wanted = {search: search.wanted() for search in searches}
+        points = sorted(set(itertools.chain(*wanted.values())))
+        if not points:
+            return [search.best for search in searches]
+        scores = dict(zip(points, evaluate(points), strict=True))
+        for search, of in wanted.items():
+            search.scores.update({at: scores[at] for at in of})
+    edge = [search.point(search.best) for search, of in wanted.items() if of]
+    raise RuntimeError(f"after {rounds} rounds {edge[0]} is at the edge of the grid still")

@@ -48,6 +48,10 @@ class Networks:
         of_seeds = vmap(called, randomness="error")
         return vmap(of_seeds, in_dims=(0, *[None if shared else 0] * len(inputs)))(self.stacked, *inputs)
 
+    def finite(self) -> Tensor:
+        """Which networks have finite parameters, (copies, seeds)."""
+        return torch.stack([t.detach().isfinite().flatten(2).all(2) for t in self.stacked.values()]).all(0)
+
     def backward(self, losses: Tensor) -> None:
         """Gradients of every network's loss, (copies, seeds). One that diverged has NaN of its own."""
         for buffer, g in zip(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,41 +12,61 @@ from .._core.optimizer import FusedOptimizer
 from .._core.scales import is_coupled, scale
 from .wrapper import Wrapper
 
+#: torch's classes whose decay is decoupled without a flag in their groups.
+_DECOUPLED = (torch.optim.Adafactor, torch.optim.Muon)
 
-def _innermost(base: torch.optim.Optimizer) -> torch.optim.Optimizer:
+
+def _owned(base: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], torch.optim.Optimizer]]:
+    """Every group, with the optimizer whose rule it has: inside of wrappers, ``ZeroRedundancyOptimizer`` and ``Grouped``."""
     while isinstance(base, Wrapper):
         base = base.base
-    return base
+    inner = getattr(base, "optim", base)
+    for group in base.param_groups:
+        yield group, inner.part_of(group) if isinstance(inner, FusedOptimizer) else inner
 
 
-def _owner(base: torch.optim.Optimizer, group: dict[str, Any]) -> type[object]:
-    """The class whose rule a group has."""
-    return type(base.part_of(group) if isinstance(base, FusedOptimizer) else base)
+def check_direction(base: torch.optim.Optimizer) -> None:
+    """Raise where ``base`` changes or averages parameters beside a step that ``compose="direction"`` changes afterwards."""
+    for group, owner in _owned(base):
+        if hasattr(owner, "eval") or isinstance(owner, torch.optim.ASGD):
+            raise ValueError(
+                f"base must keep no average of its own with compose='direction', which it would take of other weights, got "
+                f"{type(owner).__name__}"
+            )
+        if (ema_decay := group.get("ema_decay")) is not None:
+            raise ValueError(
+                f"ema_decay must be None with compose='direction', since base does not see the new weights, got {ema_decay!r}"
+            )
 
 
 def decoupled_decays(base: torch.optim.Optimizer) -> dict[Tensor, float | Tensor]:
     """For parameters whose optimizer subtracts ``lr * weight_decay * p`` beside its step: the factor of p."""
-    base = _innermost(base)
     decays: dict[Tensor, float | Tensor] = {}
-    for group in base.param_groups:
-        if group.get("weight_decay", 0.0) != 0.0 and not is_coupled(_owner(base, group), group):
-            hyper = {"lr": group["lr"], "weight_decay": group["weight_decay"], "l1_decay": 0.0}
-            if isinstance(base, FusedOptimizer):
-                scale(hyper, group)
-            decays.update((p, hyper["lr"] * hyper["weight_decay"]) for p in group["params"])
+    for group, owner in _owned(base):
+        if not group.get("weight_decay") or is_coupled(type(owner), group):
+            continue
+        ours = isinstance(owner, FusedOptimizer)
+        if not (ours or "decoupled_weight_decay" in group or isinstance(owner, _DECOUPLED)):
+            raise ValueError(
+                f"decoupled_weight_decay must be True or False in the groups of {type(owner).__name__} with "
+                "compose='direction', which cannot see whether its weight_decay is part of the gradient"
+            )
+        hyper = {"lr": group["lr"], "weight_decay": group["weight_decay"], "l1_decay": 0.0}
+        if ours:
+            scale(hyper, group)
+        factor = hyper["lr"] * hyper["weight_decay"]
+        decays.update((p, factor.reshape(()) if isinstance(factor, Tensor) else factor) for p in group["params"])
     return decays
 
 
 def coupled_decays(base: torch.optim.Optimizer) -> dict[Tensor, float]:
     """The weight decay of parameters whose optimizer adds it to the gradient, with the sign of a gradient."""
-    base = _innermost(base)
-    ours = isinstance(base, FusedOptimizer)
     decays: dict[Tensor, float] = {}
-    for group in base.param_groups:
+    for group, owner in _owned(base):
         weight_decay = group.get("weight_decay", 0.0)
-        if ours and "decay_scale" in group:
+        if isinstance(owner, FusedOptimizer) and "decay_scale" in group:
             weight_decay = weight_decay * group["decay_scale"]
-        if weight_decay != 0.0 and is_coupled(_owner(base, group), group):
+        if weight_decay != 0.0 and is_coupled(type(owner), group):
             sign = -1.0 if group.get("maximize", False) else 1.0
             decays.update((p, sign * float(weight_decay)) for p in group["params"])
     return decays

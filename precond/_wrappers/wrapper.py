@@ -66,14 +66,6 @@ class Wrapper(torch.optim.Optimizer):
         if needed or (isinstance(base, Wrapper) and base._needs_closure):
             raise TypeError(f"base must be an optimizer that steps without a closure, got {type(base).__name__}")
 
-    def _check_no_average(self) -> None:
-        """Raise where ``base`` averages parameters in a step that this class changes afterwards."""
-        for group in self.base.param_groups:
-            if (ema_decay := group.get("ema_decay")) is not None:
-                raise ValueError(
-                    f"ema_decay must be None with compose='direction', since base does not see the new weights, got {ema_decay!r}"
-                )
-
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of ``base``."""

@@ -48,8 +48,8 @@ class Experiment:
         self.task = task
         settings = {
             "task": jobs.TASKS[task].settings(),
-            "searched": jobs.TASKS[task].searched,
-            "reported": jobs.TASKS[task].reported,
+            **{kind: getattr(jobs.TASKS[task], kind) for kind in ("searched", "runoff", "priced", "reported")},
+            "finalists": jobs.FINALISTS,
         }
         environment = timing.environment()
         # Losses hang on torch's kernels; where the rest was measured stands in each case.
@@ -86,10 +86,19 @@ class Experiment:
             return ""
         return "" if (kind, method) in self.failed else kind
 
+    def known(self, method: Method) -> list[dict[str, Any]]:
+        """Points of an earlier search of the same task, method and seeds, by whatever rule it chose."""
+        run, case = self.record.by_name.get(f"search {method.name}", ({}, {}))
+        same = ("task", "searched")
+        if not run or case.get("method") != method.described():
+            return []
+        now = self.record.run["settings"]
+        return case["points"] if all(run["settings"][key] == now[key] for key in same) else []
+
     def job(self, kind: str, method: Method) -> functools.partial[dict[str, Any]]:
         searched = self.get("search", method)
         if kind == "search":
-            return functools.partial(jobs.search, self.task, method.name)
+            return functools.partial(jobs.search, self.task, method.name, self.known(method))
         if kind == "prices":
             return functools.partial(jobs.prices, self.task, method.name, searched)
         priced = self.get("prices", method) if method.is_default else None

@@ -66,6 +66,30 @@ def test_a_point_is_evaluated_once_and_a_diverged_one_is_none_to_choose():
     assert best == (0.25,)
 
 
+def test_a_point_that_was_lucky_is_not_chosen(monkeypatch):
+    """With more seeds it is worse; the one that is chosen has neighbours on every side, and each point is settled once."""
+    searcher, trained = jobs.Searcher("digits", Method("SGD"), None), []
+
+    def train(self, ats, seeds):
+        for at in ats:
+            trained.append((at, tuple(seeds)))
+            lucky = at == (1.0,) and seeds == self.task.searched
+            self.found.setdefault(at, []).extend([0.1 if lucky else 1.0 + abs(at[0] + 0.5)] * len(seeds))
+
+    monkeypatch.setattr(jobs.Searcher, "_train", train)
+    (best,) = searcher.settle([searcher.whole], 2)
+    assert best == (-0.5,)
+    assert searcher.whole.neighbours() <= set(searcher.whole.scores)
+    assert len(trained) == len(set(trained))
+    assert ((1.0,), searcher.task.runoff) in trained
+    assert len(searcher.found[best]) == 15
+    again = jobs.Searcher("digits", Method("SGD"), None)
+    again.know(jobs.rounded(searcher.points()))
+    trained.clear()
+    assert again.settle([again.whole], 2) == [best]
+    assert not trained
+
+
 # Networks side by side.
 
 
@@ -258,6 +282,7 @@ def test_differences_are_paired_and_intervals_are_students():
     assert not found.verdict(0.0, rising=True)
     assert compare.paired(base, base, ratios=True) == (1.0, 1.0, 1.0)
     assert math.isnan(compare.paired([1.0, None], [1.0, 2.0], ratios=True).mean)
+    assert compare.paired([*base, None], [*base, 1.0], ratios=True).mean == 1.0
 
 
 def test_a_curve_reaches_a_level_between_its_points():

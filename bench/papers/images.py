@@ -102,7 +102,7 @@ class Images:
     searched: tuple[int, ...] = tuple(range(5))
 
     unit = "loss"
-    reported, priced = tuple(range(100, 110)), tuple(range(200, 210))
+    runoff, reported, priced = tuple(range(50, 60)), tuple(range(100, 110)), tuple(range(200, 210))
     #: Ratios of losses are compared, differences of returns.
     ratios = True
 

@@ -19,6 +19,8 @@ from .contenders import METHODS, USUAL, Method
 from .search import At, Axis, Point, Search, run_together
 
 TASKS: dict[str, images.Images | control.Control] = {**images.TASKS, **control.TASKS}
+#: Points of a search that are trained with more seeds before one is chosen.
+FINALISTS = 4
 #: Networks that are trained at once: bounds memory.
 TOGETHER = 200
 
@@ -89,16 +91,25 @@ def coordinate(axis: Axis, value: float) -> float:
 
 
 class Searcher:
-    """A search of a method on a task, with the scores of every seed."""
+    """A search of a method on a task, with the scores of every seed.
+
+    The minimum of noisy means is one that was lucky, often beside a cliff. So the first points of a search are trained with ten
+    more seeds before one of them is chosen.
+    """
 
     def __init__(self, task: str, method: Method, bar: tqdm) -> None:
-        self.train = Trainer(task, method, TASKS[task].searched, bar)
+        self.task, self.method, self.bar = TASKS[task], method, bar
+        self.key = task
         self.whole, self.found = Search(method.axes), dict[At, list[float]]()
 
     def evaluate(self, wanted: list[At]) -> list[float]:
-        for at, records in zip(wanted, self.train([self.whole.point(at) for at in wanted]), strict=True):
-            self.found[at] = [record["score"] for record in records]
+        self._train(wanted, self.task.searched)
         return [self.score(at) for at in wanted]
+
+    def _train(self, ats: list[At], seeds: Sequence[int]) -> None:
+        train = Trainer(self.key, self.method, seeds, self.bar)
+        for at, records in zip(ats, train([self.whole.point(at) for at in ats]), strict=True):
+            self.found.setdefault(at, []).extend(record["score"] for record in records)
 
     def score(self, at: At) -> float:
         """The mean over seeds, of which one that diverged counts as infinite."""
@@ -112,37 +123,54 @@ class Searcher:
             self.found[at] = [math.inf if score is None else score for score in point["scores"]]
             self.whole.scores[at] = self.score(at)
 
+    def settle(self, searches: Sequence[Search], finalists: int) -> list[At]:
+        """The best point of every search, after its first ones had more seeds, as often as they change."""
+        while True:
+            best = run_together(searches, self.evaluate)
+            more = sorted({at for search in searches for at in search.first(finalists) if not self._is_settled(at)})
+            if not more:
+                return best
+            self._train(more, self.task.runoff)
+            for search in (*searches, self.whole):
+                search.scores.update({at: self.score(at) for at in more if at in search.scores})
 
-def search(task: str, name: str, position: int = 1) -> dict[str, Any]:
+    def _is_settled(self, at: At) -> bool:
+        return len(self.found[at]) > len(self.task.searched)
+
+    def along_lr(self, coordinates: Sequence[float]) -> list[At]:
+        """The best point for each of these coordinates of the second axis, found with what is known already."""
+        lr, second = self.whole.axes
+        lines = []
+        for at in coordinates:
+            line = Search((lr, fixed(second, at)))
+            known = {point: score for point, score in self.whole.scores.items() if point[1] == at}
+            if any(map(math.isfinite, known.values())):
+                line.scores = known
+            lines.append(line)
+        best = self.settle(lines, finalists=2)
+        for line in lines:
+            self.whole.scores.update(line.scores)
+        return best
+
+    def points(self) -> list[dict[str, Any]]:
+        """What is recorded."""
+        return [{"at": self.whole.point(at), "scores": scores} for at, scores in sorted(self.found.items())]
+
+
+def search(task: str, name: str, known: list[dict[str, Any]], position: int = 1) -> dict[str, Any]:
     """All points with their scores, the best one, and for a base the best one with its usual second hyper-parameter."""
     torch.set_num_threads(1)
     method = named(task, name)
     with progress(task, name, position) as bar:
         search = Searcher(task, method, bar)
-        best = usual = search.whole.run(search.evaluate)
+        search.know(known)
+        (best,) = search.settle([search.whole], FINALISTS)
+        usual = best
         if not method.mode and len(method.axes) > 1:
-            at = coordinate(method.axes[1], *USUAL[method.base].values())
-            (usual,) = along_lr(search, [at])
-            best = search.whole.run(search.evaluate)
-    whole = search.whole
-    points = [{"at": whole.point(at), "scores": scores} for at, scores in sorted(search.found.items())]
-    return rounded({"best": whole.point(best), "usual": whole.point(usual), "count": len(points), "points": points})
-
-
-def along_lr(search: Searcher, coordinates: Sequence[float]) -> list[At]:
-    """The best point for each of these coordinates of the second axis, found with what is known already."""
-    lr, second = search.whole.axes
-    lines = []
-    for at in coordinates:
-        line = Search((lr, fixed(second, at)))
-        known = {point: score for point, score in search.whole.scores.items() if point[1] == at}
-        if any(map(math.isfinite, known.values())):
-            line.scores = known
-        lines.append(line)
-    best = run_together(lines, search.evaluate)
-    for line in lines:
-        search.whole.scores.update(line.scores)
-    return best
+            (usual,) = search.along_lr([coordinate(method.axes[1], *USUAL[method.base].values())])
+            (best,) = search.settle([search.whole], FINALISTS)
+    point, points = search.whole.point, search.points()
+    return rounded({"best": point(best), "usual": point(usual), "count": len(points), "points": points})
 
 
 def prices(task: str, name: str, searched: dict[str, Any], position: int = 1) -> dict[str, Any]:
@@ -154,7 +182,7 @@ def prices(task: str, name: str, searched: dict[str, Any], position: int = 1) ->
     with progress(task, f"{name}, prices", position) as bar:
         search = Searcher(task, method, bar)
         search.know(searched["points"])
-        points = [search.whole.point(at) for at in along_lr(search, [float(at) for at in method.axes[1].first])]
+        points = [search.whole.point(at) for at in search.along_lr([float(at) for at in method.axes[1].first])]
         records = Trainer(task, method, TASKS[task].priced, bar)([*points, searched["best"]])
     *scores, best = [[record["score"] for record in of] for of in records]
     found = [{"at": point, "scores": of} for point, of in zip(points, scores, strict=True)]

@@ -65,6 +65,10 @@ class Search:
             raise RuntimeError(f"no point of {[self.point(at) for at in self.scores]} has a finite score")
         return at
 
+    def first(self, count: int) -> list[At]:
+        """The points of the lowest scores that are finite."""
+        return [at for at in sorted(self.scores, key=self.scores.__getitem__)[:count] if math.isfinite(self.scores[at])]
+
     def neighbours(self) -> set[At]:
         """Of the best point, as far apart as they are now."""
         steps = [2.0 ** -min(self.halved, axis.halvings) for axis in self.axes]

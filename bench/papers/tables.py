@@ -21,8 +21,11 @@ def values(case: dict[str, Any], kind: str) -> list[float | None]:
     return [record["test"] for record in case["runs"][kind]]
 
 
-def mean(of: list[float | None]) -> float:
-    return math.nan if None in of else statistics.fmean(x for x in of if x is not None)
+def spread(of: list[float | None]) -> str:
+    """Mean and standard deviation of those that did not diverge, and how many did."""
+    finite = [x for x in of if x is not None]
+    lost = f", {len(of) - len(finite)} diverged" if len(finite) < len(of) else ""
+    return f"{statistics.fmean(finite):.4g} +- {statistics.stdev(finite):.2g}{lost}" if len(finite) > 1 else "diverged"
 
 
 def against(
@@ -69,9 +72,7 @@ def tuned(experiment: Experiment) -> Iterator[list[str]]:
             if kind not in case["runs"]:
                 continue
             of = values(case, kind)
-            row = [method.name if kind == "best" else f"  {kind}", point(case["points"][kind]), f"{mean(of):.4g}"]
-            if None not in of:
-                row[-1] += f" +- {statistics.stdev(of):.2g}"  # type: ignore[type-var]
+            row = [method.name if kind == "best" else f"  {kind}", point(case["points"][kind]), spread(of)]
             row.append(f"{steps_to(experiment, case['runs'][kind], goal):.0f}")
             for other in ("usual", "best"):
                 itself = case is base and kind == other
@@ -99,11 +100,13 @@ def defaults(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
     values = sorted(set().union(*found.values())) if found else []
     yield ["task", "method", *(f"{h:.2g}" for h in values)]
     for (task, method), of in found.items():
-        cells = (of[h] for h in values)
+        cells = [of[h] for h in values]
         yield [task, method.name, *(f"{100 * d.mean:+.0f} [{100 * d.low:+.0f}, {100 * d.high:+.0f}]" for d in cells)]
     for name, of_all in (("mean", statistics.fmean), ("worst", max)):
         if found:
-            yield [name, "", *(f"{100 * of_all([of[h].mean for of in found.values()]):+.0f}" for h in values)]
+            # Of which there is no number counts as worst.
+            shares = ([math.inf if math.isnan(of[h].mean) else of[h].mean for of in found.values()] for h in values)
+            yield [name, "", *(f"{100 * of_all(of):+.0f}" for of in shares)]
 
 
 def kept(experiments: dict[str, Experiment]) -> Iterator[list[str]]:

@@ -147,7 +147,7 @@ class FOP(Wrapper):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
-        """Update each M by the last two gradients, and step ``base`` on the preconditioned ones."""
+        """Update each M, step ``base``, and multiply its step, or before it its gradient, by M M^T."""
         loss = self._evaluated(closure)
         self._check_groups()
         if self._asked_for_states_only():

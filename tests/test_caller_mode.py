@@ -413,7 +413,9 @@ class Witness(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in ("mm", "bmm", "mv", "addmm", "baddbmm", "addmv", "dot") or name.startswith(("linalg", "_linalg")):
+        if name in ("mm", "bmm", "mv", "addmm", "baddbmm", "addmv", "dot", "_foreach_norm") or name.startswith(
+            ("linalg", "_linalg")
+        ):
             in_mode = torch._C._is_any_autocast_enabled() or torch.is_inference_mode_enabled()
             self.seen.append(f"{name} deviates" if in_mode or precision._deviates() else name)
         return func(*args, **(kwargs or {}))

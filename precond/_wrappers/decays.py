@@ -12,8 +12,8 @@ from .._core.optimizer import FusedOptimizer
 from .._core.scales import is_coupled, scale
 from .wrapper import Wrapper
 
-#: torch's classes whose decay is decoupled without a flag in their groups.
-_DECOUPLED = (torch.optim.Adafactor, torch.optim.Muon)
+#: torch's classes whose decay is decoupled without a flag in their groups; torch 2.9 brought Muon.
+_DECOUPLED = tuple(getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name))
 
 
 def _owned(base: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], torch.optim.Optimizer]]:

@@ -54,6 +54,7 @@ class Experiment:
         environment = timing.environment()
         # Losses hang on torch's kernels; where the rest was measured stands in each case.
         self.record = record.Record(folder / f"{task}.json", {"torch": environment.pop("torch")}, settings, fresh=fresh)
+        self.fresh = fresh
         self.failed: set[tuple[str, Method]] = set()
         self.where = {key: environment[key] for key in ("cpu", "precond", "commit")}
 
@@ -62,8 +63,9 @@ class Experiment:
         if isinstance(method, str):
             method = jobs.named(self.task, method)
         name = f"{kind} {method.name}"
-        if not self.record.has(name) or "error" in (case := self.record.by_name[name][1]):
+        if not self.record.has(name):
             return None
+        case = self.record.by_name[name][1]
         return case if case["method"] == method.described() else None
 
     def todo(self, method: Method) -> list[str]:
@@ -90,7 +92,7 @@ class Experiment:
         """Points of an earlier search of the same task, method and seeds, by whatever rule it chose."""
         run, case = self.record.by_name.get(f"search {method.name}", ({}, {}))
         same = ("task", "searched")
-        if not run or case.get("method") != method.described():
+        if self.fresh or not run or case.get("method") != method.described():
             return []
         now = self.record.run["settings"]
         return case["points"] if all(run["settings"][key] == now[key] for key in same) else []

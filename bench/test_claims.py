@@ -1,4 +1,4 @@
-"""The harness of bench/claims.py: searches end inside, networks do not know of each other, environments are gymnasium's."""
+"""The harness of bench/claims.py: searches end inside, networks do not know of each other, runs go on. See test_control.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -202,71 +201,6 @@ def test_fashion_mnist_is_read_from_a_folder(tmp_path, monkeypatch):
         assert torch.equal(((x + 0.286) * 255)[:, 0, 3, 5].round().long(), y)
 
 
-# Environments.
-
-
-@pytest.mark.parametrize(("kind", "name"), [(control.CartPole, "CartPole-v1"), (control.Acrobot, "Acrobot-v1")])
-def test_environments_take_the_steps_of_gymnasiums(kind, name):
-    draw = np.random.default_rng(0)
-    # A start that falls at once, one that is cut off, one in between.
-    starts = draw.uniform(-1, 1, (3, 4, 4)) * kind.spread
-    ours, theirs = kind(starts), [gymnasium.make(name) for _ in starts]
-    for env, start in zip(theirs, starts, strict=True):
-        env.reset()
-        env.unwrapped.state = start[0].copy()
-    waiting, ends = [False] * 3, 0
-    for _ in range(1200):
-        # Against the pole's fall in the third, so that its episode is long.
-        actions = draw.integers(0, kind.actions, 3)
-        if kind is control.CartPole:
-            actions[2] = ours.state[2, 2] + ours.state[3, 2] > 0
-        seen, alive, terminated, cut = ours.step(actions)
-        rewards = ours.rewards(alive, terminated)
-        for i, env in enumerate(theirs):
-            assert alive[i] == (not waiting[i])
-            if waiting[i]:
-                env.reset()
-                env.unwrapped.state = starts[i, ours.episode[i] % 4].copy()
-                assert rewards[i] == 0.0
-                waiting[i] = False
-                continue
-            expected, reward, over, truncated, _ = env.step(int(actions[i]))
-            np.testing.assert_allclose(seen[i], expected, rtol=1e-5, atol=1e-5)
-            assert (rewards[i], terminated[i], cut[i]) == (reward, over, truncated and not over)
-            waiting[i] = over or truncated
-            ends += waiting[i]
-            # Chaotic: each step from gymnasium's state.
-            ours.state[:, i] = env.unwrapped.state
-    assert ends > 3
-    assert cut.dtype == bool
-
-
-@pytest.mark.parametrize("lr", [0.01, 1e30])
-def test_a_policy_that_diverged_has_no_score(lr, monkeypatch):
-    monkeypatch.setattr(control, "WINDOWS", 1)
-    record = SMALL["cartpole"].train(Method("SGD"), [{"lr": lr}], (0,), test=False, tick=lambda: None)[0][0]
-    assert math.isfinite(record["score"]) == (lr < 1)
-
-
-def test_goals_are_discounted_returns():
-    draw = torch.Generator().manual_seed(0)
-    reward, value = torch.randn(9, 4, generator=draw), torch.randn(9, 4, generator=draw)
-    last, terminated, cut = torch.randn(4, generator=draw), torch.zeros(9, 4).bool(), torch.zeros(9, 4).bool()
-    terminated[3, 1] = cut[5, 2] = cut[8, 3] = True
-    found = control.goals(reward, value, terminated, cut, last)
-    for t, e in itertools.product(range(9), range(4)):
-        expected, discount = 0.0, 1.0
-        for s in range(t, 9):
-            expected += discount * reward[s, e].item()
-            discount *= control.GAMMA
-            if terminated[s, e]:
-                break
-            if cut[s, e] or s == 8:
-                expected += discount * (value[s + 1, e] if s < 8 else last[e]).item()
-                break
-        assert found[t, e].item() == pytest.approx(expected, abs=1e-5)
-
-
 # Comparisons.
 
 
@@ -368,7 +302,7 @@ def test_a_search_and_its_report_are_in_the_tables_and_the_pictures(tmp_path, mo
         while kind := experiment.ready(method):
             experiment.add(kind, method, *claims.timed(experiment.job(kind, method), 1))
     text = tables.text({"digits": experiment})
-    assert text.count("FOP(SGD), spatial, hypergradient") == 3
+    assert text.count("FOP(SGD), spatial, hypergradient") == 4
     assert "swapped" in text
     pictures.draw({"digits": experiment}, tmp_path)
     for name in ("fop-steps", "fop-hyper-lr"):

@@ -285,19 +285,21 @@ class FOP(Wrapper):
 
     @at_stated_precision
     def _step_and_turn(
-        self, gradients: Iterable[tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, float | Tensor]]
+        self, gradients: list[tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, float | Tensor]]
     ) -> None:
         """Step ``base``, and then take M M^T s for s, the step that it took without its decoupled decay."""
         decays = self._decays()
         rises = {p for group in self.param_groups if group.get("maximize") for p in group["params"]}
         # Bases of others write gradients, such as torch's SGD with Nesterov's momentum.
         ours = isinstance(self._innermost(), FusedOptimizer)
-        seen = {p: local(grad) if ours else local(grad).clone() for p, grad, *_ in gradients}
-        before = {p: local(p).clone() for p, *_ in gradients}
+        learning = [(p, grad, own) for p, grad, own, _ in gradients if own is not None or self.hyper_lr]
+        seen = {p: local(grad) if ours else local(grad).clone() for p, grad, _ in learning}
+        before = {p: local(p).clone() for p, *_ in learning}
         self._with_gradients({p: grad for p, grad, *_ in gradients})
-        self.wait()
+        if learning:
+            self.wait()
         works: list[Work] = []
-        for p, _, own, _ in gradients:
+        for p, _, own in learning:
             old, new = before[p], local(p)
             s = old - new
             if p in decays:

@@ -1,4 +1,7 @@
-"""``lr_scale``, ``decay_scale`` and ``decoupled`` of groups: the numbers of an optimizer that was given scaled ones by hand."""
+"""``lr_scale``, ``decay_scale`` and ``decoupled`` of groups: the numbers of an optimizer that was given scaled ones by hand.
+
+Over 400 lines: all of it compares with the same scaling by hand.
+"""
 
 from __future__ import annotations
 

@@ -60,6 +60,17 @@ def point(at: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2g}" for name, value in at.items())
 
 
+def searches(experiment: Experiment) -> Iterator[list[str]]:
+    """The best point of every search, with its mean score over the seeds that chose it: lower than on others."""
+    for method in METHODS[experiment.task]:
+        searched = experiment.get("search", method)
+        for kind in ("usual", "best") if searched and not method.mode else ("best",) if searched else ():
+            scores = next(of["scores"] for of in searched["points"] if of["at"] == searched[kind])  # type: ignore[index]
+            name = method.name if kind == "best" else f"  {kind}"
+            row = [name, point(searched[kind]), f"{statistics.fmean(scores):.4g}", str(len(scores))]  # type: ignore[index]
+            yield [*row, str(searched["count"])]  # type: ignore[index]
+
+
 def tuned(experiment: Experiment) -> Iterator[list[str]]:
     """A row for every method with a report: on the test set, against its base."""
     for method in METHODS[experiment.task]:
@@ -128,6 +139,8 @@ def text(experiments: dict[str, Experiment]) -> str:
     parts = []
     for task, experiment in experiments.items():
         unit = jobs.TASKS[task].unit
+        if rows := list(searches(experiment)):
+            parts.append(aligned([[f"{task}, searches", "hyper-parameters", "score", "seeds", "points"], *rows]))
         head = [task, "hyper-parameters", f"test {unit}", "steps", "to base, usual", "to base, tuned", "points"]
         if rows := list(tuned(experiment)):
             parts.append(aligned([head, *rows]))

@@ -76,8 +76,8 @@ class Experiment:
             priced = self.get("prices", method)
             if left or not priced or priced["searched"] != searched["best"]:
                 left.append("prices")
-        reported, default = self.get("report", method), jobs.default_hyper_lr() if method.is_default else None
-        if left or not reported or (reported["searched"], reported["default"]) != (searched["best"], default):
+        reported = self.get("report", method)
+        if left or not reported or (reported["searched"], reported["tried"]) != (searched["best"], jobs.tried(method)):
             left.append("report")
         return left
 

@@ -241,7 +241,7 @@ def test_a_run_that_was_cut_off_goes_on_and_what_changed_is_done_again(tmp_path,
             done.append((kind, name))
             if changes.get("fails") == (kind, name):
                 raise RuntimeError("at the edge")
-            return dict(result, default=jobs.default_hyper_lr() if kind == "report" and "FOP" in name else None)
+            return dict(result, tried=jobs.tried(jobs.named(task, name)))
 
         return run
 
@@ -269,7 +269,7 @@ def test_a_run_that_was_cut_off_goes_on_and_what_changed_is_done_again(tmp_path,
     go()
     assert done[5:] == [("report", fop.name)]
     cases = {result["case"]: result for result in json.loads((tmp_path / "digits.json").read_text())["results"]}
-    assert cases[f"report {fop.name}"]["default"] == 0.5
+    assert cases[f"report {fop.name}"]["tried"][0] == 0.5
     assert cases["search SGD"]["where"]["commit"]
     # Another axis is another method; a job that fails is tried again by the next run.
     done.clear()
@@ -302,6 +302,13 @@ def test_a_search_and_its_report_are_in_the_tables_and_the_pictures(tmp_path, mo
         while kind := experiment.ready(method):
             experiment.add(kind, method, *claims.timed(experiment.job(kind, method), 1))
     text = tables.text({"digits": experiment})
+    # Three runs choose on the seed before.
+    runs = experiment.get("report", "FOP(SGD), spatial, hypergradient")["runs"]
+    kinds = [jobs.swapped(of) for of in jobs.ADVISED]
+    seeds = range(len(runs["best"]))
+    chosen = [min(kinds, key=lambda kind: runs[kind][j - 1]["score"]) for j in seeds]
+    expected = [runs[kind][j]["test"] for j, kind in enumerate(chosen)]
+    assert tables.values({"runs": runs}, tables.THREE) == expected
     assert text.count("FOP(SGD), spatial, hypergradient") == 4
     assert "swapped" in text
     pictures.draw({"digits": experiment}, tmp_path)

@@ -23,11 +23,18 @@ TASKS: dict[str, images.Images | control.Control] = {**images.TASKS, **control.T
 FINALISTS = 4
 #: Networks that are trained at once: bounds memory.
 TOGETHER = 200
+#: ``hyper_lr`` of three runs at the learning rate of the base, for one who will not search.
+ADVISED = (1e-3, 1e-2, 0.3)
 
 
 def default_hyper_lr() -> float:
     """That of the class."""
     return inspect.signature(precond.FOP).parameters["hyper_lr"].default
+
+
+def tried(method: Method) -> list[float] | None:
+    """Each ``hyper_lr`` that a report tries beside the best: the default first."""
+    return [default_hyper_lr(), *ADVISED] if method.is_default else None
 
 
 def named(task: str, name: str) -> Method:
@@ -199,10 +206,10 @@ def report(
     position: int = 1,
 ) -> dict[str, Any]:
     """Records of fresh seeds at the best point. For a base also with its usual second hyper-parameter; for FOP also with the
-    default ``hyper_lr``, at the best learning rate for it and at that of the base.
+    default ``hyper_lr``, at the best learning rate for it and at that of the base, and with the advised ones at that.
     """
     torch.set_num_threads(1)
-    method, default = named(task, name), None
+    method = named(task, name)
     points = {"best": searched["best"]}
     if not method.mode:
         points["usual"] = searched["usual"]
@@ -211,7 +218,8 @@ def report(
         points["default"] = next(
             of["at"] for of in priced["points"] if math.isclose(of["at"]["hyper_lr"], default, rel_tol=1e-3)
         )
-        points["swapped"] = {"lr": base["usual"]["lr"], "hyper_lr": points["default"]["hyper_lr"]}
+        points["swapped"] = {"lr": base["usual"]["lr"], "hyper_lr": default}
+        points |= {swapped(of): {"lr": base["usual"]["lr"], "hyper_lr": of} for of in ADVISED}
     with progress(task, f"{name}, report", position) as bar:
         distinct = [point for i, point in enumerate(points.values()) if point not in list(points.values())[:i]]
         records = Trainer(task, method, TASKS[task].reported, bar)(distinct, test=True)
@@ -219,4 +227,9 @@ def report(
     for kind in runs:
         if kind != "best":
             runs[kind] = [{key: of for key, of in record.items() if key != "preconditioners"} for record in runs[kind]]
-    return rounded({"points": points, "default": default, "runs": runs})
+    return rounded({"points": points, "tried": tried(method), "runs": runs})
+
+
+def swapped(hyper_lr: float) -> str:
+    """The kind of run at the base's learning rate."""
+    return f"swapped, {hyper_lr:g}"

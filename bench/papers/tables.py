@@ -17,8 +17,21 @@ if TYPE_CHECKING:
 ALLOWED = 10.0
 
 
+#: The kind of run of one who tries the advised ``hyper_lr``.
+THREE = "three runs"
+
+
+def records(case: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """One for each seed. Of three runs: what they chose on the seed before, by its score."""
+    if kind != THREE:
+        return case["runs"][kind]
+    by_seed = list(zip(*(case["runs"][jobs.swapped(of)] for of in jobs.ADVISED), strict=True))
+    scores = [[math.inf if record["score"] is None else record["score"] for record in of] for of in by_seed]
+    return [by_seed[j][scores[j - 1].index(min(scores[j - 1]))] for j in range(len(by_seed))]
+
+
 def values(case: dict[str, Any], kind: str) -> list[float | None]:
-    return [record["test"] for record in case["runs"][kind]]
+    return [record["test"] for record in records(case, kind)]
 
 
 def spread(of: list[float | None]) -> str:
@@ -49,10 +62,10 @@ def level(experiment: Experiment, base: dict[str, Any]) -> float:
     return task.target if task.unit == "return" else compare.NEAR * compare.mean_curve(base["runs"]["usual"])[-1]
 
 
-def steps_to(experiment: Experiment, records: list[dict[str, Any]], goal: float) -> float:
+def steps_to(experiment: Experiment, of: list[dict[str, Any]], goal: float) -> float:
     """The median over seeds of the steps to a level."""
     task = jobs.TASKS[experiment.task]
-    found = (compare.crossing(r["curve"], task.positions(), goal, rising=task.unit == "return") for r in records)
+    found = (compare.crossing(r["curve"], task.positions(), goal, rising=task.unit == "return") for r in of)
     return statistics.median(found)
 
 
@@ -79,12 +92,12 @@ def tuned(experiment: Experiment) -> Iterator[list[str]]:
         if not case or not base or not searched:
             continue
         goal = level(experiment, base)
-        for kind in ("usual", "best") if not method.mode else ("best", "default", "swapped"):
-            if kind not in case["runs"]:
-                continue
+        kinds = ("best", "default", "swapped", THREE) if method.is_default else ("best",)
+        for kind in kinds if method.mode else ("usual", "best"):
             of = values(case, kind)
-            row = [method.name if kind == "best" else f"  {kind}", point(case["points"][kind]), spread(of)]
-            row.append(f"{steps_to(experiment, case['runs'][kind], goal):.0f}")
+            at = f"hyper_lr of {', '.join(map(str, jobs.ADVISED))}" if kind == THREE else point(case["points"][kind])
+            row = [method.name if kind == "best" else f"  {kind}", at, spread(of)]
+            row.append(f"{steps_to(experiment, records(case, kind), goal):.0f}")
             for other in ("usual", "best"):
                 itself = case is base and kind == other
                 row.append("" if itself else written(experiment, against(experiment, case, kind, base, other)))

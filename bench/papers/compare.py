@@ -43,6 +43,15 @@ def paired(ours: Sequence[float | None], theirs: Sequence[float | None], *, rati
     return Difference(*map(math.exp, found)) if ratios else Difference(*found)
 
 
+def chosen(scores: Sequence[Sequence[float | None]]) -> list[int]:
+    """For each seed, which of the rows (one for each candidate) has the lowest score on the seed before: one who trains each of
+    them once, chooses, and trains again.
+    """
+    count = len(scores[0])
+    finite = [[math.inf if x is None else x for x in row] for row in scores]
+    return [min(range(len(finite)), key=lambda i: finite[i][j - 1]) for j in range(count)]
+
+
 def crossing(curve: Sequence[float | None], positions: Sequence[float], level: float, *, rising: bool) -> float:
     """The first position at which a curve has reached the level, by a line between two of its points; inf where none has."""
     sign = 1.0 if rising else -1.0

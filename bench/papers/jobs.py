@@ -23,8 +23,8 @@ TASKS: dict[str, images.Images | control.Control] = {**images.TASKS, **control.T
 FINALISTS = 4
 #: Networks that are trained at once: bounds memory.
 TOGETHER = 200
-#: ``hyper_lr`` of three runs at the learning rate of the base, for one who will not search.
-ADVISED = (1e-3, 1e-2, 0.3)
+#: ``hyper_lr`` of one who does not search, but tries three at the learning rate of the base, with one seed.
+THREE_RUNS = (1e-3, 1e-2, 0.3)
 
 
 def default_hyper_lr() -> float:
@@ -34,7 +34,7 @@ def default_hyper_lr() -> float:
 
 def tried(method: Method) -> list[float] | None:
     """Each ``hyper_lr`` that a report tries beside the best: the default first."""
-    return [default_hyper_lr(), *ADVISED] if method.is_default else None
+    return [default_hyper_lr(), *THREE_RUNS] if method.is_default else None
 
 
 def named(task: str, name: str) -> Method:
@@ -206,7 +206,7 @@ def report(
     position: int = 1,
 ) -> dict[str, Any]:
     """Records of fresh seeds at the best point. For a base also with its usual second hyper-parameter; for FOP also with the
-    default ``hyper_lr``, at the best learning rate for it and at that of the base, and with the advised ones at that.
+    default ``hyper_lr``, at the best learning rate for it and at that of the base, and with three others at that.
     """
     torch.set_num_threads(1)
     method = named(task, name)
@@ -219,7 +219,7 @@ def report(
             of["at"] for of in priced["points"] if math.isclose(of["at"]["hyper_lr"], default, rel_tol=1e-3)
         )
         points["swapped"] = {"lr": base["usual"]["lr"], "hyper_lr": default}
-        points |= {swapped(of): {"lr": base["usual"]["lr"], "hyper_lr": of} for of in ADVISED}
+        points |= {swapped(of): {"lr": base["usual"]["lr"], "hyper_lr": of} for of in THREE_RUNS}
     with progress(task, f"{name}, report", position) as bar:
         distinct = [point for i, point in enumerate(points.values()) if point not in list(points.values())[:i]]
         records = Trainer(task, method, TASKS[task].reported, bar)(distinct, test=True)

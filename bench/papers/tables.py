@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 ALLOWED = 10.0
 
 
-#: The kind of run of one who tries the advised ``hyper_lr``.
+#: The kind of run of one who tries three ``hyper_lr`` and keeps the best.
 THREE = "three runs"
 
 
@@ -25,9 +26,9 @@ def records(case: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     """One for each seed. Of three runs: what they chose on the seed before, by its score."""
     if kind != THREE:
         return case["runs"][kind]
-    by_seed = list(zip(*(case["runs"][jobs.swapped(of)] for of in jobs.ADVISED), strict=True))
-    scores = [[math.inf if record["score"] is None else record["score"] for record in of] for of in by_seed]
-    return [by_seed[j][scores[j - 1].index(min(scores[j - 1]))] for j in range(len(by_seed))]
+    runs = [case["runs"][jobs.swapped(of)] for of in jobs.THREE_RUNS]
+    chosen = compare.chosen([[record["score"] for record in of] for of in runs])
+    return [runs[i][j] for j, i in enumerate(chosen)]
 
 
 def values(case: dict[str, Any], kind: str) -> list[float | None]:
@@ -49,8 +50,12 @@ def against(
 
 
 def written(experiment: Experiment, difference: compare.Difference) -> str:
+    """Of losses or returns."""
+    return shown(difference, ratios=jobs.TASKS[experiment.task].ratios)
+
+
+def shown(difference: compare.Difference, *, ratios: bool) -> str:
     """The difference with its interval and what it says."""
-    ratios = jobs.TASKS[experiment.task].ratios
     digits = "{:.2f}" if ratios else "{:+.1f}"
     verdict = difference.verdict(1.0 if ratios else 0.0, rising=not ratios)
     return f"{digits} [{digits}, {digits}] {verdict}".format(*difference).rstrip()
@@ -62,11 +67,19 @@ def level(experiment: Experiment, base: dict[str, Any]) -> float:
     return task.target if task.unit == "return" else compare.NEAR * compare.mean_curve(base["runs"]["usual"])[-1]
 
 
-def steps_to(experiment: Experiment, of: list[dict[str, Any]], goal: float) -> float:
-    """The median over seeds of the steps to a level."""
+def steps_to(experiment: Experiment, of: list[dict[str, Any]], goal: float) -> list[float]:
+    """Of every seed, the steps to a level."""
     task = jobs.TASKS[experiment.task]
-    found = (compare.crossing(r["curve"], task.positions(), goal, rising=task.unit == "return") for r in of)
-    return statistics.median(found)
+    return [compare.crossing(r["curve"], task.positions(), goal, rising=task.unit == "return") for r in of]
+
+
+def steps_of(experiment: Experiment, case: dict[str, Any], kind: str, base: dict[str, Any]) -> list[str]:
+    """Their median, and their ratio to those of the base as usual, over seeds that got there."""
+    goal = level(experiment, base)
+    ours, theirs = (steps_to(experiment, of, goal) for of in (records(case, kind), base["runs"]["usual"]))
+    finite = [[x if math.isfinite(x) else None for x in of] for of in (ours, theirs)]
+    ratio = "" if case is base and kind == "usual" else shown(compare.paired(*finite, ratios=True), ratios=True)
+    return [f"{statistics.median(ours):.0f}", ratio]
 
 
 def point(at: dict[str, float]) -> str:
@@ -91,13 +104,12 @@ def tuned(experiment: Experiment) -> Iterator[list[str]]:
         searched = experiment.get("search", method.name)
         if not case or not base or not searched:
             continue
-        goal = level(experiment, base)
         kinds = ("best", "default", "swapped", THREE) if method.is_default else ("best",)
         for kind in kinds if method.mode else ("usual", "best"):
             of = values(case, kind)
-            at = f"hyper_lr of {', '.join(map(str, jobs.ADVISED))}" if kind == THREE else point(case["points"][kind])
+            at = f"hyper_lr of {', '.join(map(str, jobs.THREE_RUNS))}" if kind == THREE else point(case["points"][kind])
             row = [method.name if kind == "best" else f"  {kind}", at, spread(of)]
-            row.append(f"{steps_to(experiment, records(case, kind), goal):.0f}")
+            row += steps_of(experiment, case, kind, base)
             for other in ("usual", "best"):
                 itself = case is base and kind == other
                 row.append("" if itself else written(experiment, against(experiment, case, kind, base, other)))
@@ -133,6 +145,30 @@ def defaults(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
             yield [name, "", *(f"{100 * of_all(of):+.0f}" for of in shares)]
 
 
+def choices(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    """What it costs to try some ``hyper_lr`` with one seed, each at its best lr, and to keep the best: mean and worst of all."""
+    cases = [
+        case
+        for task, experiment in experiments.items()
+        for method in METHODS[task]
+        if method.is_default and (case := experiment.get("prices", method))
+    ]
+    if not cases:
+        return
+    values = [of["at"]["hyper_lr"] for of in cases[0]["points"]]
+    for count in (1, 2, 3):
+        for of in itertools.combinations(range(len(values)), count):
+            found = []
+            for case in cases:
+                scores = [case["points"][i]["scores"] for i in of]
+                ours = [scores[i][j] for j, i in enumerate(compare.chosen(scores))]
+                found.append(compare.excess(ours, case["best"]["scores"]).mean)
+            found = [math.inf if math.isnan(x) else 100 * x for x in found]
+            beyond = sum(x > ALLOWED for x in found)
+            tried = ", ".join(f"{values[i]:.2g}" for i in of)
+            yield [tried, f"{statistics.fmean(found):+.1f}", f"{max(found):+.0f}", f"{beyond} of {len(found)}"]
+
+
 def kept(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
     """How the default ``hyper_lr`` at its best learning rate compares with the tuned one."""
     for task, experiment in experiments.items():
@@ -154,13 +190,24 @@ def text(experiments: dict[str, Experiment]) -> str:
         unit = jobs.TASKS[task].unit
         if rows := list(searches(experiment)):
             parts.append(aligned([[f"{task}, searches", "hyper-parameters", "score", "seeds", "points"], *rows]))
-        head = [task, "hyper-parameters", f"test {unit}", "steps", "to base, usual", "to base, tuned", "points"]
+        head = [
+            task,
+            "hyper-parameters",
+            f"test {unit}",
+            "steps",
+            "to base's",
+            "to base, usual",
+            "to base, tuned",
+            "points",
+        ]
         if rows := list(tuned(experiment)):
             parts.append(aligned([head, *rows]))
     parts.append(
         f"Worse than tuned by %, each hyper_lr at its best lr, seeds of their own, 95 % (allowed: {ALLOWED:.0f}):"
     )
     parts.append(aligned(list(defaults(experiments))))
+    parts.append("Worse than tuned by %, of one who tries these with one seed, and keeps the best:")
+    parts.append(aligned([["hyper_lr", "mean", "worst", f"beyond {ALLOWED:.0f}"], *choices(experiments)]))
     parts.append("The class's defaults against tuned, on fresh seeds:")
     parts.append(aligned([["task", "method", "default / tuned"], *kept(experiments)]))
     return "\n\n".join(parts)

@@ -48,7 +48,7 @@ class Experiment:
         self.task = task
         settings = {
             "task": jobs.TASKS[task].settings(),
-            **{kind: getattr(jobs.TASKS[task], kind) for kind in ("searched", "runoff", "priced", "reported")},
+            **{kind: getattr(jobs.TASKS[task], kind) for kind in ("searched", "runoff")},
             "finalists": jobs.FINALISTS,
         }
         environment = timing.environment()
@@ -74,12 +74,21 @@ class Experiment:
         left = [] if searched else ["search"]
         if method.is_default:
             priced = self.get("prices", method)
-            if left or not priced or priced["searched"] != searched["best"]:
+            if left or not priced or self.of(priced) != (searched["best"], list(jobs.TASKS[self.task].priced)):
                 left.append("prices")
-        reported = self.get("report", method)
-        if left or not reported or (reported["searched"], reported["tried"]) != (searched["best"], jobs.tried(method)):
+        reported, wanted = self.get("report", method), list(jobs.TASKS[self.task].reported)
+        if (
+            left
+            or not reported
+            or (*self.of(reported), reported["tried"]) != (searched["best"], wanted, jobs.tried(method))
+        ):
             left.append("report")
         return left
+
+    @staticmethod
+    def of(case: dict[str, Any]) -> tuple[dict[str, float], list[int] | None]:
+        """The best point of the search that a case follows, and its own seeds."""
+        return case["searched"], case.get("seeds")
 
     def ready(self, method: Method) -> str:
         """The next job, empty where there is none, where it waits for its base, and where one has failed."""

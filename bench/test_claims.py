@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_a_network_that_diverged_leaves_the_others_alone():
 
 
 SMALL = {
-    "digits": dataclasses.replace(images.TASKS["digits"], epochs=1, searched=(0, 1)),
+    "digits": dataclasses.replace(images.TASKS["digits"], epochs=1, searched=(0, 1), reported=tuple(range(100, 110))),
     "cartpole": dataclasses.replace(control.TASKS["cartpole"], updates=40),
 }
 
@@ -248,7 +249,8 @@ def test_a_run_that_was_cut_off_goes_on_and_what_changed_is_done_again(tmp_path,
             done.append((kind, name))
             if changes.get("fails") == (kind, name):
                 raise RuntimeError("at the edge")
-            return dict(result, tried=jobs.tried(jobs.named(task, name)))
+            seeds = {"prices": jobs.TASKS[task].priced, "report": jobs.TASKS[task].reported}.get(kind, ())
+            return dict(result, tried=jobs.tried(jobs.named(task, name)), seeds=list(seeds))
 
         return run
 
@@ -278,6 +280,11 @@ def test_a_run_that_was_cut_off_goes_on_and_what_changed_is_done_again(tmp_path,
     cases = {result["case"]: result for result in json.loads((tmp_path / "digits.json").read_text())["results"]}
     assert cases[f"report {fop.name}"]["tried"][0] == 0.5
     assert cases["search SGD"]["where"]["commit"]
+    # So are other seeds.
+    done.clear()
+    monkeypatch.setitem(jobs.TASKS, "digits", dataclasses.replace(SMALL["digits"], reported=(7, 8)))
+    go()
+    assert sorted(done) == [("report", fop.name), ("report", "SGD")]
     # Another axis is another method; a job that fails is tried again by the next run.
     done.clear()
     monkeypatch.setitem(contenders.FIRST, "SGD", dataclasses.replace(contenders.LR, start=0.1))
@@ -309,7 +316,8 @@ def test_a_search_and_its_report_are_in_the_tables_and_the_pictures(tmp_path, mo
         while kind := experiment.ready(method):
             experiment.add(kind, method, *claims.timed(experiment.job(kind, method), 1))
     text = tables.text({"digits": experiment})
-    assert text.count("three runs") == 1
+    assert text.count("three runs") == 2
+    assert len(re.findall(r"of 1\b", text)) > 9
     assert text.count("FOP(SGD), spatial, hypergradient") == 4
     assert "swapped" in text
     pictures.draw({"digits": experiment}, tmp_path)

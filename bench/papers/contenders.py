@@ -54,6 +54,8 @@ def base_optimizer(name: str, groups: Groups) -> torch.optim.Optimizer:
 
 
 SCALE_FREE = ("hypergradient",)
+#: Seeds of which a report has the eigenvalues of M.
+SPECTRA = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +115,11 @@ class Method:
     def inspect(
         self, optimizers: list[torch.optim.Optimizer], networks: Networks, records: list[list[dict[str, Any]]]
     ) -> None:
-        """Add to each record the eigenvalues of every layer's M M^T, and of the first seed those of at most 9 rows themselves."""
+        """Add to the records of ``SPECTRA`` seeds the eigenvalues of every layer's M M^T, and of the first seed matrices of at
+        most 9 rows themselves.
+        """
         owns = [optimizer.own for optimizer in optimizers if isinstance(optimizer, precond.FOP)]
-        for i, j in itertools.product(range(len(records)), range(len(records[0]))):
+        for i, j in itertools.product(range(len(records)), range(min(len(records[0]), SPECTRA))):
             found: dict[str, Any] = {}
             for name, p in zip(networks.names, networks.parameters[i][j], strict=True):
                 M = next((own[p]["preconditioner"] for own in owns if p in own), None)

@@ -179,7 +179,7 @@ class Control:
     updates: int = 800
 
     unit = "return"
-    searched, runoff, reported, priced = (tuple(range(n, m)) for n, m in ((0, 5), (50, 60), (100, 120), (200, 220)))
+    searched, runoff, reported, priced = (tuple(range(n, m)) for n, m in ((0, 5), (50, 60), (100, 140), (200, 220)))
     ratios = False
 
     @property

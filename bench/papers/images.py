@@ -100,9 +100,10 @@ class Images:
     #: The learning rate falls linearly to 0; else it stays.
     decay: bool = False
     searched: tuple[int, ...] = tuple(range(5))
+    reported: tuple[int, ...] = tuple(range(100, 140))
 
     unit = "loss"
-    runoff, reported, priced = tuple(range(50, 60)), tuple(range(100, 110)), tuple(range(200, 210))
+    runoff, priced = tuple(range(50, 60)), tuple(range(200, 210))
     #: Ratios of losses are compared, differences of returns.
     ratios = True
 
@@ -180,5 +181,5 @@ class Images:
 
 TASKS = {
     "digits": Images(digits, of_digits, epochs=30),
-    "fashion": Images(fashion, of_fashion, epochs=4, decay=True, searched=(0, 1, 2)),
+    "fashion": Images(fashion, of_fashion, epochs=4, decay=True, searched=(0, 1, 2), reported=tuple(range(100, 120))),
 }

@@ -227,7 +227,7 @@ def report(
     for kind in runs:
         if kind != "best":
             runs[kind] = [{key: of for key, of in record.items() if key != "preconditioners"} for record in runs[kind]]
-    return rounded({"points": points, "tried": tried(method), "runs": runs})
+    return rounded({"points": points, "tried": tried(method), "seeds": TASKS[task].reported, "runs": runs})
 
 
 def swapped(hyper_lr: float) -> str:

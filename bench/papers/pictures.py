@@ -12,7 +12,12 @@ from .contenders import BASES, METHODS, Method
 if TYPE_CHECKING:
     from ..claims import Experiment
 
-COLOURS = {"base": "#64748b", "tuned": "#0f172a", "spatial": "#c2410c", "input": "#0f766e"}
+COLOURS = {"usual": "#94a3b8", "best": "#0f172a", "spatial": "#c2410c", "input": "#0f766e"}
+#: A base searches its learning rate alone, and its second hyper-parameter too.
+LABELS = {"usual": "base, lr tuned", "best": "base, all tuned", "spatial": "FOP, spatial", "input": "FOP, input"}
+OF_BASES = dict(zip(BASES, ("#2563eb", "#c2410c", "#0f766e", "#7c3aed"), strict=True))
+#: The end of a training is shown: losses up to so many times the lowest.
+HIGHEST = 5.0
 
 
 def draw(experiments: dict[str, Experiment], folder: Path) -> None:
@@ -61,28 +66,31 @@ def curves(plt: Any, experiments: dict[str, Experiment], per_step: dict[str, dic
     tasks = [task for task, experiment in experiments.items() if experiment.get("report", "SGD")]
     if not tasks:
         return None
-    figure, axes = grid(plt, len(tasks), len(BASES))
+    figure, axes = grid(plt, len(tasks), len(BASES), sharey="row")
     for row, task in zip(axes, tasks, strict=True):
         experiment, kind = experiments[task], jobs.TASKS[task]
         for ax, base in zip(row, BASES, strict=True):
-            shown = [(Method(base), "usual", "base"), (Method(base), "best", "tuned")]
+            shown = [(Method(base), "usual", "usual"), (Method(base), "best", "best")]
             shown += [
                 (method, "best", method.mode) for method in METHODS[task] if method.base == base and method.is_default
             ]
-            for method, point, colour in shown:
+            for method, point, look in shown:
                 case = experiment.get("report", method.name)
                 if not case or point not in case["runs"]:
                     continue
                 scale = milliseconds(per_step, task, method) / 1e3 if per_step else 1.0
-                label = method.name if method.mode else f"{base}, {'its defaults' if point == 'usual' else 'tuned'}"
-                x = [scale * at for at in kind.positions()]
-                ax.plot(x, compare.mean_curve(case["runs"][point]), color=COLOURS[colour], label=label, linewidth=1.4)
-            if kind.unit == "loss":
-                ax.set_yscale("log")
+                x, y = [scale * at for at in kind.positions()], compare.mean_curve(case["runs"][point])
+                ax.plot(x, y, color=COLOURS[look], label=LABELS[look], linewidth=1.4)
             ax.set_title(f"{task}: {base}", fontsize=9)
             ax.set_xlabel("seconds" if per_step else "step", fontsize=8)
             ax.tick_params(labelsize=7, which="both")
             legend(ax)
+        if kind.unit == "loss":
+            row[0].set_yscale("log", subs=(2, 3, 5))
+            row[0].yaxis.set_major_formatter("{x:g}")
+            row[0].yaxis.set_minor_formatter("{x:g}")
+            lowest = min(min(line.get_ydata()) for ax in row for line in ax.lines)
+            row[0].set_ylim(0.93 * lowest, HIGHEST * lowest)
         row[0].set_ylabel("validation loss" if kind.unit == "loss" else "return", fontsize=8)
     return figure
 
@@ -109,15 +117,17 @@ def prices(plt: Any, experiments: dict[str, Experiment]) -> Any:
                 middle,
                 errors,
                 fmt=style,
+                color=OF_BASES[method.base],
                 label=f"{method.base}, {method.mode}",
                 markersize=3,
                 linewidth=1,
                 elinewidth=0.5,
             )
         ax.axhline(tables.ALLOWED, color="#0f172a", linewidth=0.6)
-        ax.set(xscale="log", ylim=(-20, 60), title=task, xlabel="hyper_lr")
-        legend(ax)
+        ax.set(xscale="log", ylim=(-40, 60), title=task, xlabel="hyper_lr")
     axes[0][0].set_ylabel("worse than tuned by, %")
+    handles, labels = max((ax.get_legend_handles_labels() for ax in axes.flat), key=lambda of: len(of[1]))
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7)
     return figure
 
 
@@ -130,7 +140,8 @@ def preconditioners(plt: Any, experiment: Experiment) -> Any:
         default = next(m for m in METHODS[experiment.task] if (m.base, m.mode) == (base, "spatial") and m.is_default)
         case = experiment.get("report", default.name)
         if case and "preconditioners" in case["runs"]["best"][0]:
-            cases[base] = [record["preconditioners"] for record in case["runs"]["best"]]
+            found = [record.get("preconditioners") for record in case["runs"]["best"]]
+            cases[base] = [of for of in found if of]
     if not cases:
         return None
     layers = [name for name, of in next(iter(cases.values()))[0].items() if "matrix" in of]
@@ -140,10 +151,10 @@ def preconditioners(plt: Any, experiment: Experiment) -> Any:
         for k, layer in enumerate(layers):
             P = torch.tensor(records[0][layer]["matrix"], dtype=torch.float64)
             values, vectors = torch.linalg.eigh(P)
-            shown = [(P, f"{base}, layer {layer.partition('.')[0]}")]
-            shown += [(vectors[:, i].view(3, 3), f"{values[i]:.2g}") for i in (-1, -2, 0)]
-            for ax, (image, title) in zip(row[4 * k : 4 * k + 4], shown, strict=True):
-                size = image.abs().max()
+            vectors = vectors * vectors.sum(0).sign()
+            shown = [(P, f"{base}, convolution {k + 1}", P.abs().max())]
+            shown += [(vectors[:, i].view(3, 3), f"{values[i]:.2g}", 0.7) for i in (-1, -2, 0)]
+            for ax, (image, title, size) in zip(row[4 * k : 4 * k + 4], shown, strict=True):
                 ax.imshow(image, cmap="RdBu_r", vmin=-size, vmax=size)
                 ax.set_title(title, fontsize=7)
                 ax.set_axis_off()
@@ -151,7 +162,8 @@ def preconditioners(plt: Any, experiment: Experiment) -> Any:
             spectra = [sorted(record[layer]["eigenvalues"], reverse=True) for record in records]
             middle = [sorted(of)[len(of) // 2] for of in zip(*spectra, strict=True)]
             places = [i / max(len(middle) - 1, 1) for i in range(len(middle))]
-            row[-1].plot(places, middle, label=f"{layer.partition('.')[0]}: {len(middle)} rows", linewidth=1)
+            name = f"convolution {layers.index(layer) + 1}" if layer in layers else "linear"
+            row[-1].plot(places, middle, label=f"{name}, {len(middle)}", linewidth=1)
         row[-1].set(yscale="log")
         row[-1].set_title("eigenvalues, median of seeds", fontsize=7)
         row[-1].tick_params(labelsize=6, which="both")

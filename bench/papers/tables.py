@@ -50,12 +50,14 @@ def against(
 
 
 def written(experiment: Experiment, difference: compare.Difference) -> str:
-    """Of losses or returns."""
+    """A difference of losses or returns."""
     return shown(difference, ratios=jobs.TASKS[experiment.task].ratios)
 
 
 def shown(difference: compare.Difference, *, ratios: bool) -> str:
-    """The difference with its interval and what it says."""
+    """The difference with its interval and what it says; "none" where too many seeds have no value."""
+    if math.isnan(difference.mean):
+        return "none"
     digits = "{:.2f}" if ratios else "{:+.1f}"
     verdict = difference.verdict(1.0 if ratios else 0.0, rising=not ratios)
     return f"{digits} [{digits}, {digits}] {verdict}".format(*difference).rstrip()
@@ -75,11 +77,17 @@ def steps_to(experiment: Experiment, of: list[dict[str, Any]], goal: float) -> l
 
 def steps_of(experiment: Experiment, case: dict[str, Any], kind: str, base: dict[str, Any]) -> list[str]:
     """Their median, and their ratio to those of the base as usual, over seeds that got there."""
-    goal = level(experiment, base)
-    ours, theirs = (steps_to(experiment, of, goal) for of in (records(case, kind), base["runs"]["usual"]))
-    finite = [[x if math.isfinite(x) else None for x in of] for of in (ours, theirs)]
-    ratio = "" if case is base and kind == "usual" else shown(compare.paired(*finite, ratios=True), ratios=True)
+    ours = steps_to(experiment, records(case, kind), level(experiment, base))
+    itself = case is base and kind == "usual"
+    ratio = "" if itself else shown(paired_steps(experiment, case, kind, base), ratios=True)
     return [f"{statistics.median(ours):.0f}", ratio]
+
+
+def paired_steps(experiment: Experiment, case: dict[str, Any], kind: str, base: dict[str, Any]) -> compare.Difference:
+    goal = level(experiment, base)
+    both = (steps_to(experiment, of, goal) for of in (records(case, kind), base["runs"]["usual"]))
+    ours, theirs = ([x if math.isfinite(x) else None for x in of] for of in both)
+    return compare.paired(ours, theirs, ratios=True)
 
 
 def point(at: dict[str, float]) -> str:
@@ -178,6 +186,28 @@ def kept(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
                 yield [task, method.name, written(experiment, against(experiment, case, "default", case, "best"))]
 
 
+def verdict(experiment: Experiment, method: Method, kind: str, other: str) -> str | None:
+    """ "better", "worse" or "" of a kind of run against one of the base's, or against its steps; None where one is missing."""
+    case, base = experiment.get("report", method), experiment.get("report", method.base)
+    if not case or not base:
+        return None
+    if other == "steps":
+        return paired_steps(experiment, case, kind, base).verdict(1.0, rising=False)
+    ratios = jobs.TASKS[experiment.task].ratios
+    return against(experiment, case, kind, base, other).verdict(1.0 if ratios else 0.0, rising=not ratios)
+
+
+def verdicts(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    """How often FOP with the class's kind of defaults is better and worse than its base by more than an interval."""
+    pairs = [(of, method) for task, of in experiments.items() for method in METHODS[task] if method.is_default]
+    for kind in ("best", "default", "swapped", THREE):
+        row = [kind]
+        for other in ("usual", "best", "steps"):
+            found = [said for pair in pairs if (said := verdict(*pair, kind, other)) is not None]
+            row.append(f"{found.count('better')} better, {found.count('worse')} worse of {len(found)}")
+        yield row
+
+
 def aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -202,6 +232,9 @@ def text(experiments: dict[str, Experiment]) -> str:
         ]
         if rows := list(tuned(experiment)):
             parts.append(aligned([head, *rows]))
+    parts.append("FOP against its base, by more than a 95 % interval (of 24, one or two by chance):")
+    head = ["FOP at", "to base, usual", "to base, tuned", "steps, to base, usual"]
+    parts.append(aligned([head, *verdicts(experiments)]))
     parts.append(
         f"Worse than tuned by %, each hyper_lr at its best lr, seeds of their own, 95 % (allowed: {ALLOWED:.0f}):"
     )

@@ -59,14 +59,16 @@ class Experiment:
         self.where = {key: environment[key] for key in ("cpu", "precond", "commit")}
 
     def get(self, kind: str, method: Method | str) -> dict[str, Any] | None:
-        """The case of these settings, if it is of the method as it is now."""
+        """The case of these settings, if it is of the method and the seeds as they are now."""
         if isinstance(method, str):
             method = jobs.named(self.task, method)
         name = f"{kind} {method.name}"
         if not self.record.has(name):
             return None
         case = self.record.by_name[name][1]
-        return case if case["method"] == method.described() else None
+        seeds = {"prices": jobs.TASKS[self.task].priced, "report": jobs.TASKS[self.task].reported}.get(kind)
+        same = case["method"] == method.described() and (seeds is None or case.get("seeds") == list(seeds))
+        return case if same else None
 
     def todo(self, method: Method) -> list[str]:
         """The jobs that are left of a method, in their order. What follows a search is of its best point, and of the default."""
@@ -74,21 +76,12 @@ class Experiment:
         left = [] if searched else ["search"]
         if method.is_default:
             priced = self.get("prices", method)
-            if left or not priced or self.of(priced) != (searched["best"], list(jobs.TASKS[self.task].priced)):
+            if left or not priced or priced["searched"] != searched["best"]:
                 left.append("prices")
-        reported, wanted = self.get("report", method), list(jobs.TASKS[self.task].reported)
-        if (
-            left
-            or not reported
-            or (*self.of(reported), reported["tried"]) != (searched["best"], wanted, jobs.tried(method))
-        ):
+        reported = self.get("report", method)
+        if left or not reported or (reported["searched"], reported["tried"]) != (searched["best"], jobs.tried(method)):
             left.append("report")
         return left
-
-    @staticmethod
-    def of(case: dict[str, Any]) -> tuple[dict[str, float], list[int] | None]:
-        """The best point of the search that a case follows, and its own seeds."""
-        return case["searched"], case.get("seeds")
 
     def ready(self, method: Method) -> str:
         """The next job, empty where there is none, where it waits for its base, and where one has failed."""

@@ -200,7 +200,7 @@ def verdict(experiment: Experiment, method: Method, kind: str, other: str) -> st
 def verdicts(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
     """How often FOP with the class's kind of defaults is better and worse than its base by more than an interval."""
     pairs = [(of, method) for task, of in experiments.items() for method in METHODS[task] if method.is_default]
-    for kind in ("best", "default", "swapped", THREE):
+    for kind in ("best", "default", "swapped", *map(jobs.swapped, jobs.THREE_RUNS), THREE):
         row = [kind]
         for other in ("usual", "best", "steps"):
             found = [said for pair in pairs if (said := verdict(*pair, kind, other)) is not None]

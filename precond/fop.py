@@ -50,7 +50,7 @@ class FOP(Wrapper):
     Args:
         base: any ``torch.optim.Optimizer`` with an ``lr`` in its groups and a step that needs no closure. It keeps its groups,
             states and hyper-parameters. Its decoupled weight decay is left as it is.
-        hyper_lr: rho >= 0 (default 1e-3). Without unit; try 1e-2 and 0.3 too. Without ``normalize="hypergradient"``
+        hyper_lr: rho >= 0 (default 1e-3). Without unit; on images try 1e-2. Without ``normalize="hypergradient"``
             its unit is 1 / (gradient x step), and it must be tuned for each problem.
         mode: the dimensions that M mixes: "spatial" (default), "input", "output" or "diagonal".
         normalize: None, one name or several. "hypergradient" (default): A is divided by both norms, so that M depends neither on

@@ -60,29 +60,25 @@ class Experiment:
         self.where = {key: environment[key] for key in ("cpu", "precond", "commit")}
 
     def get(self, kind: str, method: Method | str) -> dict[str, Any] | None:
-        """The case of these settings, if it is of the method and the seeds as they are now."""
+        """The case of these settings, if the method, its seeds and the search that it follows are as they are now."""
         if isinstance(method, str):
             method = jobs.named(self.task, method)
         name = f"{kind} {method.name}"
         if not self.record.has(name):
             return None
-        case = self.record.by_name[name][1]
-        seeds = {"prices": jobs.TASKS[self.task].priced, "report": jobs.TASKS[self.task].reported}.get(kind)
-        same = case["method"] == method.described() and (seeds is None or case.get("seeds") == list(seeds))
-        return case if same else None
+        case, now = self.record.by_name[name][1], {"method": method.described()}
+        if kind != "search":
+            task, searched = jobs.TASKS[self.task], self.get("search", method)
+            now["searched"] = searched and searched["best"]
+            now["seeds"] = list(task.priced if kind == "prices" else task.reported)
+        if kind == "report":
+            now["tried"] = jobs.tried(method)
+        return case if all(case.get(key) == value for key, value in now.items()) else None
 
     def todo(self, method: Method) -> list[str]:
-        """The jobs that are left of a method, in their order. What follows a search is of its best point, and of the default."""
-        searched = self.get("search", method)
-        left = [] if searched else ["search"]
-        if method.is_default:
-            priced = self.get("prices", method)
-            if left or not priced or priced["searched"] != searched["best"]:
-                left.append("prices")
-        reported = self.get("report", method)
-        if left or not reported or (reported["searched"], reported["tried"]) != (searched["best"], jobs.tried(method)):
-            left.append("report")
-        return left
+        """The jobs that are left of a method, in their order. What follows a search is of its best point."""
+        kinds = ("search", "prices", "report") if method.is_default else ("search", "report")
+        return [kind for kind in kinds if self.get(kind, method) is None]
 
     def ready(self, method: Method) -> str:
         """The next job, empty where there is none, where it waits for its base, and where one has failed."""

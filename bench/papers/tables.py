@@ -113,7 +113,7 @@ def tuned(experiment: Experiment) -> Iterator[list[str]]:
         if not case or not base or not searched:
             continue
         kinds = ("best", "default", "swapped", THREE) if method.is_default else ("best",)
-        for kind in kinds if method.mode else ("usual", "best"):
+        for kind in kinds if method.mode else ("usual", "hasty", "best"):
             of = values(case, kind)
             at = f"hyper_lr of {', '.join(map(str, jobs.THREE_RUNS))}" if kind == THREE else point(case["points"][kind])
             row = [method.name if kind == "best" else f"  {kind}", at, spread(of)]

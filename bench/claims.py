@@ -54,8 +54,9 @@ class Experiment:
         }
         environment = timing.environment()
         # Losses hang on torch's kernels; where the rest was measured stands in each case.
-        self.record = record.Record(folder / f"{task}.json", {"torch": environment.pop("torch")}, settings, fresh=fresh)
-        self.fresh = fresh
+        self.record = record.Record(folder / f"{task}.json", {"torch": environment.pop("torch")}, settings)
+        #: Cases that count as missing.
+        self.stale = set(self.record.by_name) if fresh else set()
         self.failed: set[tuple[str, Method]] = set()
         self.where = {key: environment[key] for key in ("cpu", "precond", "commit")}
 
@@ -64,7 +65,7 @@ class Experiment:
         if isinstance(method, str):
             method = jobs.named(self.task, method)
         name = f"{kind} {method.name}"
-        if not self.record.has(name):
+        if not self.record.has(name) or name in self.stale:
             return None
         case, now = self.record.by_name[name][1], {"method": method.described()}
         if kind != "search":
@@ -91,7 +92,7 @@ class Experiment:
         """Points of an earlier search of the same task, method and seeds, by whatever rule it chose."""
         run, case = self.record.by_name.get(f"search {method.name}", ({}, {}))
         same = ("task", "searched")
-        if self.fresh or not run or case.get("method") != method.described():
+        if f"search {method.name}" in self.stale or not run or case.get("method") != method.described():
             return []
         now = self.record.run["settings"]
         return case["points"] if all(run["settings"][key] == now[key] for key in same) else []
@@ -110,6 +111,7 @@ class Experiment:
             found["searched"] = self.get("search", method)["best"]  # type: ignore[index]
         about = {"seconds": round(seconds), "where": self.where, "method": method.described()}
         self.record.add(f"{kind} {method.name}", {**found, **about})
+        self.stale.discard(f"{kind} {method.name}")
 
     def fail(self, kind: str, method: Method, error: Exception) -> None:
         """Remember a job as failed, in this run: the next one tries again."""
@@ -193,7 +195,9 @@ def run(arguments: argparse.Namespace) -> None:
         )
     from .papers import pictures, tables
 
-    text = tables.text(experiments)
+    # Of all tasks, whatever was asked for.
+    shown = {task: experiments.get(task) or Experiment(arguments.out, task) for task in METHODS}
+    text = tables.text(shown)
     print(text)
     record.write(arguments.out / "tables.txt", text + "\n")
-    pictures.draw(experiments, arguments.out)
+    pictures.draw(shown, arguments.out)

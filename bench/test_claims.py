@@ -229,6 +229,25 @@ def test_a_curve_reaches_a_level_between_its_points():
     assert compare.excess([-200.0, -190.0], [-250.0, -250.0]).mean == pytest.approx(0.22)
 
 
+def test_a_seed_that_never_gets_there_counts_as_the_last_step(tmp_path):
+    experiment = claims.Experiment(tmp_path, "digits")
+    last, count = images.TASKS["digits"].steps, len(images.TASKS["digits"].positions())
+
+    def case(*reached):
+        curves = ([9.0] * (count // 2) + [1.0 if of else 9.0] * (count - count // 2) for of in reached)
+        return {"runs": {"usual": [{"curve": curve} for curve in curves]}}
+
+    base = case(True, True)
+    level = compare.NEAR * 1.0
+    assert tables.level(experiment, base) == level
+    ours = tables.steps_to(experiment, case(True, False)["runs"]["usual"], level)
+    assert ours[1] == math.inf
+    expected = math.sqrt(last / ours[0])
+    found = tables.paired_steps(experiment, case(True, False), "usual", base)
+    assert found.mean == pytest.approx(expected)
+    assert tables.steps_of(experiment, case(True, False), "usual", base)[0].endswith(", 1 never")
+
+
 def test_one_who_tries_chooses_on_one_seed_and_trains_on_the_next():
     assert compare.chosen([[1.0, 5.0, 3.0], [2.0, None, 1.0], [3.0, 4.0, 4.0]]) == [1, 0, 2]
     runs = {jobs.swapped(of): [{"score": s, "test": s + of} for s in (1.0 + of, 2.0 - of)] for of in jobs.THREE_RUNS}
@@ -254,8 +273,8 @@ def test_a_run_that_was_cut_off_goes_on_and_what_changed_is_done_again(tmp_path,
 
         return run
 
-    def go(until=99):
-        experiment = claims.Experiment(tmp_path, "digits")
+    def go(until=99, fresh=False):
+        experiment = claims.Experiment(tmp_path, "digits", fresh=fresh)
         while ready := [(kind, method) for method in (fop, base) if (kind := experiment.ready(method))]:
             kind, method = ready[0]
             try:
@@ -285,6 +304,14 @@ def test_a_run_that_was_cut_off_goes_on_and_what_changed_is_done_again(tmp_path,
     monkeypatch.setitem(jobs.TASKS, "digits", dataclasses.replace(SMALL["digits"], reported=(7, 8)))
     go()
     assert sorted(done) == [("report", fop.name), ("report", "SGD")]
+    # A fresh start does all again, one that was cut off counts the rest as it is.
+    done.clear()
+    with pytest.raises(KeyboardInterrupt):
+        go(until=1, fresh=True)
+    go()
+    assert done == expected[:1]
+    go(fresh=True)
+    assert sorted(done[1:]) == sorted(expected)
     # Another axis is another method; a job that fails is tried again by the next run.
     done.clear()
     monkeypatch.setitem(contenders.FIRST, "SGD", dataclasses.replace(contenders.LR, start=0.1))
@@ -316,8 +343,9 @@ def test_a_search_and_its_report_are_in_the_tables_and_the_pictures(tmp_path, mo
         while kind := experiment.ready(method):
             experiment.add(kind, method, *claims.timed(experiment.job(kind, method), 1))
     text = tables.text({"digits": experiment})
-    assert text.count("three runs") == 2
-    assert len(re.findall(r"of 1\b", text)) > 9
+    # In its row and among the counts: of 1 method, five comparisons for each of six kinds of run.
+    assert len(re.findall(r"^ *three runs  ", text, re.MULTILINE)) == 2
+    assert len(re.findall(r"(better|worse|diverged) of 1\b", text)) == 30
     assert text.count("FOP(SGD), spatial, hypergradient") == 4
     assert "swapped" in text
     pictures.draw({"digits": experiment}, tmp_path)

@@ -38,7 +38,8 @@ def tried(method: Method) -> list[float] | None:
     """What a report tries beside what a search has found: each ``hyper_lr``, the default first, or a base's haste."""
     if not method.mode:
         return [HASTE]
-    return [default_hyper_lr(), *THREE_RUNS] if method.is_default else None
+    # As a record has them.
+    return rounded([default_hyper_lr(), *THREE_RUNS]) if method.is_default else None
 
 
 def named(task: str, name: str) -> Method:
@@ -222,8 +223,7 @@ def report(
         points["default"] = next(
             of["at"] for of in priced["points"] if math.isclose(of["at"]["hyper_lr"], default, rel_tol=1e-3)
         )
-        points["swapped"] = {"lr": base["usual"]["lr"], "hyper_lr": default}
-        points |= {swapped(of): {"lr": base["usual"]["lr"], "hyper_lr": of} for of in THREE_RUNS}
+        points |= {swapped(of): {"lr": base["usual"]["lr"], "hyper_lr": of} for of in (default, *THREE_RUNS)}
     with progress(task, f"{name}, report", position) as bar:
         distinct = [point for i, point in enumerate(points.values()) if point not in list(points.values())[:i]]
         records = Trainer(task, method, TASKS[task].reported, bar)(distinct, test=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,12 @@ if TYPE_CHECKING:
     from ..claims import Experiment
 
 COLOURS = {"usual": "#94a3b8", "best": "#0f172a", "spatial": "#c2410c", "input": "#0f766e"}
-#: A base searches its learning rate alone, and its second hyper-parameter too.
+#: A base searches its learning rate alone, and its second hyper-parameter too; FOP is shown at the first of these lr.
 LABELS = {"usual": "base, lr tuned", "best": "base, all tuned", "spatial": "FOP, spatial", "input": "FOP, input"}
+#: At ``hyper_lr`` 1e-2, at which trainings differ most from their base's.
+SHOWN = jobs.swapped(1e-2)
+#: Where both are one, both are seen.
+STYLES = {"best": ":"}
 OF_BASES = dict(zip(BASES, ("#2563eb", "#c2410c", "#0f766e", "#7c3aed"), strict=True))
 #: The end of a training is shown: losses up to so many times the lowest.
 HIGHEST = 5.0
@@ -72,7 +77,7 @@ def curves(plt: Any, experiments: dict[str, Experiment], per_step: dict[str, dic
         for ax, base in zip(row, BASES, strict=True):
             shown = [(Method(base), "usual", "usual"), (Method(base), "best", "best")]
             shown += [
-                (method, "best", method.mode) for method in METHODS[task] if method.base == base and method.is_default
+                (method, SHOWN, method.mode) for method in METHODS[task] if method.base == base and method.is_default
             ]
             for method, point, look in shown:
                 case = experiment.get("report", method.name)
@@ -80,7 +85,7 @@ def curves(plt: Any, experiments: dict[str, Experiment], per_step: dict[str, dic
                     continue
                 scale = milliseconds(per_step, task, method) / 1e3 if per_step else 1.0
                 x, y = [scale * at for at in kind.positions()], compare.mean_curve(case["runs"][point])
-                ax.plot(x, y, color=COLOURS[look], label=LABELS[look], linewidth=1.4)
+                ax.plot(x, y, color=COLOURS[look], label=LABELS[look], linewidth=1.4, linestyle=STYLES.get(look, "-"))
             ax.set_title(f"{task}: {base}", fontsize=9)
             ax.set_xlabel("seconds" if per_step else "step", fontsize=8)
             ax.tick_params(labelsize=7, which="both")
@@ -153,14 +158,14 @@ def preconditioners(plt: Any, experiment: Experiment) -> Any:
             values, vectors = torch.linalg.eigh(P)
             vectors = vectors * vectors.sum(0).sign()
             shown = [(P, f"{base}, convolution {k + 1}", P.abs().max())]
-            shown += [(vectors[:, i].view(3, 3), f"{values[i]:.2g}", 0.7) for i in (-1, -2, 0)]
+            shown += [(vectors[:, i].view(3, 3), f"{values[i]:.3g}", 0.7) for i in (-1, -2, 0)]
             for ax, (image, title, size) in zip(row[4 * k : 4 * k + 4], shown, strict=True):
                 ax.imshow(image, cmap="RdBu_r", vmin=-size, vmax=size)
                 ax.set_title(title, fontsize=7)
                 ax.set_axis_off()
         for layer in records[0]:
             spectra = [sorted(record[layer]["eigenvalues"], reverse=True) for record in records]
-            middle = [sorted(of)[len(of) // 2] for of in zip(*spectra, strict=True)]
+            middle = [statistics.median(of) for of in zip(*spectra, strict=True)]
             places = [i / max(len(middle) - 1, 1) for i in range(len(middle))]
             name = f"convolution {layers.index(layer) + 1}" if layer in layers else "linear"
             row[-1].plot(places, middle, label=f"{name}, {len(middle)}", linewidth=1)

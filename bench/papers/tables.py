@@ -76,18 +76,25 @@ def steps_to(experiment: Experiment, of: list[dict[str, Any]], goal: float) -> l
 
 
 def steps_of(experiment: Experiment, case: dict[str, Any], kind: str, base: dict[str, Any]) -> list[str]:
-    """Their median, and their ratio to those of the base as usual, over seeds that got there."""
+    """Their median, the seeds that never got there, and the ratio to those of the base as usual."""
     ours = steps_to(experiment, records(case, kind), level(experiment, base))
+    never = sum(map(math.isinf, ours))
     itself = case is base and kind == "usual"
     ratio = "" if itself else shown(paired_steps(experiment, case, kind, base), ratios=True)
-    return [f"{statistics.median(ours):.0f}", ratio]
+    return [f"{statistics.median(ours):.0f}" + (f", {never} never" if never else ""), ratio]
 
 
 def paired_steps(experiment: Experiment, case: dict[str, Any], kind: str, base: dict[str, Any]) -> compare.Difference:
-    goal = level(experiment, base)
+    """A seed that never gets there counts as one that does at the last step, which is the least that it is worth."""
+    goal, last = level(experiment, base), float(jobs.TASKS[experiment.task].steps)
     both = (steps_to(experiment, of, goal) for of in (records(case, kind), base["runs"]["usual"]))
-    ours, theirs = ([x if math.isfinite(x) else None for x in of] for of in both)
+    ours, theirs = ([min(x, last) for x in of] for of in both)
     return compare.paired(ours, theirs, ratios=True)
+
+
+def errors(case: dict[str, Any], kind: str) -> list[float | None]:
+    """Shares of wrong answers on the test set."""
+    return [record["test_error"] for record in records(case, kind)]
 
 
 def point(at: dict[str, float]) -> str:
@@ -112,7 +119,7 @@ def tuned(experiment: Experiment) -> Iterator[list[str]]:
         searched = experiment.get("search", method.name)
         if not case or not base or not searched:
             continue
-        kinds = ("best", "default", "swapped", THREE) if method.is_default else ("best",)
+        kinds = ("best", "default", *map(jobs.swapped, jobs.THREE_RUNS), THREE) if method.is_default else ("best",)
         for kind in kinds if method.mode else ("usual", "hasty", "best"):
             of = values(case, kind)
             at = f"hyper_lr of {', '.join(map(str, jobs.THREE_RUNS))}" if kind == THREE else point(case["points"][kind])
@@ -186,25 +193,35 @@ def kept(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
                 yield [task, method.name, written(experiment, against(experiment, case, "default", case, "best"))]
 
 
-def verdict(experiment: Experiment, method: Method, kind: str, other: str) -> str | None:
-    """ "better", "worse" or "" of a kind of run against one of the base's, or against its steps; None where one is missing."""
+#: What `verdicts` counts: scores, steps and errors, and the run of the base that they are compared with.
+COMPARED = (("score", "usual"), ("score", "best"), ("steps", "usual"), ("error", "usual"), ("error", "best"))
+
+
+def verdict(experiment: Experiment, method: Method, kind: str, what: str, other: str) -> str | None:
+    """ "better", "worse", "" or "none" (no number) of a kind of run against one of the base's; None where one is missing."""
     case, base = experiment.get("report", method), experiment.get("report", method.base)
-    if not case or not base:
-        return None
-    if other == "steps":
-        return paired_steps(experiment, case, kind, base).verdict(1.0, rising=False)
     ratios = jobs.TASKS[experiment.task].ratios
-    return against(experiment, case, kind, base, other).verdict(1.0 if ratios else 0.0, rising=not ratios)
+    if not case or not base or (what == "error" and not ratios):
+        return None
+    if what == "steps":
+        found, rising = paired_steps(experiment, case, kind, base), False
+    elif what == "error":
+        found, rising, ratios = compare.paired(errors(case, kind), errors(base, other), ratios=False), False, False
+    else:
+        found, rising = against(experiment, case, kind, base, other), not ratios
+    neutral = 1.0 if ratios or what == "steps" else 0.0
+    return "none" if math.isnan(found.mean) else found.verdict(neutral, rising=rising)
 
 
 def verdicts(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
     """How often FOP with the class's kind of defaults is better and worse than its base by more than an interval."""
     pairs = [(of, method) for task, of in experiments.items() for method in METHODS[task] if method.is_default]
-    for kind in ("best", "default", "swapped", *map(jobs.swapped, jobs.THREE_RUNS), THREE):
+    for kind in ("best", "default", *map(jobs.swapped, jobs.THREE_RUNS), THREE):
         row = [kind]
-        for other in ("usual", "best", "steps"):
-            found = [said for pair in pairs if (said := verdict(*pair, kind, other)) is not None]
-            row.append(f"{found.count('better')} better, {found.count('worse')} worse of {len(found)}")
+        for compared in COMPARED:
+            found = [said for pair in pairs if (said := verdict(*pair, kind, *compared)) is not None]
+            none = f", {found.count('none')} diverged" if "none" in found else ""
+            row.append(f"{found.count('better')} better, {found.count('worse')} worse{none} of {len(found)}")
         yield row
 
 
@@ -232,8 +249,12 @@ def text(experiments: dict[str, Experiment]) -> str:
         ]
         if rows := list(tuned(experiment)):
             parts.append(aligned([head, *rows]))
-    parts.append("FOP against its base, by more than a 95 % interval (of 24, one or two by chance):")
-    head = ["FOP at", "to base, usual", "to base, tuned", "steps, to base, usual"]
+    parts.append(
+        "usual: lr searched, the rest torch's; hasty: that with twice the lr; best: all searched; default: FOP's hyper_lr at\n"
+        "its best lr; swapped: this hyper_lr at the lr of the usual base; three runs: the best of those on the seed before."
+    )
+    parts.append("FOP against its base, by more than a 95 % interval (one in twenty by chance):")
+    head = ["FOP at", *(f"{what}, to base, {'usual' if other == 'usual' else 'tuned'}" for what, other in COMPARED)]
     parts.append(aligned([head, *verdicts(experiments)]))
     parts.append(
         f"Worse than tuned by %, each hyper_lr at its best lr, seeds of their own, 95 % (allowed: {ALLOWED:.0f}):"

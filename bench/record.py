@@ -82,10 +82,9 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        runs: list[dict[str, Any]] = []
-        for run in [*(run for run, _ in self.by_name.values()), self.run]:
-            if not any(run is other for other in runs):
-                runs.append(run)
+        # This run is the last, so that it goes on where it was cut off though an older one has the same settings.
+        others = {id(run): run for run, _ in self.by_name.values() if run is not self.run}
+        runs = [*others.values(), self.run]
         position = {id(run): k for k, run in enumerate(runs)}
         results = [{**result, "run": position[id(run)]} for run, result in self.by_name.values()]
         write(self.path, json.dumps({"runs": runs, "results": results}, indent=1) + "\n")

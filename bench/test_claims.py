@@ -218,6 +218,12 @@ def test_differences_are_paired_and_intervals_are_students():
     assert compare.paired(base, base, ratios=True) == (1.0, 1.0, 1.0)
     assert math.isnan(compare.paired([1.0, None], [1.0, 2.0], ratios=True).mean)
     assert compare.paired([*base, None], [*base, 1.0], ratios=True).mean == 1.0
+    # Losses fall, returns rise, and what has no number is neither.
+    less, none = compare.Difference(0.5, 0.4, 0.6), compare.Difference(math.nan, math.nan, math.nan)
+    assert str(tables.Compared(less, True)) == "0.50 [0.40, 0.60] better"
+    assert str(tables.Compared(less, False, True)) == "+0.5 [+0.4, +0.6] better"
+    assert tables.Compared(less, False).verdict() == "worse"
+    assert str(tables.Compared(none, True)) == tables.Compared(none, True).verdict() == "none"
 
 
 def test_a_curve_reaches_a_level_between_its_points():
@@ -245,7 +251,7 @@ def test_a_seed_that_never_gets_there_counts_as_the_last_step(tmp_path):
     expected = math.sqrt(last / ours[0])
     found = tables.paired_steps(experiment, case(True, False), "usual", base)
     assert found.mean == pytest.approx(expected)
-    assert tables.steps_of(experiment, case(True, False), "usual", base)[0].endswith(", 1 never")
+    assert tables.steps_of(experiment, case(True, False), "usual", base).endswith(", 1 never")
 
 
 def test_one_who_tries_chooses_on_one_seed_and_trains_on_the_next():
@@ -346,7 +352,8 @@ def test_a_search_and_its_report_are_in_the_tables_and_the_pictures(tmp_path, mo
     # In its row and among the counts: of 1 method, five comparisons for each of six kinds of run.
     assert len(re.findall(r"^ *three runs  ", text, re.MULTILINE)) == 2
     assert len(re.findall(r"(better|worse|diverged) of 1\b", text)) == 30
-    assert text.count("FOP(SGD), spatial, hypergradient") == 4
+    # Searches, reports, prices and defaults, and the spectra of three layers.
+    assert text.count("FOP(SGD), spatial, hypergradient") == 4 + 3
     assert "swapped" in text
     pictures.draw({"digits": experiment}, tmp_path)
     for name in ("fop-steps", "fop-hyper-lr"):

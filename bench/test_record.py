@@ -63,6 +63,16 @@ def test_results_of_another_environment_or_setting_are_kept_until_they_are_measu
     assert len(report["runs"]) == 1
 
 
+def test_fresh_goes_on_where_it_was_cut_off(tmp_path):
+    path, log = tmp_path / "results.json", []
+    cases = {name: case(name, log) for name in ("one", "two")}
+    record.Record(path, {}, {}).measure(cases, line)
+    # The first case of the file, which would put its run before the older one.
+    record.Record(path, {}, {}, fresh=True).measure({"one": cases["one"]}, line)
+    record.Record(path, {}, {}).measure(cases, line)
+    assert log == ["one", "two", "one", "two"]
+
+
 def test_fresh_measures_everything_again(tmp_path):
     path, log = tmp_path / "results.json", []
     for fresh in (False, True):

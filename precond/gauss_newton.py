@@ -54,6 +54,8 @@ class GaussNewton(Rotated):
         basis_frequency: steps, or curvature updates, between refreshes of the basis (default 10).
         max_size: matrices with a longer side are cut into blocks with a basis each (default 8192).
         weight_decay: lambda >= 0, intrinsic L2, decoupled (default 0).
+        damping: >= 0, how many times its mean over the parameter each estimate of the curvature is raised by, before it is averaged
+            (default 0). Unlike eps it needs no retuning when the loss is scaled or the basis changes. Not with "gradient".
         maximize: ascend instead of descend (default False).
         foreach: accepted and ignored.
         differentiable: autograd records the step, which then runs on the reference backend; not with a basis (default False).
@@ -105,6 +107,7 @@ class GaussNewton(Rotated):
         basis: str | Tensor | Sequence[Tensor] = "identity",
         weight_decay: float = 0.0,
         *,
+        damping: float = 0.0,
         basis_beta: float | None = None,
         basis_frequency: int = 10,
         max_size: int = 8192,
@@ -135,6 +138,10 @@ class GaussNewton(Rotated):
                 raise ValueError(f"basis must be 'identity', 'kronecker' or matrices, got {group['basis']!r}")
         elif not isinstance(group["basis"], Tensor) and len(group["basis"]) != 2:
             raise ValueError(f"basis must be a matrix or a pair of them, got {len(group['basis'])}")
+        if not 0.0 <= group["damping"] < math.inf:
+            raise ValueError(f"damping must be >= 0 and finite, got {group['damping']}")
+        if group["damping"] and group["curvature"] == "gradient":
+            raise ValueError(f"damping must be 0 with curvature='gradient', got {group['damping']}")
         if group["basis_beta"] is not None and not 0.0 <= group["basis_beta"] < 1.0:
             raise ValueError(f"basis_beta must be None or in [0, 1), got {group['basis_beta']}")
 
@@ -210,7 +217,11 @@ class GaussNewton(Rotated):
     def update_curvature(self, batch_size: float = 1.0, estimates: Sequence[Tensor | None] | None = None) -> None:
         r"""Averages a new estimate of the Gauss-Newton diagonal into the curvature.
 
-        .. math:: h = h + \frac{1 - \beta_2}{1 - \beta_2^n}\,(\hat h_n - h), \qquad \hat h = B\,(U^T \hat g)^2
+        .. math::
+            h = h + \frac{1 - \beta_2}{1 - \beta_2^n}\,(\hat h_n + \delta\,\mathrm{mean}(\hat h_n) - h), \qquad
+            \hat h = B\,(U^T \hat g)^2
+
+        with delta the ``damping``. A mean below 0 counts as 0.
 
         Args:
             batch_size: B, the number of samples behind the present ``.grad``, which must be the gradient of their mean loss on
@@ -306,6 +317,9 @@ class GaussNewton(Rotated):
             h = state["curvature"]
             new = part.to(torch.promote_types(h.dtype, torch.float32))
             new = new if given else new.square() * batch_size
+            if group["damping"]:
+                # A mean of raised estimates is the raised mean of estimates.
+                new = new + group["damping"] * new.mean().clamp(min=0)
             count = state["curvature_step"] = state.get("curvature_step", 0) + 1
             weight = (1 - beta2) / (1 - beta2**count) if self._corrected else 1 - beta2
             h.copy_(torch.lerp(h.to(new.dtype), new, weight))

@@ -126,6 +126,44 @@ def test_the_curvature_is_a_mean_from_its_first_update_on():
     assert optimizer.state[p]["curvature_step"] == 3
 
 
+@pytest.mark.parametrize("basis", ["identity", "kronecker"])
+@pytest.mark.parametrize("power", [-1.0, -0.5])
+def test_damping_raises_the_curvature_by_its_mean_in_every_basis(basis, power):
+    """theory.md, C.2: h + delta mean(h) of the undamped run, whose size no basis changes and which scales with the loss."""
+    delta, curvatures = 0.3, {}
+    for damping, scale in ((0.0, 1.0), (delta, 1.0), (delta, 2.0**13)):
+        p = params_of([(4, 6)], F64)
+        options = dict(basis=basis, power=power, eps=0.0, betas=(0.0, 0.8), basis_frequency=10**6)
+        optimizer = precond.GaussNewton(p, lr=0.5, damping=damping, **options)
+        for i in range(5):
+            give(p, i)
+            p[0].grad.mul_(scale)
+            optimizer.update_curvature(batch_size=3)
+        curvatures[damping, scale] = h = optimizer.state[p[0]]["curvature"].clone()
+        give(p, 9)
+        p[0].grad.mul_(scale)
+        start = p[0].detach().clone()
+        optimizer.step()
+        moved = p[0].detach() - start
+        if scale == 1.0:
+            unscaled = moved
+    plain, raised = curvatures[0.0, 1.0], curvatures[delta, 1.0]
+    torch.testing.assert_close(raised, plain + delta * plain.mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(h, 2.0**26 * raised, rtol=1e-12, atol=0)
+    # c is a power of 2, which changes no rounding. Squared gradients scale by c^2, not by c as a curvature does.
+    torch.testing.assert_close(moved, unscaled * 2.0 ** (13 * (1 + 2 * power)), rtol=1e-7, atol=0)
+    assert raised.max() / raised.min() <= 1 + raised.numel() / delta
+
+
+def test_damping_by_a_negative_mean_is_none():
+    w = torch.nn.Parameter(torch.zeros(2))
+    optimizer = precond.GaussNewton([w], curvature="hutchinson", damping=1.0)
+    for estimate, expected in (([-3.0, 1.0], [-3.0, 1.0]), ([1.0, 3.0], [3.0, 5.0])):
+        optimizer.state[w].pop("curvature_step", None)
+        optimizer.update_curvature(estimates=[torch.tensor(estimate)])
+        assert optimizer.state[w]["curvature"].tolist() == expected
+
+
 def test_negative_curvature_counts_as_none():
     for power, clip in ((-1.0, 1.0), (-0.5, None)):
         p = torch.nn.Parameter(torch.zeros(3))
@@ -441,6 +479,8 @@ def test_norms_of_all_gradients_clip_single_passes():
         (dict(basis=(torch.eye(2),) * 3), "basis must be a matrix or a pair of them, got 3"),
         (dict(basis_beta=1.0), r"basis_beta must be None or in \[0, 1\), got 1.0"),
         (dict(basis_frequency=0), "basis_frequency must be >= 1, got 0"),
+        (dict(damping=-0.1), "damping must be >= 0 and finite, got -0.1"),
+        (dict(damping=0.1, curvature="gradient"), "damping must be 0 with curvature='gradient', got 0.1"),
         (dict(max_size=0), "max_size must be >= 1, got 0"),
         (dict(basis="kronecker", state_format="int8"), "state_format must not have codes with a basis, got 'int8'"),
         (dict(l1_decay=-1.0), "l1_decay"),

@@ -300,7 +300,7 @@ check(lambda ps: precond.SOAP(ps, l1_decay=0.01, max_precond_dim=3), Replicate()
 check(lambda ps: precond.GaussNewton(ps, curvature="gradient", **basis), Replicate())
 check(lambda ps: precond.GaussNewton(ps, **basis), Replicate(), update=lambda o: o.update_curvature())
 check(lambda ps: precond.DualDescent(ps, granularity="spectral", momentum=0.9), Replicate())
-check(lambda ps: precond.GaussNewton(ps, clip=1.0), Shard(0), update=lambda o: o.update_curvature())
+check(lambda ps: precond.GaussNewton(ps, clip=1.0, damping=0.1), Shard(0), update=lambda o: o.update_curvature())
 check(precond.Sophia, Shard(0), update=lambda o: o.update_curvature())
 SHAPES = SHAPES[::4]
 check(precond.Muon, Replicate())

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from . import ROOT, record, timing
 from .papers import jobs
-from .papers.contenders import METHODS, Method
+from .papers.jobs import METHODS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,10 +57,10 @@ class Experiment:
         self.record = record.Record(folder / f"{task}.json", {"torch": environment.pop("torch")}, settings)
         #: Cases that count as missing.
         self.stale = set(self.record.by_name) if fresh else set()
-        self.failed: set[tuple[str, Method]] = set()
+        self.failed: set[tuple[str, Any]] = set()
         self.where = {key: environment[key] for key in ("cpu", "precond", "commit")}
 
-    def get(self, kind: str, method: Method | str) -> dict[str, Any] | None:
+    def get(self, kind: str, method: Any | str) -> dict[str, Any] | None:
         """The case of these settings, if the method, its seeds and the search that it follows are as they are now."""
         if isinstance(method, str):
             method = jobs.named(self.task, method)
@@ -76,19 +76,19 @@ class Experiment:
             now["tried"] = jobs.tried(method)
         return case if all(case.get(key) == value for key, value in now.items()) else None
 
-    def todo(self, method: Method) -> list[str]:
+    def todo(self, method: Any) -> list[str]:
         """The jobs that are left of a method, in their order. What follows a search is of its best point."""
         kinds = ("search", "prices", "report") if method.is_default else ("search", "report")
         return [kind for kind in kinds if self.get(kind, method) is None]
 
-    def ready(self, method: Method) -> str:
+    def ready(self, method: Any) -> str:
         """The next job, empty where there is none, where it waits for its base, and where one has failed."""
         kind = next(iter(self.todo(method)), "")
-        if kind == "report" and method.mode and self.get("search", method.base) is None:
+        if kind == "report" and method.base != method.name and self.get("search", method.base) is None:
             return ""
         return "" if (kind, method) in self.failed else kind
 
-    def known(self, method: Method) -> list[dict[str, Any]]:
+    def known(self, method: Any) -> list[dict[str, Any]]:
         """Points of an earlier search of the same task, method and seeds, by whatever rule it chose."""
         run, case = self.record.by_name.get(f"search {method.name}", ({}, {}))
         same = ("task", "searched")
@@ -97,7 +97,7 @@ class Experiment:
         now = self.record.run["settings"]
         return case["points"] if all(run["settings"][key] == now[key] for key in same) else []
 
-    def job(self, kind: str, method: Method) -> functools.partial[dict[str, Any]]:
+    def job(self, kind: str, method: Any) -> functools.partial[dict[str, Any]]:
         searched = self.get("search", method)
         if kind == "search":
             return functools.partial(jobs.search, self.task, method.name, self.known(method))
@@ -106,14 +106,14 @@ class Experiment:
         priced = self.get("prices", method) if method.is_default else None
         return functools.partial(jobs.report, self.task, method.name, searched, self.get("search", method.base), priced)
 
-    def add(self, kind: str, method: Method, found: dict[str, Any], seconds: float) -> None:
+    def add(self, kind: str, method: Any, found: dict[str, Any], seconds: float) -> None:
         if kind != "search":
             found["searched"] = self.get("search", method)["best"]  # type: ignore[index]
         about = {"seconds": round(seconds), "where": self.where, "method": method.described()}
         self.record.add(f"{kind} {method.name}", {**found, **about})
         self.stale.discard(f"{kind} {method.name}")
 
-    def fail(self, kind: str, method: Method, error: Exception) -> None:
+    def fail(self, kind: str, method: Any, error: Exception) -> None:
         """Remember a job as failed, in this run: the next one tries again."""
         self.failed.add((kind, method))
         tqdm.write(f"{self.task}: {kind} {method.name}: {record.short(error)}")
@@ -131,9 +131,7 @@ def end_with_the_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def work(
-    experiments: dict[str, Experiment], methods: dict[str, list[Method]], workers: int, kinds: Sequence[str]
-) -> None:
+def work(experiments: dict[str, Experiment], methods: dict[str, list[Any]], workers: int, kinds: Sequence[str]) -> None:
     """Every job that is left, ``workers`` at a time; a report follows the searches it needs."""
     context = multiprocessing.get_context("spawn")
     pairs = [(task, method) for task, of in methods.items() for method in of]
@@ -193,11 +191,16 @@ def run(arguments: argparse.Namespace) -> None:
             max(arguments.workers, 1),
             ("search", "prices") if arguments.no_reports else ("search", "prices", "report"),
         )
-    from .papers import pictures, tables
+    from .papers import contenders, pictures, quadrants, rules, tables
 
-    # Of all tasks, whatever was asked for.
-    shown = {task: experiments.get(task) or Experiment(arguments.out, task) for task in METHODS}
-    text = tables.text(shown)
-    print(text)
-    record.write(arguments.out / "tables.txt", text + "\n")
-    pictures.draw(shown, arguments.out)
+    # Of all tasks of a paper of which one was asked for.
+    for of, name, kind, draw in (
+        (contenders.METHODS, "tables.txt", tables.text, pictures.draw),
+        (rules.METHODS, "gauss-newton.txt", quadrants.text, quadrants.draw),
+    ):
+        if set(of) & set(arguments.tasks):
+            shown = {task: experiments.get(task) or Experiment(arguments.out, task) for task in of}
+            text = kind(shown)
+            print(text)
+            record.write(arguments.out / name, text + "\n")
+            draw(shown, arguments.out)

@@ -256,8 +256,11 @@ def test_a_seed_that_never_gets_there_counts_as_the_last_step(tmp_path):
 
 def test_one_who_tries_chooses_on_one_seed_and_trains_on_the_next():
     assert compare.chosen([[1.0, 5.0, 3.0], [2.0, None, 1.0], [3.0, 4.0, 4.0]]) == [1, 0, 2]
-    runs = {jobs.swapped(of): [{"score": s, "test": s + of} for s in (1.0 + of, 2.0 - of)] for of in jobs.THREE_RUNS}
-    first, _, last = jobs.THREE_RUNS
+    runs = {
+        contenders.swapped(of): [{"score": s, "test": s + of} for s in (1.0 + of, 2.0 - of)]
+        for of in contenders.THREE_RUNS
+    }
+    first, _, last = contenders.THREE_RUNS
     assert tables.values({"runs": runs}, tables.THREE) == pytest.approx([1.0 + last + last, 2.0 - first + first])
 
 
@@ -299,7 +302,7 @@ def test_a_run_that_was_cut_off_goes_on_and_what_changed_is_done_again(tmp_path,
     go()
     expected = [("search", fop.name), ("prices", fop.name), ("search", "SGD"), ("report", fop.name), ("report", "SGD")]
     assert done == expected
-    monkeypatch.setattr(jobs, "default_hyper_lr", lambda: 0.5)
+    monkeypatch.setattr(contenders, "default_hyper_lr", lambda: 0.5)
     go()
     assert done[5:] == [("report", fop.name)]
     cases = {result["case"]: result for result in json.loads((tmp_path / "digits.json").read_text())["results"]}

@@ -54,8 +54,8 @@ class GaussNewton(Rotated):
         basis_frequency: steps, or curvature updates, between refreshes of the basis (default 10).
         max_size: matrices with a longer side are cut into blocks with a basis each (default 8192).
         weight_decay: lambda >= 0, intrinsic L2, decoupled (default 0).
-        damping: >= 0, how many times its mean over the parameter each estimate of the curvature is raised by, before it is averaged
-            (default 0). Unlike eps it needs no retuning when the loss is scaled or the basis changes. Not with "gradient".
+        damping: >= 0, raises each estimate of the curvature by so many times its mean over the parameter (default 0). Unlike eps
+            it stays when the loss is scaled or the basis changes. Not with "gradient".
         maximize: ascend instead of descend (default False).
         foreach: accepted and ignored.
         differentiable: autograd records the step, which then runs on the reference backend; not with a basis (default False).

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +55,22 @@ def base_optimizer(name: str, groups: Groups) -> torch.optim.Optimizer:
     return kinds[name](groups)
 
 
+#: ``hyper_lr`` of one who does not search, but tries three at the learning rate of the base, with one seed.
+THREE_RUNS = (1e-3, 1e-2, 0.3)
+#: Factor of a base's learning rate, for a control: a base that is tuned for its end may be faster on its way.
+HASTE = 2.0
+
+
+def default_hyper_lr() -> float:
+    """That of the class."""
+    return inspect.signature(precond.FOP).parameters["hyper_lr"].default
+
+
+def swapped(hyper_lr: float) -> str:
+    """The kind of run at the base's learning rate."""
+    return f"swapped, {hyper_lr:g}"
+
+
 SCALE_FREE = ("hypergradient",)
 #: Seeds of which a report has the eigenvalues of M.
 SPECTRA = 10
@@ -87,6 +105,31 @@ class Method:
         if "hypergradient" in self.normalize:
             return lr, Axis("hyper_lr", 1e-2, 10**0.5, (-2, -1, 0, 1, 2), lowest=(-6, 0.0))
         return lr, Axis("hyper_lr", 1.0, 10.0, (-2, -1, 0, 1, 2), lowest=(-6, 0.0))
+
+    @property
+    def usual(self) -> dict[str, float]:
+        """The second hyper-parameter of a base where it is not searched."""
+        return {} if self.mode else USUAL[self.base]
+
+    def tried(self) -> list[float] | None:
+        """What a report tries beside what a search has found: each ``hyper_lr``, the default first, or a base's haste."""
+        if not self.mode:
+            return [HASTE]
+        return [default_hyper_lr(), *THREE_RUNS] if self.is_default else None
+
+    def others(self, searched: dict[str, Any], base: dict[str, Any], priced: dict[str, Any] | None) -> dict[str, Point]:
+        """Points of a report beside the best one: for a base with its usual second hyper-parameter, and that in haste; for FOP
+        with the default ``hyper_lr``, at the best learning rate for it and at that of the base, and with three others at that.
+        """
+        if not self.mode:
+            hasty = {**searched["usual"], "lr": HASTE * searched["usual"]["lr"]}
+            return {"usual": searched["usual"], "hasty": hasty}
+        if priced is None:
+            return {}
+        default = default_hyper_lr()
+        at = next(of["at"] for of in priced["points"] if math.isclose(of["at"]["hyper_lr"], default, rel_tol=1e-3))
+        swaps = {swapped(of): {"lr": base["usual"]["lr"], "hyper_lr": of} for of in (default, *THREE_RUNS)}
+        return {"default": at, **swaps}
 
     def described(self) -> dict[str, Any]:
         """What a record is of: the options, what a base has by default, and the axes."""

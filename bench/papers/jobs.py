@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -12,37 +11,25 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import precond
-
-from . import control, images
-from .contenders import METHODS, USUAL, Method
+from . import contenders, control, images, rules, synthetic
+from .contenders import Method
+from .rules import Rule
 from .search import At, Axis, Point, Search, run_together
 
-TASKS: dict[str, images.Images | control.Control] = {**images.TASKS, **control.TASKS}
+TASKS: dict[str, Any] = {**images.TASKS, **control.TASKS, **synthetic.TASKS}
+METHODS: dict[str, tuple[Method, ...] | tuple[Rule, ...]] = {**contenders.METHODS, **rules.METHODS}
 #: Points of a search that are trained with more seeds before one is chosen.
 FINALISTS = 4
 #: Networks that are trained at once: bounds memory.
 TOGETHER = 200
-#: ``hyper_lr`` of one who does not search, but tries three at the learning rate of the base, with one seed.
-THREE_RUNS = (1e-3, 1e-2, 0.3)
-#: Factor of a base's learning rate, for a control: a base that is tuned for its end may be faster on its way.
-HASTE = 2.0
 
 
-def default_hyper_lr() -> float:
-    """That of the class."""
-    return inspect.signature(precond.FOP).parameters["hyper_lr"].default
+def tried(method: Method | Rule) -> list[Any] | None:
+    """What a report tries beside what a search has found, as a record has it."""
+    return rounded(method.tried())
 
 
-def tried(method: Method) -> list[float] | None:
-    """What a report tries beside what a search has found: each ``hyper_lr``, the default first, or a base's haste."""
-    if not method.mode:
-        return [HASTE]
-    # As a record has them.
-    return rounded([default_hyper_lr(), *THREE_RUNS]) if method.is_default else None
-
-
-def named(task: str, name: str) -> Method:
+def named(task: str, name: str) -> Any:
     return next(method for method in METHODS[task] if method.name == name)
 
 
@@ -60,7 +47,7 @@ def rounded(value: Any) -> Any:
 class Trainer:
     """Trains points in parts of at most ``TOGETHER`` networks, under a progress bar."""
 
-    def __init__(self, task: str, method: Method, seeds: Sequence[int], bar: tqdm) -> None:
+    def __init__(self, task: str, method: Method | Rule, seeds: Sequence[int], bar: tqdm) -> None:
         self.task, self.method, self.seeds, self.bar = TASKS[task], method, seeds, bar
 
     def __call__(self, points: Sequence[Point], *, test: bool = False) -> list[list[dict[str, Any]]]:
@@ -109,7 +96,7 @@ class Searcher:
     more seeds before one of them is chosen.
     """
 
-    def __init__(self, task: str, method: Method, bar: tqdm) -> None:
+    def __init__(self, task: str, method: Method | Rule, bar: tqdm) -> None:
         self.task, self.method, self.bar = TASKS[task], method, bar
         self.key = task
         self.whole, self.found = Search(method.axes), dict[At, list[float]]()
@@ -178,8 +165,8 @@ def search(task: str, name: str, known: list[dict[str, Any]], position: int = 1)
         search.know(known)
         (best,) = search.settle([search.whole], FINALISTS)
         usual = best
-        if not method.mode and len(method.axes) > 1:
-            (usual,) = search.along_lr([coordinate(method.axes[1], *USUAL[method.base].values())])
+        if method.usual:
+            (usual,) = search.along_lr([coordinate(method.axes[1], *method.usual.values())])
             (best,) = search.settle([search.whole], FINALISTS)
     point, points = search.whole.point, search.points()
     return rounded({"best": point(best), "usual": point(usual), "count": len(points), "points": points})
@@ -210,20 +197,10 @@ def report(
     priced: dict[str, Any] | None,
     position: int = 1,
 ) -> dict[str, Any]:
-    """Records of fresh seeds at the best point. For a base also with its usual second hyper-parameter, and that in haste; for FOP
-    also with the default ``hyper_lr``, at the best learning rate for it and at that of the base, and with three others at that.
-    """
+    """Records of fresh seeds at the best point, and at the others that the method names."""
     torch.set_num_threads(1)
     method = named(task, name)
-    points = {"best": searched["best"]}
-    if not method.mode:
-        points |= {"usual": searched["usual"], "hasty": {**searched["usual"], "lr": HASTE * searched["usual"]["lr"]}}
-    elif priced is not None:
-        default = default_hyper_lr()
-        points["default"] = next(
-            of["at"] for of in priced["points"] if math.isclose(of["at"]["hyper_lr"], default, rel_tol=1e-3)
-        )
-        points |= {swapped(of): {"lr": base["usual"]["lr"], "hyper_lr": of} for of in (default, *THREE_RUNS)}
+    points = {"best": searched["best"], **method.others(searched, base, priced)}
     with progress(task, f"{name}, report", position) as bar:
         distinct = [point for i, point in enumerate(points.values()) if point not in list(points.values())[:i]]
         records = Trainer(task, method, TASKS[task].reported, bar)(distinct, test=True)
@@ -232,8 +209,3 @@ def report(
         if kind != "best":
             runs[kind] = [{key: of for key, of in record.items() if key != "preconditioners"} for record in runs[kind]]
     return rounded({"points": points, "tried": tried(method), "seeds": TASKS[task].reported, "runs": runs})
-
-
-def swapped(hyper_lr: float) -> str:
-    """The kind of run at the base's learning rate."""
-    return f"swapped, {hyper_lr:g}"

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import compare, jobs, tables
+from . import compare, contenders, jobs, tables
 from .contenders import BASES, METHODS, Method
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ COLOURS = {"usual": "#94a3b8", "best": "#0f172a", "spatial": "#c2410c", "input":
 #: A base searches its learning rate alone, and its second hyper-parameter too; FOP is shown at the first of these lr.
 LABELS = {"usual": "base, lr tuned", "best": "base, all tuned", "spatial": "FOP, spatial", "input": "FOP, input"}
 #: At ``hyper_lr`` 1e-2, at which trainings differ most from their base's.
-SHOWN = jobs.swapped(1e-2)
+SHOWN = contenders.swapped(1e-2)
 #: Where both are one, both are seen.
 STYLES = {"best": ":"}
 OF_BASES = dict(zip(BASES, ("#2563eb", "#c2410c", "#0f766e", "#7c3aed"), strict=True))

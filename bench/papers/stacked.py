@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad, vmap
 
 
 class Networks:
@@ -47,6 +47,17 @@ class Networks:
 
         of_seeds = vmap(called, randomness="error")
         return vmap(of_seeds, in_dims=(0, *[None if shared else 0] * len(inputs)))(self.stacked, *inputs)
+
+    def each_input(self, score: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+        """Gradients of ``score(network, *input)`` for every input of every network: (copies, seeds, batch, *shape)."""
+
+        def called(parameters: dict[str, Tensor], *one: Tensor) -> Tensor:
+            return score(lambda *x: functional_call(self.module, parameters, x), *one)
+
+        of_batch = vmap(grad(called), in_dims=(None, *[0] * len(inputs)))
+        parameters = {name: t.detach() for name, t in self.stacked.items()}
+        found = vmap(vmap(of_batch), in_dims=(0, *[None] * len(inputs)))(parameters, *inputs)
+        return list(found.values())
 
     def finite(self) -> Tensor:
         """Which networks have finite parameters, (copies, seeds)."""

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import compare, jobs
+from . import compare, contenders, jobs
 from .contenders import METHODS, SPECTRA, Method
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def records(case: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     """One for each seed. Of three runs: what they chose on the seed before, by its score."""
     if kind != THREE:
         return case["runs"][kind]
-    runs = [case["runs"][jobs.swapped(of)] for of in jobs.THREE_RUNS]
+    runs = [case["runs"][contenders.swapped(of)] for of in contenders.THREE_RUNS]
     chosen = compare.chosen([[record["score"] for record in of] for of in runs])
     return [runs[i][j] for j, i in enumerate(chosen)]
 
@@ -134,10 +134,18 @@ def tuned(experiment: Experiment) -> Iterator[list[str]]:
         searched = experiment.get("search", method.name)
         if not case or not base or not searched:
             continue
-        kinds = ("best", "default", *map(jobs.swapped, jobs.THREE_RUNS), THREE) if method.is_default else ("best",)
+        kinds = (
+            ("best", "default", *map(contenders.swapped, contenders.THREE_RUNS), THREE)
+            if method.is_default
+            else ("best",)
+        )
         for kind in kinds if method.mode else ("usual", "hasty", "best"):
             of = values(case, kind)
-            at = f"hyper_lr of {', '.join(map(str, jobs.THREE_RUNS))}" if kind == THREE else point(case["points"][kind])
+            at = (
+                f"hyper_lr of {', '.join(map(str, contenders.THREE_RUNS))}"
+                if kind == THREE
+                else point(case["points"][kind])
+            )
             row = [method.name if kind == "best" else f"  {kind}", at, spread(of)]
             row.append(steps_of(experiment, case, kind, base))
             for what, other in COMPARED:
@@ -214,7 +222,7 @@ HEADS = [f"{what} to {'base' if of == 'usual' else 'tuned base'}" for what, of i
 def verdicts(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
     """How often FOP with the class's kind of defaults is better and worse than its base by more than an interval."""
     cases = [(of, of.get("report", method), of.get("report", method.base)) for of, method in defaults_of(experiments)]
-    for kind in ("best", "default", *map(jobs.swapped, jobs.THREE_RUNS), THREE):
+    for kind in ("best", "default", *map(contenders.swapped, contenders.THREE_RUNS), THREE):
         row = [kind]
         for what, other in COMPARED:
             pairs = (compared(of, what, case, kind, base, other) for of, case, base in cases if case and base)

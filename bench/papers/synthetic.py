@@ -1,0 +1,433 @@
+"""Problems whose data are drawn: least squares, softmax regression, sparse parity, staircase, and a language of order 2."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .frames import frame
+from .rules import BETA2, Rule
+from .search import Point
+from .stacked import Networks
+
+MARKS = 20
+#: Losses below are 0: float32 has no more.
+FLOOR = 1e-12
+#: Steps of the curvature's own batches before the first of the parameters.
+WARM = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """``world(seed)`` has what a seed draws once; ``draw`` takes a batch of it."""
+
+    build: Callable[[], nn.Module]
+    world: Callable[[torch.Generator], Any]
+    #: Inputs and targets of a batch of so many; ``exact`` targets are expectations.
+    draw: Callable[[Any, torch.Generator, int, bool], tuple[Tensor, Tensor]]
+    #: Of what a full batch, a validation set and a test set have.
+    whole: int
+    held_out: int
+    cross_entropy: bool = False
+
+
+# Least squares and softmax regression on inputs of condition number 100.
+
+INPUTS, CLASSES, OUTPUTS = 12, 5, 4
+
+
+def orthogonal(draw: torch.Generator, size: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(size, size, generator=draw))[0]
+
+
+def root_of(draw: torch.Generator) -> Tensor:
+    """Of a covariance with eigenvalues from 1e-2 to 1, in a random basis."""
+    return torch.logspace(-1, 0, INPUTS)[:, None] * orthogonal(draw, INPUTS)
+
+
+class Mixed(nn.Module):
+    """A W x with a matrix A that is given beside x: the Gauss-Newton matrix is A^T A (x) E[x x^T]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(OUTPUTS, INPUTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        A = x[..., INPUTS:].unflatten(-1, (OUTPUTS, OUTPUTS))
+        return (A @ (x[..., :INPUTS] @ self.weight.T)[..., None])[..., 0]
+
+
+def mixed_world(draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    A = torch.logspace(-1, 0, OUTPUTS)[:, None] * orthogonal(draw, OUTPUTS)
+    return root_of(draw), A, torch.randn(OUTPUTS, INPUTS, generator=draw)
+
+
+def draw_mixed(world: Any, draw: torch.Generator, size: int, exact: bool) -> tuple[Tensor, Tensor]:
+    root, A, W = world
+    x = torch.randn(size, INPUTS, generator=draw) @ root
+    y = x @ W.T @ A.T
+    if not exact:
+        y = y + 0.1 * torch.randn(size, OUTPUTS, generator=draw)
+    return torch.cat([x, A.flatten().expand(size, -1)], 1), y
+
+
+def labelled(p: Tensor, draw: torch.Generator, exact: bool) -> Tensor:
+    """Probabilities, or labels that are drawn with them, as such."""
+    if exact:
+        return p
+    labels = torch.multinomial(p.flatten(0, -2), 1, generator=draw)[:, 0]
+    return F.one_hot(labels, p.shape[-1]).to(p).view_as(p)
+
+
+def softmax_world(draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    return root_of(draw), 3.0 * torch.randn(CLASSES, INPUTS, generator=draw)
+
+
+def draw_softmax(world: Any, draw: torch.Generator, size: int, exact: bool) -> tuple[Tensor, Tensor]:
+    root, W = world
+    x = torch.randn(size, INPUTS, generator=draw) @ root
+    return x, labelled((x @ W.T).softmax(-1), draw, exact)
+
+
+# Sparse parity and staircase (docs/theory.md, C.5): the whole batch is every input.
+
+BITS, WIDTH = 10, 24
+CUBE = 2.0 * ((torch.arange(2**BITS)[:, None] >> torch.arange(BITS)) & 1) - 1.0
+
+
+def parity(x: Tensor) -> Tensor:
+    return x[:, :3].prod(1, keepdim=True)
+
+
+def staircase(x: Tensor) -> Tensor:
+    return x[:, :4].cumprod(1).sum(1, keepdim=True)
+
+
+def bits(labels: Callable[[Tensor], Tensor]) -> Problem:
+    def draw_bits(world: Any, draw: torch.Generator, size: int, exact: bool) -> tuple[Tensor, Tensor]:
+        if exact:
+            return CUBE, labels(CUBE)
+        x = CUBE[torch.randint(len(CUBE), (size,), generator=draw)]
+        return x, labels(x) + 0.5 * torch.randn(size, 1, generator=draw)
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(BITS, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1))
+
+    return Problem(build, lambda draw: None, draw_bits, len(CUBE), len(CUBE))
+
+
+# A language whose next token hangs on the two before.
+
+TOKENS, LENGTH, DIM = 8, 9, 8
+
+
+class Transformer(nn.Module):
+    """One layer with one head, normalised before each part; a logit for each position that has two tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape) * shape[-1] ** -0.5)
+
+        self.token, self.position = weight(TOKENS, DIM), weight(LENGTH, DIM)
+        self.query, self.key, self.value, self.output = (weight(DIM, DIM) for _ in range(4))
+        self.up, self.down, self.head = weight(2 * DIM, DIM), weight(DIM, 2 * DIM), weight(TOKENS, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x @ self.token + self.position
+        n = F.rms_norm(h, (DIM,))
+        scores = (n @ self.query.T) @ (n @ self.key.T).mT * DIM**-0.5
+        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        h = h + scores.where(mask, -1e9).softmax(-1) @ (n @ self.value.T) @ self.output.T
+        h = h + F.relu(F.rms_norm(h, (DIM,)) @ self.up.T) @ self.down.T
+        return F.rms_norm(h, (DIM,))[..., 1:, :] @ self.head.T
+
+
+def language(draw: torch.Generator) -> Tensor:
+    return (1.5 * torch.randn(TOKENS, TOKENS, TOKENS, generator=draw)).softmax(-1)
+
+
+def draw_language(world: Tensor, draw: torch.Generator, size: int, exact: bool) -> tuple[Tensor, Tensor]:
+    tokens = [torch.randint(TOKENS, (size,), generator=draw) for _ in range(2)]
+    for _ in range(LENGTH - 1):
+        tokens.append(torch.multinomial(world[tokens[-2], tokens[-1]], 1, generator=draw)[:, 0])
+    all_ = torch.stack(tokens, 1)
+    x, after = F.one_hot(all_[:, :LENGTH], TOKENS).float(), all_[:, 2 : LENGTH + 1]
+    p = world[all_[:, : LENGTH - 1], all_[:, 1:LENGTH]]
+    return x, p if exact else F.one_hot(after, TOKENS).float()
+
+
+PROBLEMS = {
+    "regression": Problem(Mixed, mixed_world, draw_mixed, 512, 1024),
+    "softmax": Problem(lambda: nn.Linear(INPUTS, CLASSES), softmax_world, draw_softmax, 512, 1024, True),
+    "parity": bits(parity),
+    "staircase": bits(staircase),
+    "transformer": Problem(Transformer, language, draw_language, 128, 256, True),
+}
+
+
+def loss_of(cross_entropy: bool) -> Callable[..., Tensor]:
+    """Over a batch: half the squared distance, or the divergence from the probabilities of the target."""
+
+    def loss(network: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return each(network(x), y).mean()
+
+    def each(f: Tensor, y: Tensor) -> Tensor:
+        if cross_entropy:
+            return (torch.special.xlogy(y, y) - y * f.log_softmax(-1)).sum(-1)
+        return (f - y).square().sum(-1) / 2
+
+    return loss
+
+
+def wrong_of(cross_entropy: bool) -> Callable[..., Tensor]:
+    """The share of outputs that are nearer to another answer."""
+
+    def wrong(network: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        f = network(x)
+        errors = f.argmax(-1) != y.argmax(-1) if cross_entropy else ((f - y).abs() > 0.5).any(-1)
+        return errors.float().mean()
+
+    return wrong
+
+
+def score_of(cross_entropy: bool) -> Callable[..., Tensor]:
+    """Of one input: its gradient is J^T times minus the slope on an output that the model drew, from ``noise``."""
+
+    def scored(network: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor) -> Tensor:
+        f = network(x[None])[0]
+        if not cross_entropy:
+            return -(f * noise).sum()
+        drawn = (f.detach() + noise).detach()
+        label = (drawn == drawn.amax(-1, keepdim=True)).to(f)
+        return -(label * f.log_softmax(-1)).sum()
+
+    return scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthetic:
+    """Training on all data or on fresh batches; the learning rate falls linearly to 0, the score is the loss at the end."""
+
+    problem: str
+    #: 0: the whole batch with exact targets, so that nothing is noise.
+    batch: int
+    steps: int
+    #: Inputs of the curvature's own batch at every step.
+    curvature_batch: int = 32
+    #: Steps between batches that bases learn from, and between bases.
+    learn: int = 1
+    refresh: int = 20
+    searched: tuple[int, ...] = (0, 1, 2)
+    reported: tuple[int, ...] = tuple(range(100, 120))
+
+    unit, ratios = "loss", True
+    runoff, priced = tuple(range(50, 57)), ()
+
+    def settings(self) -> dict[str, Any]:
+        names = ("batch", "steps", "curvature_batch", "learn", "refresh")
+        count = sum(p.numel() for p in self.of.build().parameters())
+        return {**{name: getattr(self, name) for name in names}, "parameters": count}
+
+    @property
+    def of(self) -> Problem:
+        return PROBLEMS[self.problem]
+
+    def positions(self) -> list[int]:
+        return sorted({-(-k * self.steps // MARKS) for k in range(MARKS + 1)})
+
+    def drawn(self, worlds: list[Any], draws: list[torch.Generator], size: int, exact: bool) -> tuple[Tensor, Tensor]:
+        """(seeds, size, ...) each."""
+        pairs = [self.of.draw(world, draw, size, exact) for world, draw in zip(worlds, draws, strict=True)]
+        return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
+
+    def noise(self, draws: list[torch.Generator], shape: torch.Size) -> Tensor:
+        """Signs, which have the covariance 1 of a model with squared loss, or Gumbel's noise, whose maximum draws a label."""
+        if self.of.cross_entropy:
+            return torch.stack([-(-torch.rand(shape, generator=draw).clamp(min=1e-12).log()).log() for draw in draws])
+        return torch.stack([2.0 * torch.randint(2, shape, generator=draw) - 1.0 for draw in draws])
+
+    def samples(self, networks: Networks, worlds: list[Any], draws: list[torch.Generator]) -> list[Tensor]:
+        """Gradients of every input of the curvature's batch; the sum of their outer products is the Gauss-Newton matrix."""
+        x, y = self.drawn(worlds, draws, self.curvature_batch, False)
+        found = networks.each_input(score_of(self.of.cross_entropy), x, self.noise(draws, y.shape[1:]))
+        # Of a sequence the mean is over its tokens.
+        count = y[0].numel() // y.shape[-1]
+        return [g * count**-0.5 for g in found]
+
+    def train(
+        self, method: Rule, points: Sequence[Point], seeds: Sequence[int], *, test: bool, tick: Callable[[], Any]
+    ) -> list[list[dict[str, Any]]]:
+        """The record of every point and seed."""
+        networks = Networks(self.of.build, len(points), seeds)
+
+        def generators(kind: int) -> list[torch.Generator]:
+            return [torch.Generator().manual_seed(10 * seed + kind) for seed in seeds]
+
+        worlds = [self.of.world(draw) for draw in generators(0)]
+        data, curvature = generators(1), generators(2)
+        whole = self.drawn(worlds, generators(3), self.of.whole, True) if not self.batch else None
+        validation = self.drawn(worlds, generators(4), self.of.held_out, True)
+        loss, wrong = loss_of(self.of.cross_entropy), wrong_of(self.of.cross_entropy)
+        stacked = list(networks.stacked.values())
+        shapes = [t.shape[2:] for t in stacked]
+        axes = frame(method.basis, shapes, BETA2, method.share)
+        sees = method.is_curved or axes.learns
+        warm = [self.samples(networks, worlds, curvature) for _ in range(WARM if sees else 0)]
+        for of in warm:
+            axes.learn(of)
+        axes.refresh()
+        rotated = Rotated(method, networks, points, axes)
+        angles = Angles() if test and method.is_curved and not axes.learns else None
+
+        def evaluate(data: tuple[Tensor, Tensor]) -> Tensor:
+            with torch.no_grad():
+                return networks.each(loss, *data).clamp(min=FLOOR)
+
+        for of in warm if method.is_curved else ():
+            rotated.feed(axes.squares(of))
+        curve, positions = [], set(self.positions())
+        for step in range(self.steps):
+            if step in positions:
+                curve.append(evaluate(validation))
+            if sees:
+                of = self.samples(networks, worlds, curvature)
+                if step % self.learn == 0:
+                    axes.learn(of)
+                if step and step % self.refresh == 0:
+                    rotated.refresh()
+                if method.is_curved:
+                    rotated.feed(axes.squares(of))
+            elif method.rule == "Sophia" and step % 10 == 0:
+                rotated.feed_mean(self.samples(networks, worlds, curvature))
+            networks.backward(networks.each(loss, *(whole or self.drawn(worlds, data, self.batch, False))))
+            rotated.step(1.0 - step / self.steps)
+            if angles is not None:
+                angles.add(networks.gradients, axes.squares(of))
+                if step + 1 in positions:
+                    angles.take()
+            tick()
+        end = evaluate(validation)
+        curve.append(end)
+        found = {"score": end, "curve": torch.stack(curve, -1)}
+        if test:
+            held_out = self.drawn(worlds, generators(5), self.of.held_out, True)
+            found["test"] = evaluate(held_out)
+            found["test_error"] = networks.each(wrong, *held_out)
+            if angles is not None:
+                found["cosine"] = torch.stack(angles.taken, -1)
+        rows_of = {name: values.tolist() for name, values in found.items()}
+        return [
+            [{name: of[i][j] for name, of in rows_of.items()} for j in range(len(seeds))] for i in range(len(points))
+        ]
+
+
+class Rotated:
+    """An optimizer of precond on the coordinates z of a frame: a group for each point, a parameter for each network."""
+
+    def __init__(self, method: Rule, networks: Networks, points: Sequence[Point], frame: Any) -> None:
+        self.method, self.networks, self.frame = method, networks, frame
+        self.stacked = list(networks.stacked.values())
+        self.shape = self.stacked[0].shape[:2]
+        self.z = [t.detach().clone() for t in frame.turn([t.detach() for t in self.stacked])]
+        self.gradients = [torch.zeros_like(z) for z in self.z]
+        #: ``views[k][i][j]``: of tensor k, point i and seed j.
+        self.views = [
+            [[nn.Parameter(z[i, j]) for j in range(self.shape[1])] for i in range(self.shape[0])] for z in self.z
+        ]
+        for views, g in zip(self.views, self.gradients, strict=True):
+            for i, j in self._indices():
+                views[i][j].grad = g[i, j]
+        of = [[views[i][j] for views in self.views for j in range(self.shape[1])] for i in range(self.shape[0])]
+        self.optimizer = method.optimizer(of, points)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _indices(self) -> Iterator[tuple[int, int]]:
+        return ((i, j) for i in range(self.shape[0]) for j in range(self.shape[1]))
+
+    def refresh(self) -> None:
+        """Take the frame's bases of now, and bring z and the states into them."""
+        before = copy.copy(self.frame)
+        self.frame.refresh()
+        self._put(self.z, self.frame.turn([t.detach() for t in self.stacked]))
+        state = self.optimizer.state
+        for name in ("exp_avg", "exp_avg_sq", "curvature"):
+            if name not in state.get(self.views[0][0][0], {}):
+                continue
+            of = [
+                torch.stack([torch.stack([state[p][name].float() for p in row]) for row in views])
+                for views in self.views
+            ]
+            new = self.frame.turn(before.back(of)) if name == "exp_avg" else self.frame.moved(of, before)
+            for views, t in zip(self.views, new, strict=True):
+                for i, j in self._indices():
+                    state[views[i][j]][name].copy_(t[i, j])
+
+    @staticmethod
+    def _put(to: list[Tensor], values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for t, value in zip(to, values, strict=True):
+                t.copy_(value)
+
+    def feed(self, h: list[Tensor]) -> None:
+        """The diagonal of the Gauss-Newton matrix in the frame."""
+        estimates = [t[i, j] for i in range(self.shape[0]) for t in h for j in range(self.shape[1])]
+        self.optimizer.update_curvature(estimates=estimates)
+
+    def feed_mean(self, samples: list[Tensor]) -> None:
+        """Sophia's estimate: the squared gradient of a loss on labels that the model drew; its batch size stands in the step."""
+        for g, s in zip(self.gradients, samples, strict=True):
+            g.copy_(s.sum(2) / self.optimizer.param_groups[0]["batch_size"] ** 0.5)
+        self.optimizer.update_curvature()
+
+    def step(self, share: float) -> None:
+        """One step on the networks' gradients, at a share of the learning rate."""
+        self._put(self.gradients, self.frame.turn(self.networks.gradients))
+        for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = lr * share
+        self.optimizer.step()
+        self._put(self.stacked, self.frame.back(self.z))
+
+
+class Angles:
+    """Cosines between g / sqrt(v), with v a mean of g^2, and g / sqrt(h): the directions of Adam and of GN^-1/2."""
+
+    def __init__(self) -> None:
+        self.means: list[list[Tensor]] = []
+        self.taken: list[Tensor] = []
+
+    def add(self, gradients: list[Tensor], h: list[Tensor]) -> None:
+        new = [[g.square() for g in gradients], h]
+        old = self.means or new
+        self.means = [
+            [a.lerp(b, 1.0 - BETA2) for a, b in zip(*pair, strict=True)] for pair in zip(old, new, strict=True)
+        ]
+        self.gradients = gradients
+
+    def take(self) -> None:
+        parts = []
+        for g, v, h in zip(self.gradients, *self.means, strict=True):
+            a, b = g / (v.sqrt() + 1e-12), g / (h.sqrt() + 1e-12)
+            parts.append(torch.stack([(x * y).flatten(2).sum(2) for x, y in ((a, b), (a, a), (b, b))]))
+        ab, aa, bb = torch.stack(parts).sum(0)
+        self.taken.append(ab / (aa * bb).sqrt())
+
+
+TASKS = {
+    f"{problem}-{size}": Synthetic(problem, batch if size == "small" else 0, steps, **options)
+    for problem, batch, few, many, options in (
+        ("regression", 16, 100, 400, {}),
+        ("softmax", 16, 100, 400, {}),
+        ("parity", 16, 100, 400, {}),
+        ("staircase", 16, 100, 400, {}),
+        ("transformer", 16, 200, 400, dict(learn=5, refresh=40)),
+    )
+    for size, steps in (("full", few), ("small", many))
+}

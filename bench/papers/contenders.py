@@ -85,6 +85,9 @@ class Method:
     normalize: tuple[str, ...] = ()
     compose: str = "gradient"
 
+    #: What a report has of the best point alone.
+    of_best = ("preconditioners",)
+
     @property
     def name(self) -> str:
         if not self.mode:

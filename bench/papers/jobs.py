@@ -207,5 +207,5 @@ def report(
     runs = {kind: records[distinct.index(point)] for kind, point in points.items()}
     for kind in runs:
         if kind != "best":
-            runs[kind] = [{key: of for key, of in record.items() if key != "preconditioners"} for record in runs[kind]]
+            runs[kind] = [{k: of for k, of in record.items() if k not in method.of_best} for record in runs[kind]]
     return rounded({"points": points, "tried": tried(method), "seeds": TASKS[task].reported, "runs": runs})

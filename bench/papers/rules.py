@@ -54,6 +54,8 @@ class Rule:
 
     #: A rule is compared with all others, it has no base of its own and no default to price.
     mode, is_default, usual = "", False, {}
+    #: What a report has of the best point alone.
+    of_best = ("curve", "cosine")
 
     @property
     def name(self) -> str:

@@ -226,7 +226,7 @@ class Synthetic:
     learn: int = 1
     refresh: int = 20
     searched: tuple[int, ...] = (0, 1, 2)
-    reported: tuple[int, ...] = tuple(range(100, 120))
+    reported: tuple[int, ...] = tuple(range(100, 140))
 
     unit, ratios = "loss", True
     runoff, priced = tuple(range(50, 57)), ()
@@ -427,7 +427,7 @@ TASKS = {
         ("softmax", 16, 100, 400, {}),
         ("parity", 16, 100, 400, {}),
         ("staircase", 16, 100, 400, {}),
-        ("transformer", 16, 200, 400, dict(learn=5, refresh=40)),
+        ("transformer", 16, 200, 400, dict(learn=5, refresh=40, reported=tuple(range(100, 120)))),
     )
     for size, steps in (("full", few), ("small", many))
 }

@@ -89,7 +89,8 @@ class Full(Identity):
         return [(torch.cat([s.flatten(3) for s in samples], 3) @ self.basis).square().sum(2)]
 
     def moved(self, squares: Tensors, before: Identity) -> Tensors:
-        assert isinstance(before, Full) and before.basis is not None
+        assert isinstance(before, Full)
+        assert before.basis is not None
         overlap = (before.basis.mT @ self.basis).square()
         return [(squares[0][:, :, None] @ overlap)[:, :, 0]]
 

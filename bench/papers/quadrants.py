@@ -1,13 +1,283 @@
-"""Tables and pictures of Adam or Gauss-Newton: bench/claims.py."""
+"""Tables and pictures of Adam or Gauss-Newton, from the files of bench/claims.py."""
 
 from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from . import compare, jobs
+from .pictures import grid
+from .rules import BASES, BY_EPS, FORMATS, METHODS, POWERS, SHARES, SOPHIA, THREE, Rule
+from .tables import aligned, point, spread
+
+if TYPE_CHECKING:
+    from ..claims import Experiment
+
+COLOURS = {"SGD": "#94a3b8", "Adam": "#c2410c", "GN^-1": "#0f766e", "GN^-1/2": "#7c3aed", "Sophia": "#2563eb"}
+STYLES = {"identity": ":", "kronecker": "--", "full": "-"}
 
 
-def text(experiments: dict[str, Any]) -> str:
-    return ""
+def losses(experiment: Experiment, rule: Rule, kind: str = "best", what: str = "test") -> list[float | None]:
+    """Of every seed on the test set, or none where the rule has no report."""
+    case = experiment.get("report", rule)
+    return [record[what] for record in case["runs"][kind]] if case and kind in case["runs"] else []
 
 
-def draw(experiments: dict[str, Any], folder: Path) -> None:
-    pass
+def ratio(ours: Sequence[float | None], theirs: Sequence[float | None]) -> str:
+    """Of losses, with a 95 % interval over seeds; how many seeds diverged; empty without reports."""
+    if not ours or not theirs:
+        return ""
+    lost = sum(x is None for x in ours)
+    if lost:
+        return f"{lost} of {len(ours)} diverged"
+    return "{:.3g} [{:.3g}, {:.3g}]".format(*compare.paired(ours, theirs, ratios=True))
+
+
+def results(experiment: Experiment) -> Iterator[list[str]]:
+    """A row for every rule: its best point, its loss and errors, and its loss in the formats."""
+    for rule in METHODS[experiment.task]:
+        case, searched = experiment.get("report", rule), experiment.get("search", rule)
+        if not case or not searched:
+            continue
+        own = losses(experiment, rule)
+        errors = [100 * of for of in losses(experiment, rule, what="test_error")]  # type: ignore[operator]
+        row = [rule.name, point(case["points"]["best"]), spread(own), f"{statistics.fmean(errors):.1f}"]
+        row += [ratio(losses(experiment, rule, kind), own) for kind in FORMATS]
+        yield [*row, str(searched["count"])]
+
+
+def effects(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    """What changing the basis does to each rule, and what changing the power does in each basis."""
+    for task, of in experiments.items():
+        bases = [ratio(losses(of, Rule(rule, basis)), losses(of, Rule(rule))) for basis in BASES[1:] for rule in THREE]
+        powers = [ratio(losses(of, Rule("GN^-1", basis)), losses(of, Rule("GN^-1/2", basis))) for basis in BASES]
+        if any((*bases, *powers)):
+            yield [task, *bases, *powers]
+
+
+def factor(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float:
+    """How far two rules are apart, as a factor of at least 1."""
+    if not ours or not theirs:
+        return math.nan
+    return math.exp(abs(math.log(compare.paired(ours, theirs, ratios=True).mean)))
+
+
+def mean_factor(of: Sequence[float]) -> str:
+    known = [math.log(x) for x in of if math.isfinite(x)]
+    return f"{math.exp(statistics.fmean(known)):.2f}" if known else ""
+
+
+def summary(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    """Geometric means of factors: between bases of a rule, between the powers in a basis, and from GN^-1/2 to Adam."""
+    for task, of in experiments.items():
+        found = {(rule, basis): losses(of, Rule(rule, basis)) for rule, basis in itertools.product(THREE, BASES)}
+        if not all(found.values()):
+            continue
+        bases = [factor(found[rule, a], found[rule, b]) for rule in THREE for a, b in itertools.combinations(BASES, 2)]
+        powers = [factor(found["GN^-1", basis], found["GN^-1/2", basis]) for basis in BASES]
+        adams = [factor(found["Adam", basis], found["GN^-1/2", basis]) for basis in BASES]
+        best = min(found, key=lambda key: statistics.fmean(x for x in found[key] if x is not None))
+        angles = losses(of, Rule("GN^-1/2"), what="cosine")
+        known = [x for curve in angles for x in curve if x is not None]  # type: ignore[union-attr]
+        cosine = f"{statistics.fmean(known):.3f}"
+        yield [task, *map(mean_factor, (bases, powers, adams)), cosine, ", ".join(best)]
+
+
+def adam_against(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    """Adam's loss to that of each power in the same basis, and of the best of each in any basis."""
+    for task, of in experiments.items():
+        row = [
+            ratio(losses(of, Rule("Adam", basis)), losses(of, Rule(power, basis)))
+            for power in POWERS
+            for basis in BASES
+        ]
+        if any(row):
+            yield [task, *row]
+
+
+def dampings(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    """The relative damping's loss to that of eps, each tuned."""
+    for task, of in experiments.items():
+        row = [ratio(losses(of, Rule(rule.rule)), losses(of, rule)) for rule in BY_EPS]
+        if any(row):
+            points = [case["points"]["best"] for rule in BY_EPS if (case := of.get("report", rule))]
+            yield [task, *row, *(f"{at['eps']:.0e}" for at in points)]
+
+
+def sophias(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    for task, of in experiments.items():
+        for rule in SOPHIA:
+            for other in (Rule("SGD"), *map(Rule, THREE)):
+                if row := ratio(losses(of, rule), losses(of, other)):
+                    yield [task, rule.name, other.name, row]
+
+
+def text(experiments: dict[str, Experiment]) -> str:
+    parts = []
+    head = ["hyper-parameters", "test loss", "errors, %", *(f"{kind} to float32" for kind in FORMATS), "points"]
+    for task, experiment in experiments.items():
+        if rows := list(results(experiment)):
+            parts.append(aligned([[f"{task}, {len(jobs.TASKS[task].reported)} seeds", *head], *rows]))
+    in_bases = [f"{rule} {basis}" for basis in BASES[1:] for rule in THREE]
+    sections = [
+        (
+            "Factors between losses, geometric means: bases of a rule, powers in a basis, Adam and GN^-1/2 in a basis; the mean\n"
+            "cosine between their directions in the coordinates; the lowest mean loss.",
+            ["task", "bases", "powers", "Adam, GN^-1/2", "cosine", "lowest"],
+            summary(experiments),
+        ),
+        (
+            "Loss in a basis to that in the coordinates, and of GN^-1 to GN^-1/2; 95 %, paired over seeds.",
+            ["task", *in_bases, *(f"powers, {basis}" for basis in BASES)],
+            effects(experiments),
+        ),
+        (
+            "Adam's loss to that of each power in the same basis; 95 %, paired over seeds.",
+            ["task", *(f"{power} {basis}" for power in POWERS for basis in BASES)],
+            adam_against(experiments),
+        ),
+        (
+            "Loss with a relative damping to that with eps, each searched, in the coordinates; the best eps.",
+            ["task", *POWERS, *(f"eps of {power}" for power in POWERS)],
+            dampings(experiments),
+        ),
+        ("Sophia's loss to others' in the coordinates.", ["task", "", "to", "ratio"], sophias(experiments)),
+    ]
+    for title, head, found in sections:
+        if rows := list(found):
+            parts += [title, aligned([head, *rows])]
+    return "\n\n".join(parts)
+
+
+def draw(experiments: dict[str, Experiment], folder: Path) -> None:
+    """Write what there is data for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    known = {task: of for task, of in experiments.items() if of.get("report", Rule("SGD"))}
+    if not known:
+        return
+    pictures = {
+        "bases": ends(plt, known),
+        "curves": curves(plt, known),
+        "formats": formats(plt, known),
+        "directions": directions(plt, known),
+        "geodesic": geodesics(plt, known),
+    }
+    for name, figure in pictures.items():
+        figure.savefig(folder / f"gauss-newton-{name}.png", dpi=90)
+        plt.close(figure)
+
+
+def panels(plt: Any, tasks: Sequence[str], **options: Any) -> Any:
+    """A row for full batches, one for small ones."""
+    columns = math.ceil(len(tasks) / 2)
+    figure, axes = grid(plt, 2 if len(tasks) > 1 else 1, columns, **options)
+    order = sorted(tasks, key=lambda task: (task.endswith("small"), list(METHODS).index(task)))
+    for ax, task in zip(axes.flat, order, strict=False):
+        ax.set_title(task, fontsize=9)
+        ax.tick_params(labelsize=7, which="both")
+    return figure, list(zip(axes.flat, order, strict=False))
+
+
+def legend_of_rules(figure: Any, names: Sequence[str], extra: Sequence[Any] = ()) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=COLOURS[name], label=name) for name in names]
+    figure.legend(handles=[*handles, *extra], loc="outside right upper", frameon=False, fontsize=8)
+
+
+def ends(plt: Any, experiments: dict[str, Experiment]) -> Any:
+    """The claim of bases and powers: a point for each rule in each basis, with its interval."""
+    figure, found = panels(plt, list(experiments))
+    for ax, task in found:
+        for k, rule in enumerate(("SGD", *THREE)):
+            for x, basis in enumerate(BASES):
+                values = [v for v in losses(experiments[task], Rule(rule, basis)) if v is not None]
+                if not values:
+                    continue
+                logs = [math.log(v) for v in values]
+                middle, wide = statistics.fmean(logs), 2.02 * statistics.stdev(logs) / len(logs) ** 0.5
+                at = x + 0.16 * (k - 1.5)
+                ax.plot([at, at], [math.exp(middle - wide), math.exp(middle + wide)], color=COLOURS[rule], linewidth=2)
+                ax.plot(at, math.exp(middle), "o", color=COLOURS[rule], markersize=5)
+        ax.set_xticks(range(len(BASES)), BASES)
+        ax.set_yscale("log")
+    figure.supylabel("test loss, geometric mean of seeds", fontsize=8)
+    legend_of_rules(figure, ("SGD", *THREE))
+    return figure
+
+
+def curves(plt: Any, experiments: dict[str, Experiment]) -> Any:
+    from matplotlib.lines import Line2D
+
+    figure, found = panels(plt, list(experiments))
+    for ax, task in found:
+        shown = [Rule(rule, basis) for rule in ("SGD", *THREE) for basis in ("identity", "full")]
+        for rule in (*shown, *SOPHIA[:1]):
+            if case := experiments[task].get("report", rule) if rule in METHODS[task] else None:
+                x, y = jobs.TASKS[task].positions(), compare.mean_curve(case["runs"]["best"])
+                ax.plot(x, y, STYLES[rule.basis], color=COLOURS[rule.rule], linewidth=1.3)
+        ax.set(yscale="log", xlabel="step")
+    figure.supylabel("validation loss", fontsize=8)
+    lines = [Line2D([], [], color="black", linestyle=STYLES[basis], label=basis) for basis in ("identity", "full")]
+    legend_of_rules(figure, COLOURS, lines)
+    return figure
+
+
+def formats(plt: Any, experiments: dict[str, Experiment]) -> Any:
+    """Loss in a format to that in float32; a cross above where seeds diverged."""
+    figure, axes = grid(plt, 1, len(FORMATS), sharey=True)
+    figure.set_size_inches(11, 4.2)
+    tasks, top = list(experiments), 1e4
+    for ax, kind in zip(axes[0], FORMATS, strict=True):
+        for (k, rule), (j, basis) in itertools.product(enumerate(THREE), enumerate(BASES)):
+            for x, task in enumerate(tasks):
+                ours = losses(experiments[task], Rule(rule, basis), kind)
+                if not ours:
+                    continue
+                at = x + 0.22 * (k - 1) + 0.06 * (j - 1)
+                own = losses(experiments[task], Rule(rule, basis))
+                lost = any(v is None for v in ours)
+                y = top if lost else min(compare.paired(ours, own, ratios=True).mean, top)
+                ax.plot(at, y, "x" if lost or y == top else "os^"[j], color=COLOURS[rule], markersize=4)
+        ax.axhline(1.0, color="#0f172a", linewidth=0.5)
+        ax.set(yscale="log", title=f"states in {kind}")
+        ax.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right", fontsize=7)
+    axes[0][0].set_ylabel("loss to that of float32 states\n(x: diverged, or more)", fontsize=8)
+    legend_of_rules(figure, THREE)
+    return figure
+
+
+def directions(plt: Any, experiments: dict[str, Experiment]) -> Any:
+    figure, axes = grid(plt, 1, 2, sharey=True)
+    for ax, size in zip(axes[0], ("full", "small"), strict=True):
+        for task, of in experiments.items():
+            if task.endswith(size) and (found := losses(of, Rule("GN^-1/2"), what="cosine")):
+                known = ([x for x in at if x is not None] for at in zip(*found, strict=True))  # type: ignore[arg-type]
+                y = [statistics.fmean(at) if at else math.nan for at in known]
+                ax.plot(jobs.TASKS[task].positions()[1:], y, label=task)
+        ax.set(xlabel="step", title=f"{size} batch", ylim=(0, 1.02))
+        ax.legend(frameon=False, fontsize=7)
+    axes[0][0].set_ylabel("cosine between Adam's direction\nand that of GN^-1/2", fontsize=8)
+    return figure
+
+
+def geodesics(plt: Any, experiments: dict[str, Experiment]) -> Any:
+    figure, found = panels(plt, [task for task in experiments if Rule("Adam", "full", SHARES[0]) in METHODS[task]])
+    for ax, task in found:
+        for name in THREE:
+            rules = {0.0: Rule(name), **{s: Rule(name, "full", s) for s in SHARES}, 1.0: Rule(name, "full")}
+            points = {s: [v for v in losses(experiments[task], rule) if v] for s, rule in rules.items()}
+            shown = {s: math.exp(statistics.fmean(map(math.log, of))) for s, of in points.items() if of}
+            ax.plot(*zip(*shown.items(), strict=True), "o-", color=COLOURS[name], markersize=4)
+        ax.set(yscale="log", xlabel="s: coordinates at 0, full basis at 1")
+    figure.supylabel("test loss", fontsize=8)
+    legend_of_rules(figure, THREE)
+    return figure

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import compare, jobs
-from .pictures import grid
-from .rules import BASES, BY_EPS, FORMATS, METHODS, POWERS, SHARES, SOPHIA, THREE, Rule
+from .pictures import grid, legend
+from .rules import BASES, BY_EPS, FORMATS, METHODS, POWERS, QUADRANTS, SHARES, SOPHIA, THREE, Rule
 from .tables import aligned, point, spread
 
 if TYPE_CHECKING:
@@ -104,8 +104,30 @@ def dampings(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
     for task, of in experiments.items():
         row = [ratio(losses(of, Rule(rule.rule)), losses(of, rule)) for rule in BY_EPS]
         if any(row):
-            points = [case["points"]["best"] for rule in BY_EPS if (case := of.get("report", rule))]
-            yield [task, *row, *(f"{at['eps']:.0e}" for at in points)]
+            cases = [of.get("report", rule) for rule in BY_EPS]
+            yield [task, *row, *(f"{case['points']['best']['eps']:.0e}" if case else "" for case in cases)]
+
+
+def fixed(experiments: dict[str, Experiment], rules: Sequence[Rule]) -> Iterator[list[str]]:
+    """By which factor the loss grows where the second hyper-parameter is fixed and the learning rate is searched: over the tasks'
+    searches, so of few seeds.
+    """
+    for rule in rules:
+        name, shares = rule.axes[1].name, dict[float, list[float]]()
+        for of in experiments.values():
+            case = of.get("search", rule) if rule in METHODS[of.task] else None
+            found: dict[float, float] = {}
+            for at in case["points"] if case else ():
+                scores = [math.inf if score is None else score for score in at["scores"]]
+                second = at["at"][name]
+                found[second] = min(found.get(second, math.inf), statistics.fmean(scores))
+            for second, score in found.items():
+                shares.setdefault(second, []).append(score / min(found.values()))
+        most = max(map(len, shares.values()), default=0)
+        for second, of_tasks in sorted(shares.items()):
+            if len(of_tasks) == most and all(map(math.isfinite, of_tasks)):
+                mean = math.exp(statistics.fmean(map(math.log, of_tasks)))
+                yield [rule.name, f"{name} {second:.0e}", f"{mean:.2f}", f"{max(of_tasks):.3g}", str(most)]
 
 
 def sophias(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
@@ -145,6 +167,11 @@ def text(experiments: dict[str, Experiment]) -> str:
             ["task", *POWERS, *(f"eps of {power}" for power in POWERS)],
             dampings(experiments),
         ),
+        (
+            "Factor by which the best mean loss of a search grows where the second hyper-parameter is fixed.",
+            ["rule", "fixed", "mean", "worst", "tasks"],
+            fixed(experiments, [*(rule for rule in QUADRANTS if rule.is_curved), *BY_EPS]),
+        ),
         ("Sophia's loss to others' in the coordinates.", ["task", "", "to", "ratio"], sophias(experiments)),
     ]
     for title, head, found in sections:
@@ -168,8 +195,9 @@ def draw(experiments: dict[str, Experiment], folder: Path) -> None:
         "curves": curves(plt, known),
         "formats": formats(plt, known),
         "directions": directions(plt, known),
-        "geodesic": geodesics(plt, known),
     }
+    if tasks := [task for task in known if Rule("Adam", "full", SHARES[0]) in METHODS[task]]:
+        pictures["geodesic"] = geodesics(plt, known, tasks)
     for name, figure in pictures.items():
         figure.savefig(folder / f"gauss-newton-{name}.png", dpi=90)
         plt.close(figure)
@@ -264,13 +292,13 @@ def directions(plt: Any, experiments: dict[str, Experiment]) -> Any:
                 y = [statistics.fmean(at) if at else math.nan for at in known]
                 ax.plot(jobs.TASKS[task].positions()[1:], y, label=task)
         ax.set(xlabel="step", title=f"{size} batch", ylim=(0, 1.02))
-        ax.legend(frameon=False, fontsize=7)
+        legend(ax)
     axes[0][0].set_ylabel("cosine between Adam's direction\nand that of GN^-1/2", fontsize=8)
     return figure
 
 
-def geodesics(plt: Any, experiments: dict[str, Experiment]) -> Any:
-    figure, found = panels(plt, [task for task in experiments if Rule("Adam", "full", SHARES[0]) in METHODS[task]])
+def geodesics(plt: Any, experiments: dict[str, Experiment], tasks: Sequence[str]) -> Any:
+    figure, found = panels(plt, tasks)
     for ax, task in found:
         for name in THREE:
             rules = {0.0: Rule(name), **{s: Rule(name, "full", s) for s in SHARES}, 1.0: Rule(name, "full")}

@@ -113,8 +113,8 @@ def test_a_rule_in_the_full_basis_is_the_class_with_that_basis():
     networks.gradients = [t[:1, :1] for t in tensors(1)]
     frame.basis = frame.basis[:1, :1]
     p = torch.nn.Parameter(flat(networks.stacked.values())[0, 0].clone())
-    rotated = synthetic.Rotated(rule, networks, [point], frame)
-    alone = rule.optimizer([[p]], [point])
+    rotated = synthetic.Rotated(rule, networks, [point], frame, 0.95)
+    alone = rule.optimizer([[p]], [point], 0.95)
     alone.param_groups[0]["basis"] = frame.basis[0, 0]
     for step in range(kind.steps):
         h = torch.rand(17, generator=torch.Generator().manual_seed(step))
@@ -145,7 +145,7 @@ def test_every_option_of_a_point_reaches_its_parameters():
         points = [{axis.name: axis.value(at) for axis in rule.axes} for at in (1, 0, -1)]
         points = [point | ({"state_format": "bf16"} if rule.tried() else {}) for point in points]
         parameters = [[torch.nn.Parameter(torch.ones(2))] for _ in points]
-        optimizer = rule.optimizer(parameters, points)
+        optimizer = rule.optimizer(parameters, points, 0.95)
         for group, point in zip(optimizer.param_groups, points, strict=True):
             for name, value in point.items():
                 complement = {"one_minus_momentum": "momentum", "one_minus_beta2": "betas"}.get(name)

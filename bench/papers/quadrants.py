@@ -28,13 +28,13 @@ def losses(experiment: Experiment, rule: Rule, kind: str = "best", what: str = "
 
 
 def ratio(ours: Sequence[float | None], theirs: Sequence[float | None]) -> str:
-    """Of losses, with a 95 % interval over seeds; how many seeds diverged; empty without reports."""
+    """Of losses, with a 95 % interval over the seeds of which neither side diverged; empty without reports."""
     if not ours or not theirs:
         return ""
-    lost = sum(x is None for x in ours)
-    if lost:
+    found, lost = compare.paired(ours, theirs, ratios=True), sum(x is None for x in ours)
+    if math.isnan(found.mean):
         return f"{lost} of {len(ours)} diverged"
-    return "{:.3g} [{:.3g}, {:.3g}]".format(*compare.paired(ours, theirs, ratios=True))
+    return "{:.3g} [{:.3g}, {:.3g}]".format(*found) + (f", {lost} diverged" if lost else "")
 
 
 def results(experiment: Experiment) -> Iterator[list[str]]:
@@ -99,6 +99,34 @@ def adam_against(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
             yield [task, *row]
 
 
+def against_sgd(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    """Every rule's loss to that of SGD with momentum, in the coordinates; and of the Kronecker basis to the full one."""
+    for task, of in experiments.items():
+        row = [ratio(losses(of, Rule(rule)), losses(of, Rule("SGD"))) for rule in THREE]
+        row += [ratio(losses(of, Rule(rule, "kronecker")), losses(of, Rule(rule, "full"))) for rule in THREE]
+        if any(row):
+            yield [task, *row]
+
+
+#: By which factor a loss may grow in a format before it counts.
+GROWN = 1.1
+
+
+def kept(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    """In how many cases, a task and a basis each, a format costs more than ``GROWN``, and the largest factor of the others."""
+    for rule, kind in itertools.product(THREE, FORMATS):
+        pairs = (
+            (losses(of, Rule(rule, basis), kind), losses(of, Rule(rule, basis)))
+            for of in experiments.values()
+            for basis in BASES
+        )
+        found = [compare.paired(*pair, ratios=True).mean for pair in pairs if all(pair)]
+        grown = [x for x in found if not x <= GROWN]
+        others = [x for x in found if x <= GROWN]
+        if others:
+            yield [rule, kind, f"{len(grown)} of {len(found)}", f"{max(others):.3f}", f"{min(others):.3f}"]
+
+
 def dampings(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
     """The relative damping's loss to that of eps, each tuned."""
     for task, of in experiments.items():
@@ -161,6 +189,16 @@ def text(experiments: dict[str, Experiment]) -> str:
             "Adam's loss to that of each power in the same basis; 95 %, paired over seeds.",
             ["task", *(f"{power} {basis}" for power in POWERS for basis in BASES)],
             adam_against(experiments),
+        ),
+        (
+            "Loss in the coordinates to that of SGD with momentum, and in the Kronecker basis to that in the full one.",
+            ["task", *(f"{rule} to SGD" for rule in THREE), *(f"{rule}, Kronecker to full" for rule in THREE)],
+            against_sgd(experiments),
+        ),
+        (
+            f"Cases, of a task and a basis, in which a format multiplies the loss by more than {GROWN}; of the others the range.",
+            ["rule", "states", "grown", "most", "least"],
+            kept(experiments),
         ),
         (
             "Loss with a relative damping to that with eps, each searched, in the coordinates; the best eps.",
@@ -272,13 +310,13 @@ def formats(plt: Any, experiments: dict[str, Experiment]) -> Any:
                     continue
                 at = x + 0.22 * (k - 1) + 0.06 * (j - 1)
                 own = losses(experiments[task], Rule(rule, basis))
-                lost = any(v is None for v in ours)
-                y = top if lost else min(compare.paired(ours, own, ratios=True).mean, top)
-                ax.plot(at, y, "x" if lost or y == top else "os^"[j], color=COLOURS[rule], markersize=4)
+                found = compare.paired(ours, own, ratios=True).mean
+                lost = math.isnan(found) or found > top
+                ax.plot(at, top if lost else found, "x" if lost else "os^"[j], color=COLOURS[rule], markersize=4)
         ax.axhline(1.0, color="#0f172a", linewidth=0.5)
         ax.set(yscale="log", title=f"states in {kind}")
         ax.set_xticks(range(len(tasks)), tasks, rotation=60, ha="right", fontsize=7)
-    axes[0][0].set_ylabel("loss to that of float32 states\n(x: diverged, or more)", fontsize=8)
+    axes[0][0].set_ylabel("loss to that of float32 states\n(x: above, or diverged)", fontsize=8)
     legend_of_rules(figure, THREE)
     return figure
 

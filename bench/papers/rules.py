@@ -17,8 +17,6 @@ from .search import Axis, Point
 
 #: Of means of gradients, for every rule but SGD, which searches its momentum.
 BETA1 = 0.9
-#: Of means of curvature: about 40 batches, while a curvature of before 100 steps is of another network.
-BETA2 = 0.95
 POWERS = {"GN^-1": -1.0, "GN^-1/2": -0.5}
 LR = Axis("lr", 0.05, 4.0, (-2, -1, 0, 1), halvings=1)
 DAMPING = Axis("damping", 0.1, 10.0, (-2, -1, 0, 1), lowest=(-6, 0.0))
@@ -81,7 +79,7 @@ class Rule:
 
     def described(self) -> dict[str, Any]:
         axes = [dataclasses.asdict(axis) for axis in self.axes]
-        return json.loads(json.dumps({**dataclasses.asdict(self), "axes": axes, "betas": (BETA1, BETA2)}))
+        return json.loads(json.dumps({**dataclasses.asdict(self), "axes": axes, "beta1": BETA1}))
 
     def tried(self) -> list[str]:
         return list(FORMATS) if self.has_formats else []
@@ -93,8 +91,10 @@ class Rule:
     def others(self, searched: dict[str, Any], base: dict[str, Any], priced: dict[str, Any] | None) -> dict[str, Point]:
         return {name: {**searched["best"], "state_format": name} for name in self.tried()}
 
-    def optimizer(self, parameters: Sequence[Sequence[nn.Parameter]], points: Sequence[Point]) -> torch.optim.Optimizer:
-        """A group for each point."""
+    def optimizer(
+        self, parameters: Sequence[Sequence[nn.Parameter]], points: Sequence[Point], beta2: float
+    ) -> torch.optim.Optimizer:
+        """A group for each point. ``beta2`` is that of the curvature's mean."""
         groups: list[dict[str, Any]] = []
         for of, point in zip(parameters, points, strict=True):
             group: dict[str, Any] = dict(point, params=list(of))
@@ -110,7 +110,7 @@ class Rule:
         if self.rule == "Sophia":
             # Its decay is for large models: at 0.1 of a learning rate it is none here.
             return precond.Sophia(groups)
-        return precond.GaussNewton(groups, betas=(BETA1, BETA2), power=POWERS[self.rule], curvature="hutchinson")
+        return precond.GaussNewton(groups, betas=(BETA1, beta2), power=POWERS[self.rule], curvature="hutchinson")
 
 
 THREE = ("Adam", *POWERS)

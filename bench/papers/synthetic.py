@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .frames import frame
-from .rules import BETA2, Rule
+from .rules import Rule
 from .search import Point
 from .stacked import Networks
 
@@ -220,8 +220,10 @@ class Synthetic:
     #: 0: the whole batch with exact targets, so that nothing is noise.
     batch: int
     steps: int
-    #: Inputs of the curvature's own batch at every step.
+    #: Inputs of the curvature's own batch at every step, and the decay of the mean over such batches: about 1000 inputs each
+    #: way, while a curvature of before 100 steps is of another network.
     curvature_batch: int = 32
+    beta2: float = 0.95
     #: Steps between batches that bases learn from, and between bases.
     learn: int = 1
     refresh: int = 20
@@ -232,7 +234,7 @@ class Synthetic:
     runoff, priced = tuple(range(50, 57)), ()
 
     def settings(self) -> dict[str, Any]:
-        names = ("batch", "steps", "curvature_batch", "learn", "refresh")
+        names = ("batch", "steps", "curvature_batch", "beta2", "learn", "refresh")
         count = sum(p.numel() for p in self.of.build().parameters())
         return {**{name: getattr(self, name) for name in names}, "parameters": count}
 
@@ -278,14 +280,14 @@ class Synthetic:
         loss, wrong = loss_of(self.of.cross_entropy), wrong_of(self.of.cross_entropy)
         stacked = list(networks.stacked.values())
         shapes = [t.shape[2:] for t in stacked]
-        axes = frame(method.basis, shapes, BETA2, method.share)
+        axes = frame(method.basis, shapes, self.beta2, method.share)
         sees = method.is_curved or axes.learns
         warm = [self.samples(networks, worlds, curvature) for _ in range(WARM if sees else 0)]
         for of in warm:
             axes.learn(of)
         axes.refresh()
-        rotated = Rotated(method, networks, points, axes)
-        angles = Angles() if test and method.is_curved and not axes.learns else None
+        rotated = Rotated(method, networks, points, axes, self.beta2)
+        angles = Angles(self.beta2) if test and method.is_curved and not axes.learns else None
 
         def evaluate(data: tuple[Tensor, Tensor]) -> Tensor:
             with torch.no_grad():
@@ -332,7 +334,7 @@ class Synthetic:
 class Rotated:
     """An optimizer of precond on the coordinates z of a frame: a group for each point, a parameter for each network."""
 
-    def __init__(self, method: Rule, networks: Networks, points: Sequence[Point], frame: Any) -> None:
+    def __init__(self, method: Rule, networks: Networks, points: Sequence[Point], frame: Any, beta2: float) -> None:
         self.method, self.networks, self.frame = method, networks, frame
         self.stacked = list(networks.stacked.values())
         self.shape = self.stacked[0].shape[:2]
@@ -346,7 +348,7 @@ class Rotated:
             for i, j in self._indices():
                 views[i][j].grad = g[i, j]
         of = [[views[i][j] for views in self.views for j in range(self.shape[1])] for i in range(self.shape[0])]
-        self.optimizer = method.optimizer(of, points)
+        self.optimizer = method.optimizer(of, points, beta2)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def _indices(self) -> Iterator[tuple[int, int]]:
@@ -399,7 +401,8 @@ class Rotated:
 class Angles:
     """Cosines between g / sqrt(v), with v a mean of g^2, and g / sqrt(h): the directions of Adam and of GN^-1/2."""
 
-    def __init__(self) -> None:
+    def __init__(self, beta2: float) -> None:
+        self.beta2 = beta2
         self.means: list[list[Tensor]] = []
         self.taken: list[Tensor] = []
 
@@ -407,7 +410,7 @@ class Angles:
         new = [[g.square() for g in gradients], h]
         old = self.means or new
         self.means = [
-            [a.lerp(b, 1.0 - BETA2) for a, b in zip(*pair, strict=True)] for pair in zip(old, new, strict=True)
+            [a.lerp(b, 1.0 - self.beta2) for a, b in zip(*pair, strict=True)] for pair in zip(old, new, strict=True)
         ]
         self.gradients = gradients
 
@@ -420,14 +423,13 @@ class Angles:
         self.taken.append(ab / (aa * bb).sqrt())
 
 
+#: With all data the curvature is of as many inputs in a few steps: Gauss-Newton is not to lose by a poor estimate.
+MANY = dict(curvature_batch=256, beta2=0.8)
+LARGE = dict(learn=5, refresh=40, reported=tuple(range(100, 120)))
 TASKS = {
-    f"{problem}-{size}": Synthetic(problem, batch if size == "small" else 0, steps, **options)
-    for problem, batch, few, many, options in (
-        ("regression", 16, 100, 400, {}),
-        ("softmax", 16, 100, 400, {}),
-        ("parity", 16, 100, 400, {}),
-        ("staircase", 16, 100, 400, {}),
-        ("transformer", 16, 200, 400, dict(learn=5, refresh=40, reported=tuple(range(100, 120)))),
-    )
-    for size, steps in (("full", few), ("small", many))
+    **{f"{name}-full": Synthetic(name, 0, 100, **MANY) for name in ("regression", "softmax", "parity", "staircase")},
+    **{f"{name}-small": Synthetic(name, 16, 400) for name in ("regression", "softmax", "parity", "staircase")},
+    # Of a sequence each token is an input.
+    "transformer-full": Synthetic("transformer", 0, 200, **{**MANY, **LARGE, "curvature_batch": 128}),
+    "transformer-small": Synthetic("transformer", 16, 400, **LARGE),
 }

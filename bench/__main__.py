@@ -18,7 +18,7 @@ COMMANDS = {
     "quality": "training quality of the formats against float32, over seeds; an hour or more",
     "lost": "what rounding loses of updates over a training in bfloat16, in a picture",
     "orthogonal": "singular values and rounding of Muon's iteration, and its operations",
-    "theory": "the tables of the theory, expected against measured, and the papers' tasks at small size",
+    "theory": "the tables of the theory, expected against measured",
     "claims": "what the papers claim, tried: searches that end at no edge, reports on other seeds; an hour",
     "scaling": "bytes and operations of each rank in a step of Muon on shards, and bytes of all it holds, on paper",
     "plans": "host time and memory of plans for the shards of models of 70 billion and a trillion parameters",

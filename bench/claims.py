@@ -1,9 +1,9 @@
 """What the papers claim, tried: searches on validation that end at no edge, reports on the test set with seeds of their own.
 
 One JSON file for each task, rewritten after each search and each report: a run that was cut off goes on where it stopped.
-tables.txt and the pictures show what the files have. All tasks take about two and a half hours on two cores, none more than
-100 minutes. Fashion-MNIST needs Debian's dataset-fashion-mnist (or PRECOND_FASHION_MNIST, a folder with its files),
-reinforcement learning gymnasium.
+Tables and pictures show what the files have. FOP's four tasks take two and a half hours on two cores, none more than 100
+minutes; the ten of Adam or Gauss-Newton (``--tasks regression-full ...``) an hour. Fashion-MNIST needs Debian's
+dataset-fashion-mnist (or PRECOND_FASHION_MNIST, a folder with its files), reinforcement learning gymnasium.
 """
 
 from __future__ import annotations

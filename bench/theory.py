@@ -1,7 +1,7 @@
-"""The tables of docs/theory.md, expected against measured, and with --tasks the papers' own tasks at small size.
+"""The tables of docs/theory.md, expected against measured; the papers' trainings are in bench/claims.py.
 
-Without --tasks about 3 minutes of one core; the tasks alone about 6, and twice as long where others use it too. Fails where a
-row is out of its tolerance. Writes JSON, and one PNG for each paper into the folder of its name.
+About 3 minutes of one core. Fails where a row is out of its tolerance. Writes JSON, and one PNG for each paper into the folder of
+its name.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from .papers import QUICK, TABLES, Row
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}: seconds")
     parser.add_argument("--only", nargs="+", choices=list(TABLES), help="only these tables")
-    parser.add_argument(
-        "--tasks", action="store_true", help="the papers' tasks instead of the tables; about 10 minutes"
-    )
     parser.add_argument("--no-plots", action="store_true", help="draw nothing")
     parser.add_argument("--threads", type=int, default=1, help="default 1: tensors are small")
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "theory.json", help="what is kept")
@@ -71,39 +68,31 @@ def run(arguments: argparse.Namespace) -> None:
     path = arguments.json
     report = json.loads(path.read_text()) if path.exists() else {}
     now = {"environment": timing.environment(), "date": time.strftime("%Y-%m-%d")}
-    started, failed = time.perf_counter(), []
-    if arguments.tasks:
-        from .papers import tasks
-
-        report["tasks"] = tasks.run() | now | {"seconds": round(time.perf_counter() - started)}
-        print(tasks.text(report["tasks"]))
-    else:
-        names = arguments.only or (QUICK if arguments.quick else list(TABLES))
-        rows: list[Row] = []
-        kept, figures, seconds = (report.setdefault(key, {}) for key in ("tables", "figures", "seconds"))
-        with tqdm(names, desc="tables", mininterval=0.5) as bar:
-            for name in bar:
-                bar.set_postfix_str(name)
-                before, drawn = time.perf_counter(), {}
-                found = []
-                for row in TABLES[name](drawn):
-                    found.append(row)
-                    bar.set_postfix_str(f"{name}: {len(found)} rows", refresh=False)
-                rows += found
-                figures |= drawn
-                seconds[name] = round(time.perf_counter() - before, 1)
-                kept[name] = [dataclasses.asdict(row) | {"within": row.within} for row in found]
-                record.write(path, json.dumps(finite(report | now), indent=1) + "\n")
-        print(table(rows))
-        failed = [row for row in rows if row.fails]
-        off = [row for row in rows if row.within is False]
-        known, total = len(off) - len(failed), sum(seconds[name] for name in names)
-        print(f"\n{len(rows)} rows, {len(off)} out of tolerance, {known} of them known, {total:.0f} s")
-        for row in off:
-            if row.reason:
-                print(f"{row.table}, {row.name}: {row.reason}")
-        report |= now
-    record.write(path, json.dumps(finite(report), indent=1) + "\n")
+    names = arguments.only or (QUICK if arguments.quick else list(TABLES))
+    rows: list[Row] = []
+    kept, figures, seconds = (report.setdefault(key, {}) for key in ("tables", "figures", "seconds"))
+    with tqdm(names, desc="tables", mininterval=0.5) as bar:
+        for name in bar:
+            bar.set_postfix_str(name)
+            before, drawn = time.perf_counter(), {}
+            found = []
+            for row in TABLES[name](drawn):
+                found.append(row)
+                bar.set_postfix_str(f"{name}: {len(found)} rows", refresh=False)
+            rows += found
+            figures |= drawn
+            seconds[name] = round(time.perf_counter() - before, 1)
+            kept[name] = [dataclasses.asdict(row) | {"within": row.within} for row in found]
+            record.write(path, json.dumps(finite(report | now), indent=1) + "\n")
+    print(table(rows))
+    failed = [row for row in rows if row.fails]
+    off = [row for row in rows if row.within is False]
+    known, total = len(off) - len(failed), sum(seconds[name] for name in names)
+    print(f"\n{len(rows)} rows, {len(off)} out of tolerance, {known} of them known, {total:.0f} s")
+    for row in off:
+        if row.reason:
+            print(f"{row.table}, {row.name}: {row.reason}")
+    record.write(path, json.dumps(finite(report | now), indent=1) + "\n")
     if not arguments.no_plots:
         from .papers import plots
 

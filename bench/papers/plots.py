@@ -15,12 +15,12 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figures, tasks = report.get("figures", {}), report.get("tasks", {})
+    figures = report.get("figures", {})
     pictures = {"ye": ye, "ghane": ghane, "liu": liu, "moskovitz": moskovitz}
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, picture in pictures.items():
-        panels = picture(figures, tasks)
+        panels = picture(figures)
         if not panels:
             continue
         figure, axes = plt.subplots(
@@ -38,7 +38,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def ye(figures, tasks):
+def ye(figures):
     def fixed_points(ax):
         for (lam, (g, p)), colour in zip(figures["l1"].items(), ("#c2410c", "#0f766e"), strict=True):
             order = sorted(range(len(g)), key=lambda i: -g[i])
@@ -58,11 +58,10 @@ def ye(figures, tasks):
         ax.set(yscale="log", ylabel="condition number")
         ax.set_title("Least squares on unscaled inputs", fontsize=10)
 
-    panels = [panel for key, panel in (("l1", fixed_points), ("bnp", conditioning)) if key in figures]
-    return [*panels, *(digit_curves(tasks, size, ("", "BNP")) for size in (64, 4) if "digits" in tasks)]
+    return [panel for key, panel in (("l1", fixed_points), ("bnp", conditioning)) if key in figures]
 
 
-def ghane(figures, tasks):
+def ghane(figures):
     def bias(ax):
         for eta, shift in (("0.2", -0.2), ("1.8", 0.2)):
             values = [max(of[eta], 1e-13) for of in figures["dual"].values()]
@@ -82,7 +81,7 @@ def ghane(figures, tasks):
     return [panel for key, panel in (("dual", bias), ("adam_delta", adam)) if key in figures]
 
 
-def liu(figures, tasks):
+def liu(figures):
     def losses(key, title):
         def panel(ax):
             for name, curve in figures[key].items():
@@ -107,17 +106,6 @@ def liu(figures, tasks):
         ax.set(yscale="log", ylabel="excess loss")
         ax.set_title("Linear regression: groups of 8 seeds; the expected number as a dash", fontsize=10)
 
-    def learnt(ax):
-        for row in tasks["quadrants"]:
-            if "curve" in row and row["task"].startswith("parity") and row["batch"] == 4096:
-                name = row["contender"]
-                style = "--" if name.endswith("identity") else "-"
-                colour = COLOURS[name.partition(",")[0]]
-                steps = [200 * i / (len(row["curve"]) - 1) for i in range(len(row["curve"]))]
-                ax.plot(steps, [max(loss, 1e-12) for loss in row["curve"]], style, color=colour, label=name)
-        ax.set(yscale="log", xlabel="step", ylabel="test loss, best of the grid")
-        ax.set_title("Sparse parity, B = 4096", fontsize=10)
-
     panels = []
     if "block" in figures:
         panels.append(losses("block", "Block-wise covariance, full batch"))
@@ -125,10 +113,10 @@ def liu(figures, tasks):
         panels.append(losses("logistic", "Reparameterised logistic regression"))
     if "quadrants" in figures:
         panels.append(quadrants)
-    return [*panels, learnt] if tasks else panels
+    return panels
 
 
-def moskovitz(figures, tasks):
+def moskovitz(figures):
     def quadratic(ax):
         for name, curve in figures["fop"].items():
             ax.plot(curve, label=name, linewidth=2.5 if name == "GD" else 1.3)
@@ -136,16 +124,3 @@ def moskovitz(figures, tasks):
         ax.set_title("A quadratic of condition number 100", fontsize=10)
 
     return [quadratic] if "fop" in figures else []
-
-
-def digit_curves(tasks, size, names):
-    def panel(ax):
-        for row in tasks["digits"]:
-            if row["batch"] == size and row["around"] in names:
-                name = f"{row['around']}({row['base']})" if row["around"] else row["base"]
-                epochs = range(1, len(row["curve"]) + 1)
-                ax.plot(epochs, row["curve"], "o-" if row["around"] else "s--", color=COLOURS[row["base"]], label=name)
-        ax.set(yscale="log", xlabel="epoch", ylabel="training loss, mean of 3 seeds")
-        ax.set_title(f"Digits, batches of {size}", fontsize=10)
-
-    return panel

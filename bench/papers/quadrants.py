@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import compare, jobs
 from .pictures import grid, legend
-from .rules import BASES, BY_EPS, FORMATS, METHODS, POWERS, QUADRANTS, SHARES, SOPHIA, THREE, Rule
+from .rules import BASES, BY_EPS, FORMATS, METHODS, OF_CLASS, POWERS, QUADRANTS, SHARES, SOPHIA, THREE, Rule
 from .tables import aligned, point, spread
 
 if TYPE_CHECKING:
@@ -158,6 +158,15 @@ def fixed(experiments: dict[str, Experiment], rules: Sequence[Rule]) -> Iterator
                 yield [rule.name, f"{name} {second:.0e}", f"{mean:.2f}", f"{max(of_tasks):.3g}", str(most)]
 
 
+def of_class(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    """The class's own Kronecker basis and curvature to the harness's, which has estimates of single inputs."""
+    for task, of in experiments.items():
+        row = [ratio(losses(of, rule), losses(of, Rule(rule.rule, rule.basis))) for rule in OF_CLASS]
+        row += [ratio(losses(of, rule), losses(of, Rule(rule.rule))) for rule in OF_CLASS]
+        if any(row):
+            yield [task, *row]
+
+
 def sophias(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
     for task, of in experiments.items():
         for rule in SOPHIA:
@@ -209,6 +218,11 @@ def text(experiments: dict[str, Experiment]) -> str:
             "Factor by which the best mean loss of a search grows where the second hyper-parameter is fixed.",
             ["rule", "fixed", "mean", "worst", "tasks"],
             fixed(experiments, [*(rule for rule in QUADRANTS if rule.is_curved), *BY_EPS]),
+        ),
+        (
+            "Loss of the class's own Kronecker basis and curvature to that of the harness's, and to that in the coordinates.",
+            ["task", *POWERS, *(f"{power} to coordinates" for power in POWERS)],
+            of_class(experiments),
         ),
         ("Sophia's loss to others' in the coordinates.", ["task", "", "to", "ratio"], sophias(experiments)),
     ]

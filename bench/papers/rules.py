@@ -47,8 +47,9 @@ class Rule:
     rule: str
     basis: str = "identity"
     share: float = 1.0
-    #: "damping" or "eps" of Gauss-Newton. "published": the options of Sophia's code, all but the learning rate.
-    damped_by: str = ""
+    #: "eps": in place of the relative damping. "class": the class's own basis and curvature, fed one mean gradient on drawn
+    #: labels at a time, as a user does. "published": the options of Sophia's code, all but the learning rate.
+    kind: str = ""
 
     #: A rule is compared with all others, it has no base of its own and no default to price.
     mode, is_default, usual = "", False, {}
@@ -58,7 +59,7 @@ class Rule:
     @property
     def name(self) -> str:
         share = f" at s = {self.share:g}" if self.share != 1.0 else ""
-        by = f", {self.damped_by}" if self.damped_by else ""
+        by = f", {self.kind}" if self.kind else ""
         return f"{self.rule}, {self.basis}{share}{by}"
 
     @property
@@ -68,14 +69,24 @@ class Rule:
     @property
     def axes(self) -> tuple[Axis, ...]:
         lr, *second = AXES[self.rule]
-        if self.damped_by == "published":
+        if self.kind == "published":
             return (lr,)
-        return (lr, EPS) if self.damped_by == "eps" else (lr, *second)
+        return (lr, EPS) if self.kind == "eps" else (lr, *second)
 
     @property
     def is_curved(self) -> bool:
         """Whether the rule takes estimates of the curvature."""
-        return self.rule in POWERS
+        return self.rule in POWERS and self.kind != "class"
+
+    @property
+    def frame(self) -> str:
+        """The basis that the harness turns to."""
+        return "identity" if self.kind == "class" else self.basis
+
+    @property
+    def fed_every(self) -> int:
+        """Steps between mean gradients on drawn labels, as published for Sophia; 0: none."""
+        return 10 if self.rule == "Sophia" else 1 if self.kind == "class" else 0
 
     def described(self) -> dict[str, Any]:
         axes = [dataclasses.asdict(axis) for axis in self.axes]
@@ -86,7 +97,7 @@ class Rule:
 
     @property
     def has_formats(self) -> bool:
-        return self.rule not in ("SGD", "Sophia") and self.share == 1.0 and self.damped_by != "eps"
+        return self.rule not in ("SGD", "Sophia") and self.share == 1.0 and not self.kind
 
     def others(self, searched: dict[str, Any], base: dict[str, Any], priced: dict[str, Any] | None) -> dict[str, Point]:
         return {name: {**searched["best"], "state_format": name} for name in self.tried()}
@@ -110,7 +121,10 @@ class Rule:
         if self.rule == "Sophia":
             # Its decay is for large models: at 0.1 of a learning rate it is none here.
             return precond.Sophia(groups)
-        return precond.GaussNewton(groups, betas=(BETA1, beta2), power=POWERS[self.rule], curvature="hutchinson")
+        options: dict[str, Any] = {"betas": (BETA1, beta2), "power": POWERS[self.rule]}
+        if self.kind == "class":
+            return precond.GaussNewton(groups, **options, basis=self.basis)
+        return precond.GaussNewton(groups, **options, curvature="hutchinson")
 
 
 THREE = ("Adam", *POWERS)
@@ -118,8 +132,9 @@ BASES = ("identity", "kronecker", "full")
 QUADRANTS = (Rule("SGD"), *(Rule(rule, basis) for basis, rule in itertools.product(BASES, THREE)))
 SHARES = (0.25, 0.5, 0.75)
 GEODESIC = tuple(Rule(rule, "full", share) for rule, share in itertools.product(THREE, SHARES))
-BY_EPS = tuple(Rule(rule, damped_by="eps") for rule in POWERS)
-SOPHIA = (Rule("Sophia"), Rule("Sophia", damped_by="published"))
+BY_EPS = tuple(Rule(rule, kind="eps") for rule in POWERS)
+OF_CLASS = tuple(Rule(rule, "kronecker", kind="class") for rule in POWERS)
+SOPHIA = (Rule("Sophia"), Rule("Sophia", kind="published"))
 #: Batches: all data, or a few.
 SIZES = ("full", "small")
 OF = {
@@ -130,3 +145,5 @@ OF = {
     "transformer": (*QUADRANTS, *BY_EPS, *SOPHIA),
 }
 METHODS = {f"{problem}-{size}": of for problem, of in OF.items() for size in SIZES}
+for _task in ("parity-small", "transformer-small"):
+    METHODS[_task] = (*METHODS[_task], *OF_CLASS)

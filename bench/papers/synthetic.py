@@ -280,7 +280,7 @@ class Synthetic:
         loss, wrong = loss_of(self.of.cross_entropy), wrong_of(self.of.cross_entropy)
         stacked = list(networks.stacked.values())
         shapes = [t.shape[2:] for t in stacked]
-        axes = frame(method.basis, shapes, self.beta2, method.share)
+        axes = frame(method.frame, shapes, self.beta2, method.share)
         sees = method.is_curved or axes.learns
         warm = [self.samples(networks, worlds, curvature) for _ in range(WARM if sees else 0)]
         for of in warm:
@@ -295,6 +295,8 @@ class Synthetic:
 
         for of in warm if method.is_curved else ():
             rotated.feed(axes.squares(of))
+        for _ in range(WARM if method.kind == "class" else 0):
+            rotated.feed_mean(self.samples(networks, worlds, curvature))
         curve, positions = [], set(self.positions())
         for step in range(self.steps):
             if step in positions:
@@ -307,7 +309,7 @@ class Synthetic:
                     rotated.refresh()
                 if method.is_curved:
                     rotated.feed(axes.squares(of))
-            elif method.rule == "Sophia" and step % 10 == 0:
+            elif method.fed_every and step % method.fed_every == 0:
                 rotated.feed_mean(self.samples(networks, worlds, curvature))
             networks.backward(networks.each(loss, *(whole or self.drawn(worlds, data, self.batch, False))))
             rotated.step(1.0 - step / self.steps)
@@ -384,9 +386,12 @@ class Rotated:
         self.optimizer.update_curvature(estimates=estimates)
 
     def feed_mean(self, samples: list[Tensor]) -> None:
-        """Sophia's estimate: the squared gradient of a loss on labels that the model drew; its batch size stands in the step."""
+        """The gradient of the mean loss on labels that the model drew, times the root of the batch size: Sophia has that in its
+        step, as an option.
+        """
+        inside = self.optimizer.param_groups[0].get("batch_size", 1.0)
         for g, s in zip(self.gradients, samples, strict=True):
-            g.copy_(s.sum(2) / self.optimizer.param_groups[0]["batch_size"] ** 0.5)
+            g.copy_(s.sum(2) / inside**0.5)
         self.optimizer.update_curvature()
 
     def step(self, share: float) -> None:

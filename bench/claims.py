@@ -2,8 +2,9 @@
 
 One JSON file for each task, rewritten after each search and each report: a run that was cut off goes on where it stopped.
 Tables and pictures show what the files have. FOP's four tasks take two and a half hours on two cores, none more than 100
-minutes; the ten of Adam or Gauss-Newton (``--tasks regression-full ...``) an hour. Fashion-MNIST needs Debian's
-dataset-fashion-mnist (or PRECOND_FASHION_MNIST, a folder with its files), reinforcement learning gymnasium.
+minutes; the ten of Adam or Gauss-Newton (``--tasks regression-full ...``) an hour, the ten of BNP (``--tasks dense-1 ...``) 40
+minutes. Fashion-MNIST needs Debian's dataset-fashion-mnist (or PRECOND_FASHION_MNIST, a folder with its files), reinforcement
+learning gymnasium.
 """
 
 from __future__ import annotations
@@ -191,12 +192,13 @@ def run(arguments: argparse.Namespace) -> None:
             max(arguments.workers, 1),
             ("search", "prices") if arguments.no_reports else ("search", "prices", "report"),
         )
-    from .papers import contenders, pictures, quadrants, rules, tables
+    from .papers import contenders, normal_tables, normalisers, pictures, quadrants, rules, tables
 
     # Of all tasks of a paper of which one was asked for.
     for of, name, kind, draw in (
         (contenders.METHODS, "tables.txt", tables.text, pictures.draw),
         (rules.METHODS, "gauss-newton.txt", quadrants.text, quadrants.draw),
+        (normalisers.METHODS, "bnp.txt", normal_tables.text, normal_tables.draw),
     ):
         if set(of) & set(arguments.tasks):
             shown = {task: experiments.get(task) or Experiment(arguments.out, task) for task in of}

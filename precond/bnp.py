@@ -15,7 +15,7 @@ from ._core.precision import at_stated_precision
 from ._wrappers.decays import check_direction, coupled_decays
 from ._wrappers.inputs import Inputs, Observer, add_seen, pooled, statistics_dtype
 from ._wrappers.layers import Layer, layers_of, plain_layers
-from ._wrappers.standardised import Coordinates, step_in_z
+from ._wrappers.standardised import Coordinates, moved, scales, step_in_z
 from ._wrappers.standardised import precondition_gradients as precondition_gradients
 from ._wrappers.wrapper import Wrapper
 
@@ -236,10 +236,8 @@ class BNP(Wrapper):
             if weight not in self._layers:
                 continue
             self._make_statistics(weight, inputs.mean)
-            own, var = self.own[weight], inputs.squares / inputs.count
-            finite = torch.isfinite(inputs.mean) & torch.isfinite(var)
-            for name, value in (("mean", inputs.mean), ("var", var)):
-                own[name] = torch.where(finite, own[name].lerp(value, 1.0 - self.stat_momentum), own[name])
+            own, batch = self.own[weight], (inputs.mean, inputs.squares / inputs.count)
+            own["mean"], own["var"] = moved(own["mean"], own["var"], batch, self.stat_momentum)
             own["rows"] = inputs.rows
 
     def _make_entries(self) -> None:
@@ -295,10 +293,8 @@ class BNP(Wrapper):
             if weight.grad.layout != torch.strided:
                 raise RuntimeError(f"the gradient of {self._name_of(weight)} must be dense, got {weight.grad.layout}")
             own = self.own[weight]
-            var = own["var"]
             bias = layer.bias if layer.bias is not None and layer.bias.grad is not None else None
-            s2 = var + self.eps1 * var.max() + self.eps2
-            q2 = max(math.prod(weight.shape[1:]) / own["rows"], 1.0)
+            s2, q2 = scales(weight, own["var"], own["rows"], self.eps1, self.eps2)
             yield Coordinates(weight, bias, own["mean"], s2, q2)
 
     # What does nothing says so.

@@ -11,20 +11,25 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import contenders, control, images, rules, synthetic
+from . import contenders, control, images, normalised, normalisers, rules, synthetic
 from .contenders import Method
+from .normalisers import Normalised
 from .rules import Rule
 from .search import At, Axis, Point, Search, run_together
 
-TASKS: dict[str, Any] = {**images.TASKS, **control.TASKS, **synthetic.TASKS}
-METHODS: dict[str, tuple[Method, ...] | tuple[Rule, ...]] = {**contenders.METHODS, **rules.METHODS}
+TASKS: dict[str, Any] = {**images.TASKS, **control.TASKS, **synthetic.TASKS, **normalised.TASKS}
+METHODS: dict[str, tuple[Method, ...] | tuple[Rule, ...] | tuple[Normalised, ...]] = {
+    **contenders.METHODS,
+    **rules.METHODS,
+    **normalisers.METHODS,
+}
 #: Points of a search that are trained with more seeds before one is chosen.
 FINALISTS = 4
 #: Networks that are trained at once: bounds memory.
 TOGETHER = 200
 
 
-def tried(method: Method | Rule) -> list[Any] | None:
+def tried(method: Method | Rule | Normalised) -> list[Any] | None:
     """What a report tries beside what a search has found, as a record has it."""
     return rounded(method.tried())
 
@@ -47,7 +52,7 @@ def rounded(value: Any) -> Any:
 class Trainer:
     """Trains points in parts of at most ``TOGETHER`` networks, under a progress bar."""
 
-    def __init__(self, task: str, method: Method | Rule, seeds: Sequence[int], bar: tqdm) -> None:
+    def __init__(self, task: str, method: Method | Rule | Normalised, seeds: Sequence[int], bar: tqdm) -> None:
         self.task, self.method, self.seeds, self.bar = TASKS[task], method, seeds, bar
 
     def __call__(self, points: Sequence[Point], *, test: bool = False) -> list[list[dict[str, Any]]]:
@@ -96,7 +101,7 @@ class Searcher:
     more seeds before one of them is chosen.
     """
 
-    def __init__(self, task: str, method: Method | Rule, bar: tqdm) -> None:
+    def __init__(self, task: str, method: Method | Rule | Normalised, bar: tqdm) -> None:
         self.task, self.method, self.bar = TASKS[task], method, bar
         self.key = task
         self.whole, self.found = Search(method.axes), dict[At, list[float]]()

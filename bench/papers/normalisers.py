@@ -1,0 +1,94 @@
+"""Batch normalisation preconditioning (BNP) and what it is compared with: plain optimizers, layers in the network."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import precond
+
+from .search import Axis, Point
+
+MOMENTUM = 0.9
+AXES = {
+    name: (Axis("lr", start, 4.0, (-2, -1, 0, 1, 2), halvings=1),) for name, start in (("SGD", 0.05), ("Adam", 0.005))
+}
+#: The momentum of BatchNorm's running statistics, torch's default in the middle: of batches of 1 to 8 they are the noisier, the
+#: larger it is. What BNP is compared with has as long a search as can help it; BNP has its defaults.
+RUNNING = Axis("running", 0.1, 10**0.5, (-2, -1, 0), highest=(2, 1.0))
+#: What BNP is around each optimizer. Adam undoes the scaling of a gradient, so around it BNP acts on the direction.
+BNPS = {"SGD": "BNP", "Adam": "BNP, direction"}
+#: Layers in the network, with parameters of their own.
+LAYERS = ("BatchNorm", "GroupNorm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalised:
+    """An optimizer on a network, with one way to normalise."""
+
+    base_optimizer: str
+    #: Empty for none, a value of ``BNPS``, or one of ``LAYERS``.
+    norm: str = ""
+
+    mode, is_default, usual = "", False, {}
+    #: What a report has of the best point alone.
+    of_best = ("curve", "conditions")
+
+    @property
+    def name(self) -> str:
+        return f"{self.base_optimizer}, {self.norm}" if self.norm else self.base_optimizer
+
+    @property
+    def base(self) -> str:
+        return self.base_optimizer
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return (*AXES[self.base_optimizer], RUNNING) if self.norm == "BatchNorm" else AXES[self.base_optimizer]
+
+    @property
+    def is_bnp(self) -> bool:
+        return self.norm in BNPS.values()
+
+    @property
+    def layer(self) -> str:
+        """The layers that the network has more, or empty."""
+        return self.norm if self.norm in LAYERS else ""
+
+    def described(self) -> dict[str, Any]:
+        axes = [dataclasses.asdict(axis) for axis in self.axes]
+        momentum = {"momentum": MOMENTUM} if self.base_optimizer == "SGD" else {}
+        return json.loads(json.dumps({**dataclasses.asdict(self), "axes": axes, **momentum}))
+
+    def tried(self) -> None:
+        return None
+
+    def others(self, searched: dict[str, Any], base: dict[str, Any], priced: dict[str, Any] | None) -> dict[str, Point]:
+        return {}
+
+    def optimizer(self, parameters: Sequence[Sequence[nn.Parameter]], points: Sequence[Point]) -> torch.optim.Optimizer:
+        """A group for each point."""
+        groups = [dict(lr=point["lr"], params=list(of)) for of, point in zip(parameters, points, strict=True)]
+        return precond.SGD(groups, momentum=MOMENTUM) if self.base_optimizer == "SGD" else precond.Adam(groups)
+
+
+METHODS_OF = {name: tuple(Normalised(name, norm) for norm in ("", of_bnp, *LAYERS)) for name, of_bnp in BNPS.items()}
+NETS, SIZES = ("dense", "conv"), (1, 2, 4, 8)
+
+
+def of_task(net: str, size: int) -> tuple[Normalised, ...]:
+    """All but BatchNorm of one image in a dense network, for which torch raises: a convolution has positions."""
+    every = itertools.chain(*METHODS_OF.values())
+    return tuple(method for method in every if not (method.norm == "BatchNorm" and (net, size) == ("dense", 1)))
+
+
+METHODS = {
+    **{f"{net}-{size}": of_task(net, size) for net in NETS for size in SIZES},
+    **{f"online-{net}": of_task(net, 1) for net in NETS},
+}

@@ -91,7 +91,7 @@ class GaussNewton(Rotated):
     _in_basis = ("exp_avg", "curvature")
     _basis_options = ("basis_beta", "basis_frequency", "max_size")
     _why_not_one_pass = "with a basis"
-    _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS, "l1_cap": 10.0}
+    _group_options = {**FusedOptimizer._group_options, **L1_OPTIONS, "l1_cap": 10.0, "damping": 0.0}
     #: False: the means start at 0 without bias correction.
     _corrected: ClassVar[bool] = True
 
@@ -138,10 +138,11 @@ class GaussNewton(Rotated):
                 raise ValueError(f"basis must be 'identity', 'kronecker' or matrices, got {group['basis']!r}")
         elif not isinstance(group["basis"], Tensor) and len(group["basis"]) != 2:
             raise ValueError(f"basis must be a matrix or a pair of them, got {len(group['basis'])}")
-        if not 0.0 <= group["damping"] < math.inf:
-            raise ValueError(f"damping must be >= 0 and finite, got {group['damping']}")
-        if group["damping"] and group["curvature"] == "gradient":
-            raise ValueError(f"damping must be 0 with curvature='gradient', got {group['damping']}")
+        damping = group.get("damping", 0.0)
+        if not 0.0 <= damping < math.inf:
+            raise ValueError(f"damping must be >= 0 and finite, got {damping}")
+        if damping and group["curvature"] == "gradient":
+            raise ValueError(f"damping must be 0 with curvature='gradient', got {damping}")
         if group["basis_beta"] is not None and not 0.0 <= group["basis_beta"] < 1.0:
             raise ValueError(f"basis_beta must be None or in [0, 1), got {group['basis_beta']}")
 
@@ -317,9 +318,9 @@ class GaussNewton(Rotated):
             h = state["curvature"]
             new = part.to(torch.promote_types(h.dtype, torch.float32))
             new = new if given else new.square() * batch_size
-            if group["damping"]:
+            if damping := group.get("damping", 0.0):
                 # A mean of raised estimates is the raised mean of estimates.
-                new = new + group["damping"] * new.mean().clamp(min=0)
+                new = new + damping * new.mean().clamp(min=0)
             count = state["curvature_step"] = state.get("curvature_step", 0) + 1
             weight = (1 - beta2) / (1 - beta2**count) if self._corrected else 1 - beta2
             h.copy_(torch.lerp(h.to(new.dtype), new, weight))

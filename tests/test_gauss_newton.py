@@ -164,6 +164,18 @@ def test_damping_by_a_negative_mean_is_none():
         assert optimizer.state[w]["curvature"].tolist() == expected
 
 
+def test_a_checkpoint_from_before_damping_loads():
+    """Its groups lack the key, as those of an optimizer without damping do; the option that was asked for stays."""
+    w = torch.nn.Parameter(torch.ones(2))
+    old = precond.GaussNewton([w])
+    assert "damping" not in old.param_groups[0]
+    resumed = precond.GaussNewton([w], damping=0.3)
+    resumed.load_state_dict(old.state_dict())
+    w.grad = torch.tensor([1.0, 3.0])
+    resumed.update_curvature()
+    assert resumed.state[w]["curvature"].tolist() == pytest.approx([2.5, 10.5])
+
+
 def test_negative_curvature_counts_as_none():
     for power, clip in ((-1.0, 1.0), (-0.5, None)):
         p = torch.nn.Parameter(torch.zeros(3))

@@ -34,32 +34,31 @@ def learnt(basis, seed=0, share=1.0):
     return frame
 
 
+def matrix_of(frame, z):
+    """The matrix whose columns are what unit vectors of z are turned back to."""
+    columns = []
+    for k in range(flat(z).shape[-1]):
+        unit = torch.zeros_like(flat(z))
+        unit[..., k] = 1.0
+        parts = unit.split([t[0, 0].numel() for t in z], -1)
+        columns.append(flat(frame.back([part.view_as(t) for t, part in zip(z, parts, strict=True)])))
+    return torch.stack(columns, -1)
+
+
 @pytest.mark.parametrize("basis", rules.BASES)
 def test_a_frame_turns_back_and_has_the_diagonal_in_its_coordinates(basis):
     frame, g, samples = learnt(basis), tensors(7), tensors(8, 8)
     z = frame.turn(g)
     torch.testing.assert_close(flat(frame.back(z)), flat(g), rtol=1e-5, atol=1e-5)
-    # The matrix U whose columns are what unit vectors of z are turned back to.
-    size = flat(g).shape[-1]
-    columns = []
-    for k in range(size):
-        unit = [torch.zeros_like(t) for t in z]
-        flat_unit = torch.zeros(2, 3, size)
-        flat_unit[..., k] = 1.0
-        for t, part in zip(unit, flat_unit.split([t[0, 0].numel() for t in z], -1), strict=True):
-            t.copy_(part.view_as(t))
-        columns.append(flat(frame.back(unit)))
-    U, rows = torch.stack(columns, -1), flat(samples, 3)
+    U, rows = matrix_of(frame, z), flat(samples, 3)
     torch.testing.assert_close((flat(g)[..., None, :] @ U)[..., 0, :], flat(z), rtol=1e-4, atol=1e-4)
     expected = (U.mT @ (rows.mT @ rows) @ U).diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(flat(frame.squares(samples)), expected, rtol=1e-4, atol=1e-4)
-    # Squares in another basis: a diagonal matrix, turned, whose diagonal is taken.
+    # Squares in another basis: of a matrix that is diagonal in this one, the diagonal there.
     other, v = learnt(basis, seed=20), [t.square() for t in z]
-    turned = other.turn(frame.back([torch.ones_like(t) for t in z]))
-    assert len(turned) == len(z)
-    torch.testing.assert_close(flat(frame.moved(v, frame)), flat(v), rtol=1e-3, atol=1e-3)
-    moved = other.moved(v, frame)
-    torch.testing.assert_close(flat(moved).sum(-1), flat(v).sum(-1), rtol=1e-4, atol=1e-4)
+    W = matrix_of(other, z)
+    expected = (W.mT @ U @ torch.diag_embed(flat(v)) @ U.mT @ W).diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(flat(other.moved(v, frame)), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_full_basis_is_that_of_all_samples_and_a_share_lies_on_the_way():
@@ -77,7 +76,7 @@ def test_the_full_basis_is_that_of_all_samples_and_a_share_lies_on_the_way():
     torch.testing.assert_close(half.basis[1, 2], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("task", ["parity-small", "softmax-small", "transformer-small"])
+@pytest.mark.parametrize("task", ["parity-small", "regression-small", "softmax-small", "transformer-small"])
 def test_samples_have_the_gauss_newton_matrix_as_their_second_moment(task):
     """One output: exactly. Drawn labels: in the mean, held against J^T (Hessian of the loss) J of the same inputs."""
     kind = dataclasses.replace(synthetic.TASKS[task], curvature_batch=2)
@@ -89,7 +88,7 @@ def test_samples_have_the_gauss_newton_matrix_as_their_second_moment(task):
     rows = torch.cat([J[name].flatten(y[0].dim()) for name in parameters], -1).flatten(0, -3)
     f = functional_call(networks.module, parameters, (x[0],)).detach().flatten(0, -2)
     p = f.softmax(-1)
-    H = torch.diag_embed(p) - p[:, :, None] * p[:, None] if kind.of.cross_entropy else torch.ones(len(f), 1, 1)
+    H = torch.diag_embed(p) - p[:, :, None] * p[:, None] if kind.of.cross_entropy else torch.eye(f.shape[-1])
     G = (rows.mT @ H @ rows).mean(0)
     found = torch.zeros_like(G)
     draws = 1 if task.startswith("parity") else 500
@@ -128,6 +127,57 @@ def test_a_rule_in_the_full_basis_is_the_class_with_that_basis():
     torch.testing.assert_close(flat(networks.stacked.values())[0, 0], p.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("basis", ["kronecker", "full"])
+def test_a_new_basis_moves_neither_the_parameters_nor_the_mean_of_gradients(basis):
+    kind = synthetic.TASKS["softmax-small"]
+    networks = Networks(kind.of.build, 2, (3, 4))
+    axes = frames.frame(basis, [t.shape[2:] for t in networks.stacked.values()], 0.5, 1.0)
+
+    def samples(seed):
+        draw = torch.Generator().manual_seed(seed)
+        return [torch.randn(2, 2, 9, *t.shape[2:], generator=draw) for t in networks.stacked.values()]
+
+    axes.learn(samples(0))
+    axes.refresh()
+    points = [{"lr": 0.1, "one_minus_beta2": 0.1}] * 2
+    rotated = synthetic.Rotated(Rule("Adam", basis), networks, points, axes, 0.95)
+    for seed in range(3):
+        for g, new in zip(networks.gradients, samples(10 + seed), strict=True):
+            g.copy_(new[:, :, 0])
+        rotated.step(1.0)
+
+    def seen(name):
+        state = rotated.optimizer.state
+        of = [torch.stack([torch.stack([state[p][name] for p in row]) for row in views]) for views in rotated.views]
+        return flat(axes.back(of)), flat(of)
+
+    before, (mean, _), (_, squares) = flat(axes.back(rotated.z)), seen("exp_avg"), seen("exp_avg_sq")
+    axes.learn([100 * s for s in samples(50)])
+    rotated.refresh()
+    torch.testing.assert_close(flat(axes.back(rotated.z)), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen("exp_avg")[0], mean, rtol=1e-4, atol=1e-5)
+    now = seen("exp_avg_sq")[1]
+    torch.testing.assert_close(now.sum(-1), squares.sum(-1), rtol=1e-4, atol=1e-5)
+    assert (now - squares).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rule", [rules.SOPHIA[0], Rule("GN^-1", "kronecker", kind="class")], ids=lambda of: of.name)
+def test_a_mean_gradient_is_fed_as_the_batch_times_its_square(rule):
+    """What the step divides by, but for rho: B g^2, with g the gradient of the mean over B inputs."""
+    kind = synthetic.TASKS["parity-small"]
+    networks = Networks(kind.of.build, 1, (3,))
+    point = {axis.name: axis.value(0) for axis in rule.axes} | ({"damping": 0.0} if rule.kind else {})
+    axes = frames.frame("identity", [], 0.5, 1.0)
+    rotated = synthetic.Rotated(rule, networks, [point], axes, 0.95)
+    samples = [torch.randn(1, 1, 7, *t.shape[2:]) for t in networks.stacked.values()]
+    rotated.feed_mean(samples)
+    bias = rotated.views[1][0][0]  # no basis turns it
+    group, h = rotated.optimizer.param_groups[0], rotated.optimizer.state[bias]["curvature"]
+    # One of its estimates is 1 - beta2 of Sophia's mean, and all of the other's.
+    found = h * group["batch_size"] / (1 - group["betas"][1]) if rule.rule == "Sophia" else h
+    torch.testing.assert_close(found, samples[1][0, 0].sum(0).square(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("basis", rules.BASES)
 @pytest.mark.parametrize("task", ["softmax-small", "parity-full"])
 def test_a_run_depends_on_its_point_and_seed_alone(task, basis):
@@ -138,6 +188,25 @@ def test_a_run_depends_on_its_point_and_seed_alone(task, basis):
     assert together[1][1]["score"] == pytest.approx(alone[0][0]["score"], rel=1e-2)
     assert not together[2][0]["score"] < 1e3
     assert len({of[1]["score"] for of in together}) == 4
+
+
+def test_cosines_are_of_the_roots_of_both_means():
+    angles, draw = synthetic.Angles(0.5), torch.Generator().manual_seed(0)
+    for _ in range(3):
+        g = [torch.randn(1, 2, 4, generator=draw), torch.randn(1, 2, 3, generator=draw)]
+        h = [torch.rand(t.shape, generator=draw) + 0.1 for t in g]
+        angles.add(g, h)
+    angles.take()
+    v, k = (flat(of) for of in angles.means)
+    expected = torch.cosine_similarity(flat(g) / v.sqrt(), flat(g) / k.sqrt(), dim=-1)
+    torch.testing.assert_close(angles.taken[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_a_number_is_wrong():
+    for cross_entropy in (False, True):
+        wrong = synthetic.wrong_of(cross_entropy)
+        y = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        assert wrong(lambda x: x, torch.tensor([[1.0, 0.0], [0.2, torch.nan]]), y) == 0.5
 
 
 def test_every_option_of_a_point_reaches_its_parameters():
@@ -152,6 +221,8 @@ def test_every_option_of_a_point_reaches_its_parameters():
                 found = group[complement or name]
                 found = found[1] if complement == "betas" else found
                 assert found == (1.0 - value if complement else value)
+            if rule.kind == "class":
+                assert (group["basis"], group["curvature"]) == ("kronecker", "gnb")
             assert group.get("power", -1.0) == rules.POWERS.get(rule.rule, -1.0)
 
 

@@ -62,7 +62,6 @@ class Sophia(GaussNewton):
         clip=1.0,
         curvature="gnb",
         basis="identity",
-        damping=0.0,
         basis_beta=None,
         basis_frequency=10,
         max_size=8192,

@@ -153,6 +153,13 @@ def test_damping_raises_the_curvature_by_its_mean_in_every_basis(basis, power):
     # c is a power of 2, which changes no rounding. Squared gradients scale by c^2, not by c as a curvature does.
     torch.testing.assert_close(moved, unscaled * 2.0 ** (13 * (1 + 2 * power)), rtol=1e-7, atol=0)
     assert raised.max() / raised.min() <= 1 + raised.numel() / delta
+    # The mean, and so the raise, is that of the squares of the gradients, whatever the basis.
+    squares = [params_of([(4, 6)], F64) for _ in range(5)]
+    total = torch.zeros((), dtype=F64)
+    for i, p in enumerate(squares):
+        give(p, i)
+        total = 0.8 * total + 0.2 * 3 * p[0].grad.square().mean()
+    torch.testing.assert_close(plain.mean(), total / (1 - 0.8**5), rtol=1e-12, atol=0)
 
 
 def test_damping_by_a_negative_mean_is_none():

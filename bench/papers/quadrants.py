@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from . import compare, jobs
 from .pictures import grid, legend
-from .rules import BASES, BY_EPS, FORMATS, METHODS, OF_CLASS, POWERS, QUADRANTS, SHARES, SOPHIA, THREE, Rule
+from .rules import (
+    BASES,
+    BY_EPS,
+    FORMATS,
+    METHODS,
+    OF_CLASS,
+    POWERS,
+    QUADRANTS,
+    SHARES,
+    SIZES,
+    SOPHIA,
+    THREE,
+    USUAL,
+    Rule,
+)
 from .tables import aligned, point, spread
 
 if TYPE_CHECKING:
@@ -59,32 +73,43 @@ def effects(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
             yield [task, *bases, *powers]
 
 
-def factor(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float:
-    """How far two rules are apart, as a factor of at least 1."""
-    if not ours or not theirs:
-        return math.nan
-    return math.exp(abs(math.log(compare.paired(ours, theirs, ratios=True).mean)))
+#: Draws of seeds for an interval of what is no mean over seeds.
+DRAWS = 2000
 
 
-def mean_factor(of: Sequence[float]) -> str:
-    known = [math.log(x) for x in of if math.isfinite(x)]
-    return f"{math.exp(statistics.fmean(known)):.2f}" if known else ""
+def factors(found: dict[tuple[str, str], list[float | None]]) -> list[list[float]]:
+    """Geometric means of the factors between losses, with 95 % intervals over drawn seeds: between bases of a rule, powers in a
+    basis, Adam and each power in a basis; last, by which factor bases are more than powers.
+    """
+    import numpy as np
+
+    whole = [j for j in range(len(next(iter(found.values())))) if all(of[j] is not None for of in found.values())]
+    logs = {key: np.log([of[j] for j in whole]) for key, of in found.items()}
+    pairs = [
+        [((rule, a), (rule, b)) for rule in THREE for a, b in itertools.combinations(BASES, 2)],
+        [(("GN^-1", basis), ("GN^-1/2", basis)) for basis in BASES],
+        *([(("Adam", basis), (power, basis)) for basis in BASES] for power in POWERS),
+    ]
+    draws = np.random.default_rng(0).integers(len(whole), size=(DRAWS, len(whole)))
+    rows = np.concatenate([np.arange(len(whole))[None], draws])
+    means = [np.mean([np.abs((logs[a] - logs[b])[rows].mean(1)) for a, b in of], 0) for of in pairs]
+    return [
+        [math.exp(x) for x in (of[0], *np.quantile(of[1:], (0.025, 0.975)))] for of in (*means, means[0] - means[1])
+    ]
 
 
 def summary(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
-    """Geometric means of factors: between bases of a rule, between the powers in a basis, and from GN^-1/2 to Adam."""
+    """The factors, and where the mean loss of those that did not diverge is lowest."""
     for task, of in experiments.items():
         found = {(rule, basis): losses(of, Rule(rule, basis)) for rule, basis in itertools.product(THREE, BASES)}
         if not all(found.values()):
             continue
-        bases = [factor(found[rule, a], found[rule, b]) for rule in THREE for a, b in itertools.combinations(BASES, 2)]
-        powers = [factor(found["GN^-1", basis], found["GN^-1/2", basis]) for basis in BASES]
-        adams = [factor(found["Adam", basis], found["GN^-1/2", basis]) for basis in BASES]
         best = min(found, key=lambda key: statistics.fmean(x for x in found[key] if x is not None))
         angles = losses(of, Rule("GN^-1/2"), what="cosine")
         known = [x for curve in angles for x in curve if x is not None]  # type: ignore[union-attr]
         cosine = f"{statistics.fmean(known):.3f}"
-        yield [task, *map(mean_factor, (bases, powers, adams)), cosine, ", ".join(best)]
+        written = ("{:.3g} [{:.3g}, {:.3g}]".format(*of) for of in factors(found))
+        yield [task, *written, cosine, ", ".join(best)]
 
 
 def adam_against(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
@@ -114,9 +139,10 @@ GROWN = 1.1
 
 def kept(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
     """In how many cases, a task and a basis each, a format costs more than ``GROWN``, and the largest factor of the others."""
-    for rule, kind in itertools.product(THREE, FORMATS):
+    kinds = [(rule, kind, "best") for rule in THREE for kind in FORMATS]
+    for rule, kind, own in (*kinds, ("Adam", "usual, fp16", "usual")):
         pairs = (
-            (losses(of, Rule(rule, basis), kind), losses(of, Rule(rule, basis)))
+            (losses(of, Rule(rule, basis), kind), losses(of, Rule(rule, basis), own))
             for of in experiments.values()
             for basis in BASES
         )
@@ -138,24 +164,27 @@ def dampings(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
 
 def fixed(experiments: dict[str, Experiment], rules: Sequence[Rule]) -> Iterator[list[str]]:
     """By which factor the loss grows where the second hyper-parameter is fixed and the learning rate is searched: over the tasks'
-    searches, so of few seeds.
+    searches, on their first seeds, at learning rates a factor of 4 apart.
     """
-    for rule in rules:
-        name, shares = rule.axes[1].name, dict[float, list[float]]()
-        for of in experiments.values():
-            case = of.get("search", rule) if rule in METHODS[of.task] else None
+    for rule, size in itertools.product(rules, SIZES):
+        lr, second = rule.axes
+        shares: dict[float, list[float]] = {}
+        for task, of in experiments.items():
+            case = of.get("search", rule) if task.endswith(size) and rule in METHODS[task] else None
             found: dict[float, float] = {}
-            for at in case["points"] if case else ():
-                scores = [math.inf if score is None else score for score in at["scores"]]
-                second = at["at"][name]
-                found[second] = min(found.get(second, math.inf), statistics.fmean(scores))
-            for second, score in found.items():
-                shares.setdefault(second, []).append(score / min(found.values()))
+            for searched in case["points"] if case else ():
+                if float(jobs.coordinate(lr, searched["at"]["lr"])).is_integer():
+                    first = searched["scores"][: len(jobs.TASKS[task].searched)]
+                    score = statistics.fmean(math.inf if x is None else x for x in first)
+                    at = searched["at"][second.name]
+                    found[at] = min(found.get(at, math.inf), score)
+            for at, score in found.items():
+                shares.setdefault(at, []).append(score / min(found.values()))
         most = max(map(len, shares.values()), default=0)
-        for second, of_tasks in sorted(shares.items()):
+        for at, of_tasks in sorted(shares.items()):
             if len(of_tasks) == most and all(map(math.isfinite, of_tasks)):
                 mean = math.exp(statistics.fmean(map(math.log, of_tasks)))
-                yield [rule.name, f"{name} {second:.0e}", f"{mean:.2f}", f"{max(of_tasks):.3g}", str(most)]
+                yield [rule.name, size, f"{second.name} {at:.0e}", f"{mean:.2f}", f"{max(of_tasks):.3g}", str(most)]
 
 
 def of_class(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
@@ -184,9 +213,10 @@ def text(experiments: dict[str, Experiment]) -> str:
     in_bases = [f"{rule} {basis}" for basis in BASES[1:] for rule in THREE]
     sections = [
         (
-            "Factors between losses, geometric means: bases of a rule, powers in a basis, Adam and GN^-1/2 in a basis; the mean\n"
-            "cosine between their directions in the coordinates; the lowest mean loss.",
-            ["task", "bases", "powers", "Adam, GN^-1/2", "cosine", "lowest"],
+            "Factors between losses, geometric means of those between bases of a rule, powers in a basis, Adam and each power in a\n"
+            "basis, and by which bases are more than powers; 95 %, seeds drawn again (a factor is 1 or more, so noise raises\n"
+            "it). The mean cosine between the directions of Adam and GN^-1/2 in the coordinates; the lowest mean loss.",
+            ["task", "bases", "powers", *(f"Adam, {p}" for p in POWERS), "bases to powers", "cosine", "lowest"],
             summary(experiments),
         ),
         (
@@ -205,7 +235,8 @@ def text(experiments: dict[str, Experiment]) -> str:
             against_sgd(experiments),
         ),
         (
-            f"Cases, of a task and a basis, in which a format multiplies the loss by more than {GROWN}; of the others the range.",
+            f"Cases, of a task and a basis, in which a format multiplies the loss by more than {GROWN}; of the others the\n"
+            f"range. usual: 1 - beta2 of {USUAL}.",
             ["rule", "states", "grown", "most", "least"],
             kept(experiments),
         ),
@@ -216,7 +247,7 @@ def text(experiments: dict[str, Experiment]) -> str:
         ),
         (
             "Factor by which the best mean loss of a search grows where the second hyper-parameter is fixed.",
-            ["rule", "fixed", "mean", "worst", "tasks"],
+            ["rule", "batch", "fixed", "mean", "worst", "tasks"],
             fixed(experiments, [*(rule for rule in QUADRANTS if rule.is_curved), *BY_EPS]),
         ),
         (

@@ -38,6 +38,8 @@ AXES = {
 EPS = Axis("eps", 1e-3, 10.0, (-2, -1, 0, 1), lowest=(-9, 1e-12))
 #: State formats that a report tries at the best point.
 FORMATS = ("bf16", "fp16")
+#: 1 - beta2 at which Adam is tried in fp16 too: its second moment starts at 0, at 1 - beta2 times a squared gradient.
+USUAL = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +95,21 @@ class Rule:
         return json.loads(json.dumps({**dataclasses.asdict(self), "axes": axes, "beta1": BETA1}))
 
     def tried(self) -> list[str]:
-        return list(FORMATS) if self.has_formats else []
+        usual = ["usual", "usual, fp16"] if self.rule == "Adam" else []
+        return [*FORMATS, *usual] if self.has_formats else []
 
     @property
     def has_formats(self) -> bool:
         return self.rule not in ("SGD", "Sophia") and self.share == 1.0 and not self.kind
 
     def others(self, searched: dict[str, Any], base: dict[str, Any], priced: dict[str, Any] | None) -> dict[str, Point]:
-        return {name: {**searched["best"], "state_format": name} for name in self.tried()}
+        points = {}
+        for kind in self.tried():
+            form = kind.removeprefix("usual").removeprefix(", ")
+            points[kind] = {**searched["best"], **({"state_format": form} if form else {})}
+            if kind.startswith("usual"):
+                points[kind]["one_minus_beta2"] = USUAL
+        return points
 
     def optimizer(
         self, parameters: Sequence[Sequence[nn.Parameter]], points: Sequence[Point], beta2: float

@@ -192,8 +192,9 @@ def wrong_of(cross_entropy: bool) -> Callable[..., Tensor]:
 
     def wrong(network: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         f = network(x)
-        errors = f.argmax(-1) != y.argmax(-1) if cross_entropy else ((f - y).abs() > 0.5).any(-1)
-        return errors.float().mean()
+        right = f.argmax(-1) == y.argmax(-1) if cross_entropy else ((f - y).abs() <= 0.5).all(-1)
+        # What is not a number is no answer.
+        return 1.0 - (right & f.isfinite().all(-1)).float().mean()
 
     return wrong
 

@@ -19,6 +19,8 @@ from .stacked import Networks
 MARKS = 20
 #: Losses below are 0: float32 has no more.
 FLOOR = 1e-12
+#: Gradients whose squares, summed, are finite in float32.
+LARGEST = 1e15
 #: Steps of the curvature's own batches before the first of the parameters.
 WARM = 8
 
@@ -381,6 +383,13 @@ class Rotated:
             for t, value in zip(to, values, strict=True):
                 t.copy_(value)
 
+    def _taken(self, g: Tensor) -> Tensor:
+        """0 for the class's own basis where a network has diverged: it raises on what has no eigenvectors."""
+        if self.method.kind != "class":
+            return g
+        size = g.abs().flatten(2).amax(2)[(..., *[None] * (g.dim() - 2))]
+        return torch.where(size < LARGEST, g, 0.0)
+
     def feed(self, h: list[Tensor]) -> None:
         """The diagonal of the Gauss-Newton matrix in the frame."""
         estimates = [t[i, j] for i in range(self.shape[0]) for t in h for j in range(self.shape[1])]
@@ -391,13 +400,12 @@ class Rotated:
         step, as an option.
         """
         inside = self.optimizer.param_groups[0].get("batch_size", 1.0)
-        for g, s in zip(self.gradients, samples, strict=True):
-            g.copy_(s.sum(2) / inside**0.5)
+        self._put(self.gradients, [self._taken(s.sum(2) / inside**0.5) for s in samples])
         self.optimizer.update_curvature()
 
     def step(self, share: float) -> None:
         """One step on the networks' gradients, at a share of the learning rate."""
-        self._put(self.gradients, self.frame.turn(self.networks.gradients))
+        self._put(self.gradients, [self._taken(g) for g in self.frame.turn(self.networks.gradients)])
         for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = lr * share
         self.optimizer.step()

@@ -170,10 +170,7 @@ class Images:
         found = {"score": validation, "validation_error": error, "curve": torch.stack(curve, -1)}
         if test:
             found["test"], found["test_error"] = self.evaluate(networks, *self.parts.test)
-        rows_of = {name: values.tolist() for name, values in found.items()}
-        records = [
-            [{name: of[i][j] for name, of in rows_of.items()} for j in range(len(seeds))] for i in range(len(points))
-        ]
+        records = networks.records(found)
         if test:
             method.inspect(optimizers, networks, records)
         return records

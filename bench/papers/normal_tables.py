@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import compare, jobs
 from .normalisers import BNPS, LAYERS, METHODS, METHODS_OF, NETS, SIZES, Normalised
-from .pictures import grid
+from .pictures import grid, pyplot, save
 from .quadrants import losses
-from .tables import aligned, compared, point, spread
+from .tables import aligned, compared, joined, point, spread
 
 if TYPE_CHECKING:
     from ..claims import Experiment
@@ -119,19 +119,12 @@ def text(experiments: dict[str, Experiment]) -> str:
             condition_rows(experiments),
         ),
     ]
-    for title, head, found in sections:
-        if rows := list(found):
-            parts += [title, aligned([head, *rows])]
-    return "\n\n".join(parts)
+    return joined(parts, sections)
 
 
 def draw(experiments: dict[str, Experiment], folder: Path) -> None:
     """Write what there is data for."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     known = {task: of for task, of in experiments.items() if any(of.get("report", m) for m in METHODS[task])}
     shown = [task for task in SHOWN if task in known] or list(known)
     if not known:
@@ -141,9 +134,7 @@ def draw(experiments: dict[str, Experiment], folder: Path) -> None:
         "curves": curves(plt, known, shown),
         "conditions": condition_curves(plt, known, shown),
     }
-    for name, figure in pictures.items():
-        figure.savefig(folder / f"bnp-{name}.png", dpi=90)
-        plt.close(figure)
+    save(plt, folder, {f"bnp-{name}": figure for name, figure in pictures.items()})
 
 
 def legend_of(figure: Any, *lines: dict[str, Any]) -> None:

@@ -280,10 +280,7 @@ class Normalising(Images):
         found["curve"] = torch.stack(curve, -1)
         if test:
             found["test"], found["test_error"] = training.evaluate(*self.parts.test)
-        of_all = {name: values.tolist() for name, values in found.items()}
-        records = [
-            [{name: of[i][j] for name, of in of_all.items()} for j in range(len(seeds))] for i in range(len(points))
-        ]
+        records = training.networks.records(found)
         for j, of in enumerate(conditions if test else ()):
             records[0][j]["conditions"] = of
         return records

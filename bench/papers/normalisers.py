@@ -36,7 +36,7 @@ class Normalised:
     #: Empty for none, a value of ``BNPS``, or one of ``LAYERS``.
     norm: str = ""
 
-    mode, is_default, usual = "", False, {}
+    is_default, usual = False, {}
     #: What a report has of the best point alone.
     of_best = ("curve", "conditions")
 

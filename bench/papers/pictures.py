@@ -27,11 +27,7 @@ HIGHEST = 5.0
 
 def draw(experiments: dict[str, Experiment], folder: Path) -> None:
     """Write what there is data for."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     overhead = folder / "overhead.json"
     per_step = json.loads(overhead.read_text())["ms"] if overhead.exists() else {}
     pictures = {"fop-steps": curves(plt, experiments, {}), "fop-hyper-lr": prices(plt, experiments)}
@@ -39,10 +35,23 @@ def draw(experiments: dict[str, Experiment], folder: Path) -> None:
         pictures["fop-time"] = curves(plt, experiments, per_step)
     if "fashion" in experiments:
         pictures["fop-spatial"] = preconditioners(plt, experiments["fashion"])
-    for name, figure in pictures.items():
-        if figure is not None:
-            figure.savefig(folder / f"{name}.png", dpi=100)
-            plt.close(figure)
+    save(plt, folder, {name: figure for name, figure in pictures.items() if figure is not None}, dpi=100)
+
+
+def pyplot() -> Any:
+    """matplotlib's, without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def save(plt: Any, folder: Path, figures: dict[str, Any], dpi: int = 90) -> None:
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=dpi)
+        plt.close(figure)
 
 
 def grid(plt: Any, rows: int, columns: int, **options: Any) -> Any:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import compare, jobs
-from .pictures import grid, legend
+from .pictures import grid, legend, pyplot, save
 from .rules import (
     BASES,
     BY_EPS,
     FORMATS,
+    GEODESIC,
     METHODS,
     OF_CLASS,
     POWERS,
@@ -26,7 +27,7 @@ from .rules import (
     USUAL,
     Rule,
 )
-from .tables import aligned, point, spread
+from .tables import aligned, joined, point, spread
 
 if TYPE_CHECKING:
     from ..claims import Experiment
@@ -64,13 +65,12 @@ def results(experiment: Experiment) -> Iterator[list[str]]:
         yield [*row, str(searched["count"])]
 
 
-def effects(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
-    """What changing the basis does to each rule, and what changing the power does in each basis."""
+def against(experiments: dict[str, Experiment], pairs: Sequence[tuple[Rule, Rule]]) -> Iterator[list[str]]:
+    """A row for every task: of each pair the loss of the first rule to that of the second."""
     for task, of in experiments.items():
-        bases = [ratio(losses(of, Rule(rule, basis)), losses(of, Rule(rule))) for basis in BASES[1:] for rule in THREE]
-        powers = [ratio(losses(of, Rule("GN^-1", basis)), losses(of, Rule("GN^-1/2", basis))) for basis in BASES]
-        if any((*bases, *powers)):
-            yield [task, *bases, *powers]
+        row = [ratio(losses(of, ours), losses(of, theirs)) for ours, theirs in pairs]
+        if any(row):
+            yield [task, *row]
 
 
 #: Draws of seeds for an interval of what is no mean over seeds.
@@ -112,62 +112,29 @@ def summary(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
         yield [task, *written, cosine, ", ".join(best)]
 
 
-def adam_against(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
-    """Adam's loss to that of each power in the same basis, and of the best of each in any basis."""
-    for task, of in experiments.items():
-        row = [
-            ratio(losses(of, Rule("Adam", basis)), losses(of, Rule(power, basis)))
-            for power in POWERS
-            for basis in BASES
-        ]
-        if any(row):
-            yield [task, *row]
-
-
-def against_sgd(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
-    """Every rule's loss to that of SGD with momentum."""
-    for task, of in experiments.items():
-        rules = itertools.product(BASES, THREE)
-        row = [ratio(losses(of, Rule(rule, basis)), losses(of, Rule("SGD"))) for basis, rule in rules]
-        if any(row):
-            yield [task, *row]
-
-
-def to_full(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
-    """Every rule's loss in the Kronecker basis to that in the full one."""
-    for task, of in experiments.items():
-        row = [ratio(losses(of, Rule(rule, "kronecker")), losses(of, Rule(rule, "full"))) for rule in THREE]
-        if any(row):
-            yield [task, *row]
-
-
 #: By which factor a loss may grow in a format before it counts.
 GROWN = 1.1
 
 
 def kept(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
-    """In how many cases, a task and a basis each, a format costs more than ``GROWN``, and the largest factor of the others."""
+    """In how many cases, a task and a basis each, a format costs more than ``GROWN``, and in how many anything beyond chance; the
+    range of the others.
+    """
     kinds = [(rule, kind, "best") for rule in THREE for kind in FORMATS]
-    for rule, kind, own in (*kinds, ("Adam", "usual, fp16", "usual")):
+    for (rule, kind, own), size in itertools.product((*kinds, ("Adam", "usual, fp16", "usual")), SIZES):
         pairs = (
             (losses(of, Rule(rule, basis), kind), losses(of, Rule(rule, basis), own))
-            for of in experiments.values()
+            for task, of in experiments.items()
             for basis in BASES
+            if task.endswith(size)
         )
-        found = [compare.paired(*pair, ratios=True).mean for pair in pairs if all(pair)]
-        grown = [x for x in found if not x <= GROWN]
-        others = [x for x in found if x <= GROWN]
+        found = [compare.paired(*pair, ratios=True) for pair in pairs if all(pair)]
+        # Of which there is no number has diverged.
+        grown, sure = ([of for of in found if not of[k] <= most] for k, most in ((0, GROWN), (1, 1.0)))
+        others = [of.mean for of in found if of.mean <= GROWN]
         if others:
-            yield [rule, kind, f"{len(grown)} of {len(found)}", f"{max(others):.3f}", f"{min(others):.3f}"]
-
-
-def dampings(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
-    """The relative damping's loss to that of eps, each tuned."""
-    for task, of in experiments.items():
-        row = [ratio(losses(of, Rule(rule.rule)), losses(of, rule)) for rule in BY_EPS]
-        if any(row):
-            cases = [of.get("report", rule) for rule in BY_EPS]
-            yield [task, *row, *(f"{case['points']['best']['eps']:.0e}" if case else "" for case in cases)]
+            counts = (f"{len(of)} of {len(found)}" for of in (grown, sure))
+            yield [rule, kind, size, *counts, f"{min(others):.3f}", f"{max(others):.3f}"]
 
 
 def fixed(experiments: dict[str, Experiment], rules: Sequence[Rule]) -> Iterator[list[str]]:
@@ -195,15 +162,6 @@ def fixed(experiments: dict[str, Experiment], rules: Sequence[Rule]) -> Iterator
                 yield [rule.name, size, f"{second.name} {at:.0e}", f"{mean:.2f}", f"{max(of_tasks):.3g}", str(most)]
 
 
-def of_class(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
-    """The class's own Kronecker basis and curvature to the harness's, which has estimates of single inputs."""
-    for task, of in experiments.items():
-        row = [ratio(losses(of, rule), losses(of, Rule(rule.rule, rule.basis))) for rule in OF_CLASS]
-        row += [ratio(losses(of, rule), losses(of, Rule(rule.rule))) for rule in OF_CLASS]
-        if any(row):
-            yield [task, *row]
-
-
 def sophias(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
     for task, of in experiments.items():
         for rule in SOPHIA:
@@ -218,7 +176,10 @@ def text(experiments: dict[str, Experiment]) -> str:
     for task, experiment in experiments.items():
         if rows := list(results(experiment)):
             parts.append(aligned([[f"{task}, {len(jobs.TASKS[task].reported)} seeds", *head], *rows]))
-    in_bases = [f"{rule} {basis}" for basis in BASES[1:] for rule in THREE]
+    in_bases = [(Rule(rule, basis), Rule(rule)) for basis in BASES[1:] for rule in THREE]
+    powers = [(Rule("GN^-1", basis), Rule("GN^-1/2", basis)) for basis in BASES]
+    adams = [(Rule("Adam", basis), Rule(power, basis)) for power in POWERS for basis in BASES]
+    all_rules = [Rule(rule, basis) for basis in BASES for rule in THREE]
     sections = [
         (
             "Factors between losses, geometric means: between bases of a rule, powers in a basis, Adam and each power in\n"
@@ -229,30 +190,39 @@ def text(experiments: dict[str, Experiment]) -> str:
         ),
         (
             "Loss in a basis to that in the coordinates, and of GN^-1 to GN^-1/2; 95 %, paired over seeds.",
-            ["task", *in_bases, *(f"powers, {basis}" for basis in BASES)],
-            effects(experiments),
+            ["task", *(ours.name for ours, _ in in_bases), *(f"powers, {ours.basis}" for ours, _ in powers)],
+            against(experiments, [*in_bases, *powers]),
         ),
         (
-            "Adam's loss to that of each power in the same basis; 95 %, paired over seeds.",
-            ["task", *(f"{power} {basis}" for power in POWERS for basis in BASES)],
-            adam_against(experiments),
+            "Adam's loss to that of each power in the same basis.",
+            ["task", *(theirs.name for _, theirs in adams)],
+            against(experiments, adams),
         ),
         (
             "Loss to that of SGD with momentum.",
-            ["task", *(f"{rule} {basis}" for basis in BASES for rule in THREE)],
-            against_sgd(experiments),
+            ["task", *(rule.name for rule in all_rules)],
+            against(experiments, [(rule, Rule("SGD")) for rule in all_rules]),
         ),
-        ("Loss in the Kronecker basis to that in the full one.", ["task", *THREE], to_full(experiments)),
         (
-            f"Cases, of a task and a basis, in which a format multiplies the loss by more than {GROWN}; of the others the\n"
-            f"range. usual: 1 - beta2 of {USUAL}.",
-            ["rule", "states", "grown", "most", "least"],
+            "Loss in the Kronecker basis to that in the full one.",
+            ["task", *THREE],
+            against(experiments, [(Rule(rule, "kronecker"), Rule(rule, "full")) for rule in THREE]),
+        ),
+        (
+            "Loss between the coordinates and the full basis to that in the coordinates.",
+            ["task", *(rule.name for rule in GEODESIC)],
+            against(experiments, [(rule, Rule(rule.rule)) for rule in GEODESIC]),
+        ),
+        (
+            f"Cases, of a task and a basis, in which a format multiplies the loss by more than {GROWN}, and at all\n"
+            f"beyond chance; the range of those that are not grown. usual: 1 - beta2 of {USUAL}.",
+            ["rule", "states", "batch", "grown", "beyond chance", "least", "most"],
             kept(experiments),
         ),
         (
-            "Loss with a relative damping to that with eps, each searched, in the coordinates; the best eps.",
-            ["task", *POWERS, *(f"eps of {power}" for power in POWERS)],
-            dampings(experiments),
+            "Loss with a relative damping to that with eps, each searched, in the coordinates.",
+            ["task", *POWERS],
+            against(experiments, [(Rule(rule.rule), rule) for rule in BY_EPS]),
         ),
         (
             "Factor by which the best mean loss of a search grows where the second hyper-parameter is fixed.",
@@ -262,23 +232,19 @@ def text(experiments: dict[str, Experiment]) -> str:
         (
             "Loss of the class's own Kronecker basis and curvature to that of the harness's, and to that in the coordinates.",
             ["task", *POWERS, *(f"{power} to coordinates" for power in POWERS)],
-            of_class(experiments),
+            against(
+                experiments,
+                [(rule, Rule(rule.rule, basis)) for basis in ("kronecker", "identity") for rule in OF_CLASS],
+            ),
         ),
         ("Sophia's loss to others' in the coordinates.", ["task", "", "to", "ratio"], sophias(experiments)),
     ]
-    for title, head, found in sections:
-        if rows := list(found):
-            parts += [title, aligned([head, *rows])]
-    return "\n\n".join(parts)
+    return joined(parts, sections)
 
 
 def draw(experiments: dict[str, Experiment], folder: Path) -> None:
     """Write what there is data for."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     known = {task: of for task, of in experiments.items() if of.get("report", Rule("SGD"))}
     if not known:
         return
@@ -290,9 +256,7 @@ def draw(experiments: dict[str, Experiment], folder: Path) -> None:
     }
     if tasks := [task for task in known if Rule("Adam", "full", SHARES[0]) in METHODS[task]]:
         pictures["geodesic"] = geodesics(plt, known, tasks)
-    for name, figure in pictures.items():
-        figure.savefig(folder / f"gauss-newton-{name}.png", dpi=90)
-        plt.close(figure)
+    save(plt, folder, {f"gauss-newton-{name}": figure for name, figure in pictures.items()})
 
 
 def panels(plt: Any, tasks: Sequence[str], **options: Any) -> Any:

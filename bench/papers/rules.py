@@ -13,6 +13,7 @@ from torch import nn
 
 import precond
 
+from .contenders import SECOND
 from .search import Axis, Point
 
 #: Of means of gradients, for every rule but SGD, which searches its momentum.
@@ -27,8 +28,7 @@ AXES = {
     ),
     "Adam": (
         dataclasses.replace(LR, start=0.0125),
-        # With 1 - beta2 far below 1 / steps a corrected second moment is the mean of all squares, whatever beta2 is.
-        Axis("one_minus_beta2", 0.01, 10.0, (-2, -1, 0, 1), lowest=(-3, 1e-5), highest=(2, 1.0)),
+        *SECOND["Adam"],
     ),
     "GN^-1": (LR, DAMPING),
     "GN^-1/2": (LR, DAMPING),
@@ -54,7 +54,7 @@ class Rule:
     kind: str = ""
 
     #: A rule is compared with all others, it has no base of its own and no default to price.
-    mode, is_default, usual = "", False, {}
+    is_default, usual = False, {}
     #: What a report has of the best point alone.
     of_best = ("curve", "cosine")
 

@@ -63,6 +63,13 @@ class Networks:
         """Which networks have finite parameters, (copies, seeds)."""
         return torch.stack([t.detach().isfinite().flatten(2).all(2) for t in self.stacked.values()]).all(0)
 
+    @staticmethod
+    def records(found: dict[str, Tensor]) -> list[list[dict[str, Any]]]:
+        """One for every copy and seed, of tensors (copies, seeds, ...)."""
+        lists = {name: values.tolist() for name, values in found.items()}
+        copies, seeds = next(iter(found.values())).shape[:2]
+        return [[{name: of[i][j] for name, of in lists.items()} for j in range(seeds)] for i in range(copies)]
+
     def backward(self, losses: Tensor) -> None:
         """Gradients of every network's loss, (copies, seeds). One that diverged has NaN of its own."""
         for buffer, g in zip(

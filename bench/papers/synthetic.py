@@ -330,10 +330,7 @@ class Synthetic:
             found["test_error"] = networks.each(wrong, *held_out)
             if angles is not None:
                 found["cosine"] = torch.stack(angles.taken, -1)
-        rows_of = {name: values.tolist() for name, values in found.items()}
-        return [
-            [{name: of[i][j] for name, of in rows_of.items()} for j in range(len(seeds))] for i in range(len(points))
-        ]
+        return networks.records(found)
 
 
 class Rotated:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import compare, contenders, jobs
@@ -236,6 +236,14 @@ def aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def joined(parts: list[str], sections: Iterable[tuple[str, list[str], Iterable[list[str]]]]) -> str:
+    """The parts, then under its title and its head each section that has rows."""
+    for title, head, found in sections:
+        if rows := list(found):
+            parts = [*parts, title, aligned([head, *rows])]
+    return "\n\n".join(parts)
 
 
 def text(experiments: dict[str, Experiment]) -> str:

@@ -33,6 +33,13 @@ class BNP(Wrapper):
         \hat g_{W,ij} = \frac{g_{W,ij} - \mu_j\, g_{b,i}}{q^2 s_j^2}, \qquad
         \hat g_{b,i} = \frac{g_{b,i}}{q^2} - \sum_j \hat g_{W,ij}\, \mu_j
 
+    The statistics are those of all rows, whose weight decays by rho a step, so that batches of one row have a variance too.
+    With mu_B and var_B of a batch, delta = mu_B - mu:
+
+    .. math::
+        \mathrm{var} \leftarrow \rho\, \mathrm{var} + (1 - \rho)\, (\mathrm{var}_B + \rho\, \delta^2), \qquad
+        \mu \leftarrow \mu + (1 - \rho)\, \delta
+
     This is P P^T g, with P the map from the parameters z of standardised inputs, z_W = q s W and z_b = q (b + W mu), to (W, b).
     The model's outputs do not change: hooks read the inputs of its layers, and the step transforms gradients. Layers are
     nn.Linear, with any leading dimensions, and nn.Conv1d, nn.Conv2d and nn.Conv3d. For a convolution mu and var are per input
@@ -68,7 +75,7 @@ class BNP(Wrapper):
     A step warns of layers that have a gradient although no input of theirs was ever seen.
 
     Source: Lange, Helfrich, Ye 2022, JMLR 23(72). The constants, and q for convolutions, are recalled from it, not
-    quoted: docs/theory.md, A.3, which also derives "direction" (A.3.5).
+    quoted: docs/theory.md, A.3, which also derives the term in delta^2 (A.3.3) and "direction" (A.3.5).
 
     Example:
         >>> import torch, precond

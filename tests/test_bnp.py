@@ -484,19 +484,39 @@ def test_only_training_with_gradients_is_counted():
     assert ends[0] == ends[1]
 
 
-def test_the_running_statistics_follow_the_formula():
+def test_the_running_statistics_are_those_of_all_rows_by_their_weights():
+    """Also of batches of one row, which have no variance of their own. The start is a batch of mean 0 and variance 1."""
     layer = nn.Linear(3, 2, dtype=F64)
     opt = precond.BNP(layer, torch.optim.SGD(layer.parameters()), stat_momentum=0.9)
-    mean, var = torch.zeros(3, dtype=F64), torch.ones(3, dtype=F64)
-    for seed in range(4):
-        x = inputs((7, 3), 1, seed)
+    sizes = (1, 1, 7, 2, 1)
+    rows, shares = [torch.tensor([[-1.0] * 3, [1.0] * 3], dtype=F64)], [torch.full((2,), 0.5 * 0.9 ** len(sizes))]
+    for seed, size in enumerate(sizes):
+        x = inputs((size, 3), 1, seed)
         opt.zero_grad()
         layer(input=x).sum().backward()
         opt.step()
-        mean = 0.9 * mean + 0.1 * x.mean(0)
-        var = 0.9 * var + 0.1 * x.var(0, correction=0)
-    torch.testing.assert_close(opt.own[layer.weight]["mean"], mean, rtol=1e-14, atol=1e-15)
-    torch.testing.assert_close(opt.own[layer.weight]["var"], var, rtol=1e-14, atol=1e-15)
+        rows.append(x)
+        shares.append(torch.full((size,), 0.1 / size * 0.9 ** (len(sizes) - 1 - seed)))
+    x, share = torch.cat(rows), torch.cat(shares).double()
+    share /= share.sum()
+    mean = share @ x
+    torch.testing.assert_close(opt.own[layer.weight]["mean"], mean, rtol=1e-7, atol=0.0)
+    torch.testing.assert_close(opt.own[layer.weight]["var"], share @ (x - mean).square(), rtol=1e-7, atol=0.0)
+
+
+def test_one_row_at_a_time_standardises_as_all_rows_do():
+    """Deviations of 0.01 to 100 around a mean of as much: the gradient of a stream is scaled by its variance."""
+    sigma = torch.logspace(-2, 2, 5, dtype=F64)
+    layer = nn.Linear(5, 1, dtype=F64)
+    opt = precond.BNP(layer, torch.optim.SGD(layer.parameters(), lr=0.0), eps1=0.0, eps2=1e-12)
+    draw = torch.Generator().manual_seed(3)
+    for x in sigma * (1.0 + torch.randn(3000, 1, 5, dtype=F64, generator=draw)):
+        opt.zero_grad()
+        layer(x).sum().backward()
+        opt.step()
+    own = opt.own[layer.weight]
+    torch.testing.assert_close(own["var"].sqrt() / sigma, torch.ones(5, dtype=F64), rtol=0.25, atol=0.0)
+    torch.testing.assert_close(own["mean"] / sigma, torch.ones(5, dtype=F64), rtol=0.25, atol=0.0)
 
 
 def test_micro_batches_are_one_batch():
@@ -541,7 +561,7 @@ def test_a_channel_that_is_not_finite_keeps_its_statistics():
         layer.weight.grad, layer.bias.grad = torch.ones(2, 3), torch.ones(2)
         opt.step()
     assert opt.own[layer.weight]["mean"].tolist() == [2.25, 1.5, 0.0]
-    assert opt.own[layer.weight]["var"].tolist() == [1.0, 1.0, 0.25]
+    assert opt.own[layer.weight]["var"].tolist() == [2.6875, 3.25, 0.25]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -17,12 +17,10 @@ from precond._wrappers.standardised import Coordinates, moved, scales, step_in_z
 
 from . import images, normalisers
 from .images import CHUNK, Data, Images
-from .normalisers import Normalised
+from .normalisers import CONSTANTS, LEAST, Normalised
 from .search import Point
 from .stacked import Networks
 
-#: The class's defaults.
-STAT_MOMENTUM, EPS1, EPS2 = 0.99, 1e-2, 1e-4
 #: torch's of BatchNorm and GroupNorm.
 EPS = 1e-5
 GROUPS = 4
@@ -138,6 +136,7 @@ class Training:
         # Of all networks one layer with a group for each, weight and bias: what Coordinates transforms in one call.
         self.merged = [parameter(t.detach().flatten(0, 2), g.flatten(0, 2)) for t, g in tensors[: 2 * len(layers)]]
         self.of_inputs = [self.start(layer.weight.shape[1]) for layer in layers]
+        self.least = torch.tensor([point.get("eps1", LEAST.start) for point in points])[:, None, None]
         #: The share of a batch in BatchNorm's statistics.
         self.running = torch.tensor([point.get("running", 0.0) for point in points])[:, None, None]
         self.of_norms = [self.start(norm.channels) for norm in module.norms if norm.kind == "BatchNorm"]
@@ -154,7 +153,7 @@ class Training:
         for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = lr * share
         pairs = zip(self.of_inputs, seen, strict=True)
-        self.of_inputs = [moved(*old, new, STAT_MOMENTUM) for old, new in pairs]
+        self.of_inputs = [moved(*old, new, CONSTANTS["stat_momentum"]) for old, new in pairs]
         with torch.no_grad():
             if self.method.norm == "BNP":
                 for of in self.coordinates():
@@ -174,7 +173,7 @@ class Training:
         found, rows = [], self.networks.module.rows
         of_layers = zip(self.merged[::2], self.merged[1::2], self.of_inputs, rows, strict=True)
         for weight, bias, (mean, var), count in of_layers:
-            s2, q2 = scales(weight, var, count, EPS1, EPS2)
+            s2, q2 = scales(weight, var, count, self.least, CONSTANTS["eps2"])
             found.append(Coordinates(weight, bias, mean.flatten(), s2.flatten(), q2))
         return found
 
@@ -217,7 +216,8 @@ class Training:
             network(x)
         for hook in hooks:
             hook.remove()
-        return [condition_numbers(layer, of) for layer, of in zip(module.layers, inputs, strict=True)]
+        eps1 = self.least[i].item()
+        return [condition_numbers(layer, of, eps1) for layer, of in zip(module.layers, inputs, strict=True)]
 
 
 def parameter(value: Tensor, grad: Tensor) -> nn.Parameter:
@@ -227,10 +227,10 @@ def parameter(value: Tensor, grad: Tensor) -> nn.Parameter:
     return p
 
 
-def condition_numbers(layer: nn.Module, x: Tensor) -> list[float]:
+def condition_numbers(layer: nn.Module, x: Tensor, eps1: float) -> list[float]:
     """Of the rows that a layer sees, as they are and with channels standardised as by BNP, whose taps share a scale."""
     var, mean = torch.var_mean(x, channel_dims(x), correction=0)
-    s2, _ = scales(layer.weight, var, len(x), EPS1, EPS2)
+    s2, _ = scales(layer.weight, var, len(x), eps1, CONSTANTS["eps2"])
     shape = (-1, *[1] * (x.dim() - 2))
     found = []
     for of in (x, (x - mean.view(shape)) / s2.sqrt().view(shape)):

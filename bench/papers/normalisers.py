@@ -19,9 +19,13 @@ MOMENTUM = 0.9
 AXES = {
     name: (Axis("lr", start, 4.0, (-2, -1, 0, 1, 2), halvings=1),) for name, start in (("SGD", 0.05), ("Adam", 0.005))
 }
-#: The momentum of BatchNorm's running statistics, torch's default in the middle: of batches of 1 to 8 they are the noisier, the
-#: larger it is. What BNP is compared with has as long a search as can help it; BNP has its defaults.
+#: The momentum of BatchNorm's running statistics, torch's default the first: of batches of 1 to 8 they are the noisier, the
+#: larger it is.
 RUNNING = Axis("running", 0.1, 10**0.5, (-2, -1, 0), highest=(2, 1.0))
+#: The least variance that BNP divides by, relative to the layer's largest; the default is the start.
+LEAST = Axis("eps1", 1e-2, 10.0, (-1, 0, 1), lowest=(-3, 0.0))
+#: The class's other defaults.
+CONSTANTS = {"stat_momentum": 0.99, "eps2": 1e-4}
 #: What BNP is around each optimizer. Adam undoes the scaling of a gradient, so around it BNP acts on the direction.
 BNPS = {"SGD": "BNP", "Adam": "BNP, direction"}
 #: Layers in the network, with parameters of their own.
@@ -36,7 +40,7 @@ class Normalised:
     #: Empty for none, a value of ``BNPS``, or one of ``LAYERS``.
     norm: str = ""
 
-    is_default, usual = False, {}
+    is_default = False
     #: What a report has of the best point alone.
     of_best = ("curve", "conditions")
 
@@ -50,7 +54,13 @@ class Normalised:
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        return (*AXES[self.base_optimizer], RUNNING) if self.norm == "BatchNorm" else AXES[self.base_optimizer]
+        second = (LEAST,) if self.is_bnp else (RUNNING,) if self.norm == "BatchNorm" else ()
+        return AXES[self.base_optimizer] + second
+
+    @property
+    def usual(self) -> dict[str, float]:
+        """BNP's default, at which the learning rate is searched too."""
+        return {LEAST.name: LEAST.start} if self.is_bnp else {}
 
     @property
     def is_bnp(self) -> bool:
@@ -64,13 +74,14 @@ class Normalised:
     def described(self) -> dict[str, Any]:
         axes = [dataclasses.asdict(axis) for axis in self.axes]
         momentum = {"momentum": MOMENTUM} if self.base_optimizer == "SGD" else {}
-        return json.loads(json.dumps({**dataclasses.asdict(self), "axes": axes, **momentum}))
+        constants = CONSTANTS if self.is_bnp else {}
+        return json.loads(json.dumps({**dataclasses.asdict(self), "axes": axes, **momentum, **constants}))
 
     def tried(self) -> None:
         return None
 
     def others(self, searched: dict[str, Any], base: dict[str, Any], priced: dict[str, Any] | None) -> dict[str, Point]:
-        return {}
+        return {"usual": searched["usual"]} if self.usual else {}
 
     def optimizer(self, parameters: Sequence[Sequence[nn.Parameter]], points: Sequence[Point]) -> torch.optim.Optimizer:
         """A group for each point."""

@@ -13,14 +13,19 @@ from .._core.precision import at_stated_precision
 
 
 def moved(mean: Tensor, var: Tensor, batch: tuple[Tensor, Tensor], momentum: float) -> tuple[Tensor, Tensor]:
-    """Running mean and variance after those of a batch. A channel of which the batch's are not finite keeps its own."""
-    finite = torch.isfinite(batch[0]) & torch.isfinite(batch[1])
-    new = (old.lerp(value, 1.0 - momentum) for old, value in zip((mean, var), batch, strict=True))
-    mean_now, var_now = (torch.where(finite, now, old) for now, old in zip(new, (mean, var), strict=True))
-    return mean_now, var_now
+    """Running mean and variance after those of a batch. A channel of which the batch's are not finite keeps its own.
+
+    They are those of all rows so far, by their weights. Without ``apart`` the variance of batches of one row would go to 0.
+    """
+    share = 1.0 - momentum
+    apart = batch[0] - mean
+    spread = batch[1].addcmul(apart, apart, value=momentum)
+    finite = torch.isfinite(batch[0]) & torch.isfinite(spread)
+    mean_now, var_now = mean.lerp(batch[0], share), var.lerp(spread, share)
+    return torch.where(finite, mean_now, mean), torch.where(finite, var_now, var)
 
 
-def scales(weight: Tensor, var: Tensor, rows: int, eps1: float, eps2: float) -> tuple[Tensor, float]:
+def scales(weight: Tensor, var: Tensor, rows: int, eps1: float | Tensor, eps2: float) -> tuple[Tensor, float]:
     """s^2 (..., C) and q^2 of a layer whose inputs have these variances (..., C), and so many rows a batch."""
     s2 = var + eps1 * var.amax(-1, keepdim=True) + eps2
     return s2, max(math.prod(weight.shape[1:]) / rows, 1.0)

@@ -15,7 +15,7 @@ from ._core.precision import at_stated_precision
 from ._wrappers.decays import check_direction, coupled_decays
 from ._wrappers.inputs import Inputs, Observer, add_seen, pooled, statistics_dtype
 from ._wrappers.layers import Layer, layers_of, plain_layers
-from ._wrappers.standardised import Coordinates, moved, scales, step_in_z
+from ._wrappers.standardised import Coordinates, moved, squared_q, squared_scales, step_in_z
 from ._wrappers.standardised import precondition_gradients as precondition_gradients
 from ._wrappers.wrapper import Wrapper
 
@@ -245,7 +245,7 @@ class BNP(Wrapper):
             self._make_statistics(weight, inputs.mean)
             own, batch = self.own[weight], (inputs.mean, inputs.squares / inputs.count)
             own["mean"], own["var"] = moved(own["mean"], own["var"], batch, self.stat_momentum)
-            own["rows"] = inputs.rows
+            own["rows"], own["samples"] = inputs.rows, inputs.samples
 
     def _make_entries(self) -> None:
         for weight, layer in self._layers.items():
@@ -256,7 +256,8 @@ class BNP(Wrapper):
     def _make_statistics(self, weight: Tensor, mean: Tensor) -> None:
         """Statistics of a layer that was not seen, unless it has some: they wait for its first input."""
         if not self._is_known(weight):
-            self.own[weight] = {"mean": torch.zeros_like(mean), "var": torch.ones_like(mean), "rows": 0}
+            start = {"mean": torch.zeros_like(mean), "var": torch.ones_like(mean)}
+            self.own[weight] = {**start, "rows": 0, "samples": 0}
 
     def _is_known(self, weight: Tensor) -> bool:
         return f"{self._start}rows" in (self.state.get(weight) or {})
@@ -301,8 +302,9 @@ class BNP(Wrapper):
                 raise RuntimeError(f"the gradient of {self._name_of(weight)} must be dense, got {weight.grad.layout}")
             own = self.own[weight]
             bias = layer.bias if layer.bias is not None and layer.bias.grad is not None else None
-            s2, q2 = scales(weight, own["var"], own["rows"], self.eps1, self.eps2)
-            yield Coordinates(weight, bias, own["mean"], s2, q2)
+            # A checkpoint from before samples counted has none.
+            q2 = squared_q(weight, own["rows"], own.get("samples", own["rows"]))
+            yield Coordinates(weight, bias, own["mean"], squared_scales(own["var"], self.eps1, self.eps2), q2)
 
     # What does nothing says so.
 

@@ -75,12 +75,12 @@ def columns(layer, values):
     return of_group.repeat_interleave(outputs // of_group.shape[0], 0)
 
 
-def explicit_p(mean, s, q):
-    """P for one output: U D / q in the variables (b, w)."""
+def explicit_p(mean, s):
+    """P for one output: U D in the variables (b, w)."""
     size = mean.numel() + 1
     U = torch.eye(size, dtype=F64)
     U[0, 1:] = -mean
-    return U @ torch.diag(torch.cat([torch.ones(1, dtype=F64), 1 / s])) / q
+    return U @ torch.diag(torch.cat([torch.ones(1, dtype=F64), 1 / s]))
 
 
 def loss_of(y):
@@ -91,9 +91,13 @@ def relative(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def expected_q2(layer, y):
-    """m / N with m the columns of the im2col matrix and N its rows, a row being a position of the output."""
-    return max(layer.weight[0].numel() * layer.weight.shape[0] / y.numel(), 1.0)
+def expected_q2(layer, x):
+    """m / n of n samples: rows of a dense layer, images of a convolution, whose losses sum over at least its positions."""
+    m = layer.weight[0].numel()
+    if layer.weight.dim() == 2:
+        return max(m * layer.weight.shape[1] / x.numel(), 1.0)
+    images = x if x.dim() == layer.weight.dim() else x[None]
+    return max(m / len(images), layer(images)[0, 0].numel())
 
 
 @layers
@@ -101,42 +105,38 @@ def test_a_step_of_sgd_is_p_p_transposed_g(name):
     layer, shape = layer_of(name)
     x = inputs(shape, channel_of(layer, shape))
     opt = precond.BNP(layer, torch.optim.SGD(layer.parameters(), lr=0.1), stat_momentum=0.0, eps1=0.02, eps2=1e-3)
-    y = layer(x)
-    loss_of(y).backward()
+    loss_of(layer(x)).backward()
     before = [p.detach().clone() for p in (layer.weight, layer.bias)]
     opt.step()
     mean, var = statistics(layer, x)
     s = (var + 0.02 * var.max() + 1e-3).sqrt()
-    q = math.sqrt(expected_q2(layer, y))
-    assert ("few_rows" in name or "one" in name) <= (q > 1)
+    q2 = expected_q2(layer, x)
+    assert ("few_rows" in name or "one" in name or "conv" in name) <= (q2 > 1)
     for i, (mu, scale) in enumerate(zip(columns(layer, mean), columns(layer, s), strict=True)):
-        P = explicit_p(mu, scale, q)
+        P = explicit_p(mu, scale)
         g = torch.cat([layer.bias.grad[i : i + 1], layer.weight.grad[i].flatten()])
         moved = torch.cat([(layer.bias - before[1])[i : i + 1], (layer.weight - before[0])[i].flatten()])
-        assert relative(moved, -0.1 * P @ P.T @ g) <= 1e-9
+        assert relative(moved, -0.1 / q2 * P @ P.T @ g) <= 1e-9
 
 
-def stepped_in_z(layer, x, mean, s, q, make, steps, penalty=0.0):
+def stepped_in_z(layer, x, mean, s, make, steps, penalty=0.0):
     """Any optimizer on z itself, where the layer sees standardised inputs; the parameters that z stands for."""
     shape = [1] * x.dim()
     shape[channel_of(layer, x.shape)] = -1
     standardised = (x - mean.view(shape)) / s.view(shape)
     mu, scale = (columns(layer, v).view_as(layer.weight) for v in (mean, s))
     weight, bias = layer.weight.detach(), layer.bias.detach()
-    zW = nn.Parameter(weight * scale * q)
-    zb = nn.Parameter((bias + (weight * mu).flatten(1).sum(1)) * q)
+    zW = nn.Parameter(weight * scale)
+    zb = nn.Parameter(bias + (weight * mu).flatten(1).sum(1))
 
     def p():
-        w = zW / (q * scale)
-        return w, zb / q - (w * mu).flatten(1).sum(1)
+        w = zW / scale
+        return w, zb - (w * mu).flatten(1).sum(1)
 
     opt = make([zW, zb])
     for _ in range(steps):
         opt.zero_grad()
-        if isinstance(layer, nn.Linear):
-            y = F.linear(standardised, zW / q, zb / q)
-        else:
-            y = layer._conv_forward(standardised, zW / q, zb / q)
+        y = F.linear(standardised, zW, zb) if isinstance(layer, nn.Linear) else layer._conv_forward(standardised, zW, zb)
         loss = loss_of(y)
         if penalty:
             loss = loss + penalty / 2 * sum(v.square().sum() for v in p())
@@ -145,11 +145,11 @@ def stepped_in_z(layer, x, mean, s, q, make, steps, penalty=0.0):
     return [v.detach() for v in p()], zW.detach()
 
 
-def frozen(layer, base, x, rows, **kwargs):
+def frozen(layer, base, x, **kwargs):
     """A BNP whose statistics are those of x and stay so."""
     opt = precond.BNP(layer, base, stat_momentum=1.0, **kwargs)
     mean, var = statistics(layer, x)
-    opt.own[layer.weight] = {"mean": mean, "var": var, "rows": rows}
+    opt.own[layer.weight] = {"mean": mean, "var": var, "rows": 1, "samples": 1}
     return opt, mean, (var + opt.eps1 * var.max() + opt.eps2).sqrt()
 
 
@@ -165,11 +165,12 @@ def train(layer, opt, x, steps):
 def test_steps_are_gradient_descent_on_standardised_inputs(name, compose):
     layer, shape = layer_of(name)
     x = inputs(shape, channel_of(layer, shape))
-    q = math.sqrt(expected_q2(layer, layer(x)))
-    start = copy.deepcopy(layer)
-    opt, mean, s = frozen(layer, torch.optim.SGD(layer.parameters(), lr=0.1), x, 1, compose=compose)
+    lr, start = 0.1, copy.deepcopy(layer)
+    opt, mean, s = frozen(layer, torch.optim.SGD(layer.parameters(), lr=lr), x, compose=compose)
     train(layer, opt, x, 5)
-    (weight, bias), _ = stepped_in_z(start, x, mean, s, q, lambda ps: torch.optim.SGD(ps, lr=0.1), 5)
+    if compose == "gradient":
+        lr /= expected_q2(layer, x)
+    (weight, bias), _ = stepped_in_z(start, x, mean, s, lambda ps: torch.optim.SGD(ps, lr=lr), 5)
     assert relative(layer.weight, weight) <= 1e-9
     assert relative(layer.bias, bias) <= 1e-9
     assert relative(start.bias, bias) > 1e-4
@@ -199,11 +200,10 @@ def test_a_direction_is_a_step_of_the_base_in_z(case, name):
     cls, kwargs, in_z, penalty = DIRECTIONS[case]
     layer, shape = layer_of(name)
     x = inputs(shape, channel_of(layer, shape))
-    q = math.sqrt(expected_q2(layer, layer(x)))
     start = copy.deepcopy(layer)
-    opt, mean, s = frozen(layer, cls(layer.parameters(), **kwargs), x, 1, compose="direction")
+    opt, mean, s = frozen(layer, cls(layer.parameters(), **kwargs), x, compose="direction")
     train(layer, opt, x, 6)
-    (weight, bias), zW = stepped_in_z(start, x, mean, s, q, lambda ps: cls(ps, **in_z), 6, penalty)
+    (weight, bias), zW = stepped_in_z(start, x, mean, s, lambda ps: cls(ps, **in_z), 6, penalty)
     assert relative(layer.weight, weight) <= 1e-9
     assert relative(layer.bias, bias) <= 1e-9
     assert torch.equal(layer.weight == 0, zW == 0)
@@ -225,7 +225,7 @@ def test_gradients_given_to_adam_keep_only_the_centring():
     for scale in (1.0, 100.0):
         torch.manual_seed(0)
         layer, shape = layer_of("linear", bias=False)
-        opt, _, _ = frozen(layer, torch.optim.Adam(layer.parameters(), eps=1e-30), inputs(shape, 1), 1)
+        opt, _, _ = frozen(layer, torch.optim.Adam(layer.parameters(), eps=1e-30), inputs(shape, 1))
         opt.own[layer.weight]["var"] = opt.own[layer.weight]["var"] * torch.linspace(1.0, scale, 5, dtype=F64)
         train(layer, opt, inputs(shape, 1), 1)
         ends.append(layer.weight.detach())
@@ -277,8 +277,8 @@ def test_p_brings_the_condition_number_near_the_best_scaling(case):
     opt.step()
     own = opt.own[layer.weight]
     extended = torch.cat([torch.ones(N, 1, dtype=F64), H], 1)
-    U = explicit_p(own["mean"], torch.ones(m, dtype=F64), 1.0)
-    P = explicit_p(own["mean"], own["var"].sqrt(), 1.0)
+    U = explicit_p(own["mean"], torch.ones(m, dtype=F64))
+    P = explicit_p(own["mean"], own["var"].sqrt())
     best = best_scaling(extended @ U)
     measured = [kappa(extended), kappa(extended @ U), kappa(extended @ P), best]
     *expected, varies = KAPPAS[case]
@@ -314,7 +314,7 @@ def test_least_squares_take_tens_of_steps_instead_of_billions():
     inv_q2=st.floats(1e-3, 1.0),
 )
 def test_every_transformed_gradient_is_an_ascent_direction(seed, shape, groups, decades, inv_q2):
-    """<g, P P^T g> is the square of P^T g."""
+    """<g, P P^T g / q^2> is the square of P^T g / q."""
     groups = groups if shape[0] % groups == 0 else 1
     generator = torch.Generator().manual_seed(seed)
 
@@ -354,9 +354,9 @@ def test_without_a_bias_to_move_only_the_division_is_left(name, compose):
     x = inputs(shape, 1)
     _, var = statistics(layer, x)
     s2 = var + 1e-2 * var.max() + 1e-4
-    y = layer(x)
-    loss_of(y).backward()
-    expected = -layer.weight.grad / (columns(layer, s2).view_as(layer.weight) * expected_q2(layer, y))
+    q2 = expected_q2(layer, x) if compose == "gradient" else 1.0
+    loss_of(layer(x)).backward()
+    expected = -layer.weight.grad / (columns(layer, s2).view_as(layer.weight) * q2)
     one = copy.deepcopy(layer)
     assert relative(moved_by(one, [one.weight], x, compose=compose)["weight"], expected) <= 1e-9
     two = copy.deepcopy(layer)
@@ -456,7 +456,10 @@ def test_the_forward_is_unchanged_to_the_bit():
 
 
 def snapshot(opt):
-    return [(tuple(w.shape), own["mean"].tolist(), own["var"].tolist(), own["rows"]) for w, own in opt.own.items()]
+    kept = ("rows", "samples")
+    return [
+        (tuple(w.shape), own["mean"].tolist(), own["var"].tolist(), *map(own.get, kept)) for w, own in opt.own.items()
+    ]
 
 
 def test_only_training_with_gradients_is_counted():
@@ -519,13 +522,14 @@ def test_one_row_at_a_time_standardises_as_all_rows_do():
     torch.testing.assert_close(own["mean"] / sigma, torch.ones(5, dtype=F64), rtol=0.25, atol=0.0)
 
 
-def test_micro_batches_are_one_batch():
+@pytest.mark.parametrize("name", ["linear_few_rows", "conv2d"])
+def test_micro_batches_are_one_batch(name):
     """Of different sizes, with the gradient of the whole."""
-    x = inputs((11, 40), 1)
+    x = inputs((11, *LAYERS[name][1][1:]), 1)
     ends = []
     for cuts in ([11], [1, 4, 6]):
         torch.manual_seed(0)
-        layer = nn.Linear(40, 3, dtype=F64)
+        layer, _ = layer_of(name)
         opt = precond.BNP(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
         for part in x.split(cuts):
             (loss_of(layer(part)) * len(part) / 11).backward()
@@ -534,7 +538,8 @@ def test_micro_batches_are_one_batch():
     for one, many in zip(ends[0][:2], ends[1][:2], strict=True):
         assert relative(many, one) <= 1e-12
     assert relative(ends[1][2]["var"], ends[0][2]["var"]) <= 1e-12
-    assert ends[1][2]["rows"] == 11
+    assert ends[1][2]["samples"] == 11
+    assert ends[1][2]["rows"] == layer(x).numel() // len(layer.weight)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -751,7 +756,8 @@ def test_replicas_pool_their_statistics(tmp_path):
     code = """
 def steps(x, group):
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(30, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    head = torch.nn.Unflatten(1, (3, 10)), torch.nn.Conv1d(3, 4, 3), torch.nn.Tanh(), torch.nn.Flatten()
+    net = torch.nn.Sequential(*head, torch.nn.Linear(32, 2)).double()
     opt = precond.BNP(net, torch.optim.SGD(net.parameters(), lr=0.1), process_group=group)
     for rows in x.unbind():
         opt.zero_grad()

@@ -35,14 +35,17 @@ def of_bnp(optimizer: str) -> Normalised:
     return Normalised(optimizer, BNPS[optimizer])
 
 
-def against(experiment: Experiment, ours: Normalised, theirs: Normalised) -> list[str]:
-    """The ratio of losses and the difference of errors in points, paired over seeds; empty without reports."""
-    if theirs not in METHODS[experiment.task]:
+def against(experiment: Experiment, ours: Normalised, theirs: Normalised, kind: str = "best") -> list[str]:
+    """The ratio of losses and the difference of errors in points, paired over seeds; empty without reports.
+
+    ``kind``: of ours, to the best of theirs.
+    """
+    if theirs not in METHODS[experiment.task] or (ours, kind) == (theirs, "best"):
         return [""] * len(WHAT)
     case, other = experiment.get("report", ours), experiment.get("report", theirs)
-    if not case or not other or ours == theirs:
+    if not case or not other:
         return [""] * len(WHAT)
-    return [str(compared(experiment, what, case, "best", other, "best") or "") for what in WHAT]
+    return [str(compared(experiment, what, case, kind, other, "best") or "") for what in WHAT]
 
 
 def results(experiment: Experiment) -> Iterator[list[str]]:
@@ -50,22 +53,22 @@ def results(experiment: Experiment) -> Iterator[list[str]]:
         case, searched = experiment.get("report", method), experiment.get("search", method)
         if not case or not searched:
             continue
-        row = [
-            method.name,
-            point(case["points"]["best"]),
-            spread(losses(experiment, method)),
-            percent(experiment, method),
-        ]
-        yield [*row, *against(experiment, method, Normalised(method.base)), str(searched["count"])]
+        for kind in case["points"]:
+            row = [
+                method.name if kind == "best" else f"{method.name}, default eps1",
+                point(case["points"][kind]),
+                spread(losses(experiment, method, kind)),
+                percent(errors(experiment, method, kind)),
+            ]
+            yield [*row, *against(experiment, method, Normalised(method.base), kind), str(searched["count"])]
 
 
-def errors(experiment: Experiment, method: Normalised) -> list[float]:
+def errors(experiment: Experiment, method: Normalised, kind: str = "best") -> list[float]:
     """In per cent, of every seed. One that diverged has some too."""
-    return [100 * x for x in losses(experiment, method, what="test_error") if x is not None]
+    return [100 * x for x in losses(experiment, method, kind, "test_error") if x is not None]
 
 
-def percent(experiment: Experiment, method: Normalised) -> str:
-    found = errors(experiment, method)
+def percent(found: Sequence[float]) -> str:
     return f"{statistics.fmean(found):.1f} +- {statistics.stdev(found):.1f}"
 
 
@@ -75,6 +78,16 @@ def summary(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
         pairs = [against(of, of_bnp(optimizer), Normalised(optimizer, norm)) for norm in ("", *LAYERS)]
         if any(map(any, pairs)):
             yield [optimizer, task, *itertools.chain(*pairs)]
+
+
+def defaults(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    """BNP with the default eps1, and what a search of it gains."""
+    for optimizer, (task, of) in itertools.product(BNPS, experiments.items()):
+        ours = of_bnp(optimizer)
+        if case := of.get("report", ours):
+            searched = f"{case['points']['best']['eps1']:g}"
+            pairs = [against(of, ours, theirs, "usual") for theirs in (Normalised(optimizer), ours)]
+            yield [optimizer, task, searched, *itertools.chain(*pairs)]
 
 
 def conditions(experiment: Experiment, method: Normalised) -> list[list[list[float]]]:
@@ -112,6 +125,11 @@ def text(experiments: dict[str, Experiment]) -> str:
             "95 %, paired over seeds.",
             ["BNP around", "task", *kinds],
             summary(experiments),
+        ),
+        (
+            "BNP with its default eps1 of 1e-2, to the plain optimizer and to BNP with eps1 searched.",
+            ["BNP around", "task", "eps1 searched", *(f"{what} to {of}" for of in ("plain", "searched") for what in WHAT)],
+            defaults(experiments),
         ),
         (
             "Condition numbers of each layer's extended inputs, as they are > as BNP sees them; geometric means of seeds.",

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import precond
-from precond._wrappers.standardised import Coordinates, moved, scales, step_in_z
+from precond._wrappers.standardised import Coordinates, moved, squared_q, squared_scales, step_in_z
 
 from . import images, normalisers
 from .images import CHUNK, Data, Images
@@ -69,8 +69,8 @@ class Net(nn.Module):
             # The mean takes it off again: its gradient is rounding, of which Adam makes whole steps.
             layer.bias = None
         self.norms = nn.ModuleList(Norm(norm, count) for count in channels if norm)
-        #: Of every layer in the last forward: images times positions, a number, which vmap does not return.
-        self.rows: list[int] = []
+        #: Of every layer in the last forward: images times positions, and images. Numbers, which vmap does not return.
+        self.rows: list[tuple[int, int]] = []
 
     def forward(
         self, x: Tensor, given: Sequence[Moments] | None = None, observe: bool = False
@@ -86,7 +86,7 @@ class Net(nn.Module):
                 var, mean = torch.var_mean(x.detach(), channel_dims(x), correction=0)
                 seen.append((mean, var))
             x = layer(x)
-            rows.append(x.numel() // layer.weight.shape[0])
+            rows.append((x.numel() // layer.weight.shape[0], len(x)))
             if k < len(self.norms):
                 x, of_batch = self.norms[k](x, given[k] if given else None)
                 if of_batch is not None:
@@ -172,9 +172,9 @@ class Training:
         """Of every layer, all networks together."""
         found, rows = [], self.networks.module.rows
         of_layers = zip(self.merged[::2], self.merged[1::2], self.of_inputs, rows, strict=True)
-        for weight, bias, (mean, var), count in of_layers:
-            s2, q2 = scales(weight, var, count, self.least, CONSTANTS["eps2"])
-            found.append(Coordinates(weight, bias, mean.flatten(), s2.flatten(), q2))
+        for weight, bias, (mean, var), of_batch in of_layers:
+            s2 = squared_scales(var, self.least, CONSTANTS["eps2"])
+            found.append(Coordinates(weight, bias, mean.flatten(), s2.flatten(), squared_q(weight, *of_batch)))
         return found
 
     def put(self, gradients: dict[Tensor, Tensor]) -> None:
@@ -230,7 +230,7 @@ def parameter(value: Tensor, grad: Tensor) -> nn.Parameter:
 def condition_numbers(layer: nn.Module, x: Tensor, eps1: float) -> list[float]:
     """Of the rows that a layer sees, as they are and with channels standardised as by BNP, whose taps share a scale."""
     var, mean = torch.var_mean(x, channel_dims(x), correction=0)
-    s2, _ = scales(layer.weight, var, len(x), eps1, CONSTANTS["eps2"])
+    s2 = squared_scales(var, eps1, CONSTANTS["eps2"])
     shape = (-1, *[1] * (x.dim() - 2))
     found = []
     for of in (x, (x - mean.view(shape)) / s2.sqrt().view(shape)):

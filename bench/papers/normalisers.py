@@ -26,6 +26,8 @@ RUNNING = Axis("running", 0.1, 10**0.5, (-2, -1, 0), highest=(2, 1.0))
 LEAST = Axis("eps1", 1e-2, 10.0, (-1, 0, 1), lowest=(-3, 0.0))
 #: The class's other defaults.
 CONSTANTS = {"stat_momentum": 0.99, "eps2": 1e-4}
+#: What the class divides a layer's gradient by, beside s^2. A direction has none.
+Q2 = {"BNP": "max(m, rows) / samples", "BNP, direction": "1"}
 #: What BNP is around each optimizer. Adam undoes the scaling of a gradient, so around it BNP acts on the direction.
 BNPS = {"SGD": "BNP", "Adam": "BNP, direction"}
 #: Layers in the network, with parameters of their own.
@@ -74,7 +76,7 @@ class Normalised:
     def described(self) -> dict[str, Any]:
         axes = [dataclasses.asdict(axis) for axis in self.axes]
         momentum = {"momentum": MOMENTUM} if self.base_optimizer == "SGD" else {}
-        constants = CONSTANTS if self.is_bnp else {}
+        constants = {**CONSTANTS, "q2": Q2[self.norm]} if self.is_bnp else {}
         return json.loads(json.dumps({**dataclasses.asdict(self), "axes": axes, **momentum, **constants}))
 
     def tried(self) -> None:

@@ -19,9 +19,13 @@ _CHUNK = 1 << 17
 
 @dataclasses.dataclass
 class Inputs:
-    """What a layer has seen since the last step: the rows of its outputs, and the moments of ``count`` values per channel."""
+    """What a layer has seen since the last step: the rows of its outputs, and the moments of ``count`` values per channel.
+
+    Samples are what a loss is a mean of: images of a convolution, rows of any other layer.
+    """
 
     rows: int
+    samples: int
     count: int
     mean: Tensor
     squares: Tensor  # sum of squared deviations from the mean
@@ -33,7 +37,7 @@ class Inputs:
         delta = other.mean - self.mean
         self.mean = self.mean + delta * (other.count / total)
         self.squares = self.squares + other.squares + delta.square() * (self.count * other.count / total)
-        self.rows, self.count = self.rows + other.rows, total
+        self.rows, self.samples, self.count = self.rows + other.rows, self.samples + other.samples, total
 
 
 class Observer:
@@ -123,7 +127,9 @@ def add_seen(pending: dict[Tensor, Inputs], weight: Tensor, x: Tensor, output: T
     if x.numel() == 0 or (recomputed and known is not None and not known.recomputed):
         return
     count, mean, squares = moments(x.detach(), x.dim() + 1 - weight.dim(), statistics_dtype(weight))
-    inputs = Inputs(output.numel() // weight.shape[0], count, mean, squares, recomputed)
+    rows = output.numel() // weight.shape[0]
+    images = len(x) if x.dim() == weight.dim() else 1
+    inputs = Inputs(rows, images if weight.dim() > 2 else rows, count, mean, squares, recomputed)
     if known is None:
         pending[weight] = inputs
     else:
@@ -135,21 +141,21 @@ def pooled(pending: dict[Tensor, Inputs], layers: dict[Tensor, Layer], process_g
     """What all processes have seen, in one reduction of sums in float64."""
     sums = []
     for weight, layer in layers.items():
-        part = torch.zeros(2 + 2 * layer.channels, dtype=torch.float64, device=weight.device)
+        part = torch.zeros(3 + 2 * layer.channels, dtype=torch.float64, device=weight.device)
         if (inputs := pending.get(weight)) is not None:
             mean = inputs.mean.double()
-            part[0], part[1] = inputs.rows, inputs.count
-            part[2:] = torch.cat([mean, inputs.squares / inputs.count + mean.square()]) * inputs.count
+            part[:3] = torch.tensor([inputs.rows, inputs.samples, inputs.count])
+            part[3:] = torch.cat([mean, inputs.squares / inputs.count + mean.square()]) * inputs.count
         sums.append(part)
     total = torch.cat(sums)
     torch.distributed.all_reduce(total, group=process_group)
     found, begin = {}, 0
     for weight, layer in layers.items():
-        part, begin = total[begin : begin + 2 + 2 * layer.channels], begin + 2 + 2 * layer.channels
-        rows, count = (int(n) for n in part[:2].tolist())
+        part, begin = total[begin : begin + 3 + 2 * layer.channels], begin + 3 + 2 * layer.channels
+        rows, samples, count = (int(n) for n in part[:3].tolist())
         if count:
-            mean, square = (part[2:] / count).view(2, -1)
+            mean, square = (part[3:] / count).view(2, -1)
             squares = (square - mean.square()).clamp_min(0.0) * count
             dtype = statistics_dtype(weight)
-            found[weight] = Inputs(rows, count, mean.to(dtype), squares.to(dtype), False)
+            found[weight] = Inputs(rows, samples, count, mean.to(dtype), squares.to(dtype), False)
     return found

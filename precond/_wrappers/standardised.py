@@ -25,14 +25,18 @@ def moved(mean: Tensor, var: Tensor, batch: tuple[Tensor, Tensor], momentum: flo
     return torch.where(finite, mean_now, mean), torch.where(finite, var_now, var)
 
 
-def scales(weight: Tensor, var: Tensor, rows: int, eps1: float | Tensor, eps2: float) -> tuple[Tensor, float]:
-    """s^2 (..., C) and q^2 of a layer whose inputs have these variances (..., C), and so many rows a batch."""
-    s2 = var + eps1 * var.amax(-1, keepdim=True) + eps2
-    return s2, max(math.prod(weight.shape[1:]) / rows, 1.0)
+def squared_scales(var: Tensor, eps1: float | Tensor, eps2: float) -> Tensor:
+    """s^2 of inputs with these variances (..., C)."""
+    return var + eps1 * var.amax(-1, keepdim=True) + eps2
+
+
+def squared_q(weight: Tensor, rows: int, samples: int) -> float:
+    """q^2 of a layer with so many rows in a batch of so many samples: docs/theory.md, A.3.4."""
+    return max(math.prod(weight.shape[1:]), rows) / samples
 
 
 class Coordinates:
-    """A layer in the variables z = P^-1 p: z_W = q s W and z_b = q (b + W mu)."""
+    """A layer in the variables z = P^-1 p: z_W = s W and z_b = b + W mu."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, mean: Tensor, s2: Tensor, q2: float) -> None:
         self.weight, self.bias, self.mean, self.s2, self.q2 = weight, bias, mean, s2, q2
@@ -46,7 +50,7 @@ class Coordinates:
 
     @at_stated_precision
     def gradients(self) -> dict[Tensor, Tensor]:
-        """P P^T g."""
+        """P P^T g / q^2."""
         assert self.weight.grad is not None
         bias_grad = None if self.bias is None else self.bias.grad
         return self._named(
@@ -54,17 +58,14 @@ class Coordinates:
         )
 
     def _columns(self) -> tuple[Tensor, Tensor]:
-        """mu and q s in a shape that meets the weight's."""
-        scale = self.s2.sqrt() * math.sqrt(self.q2)
-        return _per_column(self.mean, self.weight), _per_column(scale, self.weight)
+        """mu and s in a shape that meets the weight's."""
+        return _per_column(self.mean, self.weight), _per_column(self.s2.sqrt(), self.weight)
 
     @at_stated_precision
     def z(self) -> dict[Tensor, Tensor]:
         """P^-1 p."""
         mean, scale = self._columns()
-        centred = None
-        if self.bias is not None:
-            centred = (self.bias + _row_sums(self.weight, mean)) * math.sqrt(self.q2)
+        centred = None if self.bias is None else self.bias + _row_sums(self.weight, mean)
         return self._named((self.weight * scale, centred))
 
     @at_stated_precision
@@ -74,7 +75,7 @@ class Coordinates:
         if self.bias is None:
             return {self.weight: g[self.weight] / scale}
         centred = torch.addcmul(g[self.weight], _per_row(g[self.bias], self.weight), mean, value=-1.0)
-        return {self.weight: centred.div_(scale), self.bias: g[self.bias] / math.sqrt(self.q2)}
+        return {self.weight: centred.div_(scale), self.bias: g[self.bias].clone()}
 
     @at_stated_precision
     def move(self, p: dict[Tensor, Tensor], z: dict[Tensor, Tensor]) -> None:
@@ -85,8 +86,7 @@ class Coordinates:
         # z_W is 0 exactly where W is, and an L1 decay of base sets exact zeros.
         self.weight.copy_((p[self.weight] + step).masked_fill_(zero, 0.0))
         if self.bias is not None:
-            moved = (self.bias - z[self.bias]) / math.sqrt(self.q2) - _row_sums(step, mean)
-            self.bias.copy_(p[self.bias] + moved)
+            self.bias.copy_(p[self.bias] + (self.bias - z[self.bias]) - _row_sums(step, mean))
 
 
 def step_in_z(
@@ -118,7 +118,7 @@ def step_in_z(
 def precondition_gradients(
     gW: Tensor, gb: Tensor | None, mean: Tensor, inv_s2: Tensor, inv_q2: float
 ) -> tuple[Tensor, Tensor | None]:
-    """P P^T g for gradients of a weight (O, C / groups, ...) and a bias (O), from statistics (C): docs/theory.md, A.3.3.
+    """P P^T g / q^2 for gradients of a weight (O, C / groups, ...) and a bias (O), from statistics (C): docs/theory.md, A.3.3.
 
     Without a bias gradient it is a division. In float32 on the CPU it is one pass in C++.
     """

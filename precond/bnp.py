@@ -25,10 +25,10 @@ T = TypeVar("T")
 class BNP(Wrapper):
     r"""Batch normalisation preconditioning: gives any optimizer gradients as if the inputs of each layer were standardised.
 
-    For a layer with m inputs of running mean mu and variance var, and a batch of N rows:
+    For a layer with m inputs of running mean mu and variance var, and a batch of n samples with N rows:
 
     .. math::
-        s_j^2 = \mathrm{var}_j + \epsilon_1 \max_k \mathrm{var}_k + \epsilon_2, \qquad q^2 = \max(m / N, 1)
+        s_j^2 = \mathrm{var}_j + \epsilon_1 \max_k \mathrm{var}_k + \epsilon_2, \qquad q^2 = \max(m, N) / n
 
         \hat g_{W,ij} = \frac{g_{W,ij} - \mu_j\, g_{b,i}}{q^2 s_j^2}, \qquad
         \hat g_{b,i} = \frac{g_{b,i}}{q^2} - \sum_j \hat g_{W,ij}\, \mu_j
@@ -40,11 +40,11 @@ class BNP(Wrapper):
         \mathrm{var} \leftarrow \rho\, \mathrm{var} + (1 - \rho)\, (\mathrm{var}_B + \rho\, \delta^2), \qquad
         \mu \leftarrow \mu + (1 - \rho)\, \delta
 
-    This is P P^T g, with P the map from the parameters z of standardised inputs, z_W = q s W and z_b = q (b + W mu), to (W, b).
+    This is P P^T g / q^2, with P the map from the parameters z of standardised inputs, z_W = s W and z_b = b + W mu, to (W, b).
     The model's outputs do not change: hooks read the inputs of its layers, and the step transforms gradients. Layers are
-    nn.Linear, with any leading dimensions, and nn.Conv1d, nn.Conv2d and nn.Conv3d. For a convolution mu and var are per input
-    channel, m is the channels of a group times the taps, and N is the number of output positions. A layer without a bias that
-    ``base`` updates cannot be centred; it is only scaled. All other parameters, and layers that were never seen in training,
+    nn.Linear, with any leading dimensions, where n = N, and nn.Conv1d, nn.Conv2d and nn.Conv3d. For a convolution mu and var are
+    per input channel, m is the channels of a group times the taps, N is the number of output positions and n that of images. A
+    layer without a bias that ``base`` updates cannot be centred; it is only scaled. All other parameters, and layers that were never seen in training,
     take the plain step of ``base``.
 
     Inputs count when the layer is in training mode and gradients are enabled. All inputs since the last step are pooled as one
@@ -57,10 +57,10 @@ class BNP(Wrapper):
         stat_momentum: rho in [0, 1], decay rate of the running mean and variance (default 0.99; 1 freezes them).
         eps1: epsilon_1 >= 0, relative to the largest variance of the layer (default 1e-2).
         eps2: epsilon_2 > 0, absolute (default 1e-4).
-        compose: "gradient" (default) gives ``base`` the transformed gradient P P^T g. "direction" lets ``base`` step in z, on the
-            gradient P^T g. For SGD without momentum both are the same. Adam undoes any scaling of its input, so with "gradient"
-            only the centring has an effect on it. "direction" needs float32 or float64 parameters, three copies of them during
-            a step, and a ``base`` without averages (``ema_decay``, schedule-free).
+        compose: "gradient" (default) gives ``base`` the transformed gradient P P^T g / q^2, for SGD and momentum. "direction" lets
+            ``base`` step in z, on the gradient P^T g, without q. It is for Adam, which undoes any scaling of its input: with
+            "gradient" only the centring has an effect on it. It needs float32 or float64 parameters, three copies of them
+            during a step, and a ``base`` without averages (``ema_decay``, schedule-free).
         process_group: the ``torch.distributed`` processes that train replicas (DDP). Their statistics are pooled; without that
             the replicas drift apart. None (default): one process. Neither copied nor pickled.
 
@@ -69,13 +69,13 @@ class BNP(Wrapper):
         ValueError: an argument is out of range, ``base`` averages weights with ``compose="direction"``, the module has no such
             layer, a layer is lazy or sharded, or layers that share a weight differ in their numbers of input channels.
 
-    State: per weight, "bnp_mean" (starts at 0), "bnp_var" (starts at 1) and "bnp_rows" (the N of the last step; 0: not seen),
-    among the states of ``base``. ``own[weight]`` has them without the prefix.
+    State: per weight, "bnp_mean" (starts at 0), "bnp_var" (starts at 1), "bnp_rows" and "bnp_samples" (N and n of the last step;
+    0: not seen), among the states of ``base``. ``own[weight]`` has them without the prefix.
 
     A step warns of layers that have a gradient although no input of theirs was ever seen.
 
-    Source: Lange, Helfrich, Ye 2022, JMLR 23(72). The constants, and q for convolutions, are recalled from it, not
-    quoted: docs/theory.md, A.3, which also derives the term in delta^2 (A.3.3) and "direction" (A.3.5).
+    Source: Lange, Helfrich, Ye 2022, JMLR 23(72), whose constants are recalled, not quoted. The term in delta^2, q of
+    convolutions and "direction" are derived: docs/theory.md, A.3.3 to A.3.5.
 
     Example:
         >>> import torch, precond

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import compare, jobs
-from .normalisers import BNPS, LAYERS, METHODS, METHODS_OF, NETS, SIZES, Normalised
+from .normalisers import BNPS, LAYERS, METHODS, METHODS_OF, NETS, OF_ROWS, SIZES, Normalised
 from .pictures import grid, pyplot, save
 from .quadrants import losses
 from .tables import aligned, compared, joined, point, spread
@@ -23,6 +23,8 @@ COLOURS = {"none": "#94a3b8", "BNP": "#c2410c", "BatchNorm": "#2563eb", "GroupNo
 OF_LAYERS = ("#0f172a", "#c2410c", "#0f766e", "#7c3aed")
 #: In pictures of trainings: the smallest and the largest batch, and the single pass.
 SHOWN = tuple(task for task in METHODS if task.endswith(("-1", "-8")) or task.startswith("online"))
+#: What a report has, beside the best point of a search.
+KINDS = {"best": [], "usual": ["default eps1"], "swapped": ["default eps1, plain lr"]}
 #: What is compared: the loss as a ratio, errors as a difference.
 WHAT = ("test", "error")
 
@@ -55,7 +57,7 @@ def results(experiment: Experiment) -> Iterator[list[str]]:
             continue
         for kind in case["points"]:
             row = [
-                method.name if kind == "best" else f"{method.name}, default eps1",
+                ", ".join([method.name, *KINDS[kind]]),
                 point(case["points"][kind]),
                 spread(losses(experiment, method, kind)),
                 percent(errors(experiment, method, kind)),
@@ -73,21 +75,31 @@ def percent(found: Sequence[float]) -> str:
 
 
 def summary(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
-    """BNP against the plain optimizer and against layers in the network."""
+    """BNP as it comes against the plain optimizer and against layers in the network."""
     for optimizer, (task, of) in itertools.product(BNPS, experiments.items()):
-        pairs = [against(of, of_bnp(optimizer), Normalised(optimizer, norm)) for norm in ("", *LAYERS)]
+        pairs = [against(of, of_bnp(optimizer), Normalised(optimizer, norm), "usual") for norm in ("", *LAYERS)]
         if any(map(any, pairs)):
             yield [optimizer, task, *itertools.chain(*pairs)]
 
 
 def defaults(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
-    """BNP with the default eps1, and what a search of it gains."""
+    """What a search of eps1 gains over the default; around Adam also what its own learning rate loses."""
     for optimizer, (task, of) in itertools.product(BNPS, experiments.items()):
         ours = of_bnp(optimizer)
         if case := of.get("report", ours):
             searched = f"{case['points']['best']['eps1']:g}"
-            pairs = [against(of, ours, theirs, "usual") for theirs in (Normalised(optimizer), ours)]
-            yield [optimizer, task, searched, *itertools.chain(*pairs)]
+            for kind in [kind for kind in case["points"] if kind != "best"]:
+                pairs = [against(of, ours, theirs, kind) for theirs in (ours, Normalised(optimizer))]
+                lr = case["points"][kind]["lr"]
+                yield [optimizer, task, searched, *KINDS[kind], f"{lr:.2g}", *itertools.chain(*pairs)]
+
+
+def of_rows(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    """What q of images is for, beside q of rows."""
+    for task, of in experiments.items():
+        if OF_ROWS in METHODS[task] and of.get("report", OF_ROWS):
+            pairs = [against(of, of_bnp("SGD"), OF_ROWS), against(of, OF_ROWS, Normalised("SGD"))]
+            yield [task, *itertools.chain(*pairs)]
 
 
 def conditions(experiment: Experiment, method: Normalised) -> list[list[list[float]]]:
@@ -112,24 +124,32 @@ def condition_rows(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
                 yield [task, method.name, *(end.rstrip(",") for end in ends)]
 
 
+def both(*others: str) -> list[str]:
+    return [f"{what} to {other}" for other in others for what in ("loss", "errors")]
+
+
 def text(experiments: dict[str, Experiment]) -> str:
     parts = []
     head = ["hyper-parameters", "test loss", "errors, %", "loss to plain", "errors to plain", "points"]
     for task, experiment in experiments.items():
         if rows := list(results(experiment)):
             parts.append(aligned([[f"{task}, {len(jobs.TASKS[task].reported)} seeds", *head], *rows]))
-    kinds = [f"{what} to {norm}" for norm in ("plain", *LAYERS) for what in ("loss", "errors")]
     sections = [
         (
-            "BNP to the plain optimizer and to layers in the network: ratio of losses, difference of errors in points;\n"
-            "95 %, paired over seeds.",
-            ["BNP around", "task", *kinds],
+            "BNP with its default eps1 of 1e-2 to the plain optimizer and to layers in the network: ratio of losses,\n"
+            "difference of errors in points; 95 %, paired over seeds.",
+            ["BNP around", "task", *both("plain", *LAYERS)],
             summary(experiments),
         ),
         (
-            "BNP with its default eps1 of 1e-2, to the plain optimizer and to BNP with eps1 searched.",
-            ["BNP around", "task", "eps1 searched", *(f"{what} to {of}" for of in ("plain", "searched") for what in WHAT)],
+            "That to BNP with eps1 searched; around Adam also with the best learning rate of Adam alone.",
+            ["BNP around", "task", "eps1 searched", "", "lr", *both("searched", "plain")],
             defaults(experiments),
+        ),
+        (
+            "Around SGD, eps1 searched: q^2 = max(m, rows) / samples of convolutions to max(m / rows, 1), and that to plain.",
+            ["task", *both("q of rows", "plain")],
+            of_rows(experiments),
         ),
         (
             "Condition numbers of each layer's extended inputs, as they are > as BNP sees them; geometric means of seeds.",
@@ -176,7 +196,8 @@ def batches(plt: Any, experiments: dict[str, Experiment]) -> Any:
                 for size in SIZES:
                     of = experiments.get(f"{net}-{size}")
                     if of and method in METHODS[of.task]:
-                        every = losses(of, method) if what == "test" else errors(of, method)
+                        kind = "usual" if method.is_bnp else "best"
+                        every = losses(of, method, kind) if what == "test" else errors(of, method, kind)
                         if len(values := [x for x in every if x is not None]) > 1:
                             found[size] = values
                 x = [size * 1.03 ** (k - 1.5) for size in found]

@@ -17,7 +17,7 @@ from precond._wrappers.standardised import Coordinates, moved, squared_q, square
 
 from . import images, normalisers
 from .images import CHUNK, Data, Images
-from .normalisers import CONSTANTS, LEAST, Normalised
+from .normalisers import BNPS, CONSTANTS, LEAST, OF_ROWS, Normalised
 from .search import Point
 from .stacked import Networks
 
@@ -155,13 +155,11 @@ class Training:
         pairs = zip(self.of_inputs, seen, strict=True)
         self.of_inputs = [moved(*old, new, CONSTANTS["stat_momentum"]) for old, new in pairs]
         with torch.no_grad():
-            if self.method.norm == "BNP":
-                for of in self.coordinates():
-                    self.put(of.gradients())
-                self.optimizer.step()
-            elif self.method.is_bnp:
+            if self.method.norm == BNPS["Adam"]:
                 step_in_z(self.coordinates(), {}, self.step_on)
             else:
+                for of in self.coordinates():
+                    self.put(of.gradients())
                 self.optimizer.step()
 
     def loss(self, network: Callable[..., Any], x: Tensor, y: Tensor) -> tuple[Tensor, list[Moments], list[Moments]]:
@@ -169,12 +167,13 @@ class Training:
         return F.cross_entropy(logits, y), seen, taken
 
     def coordinates(self) -> list[Coordinates]:
-        """Of every layer, all networks together."""
-        found, rows = [], self.networks.module.rows
+        """Of every layer, all networks together; none where BNP is not used."""
+        found, rows = [], self.networks.module.rows if self.method.is_bnp else []
         of_layers = zip(self.merged[::2], self.merged[1::2], self.of_inputs, rows, strict=True)
-        for weight, bias, (mean, var), of_batch in of_layers:
+        for weight, bias, (mean, var), (count, samples) in of_layers:
             s2 = squared_scales(var, self.least, CONSTANTS["eps2"])
-            found.append(Coordinates(weight, bias, mean.flatten(), s2.flatten(), squared_q(weight, *of_batch)))
+            q2 = squared_q(weight, count, count if self.method == OF_ROWS else samples)
+            found.append(Coordinates(weight, bias, mean.flatten(), s2.flatten(), q2))
         return found
 
     def put(self, gradients: dict[Tensor, Tensor]) -> None:

@@ -26,8 +26,8 @@ RUNNING = Axis("running", 0.1, 10**0.5, (-2, -1, 0), highest=(2, 1.0))
 LEAST = Axis("eps1", 1e-2, 10.0, (-1, 0, 1), lowest=(-3, 0.0))
 #: The class's other defaults.
 CONSTANTS = {"stat_momentum": 0.99, "eps2": 1e-4}
-#: What the class divides a layer's gradient by, beside s^2. A direction has none.
-Q2 = {"BNP": "max(m, rows) / samples", "BNP, direction": "1"}
+#: What a layer's gradient is divided by, beside s^2: by the class, which has no q in a direction, and by rows alone, as it was.
+Q2 = {"BNP": "max(m, rows) / samples", "BNP, direction": "1", "BNP, q of rows": "max(m / rows, 1)"}
 #: What BNP is around each optimizer. Adam undoes the scaling of a gradient, so around it BNP acts on the direction.
 BNPS = {"SGD": "BNP", "Adam": "BNP, direction"}
 #: Layers in the network, with parameters of their own.
@@ -39,7 +39,7 @@ class Normalised:
     """An optimizer on a network, with one way to normalise."""
 
     base_optimizer: str
-    #: Empty for none, a value of ``BNPS``, or one of ``LAYERS``.
+    #: Empty for none, a key of ``Q2``, or one of ``LAYERS``.
     norm: str = ""
 
     is_default = False
@@ -66,7 +66,7 @@ class Normalised:
 
     @property
     def is_bnp(self) -> bool:
-        return self.norm in BNPS.values()
+        return self.norm in Q2
 
     @property
     def layer(self) -> str:
@@ -79,11 +79,13 @@ class Normalised:
         constants = {**CONSTANTS, "q2": Q2[self.norm]} if self.is_bnp else {}
         return json.loads(json.dumps({**dataclasses.asdict(self), "axes": axes, **momentum, **constants}))
 
-    def tried(self) -> None:
-        return None
+    def tried(self) -> list[str] | None:
+        return ["swapped"] if self.norm == BNPS["Adam"] else None
 
     def others(self, searched: dict[str, Any], base: dict[str, Any], priced: dict[str, Any] | None) -> dict[str, Point]:
-        return {"usual": searched["usual"]} if self.usual else {}
+        """BNP with its default, at its best learning rate for that; around Adam also at that of Adam alone."""
+        swapped = {"swapped": {**self.usual, "lr": base["best"]["lr"]}} if self.tried() else {}
+        return {"usual": searched["usual"], **swapped} if self.usual else {}
 
     def optimizer(self, parameters: Sequence[Sequence[nn.Parameter]], points: Sequence[Point]) -> torch.optim.Optimizer:
         """A group for each point."""
@@ -95,9 +97,13 @@ METHODS_OF = {name: tuple(Normalised(name, norm) for norm in ("", of_bnp, *LAYER
 NETS, SIZES = ("dense", "conv"), (1, 2, 4, 8)
 
 
+#: A dense layer has as many rows as samples.
+OF_ROWS = Normalised("SGD", "BNP, q of rows")
+
+
 def of_task(net: str, size: int) -> tuple[Normalised, ...]:
     """All but BatchNorm of one image in a dense network, for which torch raises: a convolution has positions."""
-    every = itertools.chain(*METHODS_OF.values())
+    every = itertools.chain(*METHODS_OF.values(), (OF_ROWS,) if net == "conv" else ())
     return tuple(method for method in every if not (method.norm == "BatchNorm" and (net, size) == ("dense", 1)))
 
 

@@ -44,8 +44,8 @@ class BNP(Wrapper):
     The model's outputs do not change: hooks read the inputs of its layers, and the step transforms gradients. Layers are
     nn.Linear, with any leading dimensions, where n = N, and nn.Conv1d, nn.Conv2d and nn.Conv3d. For a convolution mu and var are
     per input channel, m is the channels of a group times the taps, N is the number of output positions and n that of images. A
-    layer without a bias that ``base`` updates cannot be centred; it is only scaled. All other parameters, and layers that were never seen in training,
-    take the plain step of ``base``.
+    layer without a bias that ``base`` updates cannot be centred; it is only scaled. All other parameters, and layers that were
+    never seen in training, take the plain step of ``base``.
 
     Inputs count when the layer is in training mode and gradients are enabled. All inputs since the last step are pooled as one
     batch. A channel whose moments are not finite keeps its previous ones.
@@ -57,9 +57,9 @@ class BNP(Wrapper):
         stat_momentum: rho in [0, 1], decay rate of the running mean and variance (default 0.99; 1 freezes them).
         eps1: epsilon_1 >= 0, relative to the largest variance of the layer (default 1e-2).
         eps2: epsilon_2 > 0, absolute (default 1e-4).
-        compose: "gradient" (default) gives ``base`` the transformed gradient P P^T g / q^2, for SGD and momentum. "direction" lets
-            ``base`` step in z, on the gradient P^T g, without q. It is for Adam, which undoes any scaling of its input: with
-            "gradient" only the centring has an effect on it. It needs float32 or float64 parameters, three copies of them
+        compose: "gradient" (default) gives ``base`` the transformed gradient P P^T g / q^2, for SGD and momentum. "direction"
+            lets ``base`` step in z, on the gradient P^T g, without q. It is for Adam, which undoes any scaling of its input:
+            with "gradient" only the centring has an effect on it. It needs float32 or float64 parameters, three copies of them
             during a step, and a ``base`` without averages (``ema_decay``, schedule-free).
         process_group: the ``torch.distributed`` processes that train replicas (DDP). Their statistics are pooled; without that
             the replicas drift apart. None (default): one process. Neither copied nor pickled.

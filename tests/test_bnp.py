@@ -136,7 +136,8 @@ def stepped_in_z(layer, x, mean, s, make, steps, penalty=0.0):
     opt = make([zW, zb])
     for _ in range(steps):
         opt.zero_grad()
-        y = F.linear(standardised, zW, zb) if isinstance(layer, nn.Linear) else layer._conv_forward(standardised, zW, zb)
+        linear = F.linear if isinstance(layer, nn.Linear) else layer._conv_forward
+        y = linear(standardised, zW, zb)
         loss = loss_of(y)
         if penalty:
             loss = loss + penalty / 2 * sum(v.square().sum() for v in p())

@@ -128,6 +128,23 @@ def both(*others: str) -> list[str]:
     return [f"{what} to {other}" for other in others for what in ("loss", "errors")]
 
 
+def hidden(experiment: Experiment, method: Normalised, k: int) -> str:
+    """The geometric mean of condition numbers over layers but the first and positions but the start: k 0 as they are, 1 as BNP
+    sees them.
+    """
+    found = [layer[k] for at in conditions(experiment, method)[1:] for layer in at[1:]]
+    return f"{middle(found):.0f}" if found else ""
+
+
+def hidden_rows(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    for optimizer, (task, of) in itertools.product(BNPS, experiments.items()):
+        plain, ours = Normalised(optimizer), of_bnp(optimizer)
+        layers = (hidden(of, Normalised(optimizer, norm), 0) for norm in LAYERS)
+        row = [hidden(of, plain, 0), hidden(of, plain, 1), hidden(of, ours, 0), hidden(of, ours, 1), *layers]
+        if any(row):
+            yield [optimizer, task, *row]
+
+
 def text(experiments: dict[str, Experiment]) -> str:
     parts = []
     head = ["hyper-parameters", "test loss", "errors, %", "loss to plain", "errors to plain", "points"]
@@ -150,6 +167,11 @@ def text(experiments: dict[str, Experiment]) -> str:
             "Around SGD, eps1 searched: q^2 = max(m, rows) / samples of convolutions to max(m / rows, 1), and that to plain.",
             ["task", *both("q of rows", "plain")],
             of_rows(experiments),
+        ),
+        (
+            "Condition numbers of extended inputs, geometric means over seeds, layers but the first and positions but the start.",
+            ["", "task", "plain", "as BNP would see them", "with BNP", "as BNP sees them", *LAYERS],
+            hidden_rows(experiments),
         ),
         (
             "Condition numbers of each layer's extended inputs, as they are > as BNP sees them; geometric means of seeds.",
@@ -207,6 +229,10 @@ def batches(plt: Any, experiments: dict[str, Experiment]) -> Any:
             ax.set_title(f"{optimizer}, {net}: {'test loss' if what == 'test' else 'errors, %'}", fontsize=9)
             ax.set_xscale("log", base=2)
             ax.set_xticks(SIZES, SIZES)
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter("{x:.4g}")
+            ax.yaxis.set_minor_formatter("{x:.4g}")
+            ax.tick_params(axis="y", labelsize=7, which="both")
     figure.supxlabel("images in a batch, same number of passes", fontsize=8)
     legend_of(figure, *of_methods())
     return figure

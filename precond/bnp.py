@@ -33,8 +33,8 @@ class BNP(Wrapper):
         \hat g_{W,ij} = \frac{g_{W,ij} - \mu_j\, g_{b,i}}{q^2 s_j^2}, \qquad
         \hat g_{b,i} = \frac{g_{b,i}}{q^2} - \sum_j \hat g_{W,ij}\, \mu_j
 
-    The statistics are those of all rows, whose weight decays by rho a step, so that batches of one row have a variance too.
-    With mu_B and var_B of a batch, delta = mu_B - mu:
+    The statistics are those of all rows, where the weight of a batch decays by rho a step: with rho > 0 batches of one row have
+    a variance too. With mu_B and var_B of a batch, delta = mu_B - mu:
 
     .. math::
         \mathrm{var} \leftarrow \rho\, \mathrm{var} + (1 - \rho)\, (\mathrm{var}_B + \rho\, \delta^2), \qquad
@@ -75,7 +75,7 @@ class BNP(Wrapper):
     A step warns of layers that have a gradient although no input of theirs was ever seen.
 
     Source: Lange, Helfrich, Ye 2022, JMLR 23(72), whose constants are recalled, not quoted. The term in delta^2, q of
-    convolutions and "direction" are derived: docs/theory.md, A.3.3 to A.3.5.
+    convolutions and "direction" are ours: docs/theory.md, A.3.3 to A.3.5.
 
     Example:
         >>> import torch, precond

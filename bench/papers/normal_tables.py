@@ -229,9 +229,10 @@ def batches(plt: Any, experiments: dict[str, Experiment]) -> Any:
             ax.set_title(f"{optimizer}, {net}: {'test loss' if what == 'test' else 'errors, %'}", fontsize=9)
             ax.set_xscale("log", base=2)
             ax.set_xticks(SIZES, SIZES)
-            ax.set_yscale("log")
-            ax.yaxis.set_major_formatter("{x:.4g}")
-            ax.yaxis.set_minor_formatter("{x:.4g}")
+            if ax.has_data():
+                ax.set_yscale("log")
+                ax.yaxis.set_major_formatter("{x:.4g}")
+                ax.yaxis.set_minor_formatter("{x:.4g}")
             ax.tick_params(axis="y", labelsize=7, which="both")
     figure.supxlabel("images in a batch, same number of passes", fontsize=8)
     legend_of(figure, *of_methods())

@@ -97,7 +97,7 @@ METHODS_OF = {name: tuple(Normalised(name, norm) for norm in ("", of_bnp, *LAYER
 NETS, SIZES = ("dense", "conv"), (1, 2, 4, 8)
 
 
-#: A dense layer has as many rows as samples.
+#: The class as it was. In convolutional networks alone: a dense layer has as many rows as samples.
 OF_ROWS = Normalised("SGD", "BNP, q of rows")
 
 

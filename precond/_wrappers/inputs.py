@@ -21,7 +21,7 @@ _CHUNK = 1 << 17
 class Inputs:
     """What a layer has seen since the last step: the rows of its outputs, and the moments of ``count`` values per channel.
 
-    Samples are what a loss is a mean of: images of a convolution, rows of any other layer.
+    Samples are images of a convolution, and rows of any other layer: docs/theory.md, A.3.4.
     """
 
     rows: int

@@ -225,7 +225,8 @@ def batches(plt: Any, experiments: dict[str, Experiment]) -> Any:
                 x = [size * 1.03 ** (k - 1.5) for size in found]
                 y = [statistics.fmean(of) for of in found.values()]
                 wide = [2.09 * statistics.stdev(of) / len(of) ** 0.5 for of in found.values()]
-                ax.errorbar(x, y, wide, fmt="o-", color=colour(method), markersize=3, linewidth=1.2)
+                if found:
+                    ax.errorbar(x, y, wide, fmt="o-", color=colour(method), markersize=3, linewidth=1.2)
             ax.set_title(f"{optimizer}, {net}: {'test loss' if what == 'test' else 'errors, %'}", fontsize=9)
             ax.set_xscale("log", base=2)
             ax.set_xticks(SIZES, SIZES)

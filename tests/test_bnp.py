@@ -924,6 +924,26 @@ def test_a_layer_is_seen_first_after_a_checkpoint_of_torch_distributed():
     assert all(map(torch.equal, net.parameters(), other.parameters()))
 
 
+def test_a_checkpoint_from_before_samples_counts_rows_until_the_next_forward():
+    layer, shape = layer_of("conv2d_few_rows")
+    x = inputs(shape, 1)
+    opt = precond.BNP(layer, torch.optim.SGD(layer.parameters(), lr=1.0))
+    loss_of(layer(x)).backward()
+    opt.step()
+    saved = opt.state_dict()
+    del saved["state"][0]["bnp_samples"]
+    opt.load_state_dict(saved)
+    before, g = layer.weight.detach().clone(), layer.weight.grad.clone()
+    mean, var = (opt.own[layer.weight][name] for name in ("mean", "var"))
+    opt.step()
+    s2 = var + 1e-2 * var.max() + 1e-4
+    scaled = (g - layer.bias.grad.view(-1, 1, 1, 1) * mean.view(-1, 1, 1)) / s2.view(-1, 1, 1)
+    assert relative(before - layer.weight, scaled / (36 / 4)) <= 1e-12
+    loss_of(layer(x)).backward()
+    opt.step()
+    assert (opt.own[layer.weight]["rows"], opt.own[layer.weight]["samples"]) == (4, 1)
+
+
 # The kernel.
 
 KERNEL_SHAPES = [((1, 1), 1), ((3, 7), 1), ((257, 200), 1), ((40, 3, 3, 3), 1), ((6, 5, 13), 2), ((8, 1, 3, 3), 8)]

@@ -138,23 +138,25 @@ def add_seen(pending: dict[Tensor, Inputs], weight: Tensor, x: Tensor, output: T
 
 
 def pooled(pending: dict[Tensor, Inputs], layers: dict[Tensor, Layer], process_group: Any) -> dict[Tensor, Inputs]:
-    """What all processes have seen, in one reduction of sums in float64."""
-    sums = []
+    """What all processes have seen, in one reduction of sums in float64, with one copy to a device and one back."""
+    counts, sums = [], []
     for weight, layer in layers.items():
-        part = torch.zeros(3 + 2 * layer.channels, dtype=torch.float64, device=weight.device)
-        if (inputs := pending.get(weight)) is not None:
+        if (inputs := pending.get(weight)) is None:
+            counts.append([0, 0, 0])
+            sums.append(torch.zeros(2 * layer.channels, dtype=torch.float64, device=weight.device))
+        else:
             mean = inputs.mean.double()
-            part[:3] = torch.tensor([inputs.rows, inputs.samples, inputs.count])
-            part[3:] = torch.cat([mean, inputs.squares / inputs.count + mean.square()]) * inputs.count
-        sums.append(part)
-    total = torch.cat(sums)
+            counts.append([inputs.rows, inputs.samples, inputs.count])
+            sums.append(torch.cat([mean, inputs.squares / inputs.count + mean.square()]) * inputs.count)
+    head = torch.tensor(counts, dtype=torch.float64, device=sums[0].device)
+    total = torch.cat([head.flatten(), *sums])
     torch.distributed.all_reduce(total, group=process_group)
-    found, begin = {}, 0
-    for weight, layer in layers.items():
-        part, begin = total[begin : begin + 3 + 2 * layer.channels], begin + 3 + 2 * layer.channels
-        rows, samples, count = (int(n) for n in part[:3].tolist())
+    of_head, *of_layers = torch.split(total, [head.numel(), *map(len, sums)])
+    found = {}
+    for weight, numbers, part in zip(layers, of_head.view_as(head).tolist(), of_layers, strict=True):
+        rows, samples, count = map(int, numbers)
         if count:
-            mean, square = (part[3:] / count).view(2, -1)
+            mean, square = (part / count).view(2, -1)
             squares = (square - mean.square()).clamp_min(0.0) * count
             dtype = statistics_dtype(weight)
             found[weight] = Inputs(rows, samples, count, mean.to(dtype), squares.to(dtype), False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core.precision import at_stated_precision
+from .._wrappers.standardised import squared_scales
 from .preconditioner import at_least_single
 
 
@@ -114,7 +115,7 @@ def layer_conditions(
         "inputs": x,
         "centred": x - mean,
         "standardized": standardize(x).values,
-        "bnp": (x - mean) / (var + eps1 * var.amax() + eps2).sqrt(),
+        "bnp": (x - mean) / squared_scales(var, eps1, eps2).sqrt(),
         "batch_norm": torch.cat([normalized(x[i : i + size], 0) for i in range(0, len(x), size)]),
         "layer_norm": normalized(x, 1),
     }

@@ -2,8 +2,8 @@
 
 One JSON file for each task, rewritten after each search and each report: a run that was cut off goes on where it stopped.
 Tables and pictures show what the files have. FOP's four tasks take two and a half hours on two cores, none more than 100
-minutes; the ten of Adam or Gauss-Newton (``--tasks regression-full ...``) an hour, the ten of BNP (``--tasks dense-1
-...``) 45 minutes. Fashion-MNIST needs Debian's dataset-fashion-mnist (or PRECOND_FASHION_MNIST, a folder
+minutes; the ten of Adam or Gauss-Newton (``--tasks regression-full ...``) an hour, the 13 of BNP (``--tasks dense-1
+...``) 70 minutes. Fashion-MNIST needs Debian's dataset-fashion-mnist (or PRECOND_FASHION_MNIST, a folder
 with its files), reinforcement learning gymnasium.
 """
 

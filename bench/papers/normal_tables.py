@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import compare, jobs
-from .normalisers import BNPS, LAYERS, METHODS, METHODS_OF, NETS, OF_ROWS, SIZES, Normalised
+from .normalisers import BNPS, LAYERS, MEANS, METHODS, METHODS_OF, NETS, OF_IMAGES, OF_ROWS, SIZES, Normalised
 from .pictures import grid, pyplot, save
 from .quadrants import losses
 from .tables import aligned, compared, joined, point, spread
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 COLOURS = {"none": "#94a3b8", "BNP": "#c2410c", "BatchNorm": "#2563eb", "GroupNorm": "#0f766e"}
 OF_LAYERS = ("#0f172a", "#c2410c", "#0f766e", "#7c3aed")
 #: In pictures of trainings: the smallest and the largest batch, and the single pass.
-SHOWN = tuple(task for task in METHODS if task.endswith(("-1", "-8")) or task.startswith("online"))
+SHOWN = tuple(
+    task for task in METHODS if (task.endswith(("-1", "-8")) and task not in MEANS) or task.startswith("online")
+)
 #: What a report has, beside the best point of a search.
 KINDS = {"best": [], "usual": ["default eps1"], "swapped": ["default eps1, plain lr"]}
 #: What is compared: the loss as a ratio, errors as a difference.
@@ -94,12 +96,12 @@ def defaults(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
                 yield [optimizer, task, searched, *KINDS[kind], f"{lr:.2g}", *itertools.chain(*pairs)]
 
 
-def of_rows(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
-    """What q of images is for, beside q of rows."""
+def of_q(experiments: dict[str, Experiment]) -> Iterator[list[str]]:
+    """The class's q beside others."""
     for task, of in experiments.items():
-        if OF_ROWS in METHODS[task] and of.get("report", OF_ROWS):
-            pairs = [against(of, of_bnp("SGD"), OF_ROWS), against(of, OF_ROWS, Normalised("SGD"))]
-            yield [task, *itertools.chain(*pairs)]
+        pairs = [against(of, of_bnp("SGD"), other) for other in (OF_ROWS, OF_IMAGES)]
+        if any(map(any, pairs)):
+            yield [task, *itertools.chain(*pairs, against(of, OF_ROWS, Normalised("SGD")))]
 
 
 def conditions(experiment: Experiment, method: Normalised) -> list[list[list[float]]]:
@@ -164,9 +166,10 @@ def text(experiments: dict[str, Experiment]) -> str:
             defaults(experiments),
         ),
         (
-            "Around SGD, eps1 searched: q^2 = max(m, rows) / samples of convolutions to max(m / rows, 1), and that to plain.",
-            ["task", *both("q of rows", "plain")],
-            of_rows(experiments),
+            "Around SGD, eps1 searched: q^2 = max(m, rows) / samples of convolutions to max(m / rows, 1) and to\n"
+            "max(m / samples, 1); that of rows to plain.",
+            ["task", *both("q of rows", "q of images"), *(f"{what} of rows to plain" for what in ("loss", "errors"))],
+            of_q(experiments),
         ),
         (
             "Condition numbers of extended inputs, geometric means over seeds, layers but the first and positions but the start.",

@@ -17,7 +17,7 @@ from precond._wrappers.standardised import Coordinates, moved, squared_q, square
 
 from . import images, normalisers
 from .images import CHUNK, Data, Images
-from .normalisers import BNPS, CONSTANTS, LEAST, OF_ROWS, Normalised
+from .normalisers import BNPS, CONSTANTS, LEAST, OF_IMAGES, OF_ROWS, Normalised
 from .search import Point
 from .stacked import Networks
 
@@ -61,8 +61,10 @@ def channel_dims(x: Tensor) -> list[int]:
 class Net(nn.Module):
     """Layers with a normalisation, if there is one, and a ReLU after each but the last."""
 
-    def __init__(self, layers: Sequence[nn.Module], norm: str) -> None:
+    def __init__(self, layers: Sequence[nn.Module], norm: str, mean: bool = False) -> None:
         super().__init__()
+        #: A linear layer sees the mean over positions, else all of them.
+        self.mean = mean
         self.layers = nn.ModuleList(layers)
         channels = [layer.weight.shape[0] for layer in layers[:-1]]
         for layer in layers[:-1] if norm == "BatchNorm" else ():
@@ -81,7 +83,8 @@ class Net(nn.Module):
         """
         seen, taken, rows = [], [], []
         for k, layer in enumerate(self.layers):
-            x = x.flatten(1) if isinstance(layer, nn.Linear) else x
+            if isinstance(layer, nn.Linear):
+                x = x.mean((2, 3)) if self.mean else x.flatten(1)
             if observe:
                 var, mean = torch.var_mean(x.detach(), channel_dims(x), correction=0)
                 seen.append((mean, var))
@@ -109,11 +112,27 @@ def conv_of_fashion(norm: str = "") -> Net:
     return Net([*convolutions, nn.Linear(64, 10)], norm)
 
 
+def mean_of_digits(norm: str = "") -> Net:
+    return Net([nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3), nn.Linear(32, 10)], norm, mean=True)
+
+
+def mean_of_fashion(norm: str = "") -> Net:
+    convolutions = [nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2), nn.Conv2d(16, 32, 3, stride=2)]
+    return Net([*convolutions, nn.Linear(32, 10)], norm, mean=True)
+
+
 @functools.cache
 def small_fashion() -> Data:
     """14 x 14, 5,000 of them to train on."""
     train, *rest = ((F.avg_pool2d(x, 2), y) for x, y in dataclasses.astuple(images.fashion()))
     return Data((train[0][:5_000], train[1][:5_000]), *rest)
+
+
+@functools.cache
+def few_fashion() -> Data:
+    """28 x 28, 1,600 of them to train on, 1,000 to choose by and 1,000 to report on."""
+    parts = zip(dataclasses.astuple(images.fashion()), (1_600, 1_000, 1_000), strict=True)
+    return Data(*((x[:count], y[:count]) for (x, y), count in parts))
 
 
 class Training:
@@ -172,7 +191,8 @@ class Training:
         of_layers = zip(self.merged[::2], self.merged[1::2], self.of_inputs, rows, strict=True)
         for weight, bias, (mean, var), (count, samples) in of_layers:
             s2 = squared_scales(var, self.least, CONSTANTS["eps2"])
-            q2 = squared_q(weight, count, count if self.method == OF_ROWS else samples)
+            of_rows = {OF_ROWS: (count, count), OF_IMAGES: (samples, samples)}
+            q2 = squared_q(weight, *of_rows.get(self.method, (count, samples)))
             found.append(Coordinates(weight, bias, mean.flatten(), s2.flatten(), q2))
         return found
 
@@ -293,6 +313,10 @@ TASKS = {
         for net, build in (("dense", functools.partial(dense, 64)), ("conv", conv_of_digits))
         for size in normalisers.SIZES
     },
+    "mean-1": Normalising(images.digits, mean_of_digits, PASSES, 1),
+    "mean-8": Normalising(images.digits, mean_of_digits, PASSES, 8),
+    # Of 28 x 28: the dearest step of all, so few of them.
+    "mean-large": Normalising(few_fashion, mean_of_fashion, 1, 8, reported=tuple(range(100, 110))),
     "online-dense": Normalising(small_fashion, functools.partial(dense, 196), 1, 1),
     "online-conv": Normalising(small_fashion, conv_of_fashion, 1, 1),
 }

@@ -26,8 +26,13 @@ RUNNING = Axis("running", 0.1, 10**0.5, (-2, -1, 0), highest=(2, 1.0))
 LEAST = Axis("eps1", 1e-2, 10.0, (-1, 0, 1), lowest=(-3, 0.0))
 #: The class's other defaults.
 CONSTANTS = {"stat_momentum": 0.99, "eps2": 1e-4}
-#: What a layer's gradient is divided by, beside s^2: by the class, which has no q in a direction, and by rows alone, as it was.
-Q2 = {"BNP": "max(m, rows) / samples", "BNP, direction": "1", "BNP, q of rows": "max(m / rows, 1)"}
+#: What a layer's gradient is divided by, beside s^2: by the class, which has no q in a direction, and by others.
+Q2 = {
+    "BNP": "max(m, rows) / samples",
+    "BNP, direction": "1",
+    "BNP, q of rows": "max(m / rows, 1)",
+    "BNP, q of images": "max(m / samples, 1)",
+}
 #: What BNP is around each optimizer. Adam undoes the scaling of a gradient, so around it BNP acts on the direction.
 BNPS = {"SGD": "BNP", "Adam": "BNP, direction"}
 #: Layers in the network, with parameters of their own.
@@ -97,8 +102,10 @@ METHODS_OF = {name: tuple(Normalised(name, norm) for norm in ("", of_bnp, *LAYER
 NETS, SIZES = ("dense", "conv"), (1, 2, 4, 8)
 
 
-#: The class as it was. In convolutional networks alone: a dense layer has as many rows as samples.
-OF_ROWS = Normalised("SGD", "BNP, q of rows")
+#: The class as it was, and between. In convolutional networks alone: a dense layer has as many rows as samples.
+OF_ROWS, OF_IMAGES = Normalised("SGD", "BNP, q of rows"), Normalised("SGD", "BNP, q of images")
+#: Convolutional networks that end in a mean over positions, for what q they want.
+MEANS = ("mean-1", "mean-8", "mean-large")
 
 
 def of_task(net: str, size: int) -> tuple[Normalised, ...]:
@@ -110,4 +117,5 @@ def of_task(net: str, size: int) -> tuple[Normalised, ...]:
 METHODS = {
     **{f"{net}-{size}": of_task(net, size) for net in NETS for size in SIZES},
     **{f"online-{net}": of_task(net, 1) for net in NETS},
+    **{task: (Normalised("SGD"), Normalised("SGD", "BNP"), OF_ROWS, OF_IMAGES) for task in MEANS},
 }

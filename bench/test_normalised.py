@@ -16,7 +16,11 @@ from bench.papers import images, jobs, normal_tables, normalised, normalisers
 from bench.papers.normalised import Training
 from bench.papers.normalisers import MOMENTUM, Normalised
 
-BUILDS = {"dense": functools.partial(normalised.dense, 64), "conv": normalised.conv_of_digits}
+BUILDS = {
+    "dense": functools.partial(normalised.dense, 64),
+    "conv": normalised.conv_of_digits,
+    "mean": normalised.mean_of_digits,
+}
 POINTS = [{"lr": 0.01, "running": 0.1}, {"lr": 0.02, "running": 0.1}]
 #: BNP divides the step of one image by its number of inputs.
 FAST = [{"lr": 0.1, "eps1": 0.01}, {"lr": 2.0, "eps1": 0.1}]
@@ -34,6 +38,8 @@ def sequential(net, norm):
     has_bias = norm != "BatchNorm"
     if net == "dense":
         layers = [nn.Linear(64, 48, has_bias), nn.Linear(48, 32, has_bias), nn.Linear(32, 10)]
+    elif net == "mean":
+        layers = [nn.Conv2d(1, 16, 3, padding=1, bias=has_bias), nn.Conv2d(16, 32, 3, bias=has_bias), nn.Linear(32, 10)]
     else:
         layers = [nn.Conv2d(1, 8, 3, bias=has_bias), nn.Conv2d(8, 16, 3, stride=2, bias=has_bias), nn.Linear(64, 10)]
     of_norm = {
@@ -44,7 +50,8 @@ def sequential(net, norm):
     parts = [nn.Flatten()] if net == "dense" else []
     for layer in layers[:-1]:
         parts += [layer, of_norm(layer.weight.shape[0]), nn.ReLU()]
-    return nn.Sequential(*parts, *([] if net == "dense" else [nn.Flatten()]), layers[-1])
+    head = {"dense": [], "conv": [nn.Flatten()], "mean": [nn.AdaptiveAvgPool2d(1), nn.Flatten()]}[net]
+    return nn.Sequential(*parts, *head, layers[-1])
 
 
 def copied(training, net, i, j):
